@@ -20,7 +20,7 @@ class Phi2Config:
     """Shape and constants of one Phi model; the defaults are Phi-2's.
 
     Raises:
-        ValueError: when a number is out of range, the heads do not divide the width, or the activation is not GELU-tanh.
+        ValueError: when a number is out of range, the heads do not divide the width, or a setting is not supported.
     """
 
     vocab_size: int = 51200
@@ -60,7 +60,8 @@ class Phi2Config:
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must divide by num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {self.num_attention_heads} must divide by"
+                f" num_key_value_heads {self.num_key_value_heads}"
             )
         if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ValueError(f"partial_rotary_factor must leave an even number of rotary dims, got {self.rotary_dim}")
@@ -115,7 +116,8 @@ def _supported_fields(raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must hold a JSON object, got {type(raw).__name__}")
     if raw.get("model_type") in OLDER_MODEL_TYPES or "n_embd" in raw:
         raise ValueError(
-            f"model_type {raw.get('model_type')!r} is an older layout of Phi, not read yet; use a checkpoint of model_type 'phi'"
+            f"model_type {raw.get('model_type')!r} is an older layout of Phi, not read yet;"
+            " use a checkpoint of model_type 'phi'"
         )
     if raw.get("model_type", "phi") != "phi":
         raise ValueError(f"model_type must be 'phi', got {raw['model_type']!r}")

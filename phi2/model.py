@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from phi2_kernels.attention import Visibility, attention
-from phi2_kernels.rotary import rotary, rotary_angles
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
+from phi2_kernels.attention import Visibility, attention
+from phi2_kernels.rotary import rotary, rotary_angles
 
 
 class Attention(nn.Module):

@@ -17,10 +17,61 @@ Source: FlashMask's column-wise form, arXiv:2410.01359; prefix sharing, arXiv:24
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Run(NamedTuple):
+    """Neighbouring queries of one row, and the ranges of keys they see; the last range ends with the queries."""
+
+    start: int
+    end: int
+    keys: list[tuple[int, int]]
+
+    @property
+    def is_square(self) -> bool:
+        """True when the queries see themselves and nothing before, causally."""
+        return self.keys == [(self.start, self.end)]
+
+
+def runs_of(until: list[int]) -> list[Run]:
+    """Cuts a row into runs of queries so that, past keys being whole ranges, only the last range of each is causal.
+
+    Queries that see nothing are in no run.
+
+    Args:
+        until: for each key of the row, the end of the queries that may see it.
+    """
+    length = len(until)
+    changes = {i for i in range(1, length) if until[i] != until[i - 1]}
+    cuts = sorted({0, length} | changes | {u for u in until if 0 < u < length})
+    runs: list[Run] = []
+    seen: list[tuple[int, int]] = []  # key ranges that are still visible
+    for start, end in pairwise(cuts):
+        seen = [(a, b) for a, b in seen if until[a] >= end]
+        if until[start] < end:
+            continue
+        if runs and runs[-1].is_square and _joined(seen) == [(runs[-1].start, start)]:
+            runs[-1] = Run(runs[-1].start, end, [(runs[-1].start, end)])
+        else:
+            runs.append(Run(start, end, _joined([*seen, (start, end)])))
+        seen.append((start, end))
+    return runs
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same keys in as few ranges as possible."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
 
 
 class Visibility:
@@ -42,6 +93,11 @@ class Visibility:
     def is_causal(self) -> bool:
         """True when no mask is needed beside the causal one of a square pass."""
         return self.until is None and self.queries == self.keys
+
+    @cached_property
+    def runs(self) -> list[list[Run]]:
+        """For each row of a square pass, its runs of queries."""
+        return [runs_of(row) for row in self.until.tolist()]
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -78,12 +134,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: 
     Returns:
         (B, H, T, D) in the dtype of q.
     """
+    if visibility.until is not None and visibility.queries == visibility.keys:
+        return _attention_by_runs(q, k, v, visibility, dropout)
+    mask = None if visibility.is_causal else visibility.mask
+    return _sdpa(q, k, v, mask, visibility.is_causal, dropout)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if visibility.is_causal else visibility.mask,
-        is_causal=visibility.is_causal,
-        dropout_p=dropout,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _attention_by_runs(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> Tensor:
+    """One fused call for each run of queries with just the keys it sees: no work is spent on what a mask would hide."""
+    rows = zip(q.split(1), k.split(1), v.split(1), visibility.runs, strict=True)
+    return torch.cat([_attention_of_row(*row, dropout) for row in rows])
+
+
+def _attention_of_row(q: Tensor, k: Tensor, v: Tensor, runs: list[Run], dropout: float) -> Tensor:
+    """q, k, v are (1, H, T, D). They are split once, not sliced per run, so that the backward joins each once."""
+    edges = {edge for run in runs for span in ((run.start, run.end), *run.keys) for edge in span}
+    cuts = sorted(edges | {0, q.shape[2]})
+    sizes = [end - start for start, end in pairwise(cuts)]
+    pieces = [dict(zip(cuts[:-1], x.split(sizes, dim=2), strict=True)) for x in (q, k, v)]
+    attended, done = [], 0
+    for run in runs:
+        own = _pieces(pieces[0], [(run.start, run.end)])
+        keys, values = (_pieces(x, run.keys) for x in pieces[1:])
+        mask = None if run.is_square else _lower_right(own.shape[2], keys.shape[2], q.device)
+        attended += [
+            q.new_zeros(q[:, :, done : run.start].shape),
+            _sdpa(own, keys, values, mask, run.is_square, dropout),
+        ]
+        done = run.end
+    return torch.cat([*attended, q.new_zeros(q[:, :, done:].shape)], dim=2)
+
+
+def _pieces(pieces: dict[int, Tensor], ranges: list[tuple[int, int]]) -> Tensor:
+    """The pieces that begin inside the ranges, as one (1, H, n, D)."""
+    chosen = [piece for start, piece in pieces.items() if any(a <= start < b for a, b in ranges)]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
+
+
+def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(n, m) bool: the last query sees every key, each one before it one key less."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -1,0 +1,46 @@
+"""The order in which a run sees its data: a function of the seed and the step, so resuming needs no saved state."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+
+class Windows:
+    """One optimizer step consumes one window: `accumulation` micro-batches of `batch_size` samples.
+
+    Every epoch is a permutation of the data of its own; its last window, and the last micro-batch of that window, hold
+    what is left.
+
+    Args:
+        samples: number of samples.
+        batch_size: samples of a micro-batch.
+        accumulation: micro-batches of a window.
+        seed: of the permutations.
+        shuffle: False keeps the order of the data.
+    """
+
+    def __init__(self, samples: int, batch_size: int, accumulation: int, seed: int, shuffle: bool = True) -> None:
+        self.samples, self.batch_size, self.accumulation = samples, batch_size, accumulation
+        self.seed, self.shuffle = seed, shuffle
+        self._order = functools.lru_cache(maxsize=1)(self._permutation)
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return math.ceil(self.samples / (self.batch_size * self.accumulation))
+
+    def at(self, step: int) -> list[list[int]]:
+        """The sample indices of each micro-batch of optimizer step `step`, counted from 0."""
+        epoch, window = divmod(step, self.per_epoch)
+        size = self.batch_size * self.accumulation
+        chosen = self._order(epoch)[window * size : (window + 1) * size]
+        return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.samples))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(self.samples, generator=generator).tolist()

@@ -1,0 +1,130 @@
+"""From encoded sequences to the tensors of one forward pass: one long row, no padding.
+
+The sequences of a micro-batch stand one behind the other in a single row. `visible_until` keeps them apart, positions
+begin anew in each, and only the hidden states that predict a target are named, by their place in the row. A preference
+pair shares its prompt: the row holds [prompt | chosen | rejected], rejected tokens cannot see chosen ones, and their
+positions go on from the prompt, so the result is that of two separate rows at the price of one prompt.
+
+Dims: T tokens of the row, N targets.
+Source: prefix sharing, arXiv:2410.20305; best-fit packing, arXiv:2404.10830.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phi2.data.encode import EncodedPair, EncodedSequence
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """The tokens of one forward pass.
+
+    Attributes:
+        input_ids: (1, T) token ids.
+        positions: (1, T) place of each token in its own sequence.
+        visible_until: (1, T) int32, for each token the end of those that may see it.
+        rows: (N,) which token's hidden state predicts each target.
+        targets: (N,) token ids to predict.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    visible_until: Tensor
+    rows: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> TokenRow:
+        return TokenRow(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def row_of_sequences(sequences: Sequence[EncodedSequence]) -> TokenRow:
+    """Sequences one behind the other; a masked token is predicted by the token before it in its own sequence."""
+    starts = _starts([len(s.ids) for s in sequences])
+    rows = [start + np.flatnonzero(s.mask[1:]) for start, s in zip(starts, sequences, strict=True)]
+    return _row(
+        ids=[s.ids for s in sequences],
+        positions=[np.arange(len(s.ids)) for s in sequences],
+        until=[np.full(len(s.ids), start + len(s.ids)) for start, s in zip(starts, sequences, strict=True)],
+        rows=rows,
+        targets=[s.ids[1:][s.mask[1:]] for s in sequences],
+    )
+
+
+def row_of_pairs(pairs: Sequence[EncodedPair]) -> TokenRow:
+    """[prompt | chosen | rejected] of every pair; targets are each pair's chosen tokens, then its rejected tokens."""
+    ids, positions, until, rows, targets = [], [], [], [], []
+    for start, pair in zip(_starts([p.tokens for p in pairs]), pairs, strict=True):
+        P, C, R = (len(part) for part in (pair.prompt, pair.chosen, pair.rejected))
+        end = start + P + C + R
+        ids += [pair.prompt, pair.chosen, pair.rejected]
+        positions += [np.arange(P + C), np.arange(P, P + R)]
+        until += [np.full(P, end), np.full(C, start + P + C), np.full(R, end)]
+        last = start + P - 1  # the prompt's last token predicts the first token of both answers
+        rows += [last + np.arange(C), [last][: min(R, 1)], last + C + np.arange(1, R)]
+        targets += [pair.chosen, pair.rejected]
+    return _row(ids, positions, until, rows, targets)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *np.cumsum(lengths)[:-1].tolist()]
+
+
+def _row(ids, positions, until, rows, targets) -> TokenRow:
+    joined = (np.concatenate(part) for part in (ids, positions, until, rows, targets))
+    ids, positions, until, rows, targets = (torch.from_numpy(part.astype(np.int64)) for part in joined)
+    return TokenRow(ids[None], positions[None], until[None].int(), rows, targets)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each sequence, longest first, goes into the fullest block that still has room for it.
+
+    Args:
+        lengths: tokens of each sequence, none above capacity.
+        capacity: tokens of a block.
+    Returns:
+        For each block, the indices of its sequences; every index stands in exactly one block.
+    Raises:
+        ValueError: when a sequence is longer than a block.
+    """
+    if max(lengths, default=0) > capacity:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a block of {capacity}")
+    blocks: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, block), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(room, (lengths[index], -1))
+        if place < len(room):
+            free, block = room.pop(place)
+        else:
+            free, block = capacity, len(blocks)
+            blocks.append([])
+        blocks[block].append(index)
+        bisect.insort(room, (free - lengths[index], block))
+    return blocks
+
+
+def wrapped(sequences: Sequence[EncodedSequence], length: int, separator: int) -> list[EncodedSequence]:
+    """All sequences joined end to end with a separator token behind each, cut every `length` tokens.
+
+    The old trl `ConstantLengthDataset` form: a block is one sequence to attention and positions, whatever documents it
+    cuts through, and the last incomplete block is dropped.
+
+    Args:
+        sequences: in the order in which they are joined.
+        length: tokens of a block.
+        separator: token id put behind every sequence; it is a target.
+    Raises:
+        ValueError: when all of them together do not fill one block.
+    """
+    ids = np.concatenate([np.append(s.ids, separator) for s in sequences]).astype(np.int32)
+    mask = np.concatenate([np.append(s.mask, True) for s in sequences])
+    blocks = range(0, len(ids) - length + 1, length)
+    if not blocks:
+        raise ValueError(f"{len(ids)} tokens do not fill one block of {length}")
+    return [EncodedSequence(ids[i : i + length], mask[i : i + length], sequences[0].origin) for i in blocks]

@@ -1,0 +1,285 @@
+"""Direct preference optimisation and its family, the whole loop: read it from `train` downwards.
+
+Each update: the policy's and the reference's log-probabilities of both answers of every pair, token by token; a loss
+per pair; the mean over the window. With an exact split: pairs are averaged over the whole window, and the chosen
+answers' likelihood, where asked for, over all their tokens in the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from phi2.data.encode import EncodedPair
+from phi2.data.packing import row_of_pairs
+from phi2.hub import resolve
+from phi2.losses.head import target_logps
+from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss
+from phi2.model import Phi2ForCausalLM
+from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
+from phi2.training.config import TrainingConfig
+from phi2.training.metrics import means, pair_metrics
+from phi2.training.optim import Optimizer
+from phi2.training.reference import Reference, adapters_off, another_model, fingerprint, frozen_copy, precomputed
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
+from phi2.training.setup import (
+    autocast,
+    compute_dtype,
+    is_due,
+    load_data,
+    load_policy,
+    load_tokenizer,
+    require_finite,
+    total_steps,
+    weights_saver,
+    windows_of,
+    write_samples,
+)
+from phi2.weights import load_model
+
+STEP_0_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}  # nats per token
+
+
+@dataclass
+class DPOConfig(TrainingConfig):
+    """Settings of a preference run."""
+
+    learning_rate: float = 5e-6
+    """Peak learning rate."""
+    loss: str = "sigmoid"
+    """Name of the preference loss."""
+    beta: float | None = None
+    """The loss's beta; unset, its own default."""
+    label_smoothing: float | None = None
+    """The loss's label_smoothing; unset, its own default."""
+    loss_args: dict[str, float] = field(default_factory=dict)
+    """Other knobs of the loss by name."""
+    loss_file: str | None = None
+    """Python file of yours that registers losses with @phi2.preference_loss; it is run."""
+    nll_weight: float = 0.0
+    """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss (trl's rpo_alpha)."""
+    reference: str = "auto"
+    """adapters_off, frozen_copy, or another checkpoint by folder or hub id; auto is adapters_off for a new adapter,
+    else frozen_copy."""
+    precompute_ref_log_probs: bool = False
+    """Score all pairs with the reference once, before training, into reference_cache."""
+    reference_cache: str | None = None
+    """Folder of precomputed reference log-probabilities, shared between runs; unset, inside the run folder."""
+    disable_dropout: bool = True
+    """Train without dropout, as the reference is without it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nll_weight < 0:
+            raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}")
+        if self.reference == "adapters_off" and (self.lora is None or self.adapter is not None):
+            raise ValueError("reference adapters_off is the start of a new adapter only; use frozen_copy")
+        if self.reference_cache is not None and not self.precompute_ref_log_probs:
+            raise ValueError("reference_cache needs precompute_ref_log_probs: true")
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """What was set of the loss's own arguments."""
+        named = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return {**{name: value for name, value in named.items() if value is not None}, **self.loss_args}
+
+
+Loss = Callable[[PairBatch], Tensor]
+
+
+def train(config: DPOConfig) -> Path:
+    """Runs, or resumes, a preference run and returns its folder.
+
+    Raises:
+        ValueError: for settings, data or an output folder that cannot be used; when policy and reference do not agree
+            at the first step; when the loss is no number any more.
+        Interrupted: after Ctrl-C, with a checkpoint to resume from.
+    """
+    loss = bind_loss(config.loss, config.knobs)
+    checkpoint, run = open_run(config), Path(config.output)
+    tokenizer = load_tokenizer(config)
+    pairs, eval_pairs = load_data(config, tokenizer, "preference")
+    model = load_policy(config, checkpoint)
+    reference = make_reference(config, model, checkpoint, [*pairs, *eval_pairs])
+    save_weights = weights_saver(config, model, tokenizer)
+
+    windows = windows_of(config, len(pairs))
+    total = total_steps(config, windows)
+    optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
+    done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
+    log = Log(run, done, total, f"dpo {config.loss}")
+    model.train(not config.disable_dropout)
+    with delayed_interrupt() as interrupted:
+        for step in range(done + 1, total + 1):
+            batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
+            if step == 1 and reference is not None and starts_at_reference(config):
+                check_start(config, score_pairs(model, batches[0], reference, autocast(config)), loss)
+            metrics = update(config, model, optimizer, batches, reference, loss)
+            require_finite(metrics["loss"], step)
+            tokens = sum(pair.tokens for batch in batches for pair in batch)
+            log.train(step, tokens, {**metrics, "epoch": step / windows.per_epoch}, config.logging_steps)
+            if is_due(config.eval_steps, step, total):
+                if eval_pairs:
+                    log.write(step, "eval", evaluate(config, model, eval_pairs, reference, loss))
+                write_samples(config, model, tokenizer, step)
+            if interrupted or is_due(config.save_steps, step, total):
+                save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
+            if interrupted and step < total:
+                raise Interrupted(f"stopped after step {step}; go on with resume: true")
+    log.close()
+    weights_saver(config, model, tokenizer, compute_dtype(config))(run)
+    return run
+
+
+def make_reference(
+    config: DPOConfig, model: Phi2ForCausalLM, checkpoint: Path | None, pairs: Sequence[EncodedPair]
+) -> Reference | None:
+    """The reference that `config.reference` names; None for a loss that needs none."""
+    if PREFERENCE_LOSSES[config.loss].reference_free:
+        return None
+    kind = reference_kind(config)
+    if kind == "adapters_off":
+        scorer, live = model, adapters_off(model)
+    elif kind == "frozen_copy":
+        scorer = load_policy(config, None).requires_grad_(False).eval() if checkpoint else frozen_copy(model)
+        live = another_model(scorer)
+    else:
+        scorer = load_model(resolve(kind), model.device, model.dtype).requires_grad_(False)
+        live = another_model(scorer)
+    if not config.precompute_ref_log_probs:
+        return live
+    name = fingerprint(scorer, adapters=kind != "adapters_off")
+    folder = Path(config.reference_cache or Path(config.output) / "reference")
+    with autocast(config):
+        return precomputed(live, name, pairs, config.per_device_train_batch_size, folder, model.device)
+
+
+def reference_kind(config: DPOConfig) -> str:
+    if config.reference != "auto":
+        return config.reference
+    return "adapters_off" if config.lora is not None and config.adapter is None else "frozen_copy"
+
+
+def score_pairs(
+    model: Phi2ForCausalLM,
+    batch: Sequence[EncodedPair],
+    reference: Reference | None,
+    precision: AbstractContextManager,
+) -> PairBatch:
+    """Both models' log-probabilities of a micro-batch, as a loss takes them."""
+    row = row_of_pairs(batch).to(model.device)
+    with precision:
+        ref = None if reference is None else reference(batch, row)
+        hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
+        policy, _ = target_logps(model, hidden, row.rows, row.targets)
+    return pair_batch(batch, policy, ref)
+
+
+def pair_batch(batch: Sequence[EncodedPair], policy: Tensor, ref: Tensor | None) -> PairBatch:
+    """Splits the (N,) log-probabilities of `row_of_pairs` into chosen and rejected ones, padded with zeros.
+
+    Args:
+        batch: B pairs.
+        policy, ref: (N,) float32.
+    """
+    lengths = [n for pair in batch for n in (len(pair.chosen), len(pair.rejected))]
+    chosen, rejected = _both_answers(policy, lengths)
+    chosen_mask, rejected_mask = _both_answers(torch.ones_like(policy, dtype=torch.bool), lengths)
+    ref_chosen, ref_rejected = (None, None) if ref is None else _both_answers(ref, lengths)
+    columns = _numeric_columns(batch, policy.device)
+    return PairBatch(chosen, rejected, chosen_mask, rejected_mask, ref_chosen, ref_rejected, columns)
+
+
+def _both_answers(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    answers = values.split(lengths)
+    return pad_sequence(answers[::2], batch_first=True), pad_sequence(answers[1::2], batch_first=True)
+
+
+def _numeric_columns(batch: Sequence[EncodedPair], device: torch.device) -> dict[str, Tensor]:
+    """(B,) float32 of every column that is a number in each row."""
+    names = [k for k in batch[0].columns if all(isinstance(p.columns.get(k), int | float) for p in batch)]
+    return {k: torch.tensor([float(p.columns[k]) for p in batch], device=device) for k in names}
+
+
+@torch.no_grad()
+def check_start(config: DPOConfig, pairs: PairBatch, loss: Loss) -> None:
+    """Before the first update the policy is the reference: their log-probabilities agree and the loss is known.
+
+    Raises:
+        ValueError: when they do not: training would start from a wrong reward.
+    """
+    tolerance = STEP_0_TOLERANCE[compute_dtype(config)]
+    apart = max(
+        (pairs.policy_chosen_logps - pairs.ref_chosen_logps).abs().max().item(),
+        (pairs.policy_rejected_logps - pairs.ref_rejected_logps).abs().max().item(),
+    )
+    reference = {"policy_chosen_logps": pairs.ref_chosen_logps, "policy_rejected_logps": pairs.ref_rejected_logps}
+    expected, actual = loss(replace(pairs, **reference)).mean().item(), loss(pairs).mean().item()
+    if not apart <= tolerance or not abs(actual - expected) <= 10 * tolerance * max(1.0, abs(expected)):
+        raise ValueError(
+            f"step 1: policy and reference must agree, but differ by up to {apart:.2g} nats per token (allowed"
+            f" {tolerance:g}), loss {actual:.4f} in place of {expected:.4f}; is the reference another model?"
+        )
+
+
+def starts_at_reference(config: DPOConfig) -> bool:
+    """Whether the policy begins as the reference, without noise on it."""
+    return config.disable_dropout and reference_kind(config) in ("adapters_off", "frozen_copy")
+
+
+def update(
+    config: DPOConfig,
+    model: Phi2ForCausalLM,
+    optimizer: Optimizer,
+    batches: list[list[EncodedPair]],
+    reference: Reference | None,
+    loss: Loss,
+) -> dict[str, float]:
+    """One optimizer step over a window of micro-batches; returns the metrics of all its pairs."""
+    count = sum(map(len, batches))
+    gathered = []
+    for batch in batches:
+        pairs = score_pairs(model, batch, reference, autocast(config))
+        losses = objective(config, pairs, loss, batches)
+        optimizer.backward(losses.sum() / count)
+        gathered.append(pair_metrics(pairs, losses, reward_scale(config)))
+    learning_rate = optimizer.learning_rate
+    norm = optimizer.step()
+    return {**means(gathered), "grad_norm": norm, "learning_rate": learning_rate}
+
+
+def objective(config: DPOConfig, pairs: PairBatch, loss: Loss, batches: Sequence[Sequence[EncodedPair]]) -> Tensor:
+    """(B,) values whose mean over all `batches` is the loss plus the weighted NLL per chosen token."""
+    losses = loss(pairs)
+    if not config.nll_weight:
+        return losses
+    window = [pair for batch in batches for pair in batch]
+    per_pair = len(window) / sum(len(pair.chosen) for pair in window)
+    return losses - config.nll_weight * per_pair * pairs.policy_chosen
+
+
+def reward_scale(config: DPOConfig) -> float:
+    """The loss's beta; 1 for a loss that has none."""
+    return config.knobs.get("beta", PREFERENCE_LOSSES[config.loss].knobs.get("beta", 1.0))
+
+
+@torch.no_grad()
+def evaluate(
+    config: DPOConfig, model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], reference: Reference | None, loss: Loss
+) -> dict[str, float]:
+    """The metrics of training over a whole data set, names prefixed with eval_."""
+    training, size = model.training, config.per_device_train_batch_size
+    model.eval()
+    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    gathered = []
+    for batch in batches:
+        scored = score_pairs(model, batch, reference, autocast(config))
+        gathered.append(pair_metrics(scored, objective(config, scored, loss, batches), reward_scale(config)))
+    model.train(training)
+    return {f"eval_{name}": value for name, value in means(gathered).items()}

@@ -1,0 +1,101 @@
+"""The optimizer of a run: AdamW with a schedule, clipping and, in float16, loss scaling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from phi2.training.config import TrainingConfig
+
+
+def schedule_factor(kind: str, step: int, warmup: int, total: int) -> float:
+    """Share of the peak learning rate at an update, counted from 0, as transformers defines it."""
+    if step < warmup:
+        return step / max(1, warmup)
+    if kind == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return max(0.0, 1.0 - progress)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices decay; biases and LayerNorms do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim >= 2]
+    vectors = [p for p in trainable if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Optimizer:
+    """One update at a time: `backward` for each micro-batch, then `step`.
+
+    Args:
+        model: its trainable parameters are float32.
+        total_steps: updates of the whole run, for the schedule.
+        scale_loss: multiply the loss so that float16 gradients do not vanish.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, total_steps: int, scale_loss: bool) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=scale_loss)
+        self.updates = 0
+        share = config.warmup_steps
+        self.warmup = math.ceil(share * total_steps) if share < 1 else int(share)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        kind = self.config.lr_scheduler_type
+        return self.config.learning_rate * schedule_factor(kind, self.updates, self.warmup, self.total_steps)
+
+    def step(self) -> float:
+        """Clips, updates and clears the gradients; returns their norm before clipping.
+
+        An update whose scaled gradients overflowed float16 is left out, and does not move the schedule.
+        """
+        self.scaler.unscale_(self.adamw)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate
+        norm = nn.utils.clip_grad_norm_(list(self.names), self.config.max_grad_norm or math.inf).item()
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+        self.updates += self.scaler.get_scale() >= scale
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """AdamW's state of every trainable parameter, by "name.exp_avg" and so on."""
+        return {
+            f"{name}.{key}": value
+            for parameter, name in self.names.items()
+            for key, value in self.adamw.state[parameter].items()
+        }
+
+    def numbers(self) -> dict:
+        """The rest of the state, as JSON takes it."""
+        return {"updates": self.updates, "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict) -> None:
+        """Takes back what `tensors` and `numbers` gave."""
+        for parameter, name in self.names.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.adamw.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+        self.updates = numbers["updates"]
+        self.scaler.load_state_dict(numbers["scaler"])

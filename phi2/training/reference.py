@@ -1,0 +1,118 @@
+"""The reference of preference optimisation: whose log-probabilities the policy's are compared with.
+
+Three kinds: the policy with its adapters off, a frozen copy of the policy as it starts, or another checkpoint. Each can
+be asked during training, or once before it: then every pair's log-probabilities, token by token, are kept in a file
+whose name is a hash of the reference's weights and whose rows are named by a hash of the pair's tokens. Such a cache
+serves every run over the same pairs, whatever its loss, learning rate or batch size, and never a wrong one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from phi2.data.encode import EncodedPair
+from phi2.data.packing import TokenRow, row_of_pairs
+from phi2.lora import disabled
+from phi2.losses.head import target_logps
+from phi2.model import Phi2ForCausalLM
+
+# The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_pairs`.
+Reference = Callable[[Sequence[EncodedPair], TokenRow], Tensor]
+
+
+def frozen_copy(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
+    """The model as it is now, for good; weights that do not train are shared, not copied."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo=shared).requires_grad_(False).eval()
+
+
+def adapters_off(model: Phi2ForCausalLM) -> Reference:
+    """The policy's own base."""
+
+    def logps(pairs: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+        training = model.training
+        model.eval()
+        with disabled(model):
+            result = score(model, row)
+        model.train(training)
+        return result
+
+    return logps
+
+
+def another_model(reference: Phi2ForCausalLM) -> Reference:
+    """A model that stands beside the policy."""
+    return lambda pairs, row: score(reference, row)
+
+
+@torch.no_grad()
+def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
+    """(N,) log-probabilities of a row's targets."""
+    hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
+    return target_logps(model, hidden, row.rows, row.targets)[0]
+
+
+def precomputed(
+    live: Reference, fingerprint: str, pairs: Sequence[EncodedPair], batch_size: int, folder: Path, device: torch.device
+) -> Reference:
+    """The same reference from a cache file in `folder`, which is completed first with the pairs it lacks."""
+    path = folder / f"{fingerprint[:16]}.safetensors"
+    known = _read_cache(path)
+    missing = [pair for pair in pairs if pair_key(pair) not in known]
+    for start in tqdm(range(0, len(missing), batch_size), desc="reference", unit="batch", disable=not missing):
+        batch = missing[start : start + batch_size]
+        scores = live(batch, row_of_pairs(batch).to(device)).cpu().numpy()
+        ends = np.cumsum([len(p.chosen) + len(p.rejected) for p in batch])
+        known.update(zip(map(pair_key, batch), np.split(scores, ends[:-1]), strict=True))
+    if missing:
+        _write_cache(path, known)
+    return lambda batch, row: torch.from_numpy(np.concatenate([known[pair_key(p)] for p in batch])).to(device)
+
+
+def pair_key(pair: EncodedPair) -> bytes:
+    """Names a pair by its tokens and by where its answers begin."""
+    digest = hashlib.sha256()
+    for part in (pair.prompt, pair.chosen, pair.rejected):
+        digest.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
+    return digest.digest()
+
+
+@torch.no_grad()
+def fingerprint(model: Phi2ForCausalLM, adapters: bool) -> str:
+    """Hash of the shape, dtype and weights of a model; `adapters` says whether its adapters belong to it."""
+    digest = hashlib.sha256(repr((model.config.to_dict(), model.dtype)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if adapters or ".lora_" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
+    if not path.exists():
+        return {}
+    try:
+        stored = safetensors.numpy.load_file(path)
+        keys, logps = stored["keys"], np.split(stored["logps"], stored["ends"][:-1])
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a reference cache ({error}); delete it to compute it again") from error
+    return {key.tobytes(): values for key, values in zip(keys, logps, strict=True)}
+
+
+def _write_cache(path: Path, known: dict[bytes, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 32)
+    ends = np.cumsum([len(values) for values in known.values()])
+    safetensors.numpy.save_file({"keys": keys, "logps": np.concatenate(list(known.values())), "ends": ends}, partial)
+    partial.replace(path)

@@ -1,0 +1,144 @@
+"""The folder of a run: what was asked for, on what machine, and what came of it, line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from phi2.training.checkpoint import last_checkpoint
+from phi2.training.config import TrainingConfig
+
+FREE_TO_CHANGE = ("resume", "device", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "sample_prompts")
+
+
+def open_run(config: TrainingConfig) -> Path | None:
+    """Makes the run folder, or checks that the run in it can go on, and returns the checkpoint to go on from.
+
+    Raises:
+        ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
+    """
+    run, settings = Path(config.output), to_plain(config)
+    if (run / "config.yaml").exists():
+        if not config.resume:
+            raise ValueError(f"{run} holds a run already; give another output, or resume: true to go on with it")
+        _require_same(run / "config.yaml", settings)
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run} exists and holds no run of ours; give another output")
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_whole(run / "environment.json", json.dumps(environment(), indent=1))
+    return last_checkpoint(run)
+
+
+def to_plain(config: TrainingConfig) -> dict[str, Any]:
+    """A config as YAML holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
+    before = yaml.safe_load(path.read_text()) or {}
+    changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
+    if changed:
+        told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
+        raise ValueError(f"{path}: a resumed run keeps its settings, but these differ: {told}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit, so that a number can be made again."""
+    packages = ("torch", "safetensors", "tokenizers", "numpy")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit this library stands at, None outside a checkout."""
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old one or the whole new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Log:
+    """metrics.jsonl and the progress bar of a run.
+
+    Args:
+        run: the run folder.
+        first: updates done already; later lines of an interrupted run are dropped, they will be made again.
+        total: updates of the whole run.
+    """
+
+    def __init__(self, run: Path, first: int, total: int, name: str) -> None:
+        self.path = run / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first]
+        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        self.bar = tqdm(total=total, initial=first, desc=name, unit="step", dynamic_ncols=True)
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def train(self, step: int, tokens: int, metrics: Mapping[str, float], every: int) -> None:
+        """One update: `tokens` were processed for it. A line is written every `every` updates."""
+        self.tokens += tokens
+        self.bar.update()
+        if step % every == 0:
+            speed = self.tokens / (time.perf_counter() - self.since)
+            self.tokens, self.since = 0, time.perf_counter()
+            self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:,.0f} tok/s")
+            self.write(step, "train", {**metrics, "tokens_per_second": round(speed, 1)})
+
+    def write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "type": kind, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came; the run stopped between two updates and can be resumed."""
+
+
+@contextlib.contextmanager
+def delayed_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C inside is noted in the list this yields, and does not break off an update; a second one does."""
+    caught: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,129 @@
+"""What both loops do before the first step and behind the last: load the policy and its data, save the result."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from phi2.data.encode import Encoded, encode_records
+from phi2.data.loader import Windows
+from phi2.data.sources import load_records, split_records
+from phi2.generate import generate
+from phi2.hub import resolve
+from phi2.lora import attach, has_adapter
+from phi2.model import Phi2ForCausalLM
+from phi2.peft_files import load_adapter, save_adapter
+from phi2.tokenizer import Tokenizer
+from phi2.training.config import TrainingConfig
+from phi2.training.run import write_whole
+from phi2.weights import load_model, pick_device, pick_dtype, save_pretrained
+
+
+def load_tokenizer(config: TrainingConfig) -> Tokenizer:
+    """The adapter's tokenizer where it brings one, else the model's."""
+    if config.adapter is not None and (Path(config.adapter) / "tokenizer.json").exists():
+        return Tokenizer.from_folder(config.adapter)
+    return Tokenizer.from_folder(resolve(config.model))
+
+
+def compute_dtype(config: TrainingConfig) -> torch.dtype:
+    return pick_dtype(config.dtype, pick_device(config.device))
+
+
+def autocast(config: TrainingConfig) -> AbstractContextManager:
+    """Half precision compute over float32 weights, in full training; a LoRA base is in that precision already."""
+    dtype = compute_dtype(config)
+    if config.lora is not None or dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(pick_device(config.device).type, dtype)
+
+
+def load_policy(config: TrainingConfig, checkpoint: Path | None) -> Phi2ForCausalLM:
+    """The model to train, as the configuration starts it or as a checkpoint left it.
+
+    LoRA: a frozen base in the compute dtype under float32 adapters. Full training: float32 weights.
+    """
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    if config.lora is None:
+        folder = checkpoint / "model" if checkpoint else resolve(config.model)
+        model = load_model(folder, device, torch.float32)
+    else:
+        model = load_model(resolve(config.model), device, compute_dtype(config))
+        adapter = checkpoint / "adapter" if checkpoint else config.adapter
+        if adapter is None:
+            attach(model, config.lora, config.seed)
+        else:
+            load_adapter(model, adapter, trainable=True)
+    model.model.activation_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[list[Encoded], list[Encoded]]:
+    """Training and evaluation rows as token ids; the audit is printed and kept in data_audit.json."""
+    loaded = load_records(config.data, kind)
+    train, test = loaded.records, []
+    if config.eval_data is not None:
+        test = load_records(config.eval_data, kind).records
+    elif config.test_fraction:
+        train, test = split_records(train, config.test_fraction, config.split_seed)
+    encoded, audit = encode_records(train, tokenizer, config.encode, kind)
+    audit.absorb(loaded.dropped)
+    print(audit.table())
+    write_whole(Path(config.output) / "data_audit.json", json.dumps(audit.to_dict(), indent=1))
+    return encoded, encode_records(test, tokenizer, config.encode, kind)[0] if test else []
+
+
+def windows_of(config: TrainingConfig, samples: int) -> Windows:
+    return Windows(
+        samples, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.seed, config.shuffle
+    )
+
+
+def total_steps(config: TrainingConfig, windows: Windows) -> int:
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows.per_epoch)
+
+
+def is_due(every: int, step: int, total: int) -> bool:
+    """Whether something done every `every` updates, and after the last, is due after update `step`."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def weights_saver(
+    config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, dtype: torch.dtype | None = None
+) -> Callable[[Path], None]:
+    """Writes adapter/ (PEFT) or model/ (Hugging Face, in `dtype`) into a folder, with the tokenizer."""
+
+    def save(folder: Path) -> None:
+        if has_adapter(model):
+            save_adapter(model, folder / "adapter", config.model)
+            tokenizer.save(folder / "adapter")
+        else:
+            save_pretrained(model, tokenizer, folder / "model", dtype=dtype, overwrite=True)
+
+    return save
+
+
+def write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, step: int) -> None:
+    """Answers every sample prompt greedily and appends the answers to samples.jsonl."""
+    style = {"prompt_style": tokenizer.prompt_style}
+    with (Path(config.output) / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for prompt in config.sample_prompts:
+            answer = generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, **style)
+            line = {"step": step, "prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Stops a run whose loss is no number any more.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    if not math.isfinite(loss):
+        raise ValueError(f"step {step}: the loss is {loss}; try a lower learning_rate, or another dtype than float16")

@@ -1,0 +1,171 @@
+"""Supervised fine-tuning, the whole loop: read it from `train` downwards.
+
+The loss of an update is the mean over the target tokens of its whole window, so the gradient does not depend on how the
+window is split into micro-batches, nor on packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from phi2.data.encode import EncodedSequence
+from phi2.data.packing import TokenRow, best_fit, row_of_sequences, wrapped
+from phi2.losses.head import target_logps
+from phi2.model import Phi2ForCausalLM
+from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
+from phi2.training.config import TrainingConfig
+from phi2.training.optim import Optimizer
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
+from phi2.training.setup import (
+    autocast,
+    compute_dtype,
+    is_due,
+    load_data,
+    load_policy,
+    load_tokenizer,
+    require_finite,
+    total_steps,
+    weights_saver,
+    windows_of,
+    write_samples,
+)
+
+Block = list[EncodedSequence]  # what one sample of a micro-batch holds: one sequence, or those packed together
+
+
+@dataclass
+class SFTConfig(TrainingConfig):
+    """Settings of a supervised run."""
+
+    packing: Literal["none", "best_fit", "wrapped"] = "none"
+    """Samples of packing_length tokens: whole rows best-fitted and kept apart, or joined and cut (trl's old form)."""
+    packing_length: int = 1024
+    """Tokens of a packed sample."""
+    neftune_noise_alpha: float = 0.0
+    """NEFTune: uniform noise of size alpha / sqrt(tokens * hidden_size) on the embeddings of a sample."""
+    add_chatml: bool = True
+    """Give a base tokenizer without them the tokens <|im_start|> and <|im_end|>, and the ChatML template."""
+    from_scratch: bool = False
+    """Start from random weights of the model folder's config.json; needs lora: null."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.from_scratch and self.lora is not None:
+            raise ValueError("from_scratch trains every weight: it needs lora: null")
+        if self.packing != "none" and self.packing_length < 2:
+            raise ValueError(f"packing_length must be at least 2, got {self.packing_length}")
+
+
+def train(config: SFTConfig) -> Path:
+    """Runs, or resumes, a supervised run and returns its folder.
+
+    Raises:
+        ValueError: for settings, data or an output folder that cannot be used, and when the loss is no number any more.
+        Interrupted: after Ctrl-C, with a checkpoint to resume from.
+    """
+    checkpoint, run = open_run(config), Path(config.output)
+    tokenizer = load_tokenizer(config)
+    if config.add_chatml and tokenizer.prompt_style != "chatml":
+        tokenizer = tokenizer.with_chatml()
+    train_rows, eval_rows = load_data(config, tokenizer, "supervised")
+    blocks = pack(train_rows, config, tokenizer.eos_id)
+    model = load_policy(config, checkpoint)
+    save_weights = weights_saver(config, model, tokenizer)
+
+    windows = windows_of(config, len(blocks))
+    total = total_steps(config, windows)
+    optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
+    done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
+    log = Log(run, done, total, "sft")
+    model.train()
+    with delayed_interrupt() as interrupted:
+        for step in range(done + 1, total + 1):
+            batches = [[blocks[i] for i in batch] for batch in windows.at(step - 1)]
+            metrics = update(config, model, optimizer, batches)
+            require_finite(metrics["loss"], step)
+            tokens = sum(len(s.ids) for batch in batches for block in batch for s in block)
+            log.train(step, tokens, {**metrics, "epoch": step / windows.per_epoch}, config.logging_steps)
+            if is_due(config.eval_steps, step, total):
+                if eval_rows:
+                    log.write(step, "eval", evaluate(config, model, eval_rows))
+                write_samples(config, model, tokenizer, step)
+            if interrupted or is_due(config.save_steps, step, total):
+                save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
+            if interrupted and step < total:
+                raise Interrupted(f"stopped after step {step}; go on with resume: true")
+    log.close()
+    weights_saver(config, model, tokenizer, compute_dtype(config))(run)
+    return run
+
+
+def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list[Block]:
+    """The samples of the run, by `config.packing`."""
+    if config.packing == "none":
+        return [[row] for row in rows]
+    if config.packing == "wrapped":
+        return [[block] for block in wrapped(rows, config.packing_length, separator)]
+    return [[rows[i] for i in block] for block in best_fit([len(r.ids) for r in rows], config.packing_length)]
+
+
+def update(
+    config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, batches: list[list[Block]]
+) -> dict[str, float]:
+    """One optimizer step over a window of micro-batches; returns its metrics."""
+    tokens = sum(s.target_tokens for batch in batches for block in batch for s in block)
+    noise, loss = config.neftune_noise_alpha, torch.zeros((), device=model.device)
+    for batch in batches:
+        row = row_of_sequences([s for block in batch for s in block]).to(model.device)
+        add_noise = neftune(noise, [sum(len(s.ids) for s in block) for block in batch]) if noise else None
+        with autocast(config):
+            logps = forward(model, row, add_noise)
+        micro_loss = -logps.sum() / tokens
+        optimizer.backward(micro_loss)
+        loss += micro_loss.detach()
+    learning_rate = optimizer.learning_rate
+    norm = optimizer.step()
+    return {"loss": loss.item(), "grad_norm": norm, "learning_rate": learning_rate, "target_tokens": tokens}
+
+
+def forward(model: Phi2ForCausalLM, row: TokenRow, add_noise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """(N,) log-probabilities of a row's targets."""
+    embeddings = model.model.embed_tokens(row.input_ids)
+    if add_noise is not None:
+        embeddings = add_noise(embeddings)
+    hidden = model.model(inputs_embeds=embeddings, positions=row.positions, visible_until=row.visible_until)
+    return target_logps(model, hidden, row.rows, row.targets)[0]
+
+
+def neftune(alpha: float, lengths: list[int]) -> Callable[[Tensor], Tensor]:
+    """NEFTune: x + uniform(-m, m), m = alpha / sqrt(tokens of the sample * C).
+
+    Args:
+        lengths: tokens of each sample in the row.
+    Source: arXiv:2310.05914 Algorithm 1.
+    """
+
+    def add_noise(x: Tensor) -> Tensor:  # (1, T, C)
+        tokens = torch.tensor(lengths, dtype=torch.float32, device=x.device)
+        size = alpha / (tokens * x.shape[-1]).sqrt()
+        return x + torch.zeros_like(x).uniform_(-1, 1) * size.repeat_interleave(tokens.long())[:, None].to(x.dtype)
+
+    return add_noise
+
+
+@torch.no_grad()
+def evaluate(config: SFTConfig, model: Phi2ForCausalLM, rows: Sequence[EncodedSequence]) -> dict[str, float]:
+    """Mean loss per target token over all rows, whatever the batch size."""
+    model.eval()
+    batch_size, total, tokens = config.per_device_train_batch_size, 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        row = row_of_sequences(rows[start : start + batch_size]).to(model.device)
+        with autocast(config):
+            total -= forward(model, row).sum().item()
+        tokens += len(row.targets)
+    model.train()
+    return {"eval_loss": total / tokens, "target_tokens": tokens}
