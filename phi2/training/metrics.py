@@ -14,9 +14,9 @@ from phi2.losses.preference import PairBatch
 def pair_metrics(pairs: PairBatch, losses: Tensor, beta: float) -> dict[str, Tensor]:
     """One value per pair, (B,), of everything that is reported.
 
-    Rewards are beta times the log-ratio to the reference; without one, beta times the log-probability
-    per token. `kl` estimates KL(policy to reference) on the answers by the k3 estimator, mean of exp(-l) - 1 + l per token; the
-    answers are the data's and not the policy's own, so it says how far the policy moved on them.
+    Rewards are beta times the log-ratio to the reference; without one, beta times the log-probability per token. `kl`
+    estimates KL(policy to reference) by the k3 estimator, the mean of exp(-l) - 1 + l over the answers' tokens. The
+    answers are the data's, not the policy's own, so it says how far the policy moved on them.
 
     Args:
         losses: (B,) of the same pairs.

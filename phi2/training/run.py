@@ -33,11 +33,11 @@ def open_run(config: TrainingConfig) -> Path | None:
         ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
     """
     run, settings = Path(config.output), to_plain(config)
-    if (run / "config.yaml").exists():
+    if (run / "metrics.jsonl").exists():
         if not config.resume:
             raise ValueError(f"{run} holds a run already; give another output, or resume: true to go on with it")
         _require_same(run / "config.yaml", settings)
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and not (run / "config.yaml").exists() and any(run.iterdir()):
         raise ValueError(f"{run} exists and holds no run of ours; give another output")
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))

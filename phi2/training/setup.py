@@ -21,7 +21,7 @@ from phi2.peft_files import load_adapter, save_adapter
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
 from phi2.training.run import write_whole
-from phi2.weights import load_model, pick_device, pick_dtype, save_pretrained
+from phi2.weights import load_config, load_model, pick_device, pick_dtype, save_pretrained
 
 
 def load_tokenizer(config: TrainingConfig) -> Tokenizer:
@@ -43,14 +43,19 @@ def autocast(config: TrainingConfig) -> AbstractContextManager:
     return torch.autocast(pick_device(config.device).type, dtype)
 
 
-def load_policy(config: TrainingConfig, checkpoint: Path | None) -> Phi2ForCausalLM:
+def load_policy(config: TrainingConfig, checkpoint: Path | None, from_scratch: bool = False) -> Phi2ForCausalLM:
     """The model to train, as the configuration starts it or as a checkpoint left it.
 
-    LoRA: a frozen base in the compute dtype under float32 adapters. Full training: float32 weights.
+    LoRA: a frozen base in the compute dtype under float32 adapters. Full training: float32 weights, random ones
+    `from_scratch`.
     """
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    if config.lora is None:
+    if from_scratch and not checkpoint:
+        model = Phi2ForCausalLM(load_config(resolve(config.model)))
+        model.init_weights(config.seed)
+        model.to(device)
+    elif config.lora is None:
         folder = checkpoint / "model" if checkpoint else resolve(config.model)
         model = load_model(folder, device, torch.float32)
     else:
@@ -73,7 +78,7 @@ def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[
     elif config.test_fraction:
         train, test = split_records(train, config.test_fraction, config.split_seed)
     encoded, audit = encode_records(train, tokenizer, config.encode, kind)
-    audit.absorb(loaded.dropped)
+    audit.merge(loaded.dropped)
     print(audit.table())
     write_whole(Path(config.output) / "data_audit.json", json.dumps(audit.to_dict(), indent=1))
     return encoded, encode_records(test, tokenizer, config.encode, kind)[0] if test else []

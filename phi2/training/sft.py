@@ -75,7 +75,7 @@ def train(config: SFTConfig) -> Path:
         tokenizer = tokenizer.with_chatml()
     train_rows, eval_rows = load_data(config, tokenizer, "supervised")
     blocks = pack(train_rows, config, tokenizer.eos_id)
-    model = load_policy(config, checkpoint)
+    model = load_policy(config, checkpoint, config.from_scratch)
     save_weights = weights_saver(config, model, tokenizer)
 
     windows = windows_of(config, len(blocks))
