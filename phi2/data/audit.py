@@ -111,15 +111,18 @@ class Audit:
         """The audit as aligned lines: name, count, share and what it means. Flags that no row carries are left out."""
         rows = [("rows", self.rows, ""), ("kept", self.kept, _share(self.kept, self.rows))]
         for rule, dropped in sorted(self.dropped.items(), key=lambda item: -item[1].rows):
-            rows.append((f"dropped {rule}", dropped.rows, f"{_share(dropped.rows, self.rows)}  {dropped.reason}"))
+            rows.append((f"dropped {rule}", dropped.rows, f"{_share(dropped.rows, self.rows)}  first {dropped.reason}"))
         for flag in FLAGS:
             if self.flags[flag]:
                 rows.append((flag, self.flags[flag], f"{_share(self.flags[flag], self.kept)}  {FLAGS[flag]}"))
         rows.append(("tokens", self.tokens, ""))
         rows.append(("target_tokens", self.target_tokens, _share(self.target_tokens, self.tokens)))
         rows += [(f"length {name}", value, "") for name, value in self.percentiles().items()]
-        width = max(len(name) for name, _, _ in rows)
-        return "\n".join(f"{name:<{width}}  {count:>12,}  {note}".rstrip() for name, count, note in rows)
+        name_width = max(len(name) for name, _, _ in rows)
+        count_width = max(len(f"{count:,}") for _, count, _ in rows)
+        return "\n".join(
+            f"{name:<{name_width}}  {count:>{count_width},}  {note}".rstrip() for name, count, note in rows
+        )
 
 
 def _share(part: int, whole: int) -> str:

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -141,6 +142,21 @@ def preference_loss(name: str, *, reference_free: bool = False) -> Callable[[Los
         return function
 
     return register
+
+
+def load_loss_file(path: str | Path) -> None:
+    """Runs a Python file of the user's, for the losses it registers.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it cannot be run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"loss_file {path}: no such file")
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), str(path), "exec"), {"__name__": Path(path).stem})
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"loss_file {path}: {type(error).__name__}: {error}") from error
 
 
 def bind_loss(name: str, knobs: Mapping[str, float]) -> Callable[[PairBatch], Tensor]:

@@ -10,9 +10,9 @@ from phi2.data.sources import DataSpec
 from phi2.lora import LoraConfig
 
 
-@dataclass
-class TrainingConfig:
-    """What to train, on what, for how long, and where the results go."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(EncodeConfig):
+    """What to train, on what, for how long, and where the results go; and, inherited, how rows become tokens."""
 
     model: str
     """Folder, hub id or "nano": the checkpoint to start from."""
@@ -20,8 +20,6 @@ class TrainingConfig:
     """Files, hub data sets or named sources, separated by commas; or a list with options for each."""
     output: str
     """Folder of this run; it must not hold another run."""
-    encode: EncodeConfig = field(default_factory=EncodeConfig)
-    """How rows become tokens."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """LoRA settings; null trains every weight."""
     adapter: str | None = None
@@ -80,6 +78,7 @@ class TrainingConfig:
     """Prompts answered greedily at every evaluation, into samples.jsonl."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

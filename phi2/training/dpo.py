@@ -20,7 +20,7 @@ from phi2.data.encode import EncodedPair
 from phi2.data.packing import row_of_pairs
 from phi2.hub import resolve
 from phi2.losses.head import target_logps
-from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss
+from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, load_loss_file
 from phi2.model import Phi2ForCausalLM
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
@@ -34,7 +34,7 @@ from phi2.training.setup import (
     is_due,
     load_data,
     load_policy,
-    load_tokenizer,
+    policy_tokenizer,
     require_finite,
     total_steps,
     weights_saver,
@@ -46,7 +46,7 @@ from phi2.weights import load_model
 STEP_0_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}  # nats per token
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainingConfig):
     """Settings of a preference run."""
 
@@ -101,9 +101,11 @@ def train(config: DPOConfig) -> Path:
             at the first step; when the loss is no number any more.
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
+    if config.loss_file is not None:
+        load_loss_file(config.loss_file)
     loss = bind_loss(config.loss, config.knobs)
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer = load_tokenizer(config)
+    tokenizer = policy_tokenizer(config)
     pairs, eval_pairs = load_data(config, tokenizer, "preference")
     model = load_policy(config, checkpoint)
     reference = make_reference(config, model, checkpoint, [*pairs, *eval_pairs])

@@ -21,14 +21,12 @@ from phi2.peft_files import load_adapter, save_adapter
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
 from phi2.training.run import write_whole
-from phi2.weights import load_config, load_model, pick_device, pick_dtype, save_pretrained
+from phi2.weights import load_config, load_model, load_tokenizer, pick_device, pick_dtype, save_pretrained
 
 
-def load_tokenizer(config: TrainingConfig) -> Tokenizer:
-    """The adapter's tokenizer where it brings one, else the model's."""
-    if config.adapter is not None and (Path(config.adapter) / "tokenizer.json").exists():
-        return Tokenizer.from_folder(config.adapter)
-    return Tokenizer.from_folder(resolve(config.model))
+def policy_tokenizer(config: TrainingConfig) -> Tokenizer:
+    """The tokenizer of the adapter that is trained further, where it brings one, else of the model."""
+    return load_tokenizer(resolve(config.model), None if config.adapter is None else resolve(config.adapter))
 
 
 def compute_dtype(config: TrainingConfig) -> torch.dtype:
@@ -64,7 +62,7 @@ def load_policy(config: TrainingConfig, checkpoint: Path | None, from_scratch: b
         if adapter is None:
             attach(model, config.lora, config.seed)
         else:
-            load_adapter(model, adapter, trainable=True)
+            load_adapter(model, resolve(adapter), trainable=True)
     model.model.activation_checkpointing = config.gradient_checkpointing
     return model
 
@@ -77,11 +75,11 @@ def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[
         test = load_records(config.eval_data, kind).records
     elif config.test_fraction:
         train, test = split_records(train, config.test_fraction, config.split_seed)
-    encoded, audit = encode_records(train, tokenizer, config.encode, kind)
+    encoded, audit = encode_records(train, tokenizer, config, kind)
     audit.merge(loaded.dropped)
     print(audit.table())
     write_whole(Path(config.output) / "data_audit.json", json.dumps(audit.to_dict(), indent=1))
-    return encoded, encode_records(test, tokenizer, config.encode, kind)[0] if test else []
+    return encoded, encode_records(test, tokenizer, config, kind)[0] if test else []
 
 
 def windows_of(config: TrainingConfig, samples: int) -> Windows:

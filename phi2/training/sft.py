@@ -28,7 +28,7 @@ from phi2.training.setup import (
     is_due,
     load_data,
     load_policy,
-    load_tokenizer,
+    policy_tokenizer,
     require_finite,
     total_steps,
     weights_saver,
@@ -39,7 +39,7 @@ from phi2.training.setup import (
 Block = list[EncodedSequence]  # what one sample of a micro-batch holds: one sequence, or those packed together
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainingConfig):
     """Settings of a supervised run."""
 
@@ -70,7 +70,7 @@ def train(config: SFTConfig) -> Path:
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer = load_tokenizer(config)
+    tokenizer = policy_tokenizer(config)
     if config.add_chatml and tokenizer.prompt_style != "chatml":
         tokenizer = tokenizer.with_chatml()
     train_rows, eval_rows = load_data(config, tokenizer, "supervised")

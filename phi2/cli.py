@@ -1,0 +1,320 @@
+"""The command line: one table of commands, each a function whose arguments are its flags.
+
+Flags, their help and their checks come from the functions' signatures and docstrings, and for the training commands
+from the fields of their config, so nothing is said twice. `--config FILE.yaml` sets flags from a file, flags given
+beside it win, `--print_config` shows the result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+DONE, FAILED, BAD_USAGE = 0, 1, 2
+
+
+def generate(
+    model: str,
+    prompt: str,
+    adapter: str | None = None,
+    system: str | None = None,
+    prompt_style: Literal["auto", "raw", "instruct", "chatml"] = "auto",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: list[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Answer one prompt, streaming.
+
+    Args:
+        model: Folder, hub id or "nano".
+        prompt: The text; "-" reads it from standard input.
+        adapter: Folder or hub id of a LoRA adapter.
+        system: System message; the prompt is then a user's turn.
+        prompt_style: How the model sees the prompt; auto is chatml for a chat model, else raw.
+        max_new_tokens: Tokens to generate at most.
+        temperature: 0 is greedy.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the most likely tokens up to this probability.
+        min_p: Keep tokens at least this many times as likely as the likeliest.
+        repetition_penalty: Above 1, makes tokens that are there already less likely.
+        seed: Of the sampling.
+        stop: Strings the answer ends before.
+        device: cpu, cuda, or auto.
+        dtype: float32, bfloat16, float16, or auto.
+    """
+    import phi2
+
+    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    style = ("chatml" if tokenizer.prompt_style == "chatml" else "raw") if prompt_style == "auto" else prompt_style
+    if system is not None:
+        text, style = [{"role": "system", "content": system}, {"role": "user", "content": text}], None
+    chunk = None
+    for chunk in phi2.stream(
+        loaded,
+        tokenizer,
+        text,
+        prompt_style=style,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+    ):
+        print(chunk.text, end="", flush=True)
+    print()
+    if chunk is not None:
+        print(
+            f"{chunk.prompt_tokens} prompt tokens at {chunk.prompt_tps:.0f} tok/s,"
+            f" {chunk.generation_tokens} generated at {chunk.generation_tps:.1f} tok/s, {chunk.finish_reason}",
+            file=sys.stderr,
+        )
+
+
+def chat(
+    model: str,
+    adapter: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Talk with a model in the terminal; /help lists what can be typed.
+
+    Args:
+        model: Folder, hub id or "nano".
+        adapter: Folder or hub id of a LoRA adapter.
+        system: System message.
+        max_new_tokens: Tokens of a reply at most.
+        temperature: 0 is greedy.
+        top_p: Keep the most likely tokens up to this probability.
+        repetition_penalty: Above 1, makes tokens that are there already less likely.
+        seed: Of the sampling.
+        device: cpu, cuda, or auto.
+        dtype: float32, bfloat16, float16, or auto.
+    """
+    import phi2
+    from phi2.chat import run_chat
+
+    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter)
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    run_chat(phi2.ChatSession(loaded, tokenizer, system, repetition_penalty=repetition_penalty, **sampling))
+
+
+def sft(config: Any) -> None:
+    """Supervised fine-tuning, with LoRA or in full."""
+    from phi2.lab.report import write_report
+    from phi2.training.sft import train
+
+    _announce(run := train(config), write_report(run))
+
+
+def dpo(config: Any) -> None:
+    """Preference optimisation: DPO and its family, with LoRA or in full."""
+    from phi2.lab.report import write_report
+    from phi2.training.dpo import train
+
+    _announce(run := train(config), write_report(run))
+
+
+def _announce(run: Path, *files: Path) -> None:
+    result = next(run / name for name in ("adapter", "model") if (run / name).exists())
+    print("\n".join(f"wrote {path}" for path in (result, *files)))
+
+
+def merge(model: str, adapter: str, output: str, dtype: str | None = None) -> None:
+    """Add a LoRA adapter to the weights it was trained on.
+
+    Args:
+        model: Folder or hub id of the base the adapter was trained on.
+        adapter: Folder or hub id of the adapter.
+        output: Folder to write; it must be empty or new.
+        dtype: float32, bfloat16 or float16; unset, that of the base.
+    """
+    from phi2.convert import merge_adapter
+
+    print(f"wrote {merge_adapter(model, adapter, output, dtype)}")
+
+
+def convert(
+    model: str, output: str, dtype: str | None = None, vocab_size: int | None = None, add_chatml: bool = False
+) -> None:
+    """Write a checkpoint in another dtype, with another vocabulary, or with ChatML tokens.
+
+    Args:
+        model: Folder or hub id.
+        output: Folder to write; it must be empty or new.
+        dtype: float32, bfloat16 or float16; unset, as it is.
+        vocab_size: Rows of the embedding and the head; unset, as it is.
+        add_chatml: Give the tokenizer <|im_start|>, <|im_end|> and the ChatML template.
+    """
+    from phi2.convert import convert
+
+    print(f"wrote {convert(model, output, dtype, vocab_size, add_chatml)}")
+
+
+def evaluate(
+    model: str,
+    adapter: str | None = None,
+    items: int = 100,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Grade a model on the five toy skills, with 95 % intervals.
+
+    Args:
+        model: Folder, hub id or "nano".
+        adapter: Folder or hub id of a LoRA adapter.
+        items: Held-out questions of each skill.
+        seed: Of the choice of questions.
+        device: cpu, cuda, or auto.
+        dtype: float32, bfloat16, float16, or auto.
+    """
+    import phi2
+    from phi2.evaluation.toy import evaluate
+
+    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter)
+    for skill, score in evaluate(loaded, tokenizer, items, seed).items():
+        print(f"{skill:<12} {score}")
+
+
+def inspect(config: Any) -> None:
+    """Show rows as a run would see them: every token, which ones are learnt, and the audit of all rows."""
+    from phi2.data.inspect import inspect_data
+
+    print(inspect_data(config))
+
+
+def quickstart(output: str = "runs/quickstart", seed: int = 0) -> None:
+    """Base, SFT, DPO, merge, grades, a chat and a report on the tiny embedded model, in minutes on a CPU.
+
+    Args:
+        output: Folder for the runs and the report.
+        seed: Of everything that is drawn.
+    """
+    from phi2.demo.quickstart import quickstart
+
+    quickstart(output, seed)
+
+
+class Command(NamedTuple):
+    """A function, and where its config class is if it takes one."""
+
+    run: Callable[..., None]
+    config: str = ""
+
+
+COMMANDS = {
+    "generate": Command(generate),
+    "chat": Command(chat),
+    "sft": Command(sft, "phi2.training.sft:SFTConfig"),
+    "dpo": Command(dpo, "phi2.training.dpo:DPOConfig"),
+    "merge": Command(merge),
+    "convert": Command(convert),
+    "evaluate": Command(evaluate),
+    "inspect": Command(inspect, "phi2.data.inspect:InspectConfig"),
+    "quickstart": Command(quickstart),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0 done, 1 failed, 2 bad usage."""
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+        return DONE
+    if name not in COMMANDS:
+        return _fail("phi2", f"command must be one of {', '.join(COMMANDS)}, got {name!r}", BAD_USAGE)
+    try:
+        call = parse(name, arguments)
+    except UsageError as error:
+        return _fail(f"phi2 {name}", str(error), BAD_USAGE)
+    return _run(f"phi2 {name}", call)
+
+
+def _run(command: str, call: Callable[[], None]) -> int:
+    import torch
+
+    try:
+        call()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        return _fail(command, str(error), FAILED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(command, str(interrupt) or "interrupted", FAILED)
+    return DONE
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def overview() -> str:
+    """What `phi2 --help` prints."""
+    lines = [f"  {name:<12}{command.run.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: phi2 COMMAND [flags]; phi2 COMMAND --help lists the flags", "", *lines])
+
+
+class UsageError(Exception):
+    """The command line does not say something that can be run."""
+
+
+def parse(name: str, arguments: list[str]) -> Callable[[], None]:
+    """The call that a command line asks for.
+
+    Raises:
+        UsageError: one line saying what is wrong.
+        SystemExit: after --help and --print_config.
+    """
+    import jsonargparse
+
+    command = COMMANDS[name]
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=f"phi2 {name}", description=_about(command), exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of flags; flags given beside it win.")
+    target = _config_class(command)
+    if target is None:
+        parser.add_function_arguments(command.run, as_group=False)
+    else:
+        parser.add_class_arguments(target, as_group=False)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+        values = {key: value for key, value in vars(parsed).items() if key != "config"}
+        return partial(command.run, **values) if target is None else partial(command.run, target(**values))
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _config_class(command: Command) -> type | None:
+    module, _, name = command.config.partition(":")
+    return getattr(importlib.import_module(module), name) if module else None
+
+
+def _about(command: Command) -> str:
+    """First line of the docstring; for dpo also the registered losses with their knobs."""
+    about = command.run.__doc__.splitlines()[0]
+    if command.run is not dpo:
+        return about
+    from phi2.losses.preference import PREFERENCE_LOSSES
+
+    knobs = {name: ", ".join(f"{k}={v:g}" for k, v in loss.knobs.items()) for name, loss in PREFERENCE_LOSSES.items()}
+    return about + " Losses: " + "; ".join(f"{name}({text})" for name, text in knobs.items()) + "."

@@ -1,0 +1,348 @@
+"""From records to token ids, and which of them are learnt.
+
+The text of a record (`pieces.py`) is tokenised in batches, and its pieces, context or target, become a mask over
+tokens. Everything goes by position: no token id is ever compared with the padding id, which is often the end token too.
+Two rules differ between libraries:
+
+Boundary. A token may span the end of a prompt and the beginning of its answer. `joint` tokenises the whole text, and
+the target begins at the first token that the prompt alone would not have given (trl's rule); in a conversation that is
+trained in several places, a token belongs to where its last character lies. `split` tokenises context and target apart,
+as generation meets them.
+
+Truncation. `keep_start` cuts the end off, as trl does since 1.0; a row without any target left is dropped. `keep_end`,
+for pairs, is trl's rule before that: when the prompt with the longer answer exceeds `max_length`, the prompt keeps its
+last `max_prompt_length` tokens; if that is still too long, both answers keep their first
+`max_length - max_prompt_length`. `drop` leaves long rows out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from tokenizers import Encoding
+from tqdm import tqdm
+
+from phi2.data.audit import Audit
+from phi2.data.pieces import Piece, TrainOn, pair_texts, supervised_pieces
+from phi2.data.records import Chat, Origin, Pair, Plain, Record, RowError
+from phi2.tokenizer import Tokenizer
+
+BATCH_ROWS = 1000
+Boundary = Literal["joint", "split"]
+TruncationMode = Literal["keep_start", "keep_end", "drop"]
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How records become token ids.
+
+    Raises:
+        ValueError: for a value that is not allowed, and for one that another setting would leave without effect.
+    """
+
+    max_length: int | None = 1024
+    """Longest sequence in tokens, prompt and answer together; null for no limit."""
+    train_on: TrainOn = "completion"
+    """What a supervised row teaches: its last answer, all assistant turns or all tokens; never a turn of weight 0."""
+    boundary: Boundary = "joint"
+    """Tokenise prompt and answer as one text, where a token that spans both counts as answer, or split them first."""
+    truncation_mode: TruncationMode = "keep_start"
+    """What a row over max_length loses: its end, its prompt's beginning (keep_end, only pairs) or everything (drop)."""
+    max_prompt_length: int | None = None
+    """Prompt tokens that keep_end keeps in a row that is too long; null for half of max_length."""
+    append_eos: bool = True
+    """Put the end token behind text that does not end in one."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("train_on", TrainOn), ("boundary", Boundary), ("truncation_mode", TruncationMode)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2, one token to read and one to predict, got {self.max_length}"
+            )
+        if self.max_length is None and self.truncation_mode != "keep_start":
+            raise ValueError(f"truncation_mode {self.truncation_mode} needs a max_length, got none")
+        if self.max_prompt_length is not None:
+            if self.truncation_mode != "keep_end":
+                raise ValueError(f"max_prompt_length needs truncation_mode keep_end, got {self.truncation_mode}")
+            if not 0 < self.max_prompt_length < self.max_length:
+                raise ValueError(
+                    f"max_prompt_length must be in [1, {self.max_length - 1}], got {self.max_prompt_length}"
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedSequence:
+    """One supervised row.
+
+    Attributes:
+        ids: (T,) int32 token ids.
+        mask: (T,) bool, True where the token is a target. Nothing predicts the first token, whatever its mask says.
+        flags: names in `audit.FLAGS`.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    origin: Origin
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def target_tokens(self) -> int:
+        return int(self.mask[1:].sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPair:
+    """One preference row; every token of the two answers is a target.
+
+    Attributes:
+        prompt: (P,) int32 token ids, P >= 1, up to and with the tokens that open the assistant's turn.
+        chosen: (C,) int32 token ids that follow the prompt.
+        rejected: (R,) int32 token ids that follow the prompt.
+        columns: the row's scores, weights and labels.
+        flags: names in `audit.FLAGS`.
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    origin: Origin
+    columns: dict[str, float | str]
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two sequences."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with the prompt counted once."""
+        return len(self.prompt) + self.target_tokens
+
+    @property
+    def target_tokens(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+Encoded = EncodedSequence | EncodedPair
+
+
+class Draft(NamedTuple):
+    """A record written out: the texts to tokenise, and the function that makes arrays of their encodings."""
+
+    texts: list[str]
+    finish: Callable[[list[Encoding]], Encoded]
+
+
+def encode_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedSequence:
+    """The token ids of one row, and the mask of what is learnt.
+
+    Raises:
+        RowError: when the row cannot be used; it names file, row and rule.
+        ValueError: for options that are not for supervised rows.
+    """
+    draft = _drafter("supervised", options)(record, tokenizer, options)
+    return draft.finish(_tokenize(draft.texts, tokenizer))
+
+
+def encode_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedPair:
+    """The token ids of a prompt and of its two answers.
+
+    Raises:
+        RowError: when the row cannot be used; it names file, row and rule.
+        ValueError: for options that are not for pairs.
+    """
+    draft = _drafter("preference", options)(record, tokenizer, options)
+    return draft.finish(_tokenize(draft.texts, tokenizer))
+
+
+def encode_records(
+    records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
+) -> tuple[list[Encoded], Audit]:
+    """Encodes a data set; rows that cannot be used are dropped and counted.
+
+    Args:
+        records: all of one kind.
+        kind: "supervised" gives `EncodedSequence`s, "preference" gives `EncodedPair`s.
+
+    Raises:
+        ValueError: for options that do not fit the kind, and when no row is left.
+    """
+    draft_record = _drafter(kind, options)
+    encoded, audit = [], Audit()
+    with tqdm(total=len(records), desc="encode", unit=" rows", delay=2, disable=None) as progress:
+        for start in range(0, len(records), BATCH_ROWS):
+            batch = records[start : start + BATCH_ROWS]
+            drafts = [d for record in batch if (d := _unless_refused(audit, draft_record, record, tokenizer, options))]
+            encodings = iter(_tokenize([text for draft in drafts for text in draft.texts], tokenizer))
+            parts = [list(islice(encodings, len(draft.texts))) for draft in drafts]
+            rows = (_unless_refused(audit, draft.finish, part) for draft, part in zip(drafts, parts, strict=True))
+            encoded += [row for row in rows if row]
+            progress.update(len(batch))
+    for row in encoded:
+        audit.keep(row.length, row.tokens, row.target_tokens, row.flags)
+    if not encoded:
+        reasons = "; ".join(
+            f"{rule} {dropped.rows}x, first {dropped.reason}" for rule, dropped in audit.dropped.items()
+        )
+        raise ValueError(f"no usable row among {audit.rows}: {reasons or 'the data set is empty'}")
+    return encoded, audit
+
+
+def _unless_refused(audit: Audit, function: Callable, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except RowError as error:
+        audit.drop(error)
+        return None
+
+
+def _drafter(kind: str, options: EncodeConfig) -> Callable[[Record, Tokenizer, EncodeConfig], Draft]:
+    if kind not in ("supervised", "preference"):
+        raise ValueError(f"kind must be supervised or preference, got {kind!r}")
+    if kind == "supervised" and options.truncation_mode == "keep_end":
+        raise ValueError("truncation_mode must be keep_start or drop for supervised rows, got keep_end")
+    if kind == "preference" and options.train_on != "completion":
+        raise ValueError(
+            f"train_on must be completion for preference rows, whose answers are learnt, got {options.train_on}"
+        )
+    return _draft_supervised if kind == "supervised" else _draft_pair
+
+
+def _tokenize(texts: list[str], tokenizer: Tokenizer) -> list[Encoding]:
+    return tokenizer._backend.encode_batch(texts, add_special_tokens=False)
+
+
+def _array(encoding: Encoding) -> np.ndarray:
+    return np.array(encoding.ids, dtype=np.int32)
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    shorter = min(len(a), len(b))
+    different = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+# ---- supervised rows ----
+
+
+def _draft_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> Draft:
+    pieces, flags = supervised_pieces(record, tokenizer, options.train_on, options.append_eos)
+    texts = [piece.text for piece in pieces]
+    if options.boundary == "joint":  # the prompt alone is needed too where there is one
+        texts = [*texts[:1], "".join(texts)] if _is_prompt_and_answer(pieces) else ["".join(texts)]
+    return Draft(texts, partial(_sequence, record.origin, pieces, flags, tokenizer, options))
+
+
+def _is_prompt_and_answer(pieces: list[Piece]) -> bool:
+    return [piece.target for piece in pieces] == [False, True]
+
+
+def _sequence(
+    origin: Origin,
+    pieces: list[Piece],
+    flags: set[str],
+    tokenizer: Tokenizer,
+    options: EncodeConfig,
+    encodings: list[Encoding],
+) -> EncodedSequence:
+    ids, mask, merged = _ids_and_mask(pieces, encodings, options.boundary)
+    flags = flags | ({"boundary_merged"} if merged else set())
+    too_long = options.max_length is not None and len(ids) > options.max_length
+    if too_long and options.truncation_mode == "drop":
+        raise RowError(origin, "too-long", f"{len(ids)} tokens exceed max_length {options.max_length}")
+    if too_long:
+        flags = flags | _cut_flags(ids[options.max_length :], tokenizer)
+        ids, mask = ids[: options.max_length], mask[: options.max_length]
+    if not mask[1:].any():
+        rule = "prompt-too-long" if too_long else "nothing-to-train"
+        raise RowError(origin, rule, f"no target among its {len(ids)} tokens (train_on {options.train_on})")
+    return EncodedSequence(ids, mask, origin, frozenset(flags))
+
+
+def _ids_and_mask(
+    pieces: list[Piece], encodings: list[Encoding], boundary: Boundary
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(T,) ids, (T,) mask, and whether a token spans a boundary between context and target."""
+    arrays = [_array(encoding) for encoding in encodings]
+    if boundary == "split" or len(pieces) == 1:
+        return np.concatenate(arrays), np.repeat([p.target for p in pieces], [len(a) for a in arrays]), False
+    ids = arrays[-1]
+    if _is_prompt_and_answer(pieces):
+        start = _common_prefix(*arrays)
+        return ids, np.arange(len(ids)) >= start, start < len(arrays[0])
+    ends = np.array([end for _, end in encodings[0].offsets])  # characters up to and with each token
+    edges = np.cumsum([len(piece.text) for piece in pieces])
+    mask = np.array([piece.target for piece in pieces])[np.searchsorted(edges, ends)]
+    return ids, mask, not np.isin(edges, ends).all()
+
+
+def _cut_flags(tail: np.ndarray, tokenizer: Tokenizer) -> set[str]:
+    """What it means to lose `tail`: a text's last stop token is in the tail when any is."""
+    return {"truncated", "eos_lost"} if np.isin(tail, list(tokenizer.stop_ids)).any() else {"truncated"}
+
+
+# ---- preference rows ----
+
+
+def _draft_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> Draft:
+    (prompt, *answers), flags = pair_texts(record, tokenizer, options.append_eos)
+    if options.boundary == "joint":
+        answers = [prompt + answer for answer in answers]
+    return Draft([prompt, *answers], partial(_pair, record, flags, tokenizer, options))
+
+
+def _pair(
+    record: Pair, flags: set[str], tokenizer: Tokenizer, options: EncodeConfig, encodings: list[Encoding]
+) -> EncodedPair:
+    prompt, *answers = (_array(encoding) for encoding in encodings)
+    if options.boundary == "joint":
+        start = min(_common_prefix(prompt, whole) for whole in answers)
+        flags = flags | ({"boundary_merged"} if start < len(prompt) else set())
+        prompt, answers = prompt[:start], [whole[start:] for whole in answers]
+    if not len(prompt):
+        raise RowError(record.origin, "no-prompt", "no token of the prompt stands before the answers")
+    if np.array_equal(*answers):
+        raise RowError(record.origin, "same-answers", "chosen and rejected are the same tokens")
+    if options.max_length is not None and len(prompt) + max(map(len, answers)) > options.max_length:
+        prompt, cut = _shortened(prompt, answers, record.origin, options)
+        flags = flags.union(
+            *(_cut_flags(whole[len(kept) :], tokenizer) for whole, kept in zip(answers, cut, strict=True))
+        )
+        answers = cut
+        if np.array_equal(*answers):
+            raise RowError(
+                record.origin, "same-answers-cut", f"chosen and rejected differ only after {options.max_length} tokens"
+            )
+    return EncodedPair(prompt, *answers, record.origin, record.columns, frozenset(flags))
+
+
+def _shortened(
+    prompt: np.ndarray, answers: list[np.ndarray], origin: Origin, options: EncodeConfig
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    limit, longest = options.max_length, max(map(len, answers))
+    if options.truncation_mode == "drop":
+        raise RowError(origin, "too-long", f"{len(prompt) + longest} tokens exceed max_length {limit}")
+    if options.truncation_mode == "keep_start":
+        if len(prompt) >= limit:
+            raise RowError(origin, "prompt-too-long", f"the prompt's {len(prompt)} tokens fill max_length {limit}")
+        return prompt, [answer[: limit - len(prompt)] for answer in answers]
+    prompt_limit = options.max_prompt_length or limit // 2
+    prompt = prompt[-prompt_limit:]
+    room = longest if len(prompt) + longest <= limit else limit - prompt_limit
+    return prompt, [answer[:room] for answer in answers]

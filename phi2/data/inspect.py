@@ -1,0 +1,145 @@
+"""What a training run will see of its data, printed token by token: what is learnt, where answers begin and end.
+
+Most failed fine-tunes are visible here: a prompt inside the loss, an answer without an end token, two end tokens, a row
+cut in the middle. Targets are coloured and stand between ⟦ and ⟧, context is dim, neighbouring tokens differ in shade.
+White space that could be missed and special tokens are made visible, and nothing in a row can drive the terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from phi2.data.encode import EncodeConfig, Encoded, EncodedSequence, encode_records
+from phi2.data.records import Record
+from phi2.data.sources import load_records
+from phi2.hub import resolve
+from phi2.tokenizer import Tokenizer
+
+RESET, BOLD = "\x1b[0m", "\x1b[1m"
+SPECIAL = "\x1b[1;35m"
+SHADES = {False: ("\x1b[2m", "\x1b[90m"), True: ("\x1b[32m", "\x1b[36m")}  # target or not -> two, taken in turns
+VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(EncodeConfig):
+    """Which rows to show, and, inherited, how they become tokens."""
+
+    data: str
+    """Files, hub data sets or named sources, separated by commas."""
+    model: str
+    """Folder, hub id or "nano" whose tokenizer is used."""
+    kind: Literal["auto", "supervised", "preference"] = "auto"
+    """What the rows are for; auto takes pairs for preference data."""
+    rows: int = 3
+    """How many rows to show."""
+    ids: bool = False
+    """Show token ids too."""
+
+
+def inspect_data(config: InspectConfig) -> str:
+    """What `phi2 inspect` prints.
+
+    Raises:
+        FileNotFoundError, ValueError: when the data or the tokenizer cannot be read, or no row is usable.
+    """
+    records, kind = _load(config.data, config.kind)
+    tokenizer = Tokenizer.from_folder(resolve(config.model))
+    return inspect_rows(records, tokenizer, config, kind, config.rows, config.ids)
+
+
+def _load(data: str, kind: str) -> tuple[list[Record], str]:
+    if kind == "auto":
+        try:
+            return load_records(data, "preference").records, "preference"
+        except ValueError:  # no pairs in it: whatever else is wrong with it, the next line says
+            kind = "supervised"
+    return load_records(data, kind).records, kind
+
+
+def inspect_rows(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    options: EncodeConfig,
+    kind: str,
+    limit: int = 3,
+    ids: bool = False,
+    color: bool | None = None,
+) -> str:
+    """The first usable rows as a run would train on them, then the audit of all rows.
+
+    Args:
+        kind: "supervised" or "preference".
+        limit: rows to show; all of them are encoded for the audit.
+        ids: whether each token is followed by its id.
+        color: whether to use ANSI colours; None looks whether standard output is a terminal and NO_COLOR is unset.
+
+    Raises:
+        ValueError: for options that do not fit the kind, and when no row is usable.
+    """
+    if color is None:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    encoded, audit = encode_records(records, tokenizer, options, kind)
+    shown = [_row(row, tokenizer, ids, color) for row in encoded[:limit]]
+    return "\n\n".join([*shown, _styled(f"audit of {audit.rows} rows", BOLD, color) + "\n" + audit.table()])
+
+
+def _row(row: Encoded, tokenizer: Tokenizer, ids: bool, color: bool) -> str:
+    flags = ", ".join(sorted(row.flags))
+    header = _styled(f"{row.origin}: {_counts(row)}{'; ' if flags else ''}{flags}", BOLD, color)
+    if isinstance(row, EncodedSequence):
+        return "\n".join([header, _tokens(row.ids, row.mask, tokenizer, ids, color)])
+    lines = [header]
+    for name in ("prompt", "chosen", "rejected"):
+        part = getattr(row, name)
+        body = _tokens(part, np.full(len(part), name != "prompt"), tokenizer, ids, color)
+        lines += [_styled(f"{name} ({len(part)})", BOLD, color), body]
+    return "\n".join(lines)
+
+
+def _counts(row: Encoded) -> str:
+    return f"{row.tokens} tokens, {row.target_tokens} of them targets"
+
+
+def _tokens(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, show_ids: bool, color: bool) -> str:
+    """One text for all tokens; a character of several tokens stands at the last of them."""
+    parts, stream, inside = [], tokenizer.stream(skip_special_tokens=False), False
+    for number, (token_id, target) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+        if target != inside:
+            parts.append("⟦" if target else "⟧")
+            inside = target
+        text = stream.step(token_id)
+        style = SPECIAL if _is_special(token_id, tokenizer) else SHADES[target][number % 2]
+        parts.append(_styled(visible(text) + (f"⟨{token_id}⟩" if show_ids else ""), style, color))
+        parts.append("\n" if "\n" in text else "")
+    return "".join([*parts, visible(stream.flush()), "⟧" if inside else ""])
+
+
+def _is_special(token_id: int, tokenizer: Tokenizer) -> bool:
+    """Whether decoding would leave the token out."""
+    return not tokenizer.decode([token_id]) and bool(tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def visible(text: str) -> str:
+    """The text of a token with its outer white space marked and every character that does not print spelled out."""
+    return "".join(_printable(text))
+
+
+def _printable(text: str) -> Iterable[str]:
+    for place, character in enumerate(text):
+        if character == " " and (text.isspace() or place == len(text) - 1):
+            yield "␣"
+        elif character in VISIBLE:
+            yield VISIBLE[character]
+        else:
+            yield character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _styled(text: str, style: str, color: bool) -> str:
+    return f"{style}{text}{RESET}" if color and text else text

@@ -1,0 +1,125 @@
+"""Where a model's files are: a folder here, a repository on the Hugging Face hub, or the tiny model in this package.
+
+Downloads land in the hub's own cache and are shared with every other program that uses it. The token comes from the
+environment (`HF_TOKEN` or a login), and `HF_HUB_OFFLINE=1` keeps everything to what the cache holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NANO = Path(__file__).parent / "assets" / "nano"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+NEEDED_FILES = {
+    "model": [
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ],
+    "dataset": ["*.parquet", "*.jsonl", "*.json", "*.json.gz"],
+}
+
+
+def resolve(path_or_id: str | Path, revision: str | None = None, kind: str = "model") -> Path:
+    """The folder that holds a model or a data set.
+
+    Args:
+        path_or_id: a folder; else "nano", the tiny model of this package; else a hub id "owner/name".
+        revision: branch, tag or commit of a hub repository.
+        kind: "model" or "dataset".
+
+    Raises:
+        FileNotFoundError: when it is neither a folder nor written like a hub id.
+        ValueError: when the hub cannot be reached or does not give this repository or revision; for a file, for a
+            revision of a local folder, and for an unknown kind.
+    """
+    if kind not in NEEDED_FILES:
+        raise ValueError(f"kind must be one of {', '.join(NEEDED_FILES)}, got {kind!r}")
+    local = Path(path_or_id).expanduser()
+    if str(path_or_id) == "nano" and not local.exists():
+        local = NANO
+    if local.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} needs a hub id, and {path_or_id} is a folder here")
+        return local
+    if local.exists():
+        raise ValueError(f"{path_or_id}: must be a folder, and is a file")
+    if not HUB_ID.fullmatch(str(path_or_id)):
+        raise FileNotFoundError(f"{path_or_id}: no such folder, and not a hub id (owner/name)")
+    return _download(str(path_or_id), revision, kind)
+
+
+def push(
+    folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, message: str | None = None
+) -> str:
+    """Uploads a folder to a model repository on the hub, created if need be, and returns the address of the commit.
+
+    Raises:
+        FileNotFoundError: when there is no such folder.
+        ValueError: when the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    with _hub_errors_in_one_line(f"{repo_id}:", revision):
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+    return commit.commit_url
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ValueError: one line naming the file, when it is not UTF-8, not JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _download(repo_id: str, revision: str | None, kind: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors_in_one_line(f"{repo_id}: no such folder, and", revision):
+        folder = snapshot_download(repo_id, repo_type=kind, revision=revision, allow_patterns=NEEDED_FILES[kind])
+    return Path(folder)
+
+
+@contextmanager
+def _hub_errors_in_one_line(prefix: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    reasons = {  # the first that matches counts: a gated repository is also "not found"
+        errors.GatedRepoError: "its hub repository is gated: accept the terms on its page, and set HF_TOKEN",
+        errors.RepositoryNotFoundError: "the hub has no such repository, or HF_TOKEN does not open it",
+        errors.RevisionNotFoundError: f"the hub has no revision {revision or 'main'!r} of it",
+        errors.LocalEntryNotFoundError: "the hub is out of reach (or HF_HUB_OFFLINE is set), the cache incomplete",
+        errors.OfflineModeIsEnabled: "the hub is out of reach: HF_HUB_OFFLINE is set",
+    }
+    try:
+        yield
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), one_line(error))
+        raise ValueError(f"{prefix} {reason}") from error

@@ -1,0 +1,1 @@
+"""Experiments on preference losses, and the reports about runs."""

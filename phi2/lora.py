@@ -1,0 +1,309 @@
+"""LoRA: a linear layer keeps its frozen weight and learns a low-rank change beside it.
+
+    y = x W^T + b + s * dropout(x) A^T B^T        A (r, in), B (out, r), s = lora_alpha / r
+
+B starts at zero, so a fresh adapter changes nothing, and switching adapters off gives the base model back bit for bit:
+the reference of DPO costs no second model. A and B are float32 also on a half-precision base. A layer keeps its own
+parameters under their own names and gains `lora_A.weight` and `lora_B.weight`; `phi2.peft_files` writes and reads them.
+
+Source: arXiv:2106.09685 Eq. 3; precisions, initialisation and matching of names as in peft 0.21, `tuners/lora`.
+Dims: N rows, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Where adapters go and how large they are; names and meanings are peft's.
+
+    Raises:
+        ValueError: when a value is out of range, or a pattern is not a regular expression.
+    """
+
+    r: int = 16
+    """Rank of the learned change of every targeted layer."""
+    lora_alpha: float = 16
+    """The change is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Probability of dropping each input of an adapter while training."""
+    target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+    """Layers to adapt: endings of names, one regular expression for whole names, or all-linear (all but lm_head)."""
+    use_rslora: bool = False
+    """Divide lora_alpha by the square root of r in place of r, so that high ranks learn as fast as low ones."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some layers: regular expression for the end of a name -> r; the first that matches counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other lora_alpha for some layers, chosen like rank_pattern."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        whole, positive = "a positive whole number", "a positive number"
+        _check("r", self.r, _is_rank, whole)
+        _check("lora_alpha", self.lora_alpha, _is_alpha, positive)
+        _check("lora_dropout", self.lora_dropout, lambda p: _is_number(p) and 0 <= p < 1, "a probability in [0, 1)")
+        _check("target_modules", self.target_modules, _are_targets, "a list of names or one regular expression")
+        _check("use_rslora", self.use_rslora, lambda v: isinstance(v, bool), "true or false")
+        for name, is_value, rule in (("rank_pattern", _is_rank, whole), ("alpha_pattern", _is_alpha, positive)):
+            patterns = getattr(self, name)
+            _check(name, patterns, lambda v: isinstance(v, Mapping), "a mapping from patterns to numbers")
+            for pattern, value in patterns.items():
+                _check(f"a key of {name}", pattern, lambda p: _is_regex(_ending(p)), "a regular expression")
+                _check(f"{name} {pattern!r}", value, is_value, rule)
+
+    def rank(self, name: str) -> int:
+        """r of the layer called `name`."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def scaling(self, name: str) -> float:
+        """What multiplies the change of the layer called `name`.
+
+        Source: lora_alpha / r, arXiv:2106.09685 section 4.1; with use_rslora lora_alpha / sqrt(r), arXiv:2312.03732.
+        """
+        r = self.rank(name)
+        return _first_match(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with an adapter; weight and bias are the parameters of the layer it replaces.
+
+    Attributes:
+        lora_A, lora_B: linears without bias, (r, in) and (out, r), float32. Not initialised here.
+        scaling: multiplies the change.
+        enabled: False computes the base layer alone.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, scaling: float, dropout: float) -> None:
+        nn.Module.__init__(self)  # not Linear's: that would allocate a second weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        where = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = skip_init(nn.Linear, base.in_features, r, bias=False, **where)
+        self.lora_B = skip_init(nn.Linear, r, base.out_features, bias=False, **where)
+        self.lora_dropout = nn.Dropout(dropout)
+        self.scaling, self.enabled = scaling, True
+        self.train(base.training)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """A as `nn.Linear` starts, drawn on the CPU so that every device starts alike; B zero."""
+        start = torch.empty(self.lora_A.weight.shape)
+        self.lora_A.weight.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator))
+        self.lora_B.weight.zero_()
+
+    def lora_hidden(self, x: Tensor) -> Tensor:
+        """dropout(x) A^T, (..., r), in float32 (under autocast in autocast's dtype)."""
+        return self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out) in the dtype of the base; base and change are added in float32 and rounded once."""
+        out = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return out
+        return (out + self.lora_B(self.lora_hidden(x) * self.scaling)).to(out.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain layer of the same parameters, whose weight has taken up s * B A: added in float32, rounded once.
+
+        Raises:
+            ValueError: when the sum is not finite in the dtype of the weight, which then stays as it was.
+        """
+        total = (self.lora_B.weight.float() @ self.lora_A.weight.float()).mul_(self.scaling).add_(self.weight)
+        total = total.to(self.weight.dtype)
+        if not total.isfinite().all():
+            raise ValueError(f"weight and adapter add up to numbers that are not finite in {total.dtype}")
+        self.weight.copy_(total)
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain.train(self.training)
+
+
+def attach(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
+    """Freezes the model and gives every targeted layer a fresh adapter, the only thing left to train.
+
+    Args:
+        model: a `Phi2ForCausalLM` without an adapter.
+        config: which layers, and the size of the adapters; kept as `model.lora_config`.
+        seed: the same seed gives the same adapter on every device.
+
+    Raises:
+        ValueError: when a target or a pattern matches no layer, or the model has an adapter already.
+    """
+    names = target_names(model, config)
+    _refuse_unmatched(model, config, names)
+    insert(model, config, names)
+    generator = torch.Generator().manual_seed(seed)
+    for module in lora_modules(model).values():
+        module.init_weights(generator)
+
+
+def insert(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
+    """Freezes the model and puts adapters, of weights yet to be written, on the layers called `names`.
+
+    Raises:
+        ValueError: when the model has an adapter already.
+    """
+    if has_adapter(model):
+        raise ValueError("the model has an adapter already: merge it first")
+    model.requires_grad_(False)
+    for name in names:
+        base = model.get_submodule(name)
+        model.set_submodule(name, LoraLinear(base, config.rank(name), config.scaling(name), config.lora_dropout))
+    model.lora_config = config
+
+
+def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of the layers that `config.target_modules` chooses, in the model's order."""
+    targets, linears = config.target_modules, _linear_names(model)
+    if not isinstance(targets, str):
+        return [name for name in linears if any(_ends_with(name, target) for target in targets)]
+    if targets.lower() == "all-linear":
+        return [name for name in linears if name != "lm_head"]
+    return [name for name in linears if re.fullmatch(targets, name)]
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside it the model is its base. For passes without gradient: recomputed activations would see the adapter again.
+
+    Raises:
+        ValueError: when the model has no adapter.
+    """
+    before = {module: module.enabled for module in _adapted(model).values()}
+    try:
+        for module in before:
+            module.enabled = False
+        yield
+    finally:
+        for module, enabled in before.items():
+            module.enabled = enabled
+
+
+def merge(model: nn.Module) -> None:
+    """Adds every adapter to its weight, one layer at a time: afterwards the model is plain, and trainable throughout.
+
+    In half precision the merged model is not the adapted one to the last bit, since each weight is rounded.
+
+    Raises:
+        ValueError: naming the layer whose sum is not finite, or when there is no adapter.
+    """
+    for name, module in _adapted(model).items():
+        try:
+            model.set_submodule(name, module.merged())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    del model.lora_config
+    model.requires_grad_(True)
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
+    """The layers with an adapter by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return bool(lora_modules(model))
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """`<layer>.lora_A.weight` and `<layer>.lora_B.weight` of every adapter, without gradient."""
+    state = {}
+    for name, module in lora_modules(model).items():
+        state[f"{name}.lora_A.weight"] = module.lora_A.weight.detach()
+        state[f"{name}.lora_B.weight"] = module.lora_B.weight.detach()
+    return state
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every adapter, in the order of `adapter_state`."""
+    return [p for module in lora_modules(model).values() for p in (module.lora_A.weight, module.lora_B.weight)]
+
+
+def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
+    modules = lora_modules(model)
+    if not modules:
+        raise ValueError("the model has no adapter")
+    return modules
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _refuse_unmatched(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
+    """Every target and every pattern must choose something: one that does not is a slip of the pen."""
+    if isinstance(config.target_modules, str):
+        unmatched = [] if names else [config.target_modules]
+    else:
+        unmatched = [t for t in config.target_modules if not any(_ends_with(name, t) for name in names)]
+    if unmatched:
+        endings = dict.fromkeys(name.rpartition(".")[2] for name in _linear_names(model))
+        raise ValueError(
+            f"target_modules {', '.join(unmatched)} match no linear layer; layers end in {', '.join(endings)}"
+        )
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        unused = [p for p in getattr(config, field_name) if not any(_pattern_matches(p, name) for name in names)]
+        if unused:
+            raise ValueError(f"{field_name} {', '.join(unused)} match no targeted layer, such as {names[0]}")
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _pattern_matches(pattern: str, name: str) -> bool:
+    return re.match(_ending(pattern), name) is not None
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if _pattern_matches(pattern, name)), default)
+
+
+def _check(name: str, value: Any, allowed, rule: str) -> None:
+    if not allowed(value):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _are_targets(value: Any) -> bool:
+    if isinstance(value, str):
+        return _is_regex(value)
+    return isinstance(value, tuple) and len(value) > 0 and all(isinstance(target, str) for target in value)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, OverflowError, RecursionError):
+        return False
+    return True
