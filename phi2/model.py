@@ -89,7 +89,10 @@ class Phi2Model(nn.Module):
     def __init__(self, config: Phi2Config) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embeddings = torch.empty(
+            config.vocab_size, config.hidden_size
+        )  # torch's own random start of it is slow to import
+        self.embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.embed_dropout = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -151,15 +154,17 @@ class Phi2ForCausalLM(nn.Module):
         self.config = config
         self.model = Phi2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Logits (B, T, V) in the dtype of the weights."""
         return self.lm_head(self.model(*args, **kwargs))
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int | None = None) -> None:
         """Fresh weights as Phi was born with: normal(0, initializer_range), zero biases, LayerNorms at identity."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()

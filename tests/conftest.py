@@ -1,14 +1,16 @@
-"""What every test may ask for: the folder of real data, and a small number of threads so that runs repeat."""
+"""What every test may ask for: the folder of real data, a tiny Phi on disk, rows for it, and a repeatable torch."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,132 @@ def shared() -> Path:
     if "PHI2_SHARED" not in os.environ:
         pytest.skip("PHI2_SHARED is not set: real tokenizers and data are not here")
     return Path(os.environ["PHI2_SHARED"])
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Byte-level BPE with ChatML: 256 bytes, one merge ("th"), then <|endoftext|>, <|im_start|>, <|im_end|>."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from phi2.tokenizer import Tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "th"])}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    return Tokenizer(backend, {}).with_chatml()
+
+
+@pytest.fixture(scope="session")
+def make_phi(tiny_tokenizer, tmp_path_factory) -> Callable[..., Path]:
+    """Writes a random Phi of two layers with `tiny_tokenizer`: make_phi(seed=0, **fields of Phi2Config) -> folder."""
+    from phi2.config import Phi2Config
+    from phi2.model import Phi2ForCausalLM
+    from phi2.weights import save_pretrained
+
+    shape = dict(vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    fixed = dict(max_position_embeddings=256, initializer_range=0.2, resid_pdrop=0.0)
+
+    def make(seed: int = 0, **changes) -> Path:
+        model = Phi2ForCausalLM(Phi2Config(**{**shape, **fixed, **changes}))
+        generator = torch.Generator().manual_seed(seed)
+        model.init_weights(generator)
+        with torch.no_grad():  # biases and LayerNorms as no fresh model has them, so that none can be forgotten
+            for parameter in (p for p in model.parameters() if p.ndim == 1):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        folder = tmp_path_factory.mktemp("phi")
+        save_pretrained(model, tiny_tokenizer, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_phi(make_phi) -> Path:
+    """A tiny Phi without dropout."""
+    return make_phi()
+
+
+@pytest.fixture(scope="session")
+def tiny_phi_with_dropout(make_phi) -> Path:
+    return make_phi(resid_pdrop=0.2, attention_dropout=0.1, embd_pdrop=0.1)
+
+
+@pytest.fixture(scope="session")
+def write_rows(tmp_path_factory) -> Callable[[list[dict]], str]:
+    """Writes rows to a new .jsonl file and returns its path."""
+
+    def write(rows: list[dict]) -> str:
+        path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def sft_data(write_rows) -> str:
+    """Eleven rows: questions of different lengths, a text without a prompt, a conversation."""
+    turns = [("user", "hi"), ("assistant", "the boat"), ("user", "and then?"), ("assistant", "it sank")]
+    rows = [{"prompt": f"Q{'?' * i}", "completion": " the" * (1 + i % 4) + f" {i}"} for i in range(9)]
+    rows += [{"text": "that is the end"}]
+    return write_rows([*rows, {"messages": [{"role": role, "content": text} for role, text in turns]}])
+
+
+@pytest.fixture(scope="session")
+def pair_data(write_rows) -> str:
+    """Eleven pairs of different lengths, each with a numeric column; answers share no, one or many first tokens."""
+    return write_rows(
+        [
+            {
+                "prompt": f"Q{'?' * (i % 5)}",
+                "chosen": f" the {i}" * (1 + i % 3),
+                "rejected": " then" * (1 + (i + 1) % 4),
+                "weight": 1.0 + i,
+            }
+            for i in range(11)
+        ]
+    )
+
+
+@pytest.fixture
+def sft_config(tiny_phi, sft_data, tmp_path) -> Callable[..., object]:
+    """An SFTConfig for a run of six updates on the tiny Phi: sft_config(**changes)."""
+    from phi2.lora import LoraConfig
+    from phi2.training.sft import SFTConfig
+
+    def config(**changes) -> SFTConfig:
+        lora = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
+        where = dict(model=str(tiny_phi), data=sft_data, output=str(tmp_path / "run"), device="cpu", lora=lora)
+        size = dict(max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
+        return SFTConfig(**{**where, **size, **changes})
+
+    return config
+
+
+@pytest.fixture
+def dpo_config(tiny_phi, pair_data, tmp_path) -> Callable[..., object]:
+    """A DPOConfig for a run of six updates on the tiny Phi: dpo_config(**changes)."""
+    from phi2.lora import LoraConfig
+    from phi2.training.dpo import DPOConfig
+
+    def config(**changes) -> DPOConfig:
+        lora = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
+        where = dict(model=str(tiny_phi), data=pair_data, output=str(tmp_path / "run"), device="cpu", lora=lora)
+        size = dict(max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
+        return DPOConfig(**{**where, **size, **changes})
+
+    return config
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the one value that no two runs share."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[[Path], list[dict]]:
+    return read_metrics

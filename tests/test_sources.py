@@ -12,9 +12,10 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi2.data import sources
+from phi2.data import files
+from phi2.data.files import read_rows
 from phi2.data.records import Chat, Origin, Pair, Plain, Unpaired
-from phi2.data.sources import SOURCES, DataSpec, Subsample, load_records, read_rows, split_records
+from phi2.data.sources import SOURCES, DataSpec, Subsample, load_records, split_records
 
 TEXTS = ["one", "zwei\u2028drei", "four"]
 ROWS = [{"text": text} for text in TEXTS]
@@ -82,7 +83,7 @@ def test_an_array_read_in_pieces_of_any_size_is_the_array(tmp_path_factory, rows
     path = tmp_path_factory.mktemp("array") / "rows.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8", newline="\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK", chunk)
+        patch.setattr(files, "CHUNK", chunk)
         assert [row for _, row in read_rows(path)] == rows
 
 

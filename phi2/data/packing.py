@@ -85,6 +85,8 @@ def _row(ids, positions, until, rows, targets) -> TokenRow:
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: each sequence, longest first, goes into the fullest block that still has room for it.
 
+    Among equally full blocks it is the one that became so first, as in trl.
+
     Args:
         lengths: tokens of each sequence, none above capacity.
         capacity: tokens of a block.
@@ -96,16 +98,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     if max(lengths, default=0) > capacity:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a block of {capacity}")
     blocks: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, block), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(room, (lengths[index], -1))
+    room: list[tuple[int, int, int]] = []  # (free tokens, turn it came to have them, block), sorted
+    for turn, index in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        place = bisect.bisect_left(room, (lengths[index],))
         if place < len(room):
-            free, block = room.pop(place)
+            free, _, block = room.pop(place)
         else:
             free, block = capacity, len(blocks)
             blocks.append([])
         blocks[block].append(index)
-        bisect.insort(room, (free - lengths[index], block))
+        bisect.insort(room, (free - lengths[index], turn, block))
     return blocks
 
 

@@ -97,7 +97,8 @@ def ours(base: Path, rows: Rows, tmp_path: Path) -> Callable[..., Curve]:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows_for(loop, rows)))
         config = {dpo: dpo.DPOConfig, sft: sft.SFTConfig}[loop]
         common = dict(dtype="float32", device="cpu", lora=LoraConfig(**LORA), **SAME)
-        out = loop.train(config(str(base), str(data), str(tmp_path / "ours"), **{**common, **options}))
+        where = dict(model=str(base), data=str(data), output=str(tmp_path / "ours"))
+        out = loop.train(config(**{**where, **common, **options}))
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     return run
