@@ -8,6 +8,7 @@ beside it win, `--print_config` shows the result.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -301,7 +302,16 @@ def parse(name: str, arguments: list[str]) -> Callable[[], None]:
         values = {key: value for key, value in vars(parsed).items() if key != "config"}
         return partial(command.run, **values) if target is None else partial(command.run, target(**values))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_plain(str(error))) from error
+
+
+def _plain(message: str) -> str:
+    """The parser's message without its account of every type it tried."""
+    reasons = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if "NoneType" not in line]
+    key, given = re.search(r'Parser key "([^"]+)"', message), re.search(r"Given value: (\S+)$", message)
+    if not reasons:
+        return message
+    return f"{key[1] + ': ' if key else ''}{'; '.join(reasons)}{', got ' + given[1] if given else ''}"
 
 
 def _config_class(command: Command) -> type | None:

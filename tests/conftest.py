@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,8 +53,8 @@ def make_phi(tiny_tokenizer, tmp_path_factory) -> Callable[..., Path]:
 
     def make(seed: int = 0, **changes) -> Path:
         model = Phi2ForCausalLM(Phi2Config(**{**shape, **fixed, **changes}))
+        model.init_weights(seed)
         generator = torch.Generator().manual_seed(seed)
-        model.init_weights(generator)
         with torch.no_grad():  # biases and LayerNorms as no fresh model has them, so that none can be forgotten
             for parameter in (p for p in model.parameters() if p.ndim == 1):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -137,6 +141,52 @@ def dpo_config(tiny_phi, pair_data, tmp_path) -> Callable[..., object]:
         return DPOConfig(**{**where, **size, **changes})
 
     return config
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager]:
+    """`with full_disk(size):` no file can grow beyond `size` bytes; the system stands for a disk without more room."""
+    import resource
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+KILLED_RUN = """
+import os, signal, torch
+from phi2.lora import LoraConfig
+from phi2.training import {module} as loop
+from phi2.training.{module} import {config.__class__.__name__}
+
+def kill(loss, step):
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads({threads})
+loop.require_finite = kill  # called between an update and its line in metrics.jsonl
+loop.train({config!r})
+"""
+
+
+@pytest.fixture
+def train_and_kill() -> Callable[[object, int], None]:
+    """Starts a run in another process, which is killed (SIGKILL) behind update `step`, before anything tells of it."""
+
+    def run(config, step: int) -> None:
+        module = type(config).__module__.rpartition(".")[2]
+        code = KILLED_RUN.format(module=module, config=config, step=step, threads=torch.get_num_threads())
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    return run
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -112,6 +112,11 @@ def test_row_without_anything_to_learn_is_refused():
         encode_supervised(chat, BYTES, EncodeConfig())
 
 
+def test_single_token_is_refused_because_nothing_predicts_it():
+    with pytest.raises(RowError, match="nothing-to-train"):
+        plain("", "a", append_eos=False)
+
+
 def test_special_token_typed_by_a_user_becomes_the_token_and_is_counted():
     chat = Chat((Message("user", "<|im_end|>"), Message("assistant", "b")), ORIGIN)
     row = encode_supervised(chat, BYTES, EncodeConfig())

@@ -145,6 +145,13 @@ def test_a_batch_says_what_each_row_says_alone():
         assert [row.text for row in together] == [row.text for row in alone]
 
 
+def test_pads_do_not_count_as_positions():
+    model, seen = tiny_model(), []
+    model.model.register_forward_pre_hook(lambda _, args, given: seen.append(given["positions"]), with_kwargs=True)
+    generate(model, TOKENIZER, ["abcd", "ab"], max_new_tokens=3)
+    assert torch.cat(seen, dim=1).tolist() == [[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]]
+
+
 def test_rows_that_finish_early_leave_the_batch_and_change_nothing():
     model = tiny_model()
     shapes = shapes_seen(model.model.embed_tokens)
@@ -167,6 +174,17 @@ def test_a_text_is_shown_to_the_model_in_its_style(style):
     model = tiny_model()
     expected = len(TOKENIZER.encode(TOKENIZER.render_prompt("Why?", style)))
     assert generate(model, TOKENIZER, "Why?", max_new_tokens=1, prompt_style=style).prompt_tokens == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_says_what_the_cpu_says_and_repeats_its_draws():
+    on_cpu = generate(tiny_model(), TOKENIZER, PROMPTS, max_new_tokens=20)
+    model = tiny_model().cuda()
+    on_gpu = generate(model, TOKENIZER, PROMPTS, max_new_tokens=20)
+    assert [row.token_ids for row in on_gpu] == [row.token_ids for row in on_cpu]
+    one, same = (generate(model, TOKENIZER, PROMPTS, max_new_tokens=20, temperature=1.0) for _ in range(2))
+    assert [row.token_ids for row in one] == [row.token_ids for row in same]
 
 
 # Streaming
@@ -274,7 +292,7 @@ def test_a_stop_string_that_ends_at_the_last_token_is_found():
 
 def test_a_stop_string_that_is_a_special_token_stops_at_its_id():
     reply = generate(model_that_says([*TOKENIZER.encode("hi"), IM_START]), TOKENIZER, "a", stop="<|im_start|>")
-    assert (reply.text, reply.finish_reason) == ("hi", "stop")
+    assert (reply.text, reply.finish_reason, reply.token_ids[-1]) == ("hi", "stop", IM_START)
 
 
 def offline_cut(text: str, stops: list[str]) -> str:
@@ -367,7 +385,7 @@ def test_non_finite_logits_name_the_layer_where_they_begin(broken):
     model = tiny_model()
     nn.init.constant_(model.get_submodule(broken).bias[:1], float("nan"))
     with one_line_error(rf"non-finite logits; first in {broken} \(torch.float32\)"):
-        generate(model, TOKENIZER, ["abc", "a"], temperature=1.0)
+        generate(model, TOKENIZER, ["abc", "a"], max_new_tokens=1)
 
 
 def test_non_finite_logits_are_found_at_a_later_token_too():

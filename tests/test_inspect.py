@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
+from phi2.data.audit import Audit
 from phi2.data.encode import EncodeConfig
 from phi2.data.inspect import inspect_rows, visible
-from phi2.data.records import Chat, Message, Origin, Pair, Plain
+from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError
 from phi2.tokenizer import Tokenizer
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -69,6 +70,13 @@ def test_audit_of_all_rows_follows_the_rows_that_are_shown():
     assert re.search(r"^audit of 5 rows\nrows +5\nkept +5 ", text, re.MULTILINE)
 
 
+def test_audit_counts_the_rows_that_the_reader_dropped():
+    dropped = Audit()
+    dropped.drop(RowError(Origin("a.jsonl", 2), "empty-answer", "text is empty"))
+    text = show(plain("", "word"), dropped=dropped)
+    assert "audit of 2 rows" in text and "dropped empty-answer" in text
+
+
 def test_ids_follow_their_tokens():
     text = show(plain("", "a\n"), ids=True)
     a, newline = BYTES.encode("a\n")
@@ -78,6 +86,11 @@ def test_ids_follow_their_tokens():
 def test_character_of_several_tokens_stands_at_the_last_of_them():
     first, second = BYTES.encode("é")
     assert f"⟦⟨{first}⟩é⟨{second}⟩" in show(plain("", "é"), ids=True)
+
+
+def test_character_that_was_cut_in_two_is_shown_as_broken():
+    text = inspect_rows([plain("", "aé")], BYTES, EncodeConfig(max_length=2), "supervised", color=False)
+    assert "⟦a\ufffd⟧" in text
 
 
 def test_color_marks_context_targets_and_special_tokens():

@@ -87,6 +87,11 @@ def test_the_repetition_penalty_counts_prompt_and_reply():
     assert [sampler(logits).item() for _ in range(3)] == [0, 2, 3]
 
 
+def test_top_p_keeps_no_more_than_it_needs_to_reach_p():
+    kept = process_logits(torch.zeros(1, 4), SamplingParams(temperature=1.0, top_p=0.5)).isfinite()
+    assert kept.sum() == 2
+
+
 def test_the_coldest_temperature_stays_finite():
     scores = process_logits(torch.tensor([[60000.0, -60000.0]]), SamplingParams(temperature=1e-4))
     assert scores.softmax(-1).tolist() == [[1.0, 0.0]]

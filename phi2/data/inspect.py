@@ -15,9 +15,10 @@ from typing import Literal
 
 import numpy as np
 
+from phi2.data.audit import Audit
 from phi2.data.encode import EncodeConfig, Encoded, EncodedSequence, encode_records
 from phi2.data.records import Record
-from phi2.data.sources import load_records
+from phi2.data.sources import Loaded, load_records
 from phi2.hub import resolve
 from phi2.tokenizer import Tokenizer
 
@@ -49,18 +50,18 @@ def inspect_data(config: InspectConfig) -> str:
     Raises:
         FileNotFoundError, ValueError: when the data or the tokenizer cannot be read, or no row is usable.
     """
-    records, kind = _load(config.data, config.kind)
+    loaded, kind = _load(config.data, config.kind)
     tokenizer = Tokenizer.from_folder(resolve(config.model))
-    return inspect_rows(records, tokenizer, config, kind, config.rows, config.ids)
+    return inspect_rows(loaded.records, tokenizer, config, kind, config.rows, config.ids, dropped=loaded.dropped)
 
 
-def _load(data: str, kind: str) -> tuple[list[Record], str]:
+def _load(data: str, kind: str) -> tuple[Loaded, str]:
     if kind == "auto":
         try:
-            return load_records(data, "preference").records, "preference"
+            return load_records(data, "preference"), "preference"
         except ValueError:  # no pairs in it: whatever else is wrong with it, the next line says
             kind = "supervised"
-    return load_records(data, kind).records, kind
+    return load_records(data, kind), kind
 
 
 def inspect_rows(
@@ -71,6 +72,7 @@ def inspect_rows(
     limit: int = 3,
     ids: bool = False,
     color: bool | None = None,
+    dropped: Audit | None = None,
 ) -> str:
     """The first usable rows as a run would train on them, then the audit of all rows.
 
@@ -79,6 +81,7 @@ def inspect_rows(
         limit: rows to show; all of them are encoded for the audit.
         ids: whether each token is followed by its id.
         color: whether to use ANSI colours; None looks whether standard output is a terminal and NO_COLOR is unset.
+        dropped: the rows that were left out before, to be counted with the others.
 
     Raises:
         ValueError: for options that do not fit the kind, and when no row is usable.
@@ -86,13 +89,15 @@ def inspect_rows(
     if color is None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     encoded, audit = encode_records(records, tokenizer, options, kind)
+    audit.merge(dropped or Audit())
     shown = [_row(row, tokenizer, ids, color) for row in encoded[:limit]]
     return "\n\n".join([*shown, _styled(f"audit of {audit.rows} rows", BOLD, color) + "\n" + audit.table()])
 
 
 def _row(row: Encoded, tokenizer: Tokenizer, ids: bool, color: bool) -> str:
     flags = ", ".join(sorted(row.flags))
-    header = _styled(f"{row.origin}: {_counts(row)}{'; ' if flags else ''}{flags}", BOLD, color)
+    counts = f"{row.tokens} tokens, {row.target_tokens} of them targets"
+    header = _styled(f"{row.origin}: {counts}; {flags}", BOLD, color)
     if isinstance(row, EncodedSequence):
         return "\n".join([header, _tokens(row.ids, row.mask, tokenizer, ids, color)])
     lines = [header]
@@ -103,10 +108,6 @@ def _row(row: Encoded, tokenizer: Tokenizer, ids: bool, color: bool) -> str:
     return "\n".join(lines)
 
 
-def _counts(row: Encoded) -> str:
-    return f"{row.tokens} tokens, {row.target_tokens} of them targets"
-
-
 def _tokens(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, show_ids: bool, color: bool) -> str:
     """One text for all tokens; a character of several tokens stands at the last of them."""
     parts, stream, inside = [], tokenizer.stream(skip_special_tokens=False), False
@@ -115,15 +116,10 @@ def _tokens(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, show_ids: b
             parts.append("⟦" if target else "⟧")
             inside = target
         text = stream.step(token_id)
-        style = SPECIAL if _is_special(token_id, tokenizer) else SHADES[target][number % 2]
+        style = SHADES[target][number % 2] if tokenizer.decode([token_id]) else SPECIAL
         parts.append(_styled(visible(text) + (f"⟨{token_id}⟩" if show_ids else ""), style, color))
         parts.append("\n" if "\n" in text else "")
     return "".join([*parts, visible(stream.flush()), "⟧" if inside else ""])
-
-
-def _is_special(token_id: int, tokenizer: Tokenizer) -> bool:
-    """Whether decoding would leave the token out."""
-    return not tokenizer.decode([token_id]) and bool(tokenizer.decode([token_id], skip_special_tokens=False))
 
 
 def visible(text: str) -> str:

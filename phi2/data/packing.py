@@ -115,18 +115,20 @@ def wrapped(sequences: Sequence[EncodedSequence], length: int, separator: int) -
     """All sequences joined end to end with a separator token behind each, cut every `length` tokens.
 
     The old trl `ConstantLengthDataset` form: a block is one sequence to attention and positions, whatever documents it
-    cuts through, and the last incomplete block is dropped.
+    cuts through. The last incomplete block is dropped, and so is a block without a target.
 
     Args:
         sequences: in the order in which they are joined.
         length: tokens of a block.
         separator: token id put behind every sequence; it is a target.
     Raises:
-        ValueError: when all of them together do not fill one block.
+        ValueError: when all of them together do not fill one block, or no block holds a target.
     """
     ids = np.concatenate([np.append(s.ids, separator) for s in sequences]).astype(np.int32)
     mask = np.concatenate([np.append(s.mask, True) for s in sequences])
-    blocks = range(0, len(ids) - length + 1, length)
+    starts = range(0, len(ids) - length + 1, length)
+    blocks = [EncodedSequence(ids[i : i + length], mask[i : i + length], sequences[0].origin) for i in starts]
+    blocks = [block for block in blocks if block.target_tokens]
     if not blocks:
-        raise ValueError(f"{len(ids)} tokens do not fill one block of {length}")
-    return [EncodedSequence(ids[i : i + length], mask[i : i + length], sequences[0].origin) for i in blocks]
+        raise ValueError(f"{len(ids)} tokens do not fill one block of {length} with something to learn in it")
+    return blocks

@@ -15,6 +15,8 @@ def target_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target token under the model's head, LoRA on it included.
 
+    Under autocast hidden states and weight are rounded to its dtype; what they make is float32 there too.
+
     Args:
         model: gives the head.
         hidden: (B, T, C) from `model.model(...)`.
@@ -26,10 +28,11 @@ def target_logps(
     """
     picked = hidden.flatten(0, 1).index_select(0, rows)  # (N, C)
     head = model.lm_head
-    weight, bias, adapter = head.weight, head.bias, (None, None)
-    if isinstance(head, LoraLinear) and head.enabled:
-        adapter = (head.lora_hidden(picked) * head.scaling, head.lora_B.weight)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device, weight, adapter = hidden.device.type, head.weight, (None, None)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         picked, weight = picked.to(dtype), weight.to(dtype)
-    return linear_logprob(picked, weight, bias, targets, *adapter, entropy=entropy)
+    with torch.autocast(device, enabled=False):  # it would round the logits too
+        if isinstance(head, LoraLinear) and head.enabled:
+            adapter = (head.lora_hidden(picked) * head.scaling, head.lora_B.weight)
+        return linear_logprob(picked, weight, head.bias, targets, *adapter, entropy=entropy)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,8 +116,10 @@ class PreferenceLoss(NamedTuple):
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
-
-
+KNOB_RANGES = {  # of knobs that mean the same in every loss
+    "beta": (lambda value: 0 < value < math.inf, "above 0"),
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
+}
 LossFunction = Callable[..., Tensor]  # (pairs, *, knob=number, ...) -> (B,) nats
 
 
@@ -128,11 +131,12 @@ def preference_loss(name: str, *, reference_free: bool = False) -> Callable[[Los
         reference_free: the loss reads no ref_* log-probabilities, so none are computed.
     Raises:
         ValueError: when the name is taken by another function, or a keyword argument has no number as its default.
+            The same function may come again, as when a notebook cell is run twice.
     """
 
     def register(function: LossFunction) -> LossFunction:
         taken = PREFERENCE_LOSSES.get(name)
-        if taken and taken.function.__qualname__ != function.__qualname__:
+        if taken and _full_name(taken.function) != _full_name(function):
             raise ValueError(f"the loss name {name!r} is taken; registered are {', '.join(PREFERENCE_LOSSES)}")
         _, *knobs = inspect.signature(function).parameters.values()
         for knob in knobs:
@@ -142,6 +146,10 @@ def preference_loss(name: str, *, reference_free: bool = False) -> Callable[[Los
         return function
 
     return register
+
+
+def _full_name(function: LossFunction) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def load_loss_file(path: str | Path) -> None:
@@ -154,7 +162,8 @@ def load_loss_file(path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"loss_file {path}: no such file")
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), str(path), "exec"), {"__name__": Path(path).stem})
+        code = compile(Path(path).read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
+        exec(code, {"__name__": Path(path).stem, "__file__": str(path)})
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"loss_file {path}: {type(error).__name__}: {error}") from error
 
@@ -163,14 +172,17 @@ def bind_loss(name: str, knobs: Mapping[str, float]) -> Callable[[PairBatch], Te
     """The loss of that name with its knobs set.
 
     Raises:
-        ValueError: for an unknown name, or a knob this loss does not take.
+        ValueError: for an unknown name, a knob this loss does not take, or a value out of its range.
     """
     if name not in PREFERENCE_LOSSES:
         raise ValueError(f"loss must be one of {', '.join(sorted(PREFERENCE_LOSSES))}, got {name!r}")
     loss = PREFERENCE_LOSSES[name]
-    for knob in knobs:
+    for knob, value in knobs.items():
         if knob not in loss.knobs:
             raise ValueError(f"loss {name!r} does not take {knob!r}; its knobs are {', '.join(loss.knobs) or 'none'}")
+        is_allowed, rule = KNOB_RANGES.get(knob, (math.isfinite, "a finite number"))
+        if not is_allowed(value):
+            raise ValueError(f"loss {name!r}: {knob} must be {rule}, got {value}")
     return functools.partial(_evaluate, name, dict(knobs))
 
 
@@ -181,19 +193,13 @@ def _evaluate(name: str, knobs: Mapping[str, float], pairs: PairBatch) -> Tensor
     return losses
 
 
-def _smoothing(label_smoothing: float) -> float:
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    return label_smoothing
-
-
 @preference_loss("sigmoid")
 def sigmoid(pairs: PairBatch, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """DPO: -(1-e) log sigma(beta (l_w - l_l)) - e log sigma(-beta (l_w - l_l)), e = label_smoothing.
 
     Source: arXiv:2305.18290 Eq. 7; with e > 0, ericmitchell.ai/cdpo.pdf Eq. 3.
     """
-    epsilon, z = _smoothing(label_smoothing), beta * pairs.margin
+    epsilon, z = label_smoothing, beta * pairs.margin
     return -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z)
 
 
@@ -212,7 +218,7 @@ def robust(pairs: PairBatch, *, beta: float = 0.1, label_smoothing: float = 0.1)
 
     Source: arXiv:2403.00409 Eq. 12.
     """
-    epsilon, z = _smoothing(label_smoothing), beta * pairs.margin
+    epsilon, z = label_smoothing, beta * pairs.margin
     return (-(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)) / (1 - 2 * epsilon)
 
 

@@ -49,7 +49,7 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     try:
         save_weights(partial)
-        safetensors.torch.save_file({**optimizer.tensors(), **_random_state()}, partial / "state.safetensors")
+        _save_tensors({**optimizer.tensors(), **_random_state()}, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, "optimizer": optimizer.numbers()}, indent=1))
         partial.rename(folder)
     finally:
@@ -68,12 +68,19 @@ def restore_checkpoint(folder: Path, optimizer: Optimizer) -> int:
         tensors = safetensors.torch.load_file(folder / "state.safetensors")
         state = json.loads((folder / "state.json").read_text())
         optimizer.restore(tensors, state["optimizer"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return state["step"]
     except (OSError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: cannot resume from this checkpoint: {error!r}") from error
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return state["step"]
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def _random_state() -> dict[str, Tensor]:

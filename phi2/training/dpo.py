@@ -35,6 +35,7 @@ from phi2.training.setup import (
     load_data,
     load_policy,
     policy_tokenizer,
+    require_embeddings,
     require_finite,
     total_steps,
     weights_saver,
@@ -108,6 +109,7 @@ def train(config: DPOConfig) -> Path:
     tokenizer = policy_tokenizer(config)
     pairs, eval_pairs = load_data(config, tokenizer, "preference")
     model = load_policy(config, checkpoint)
+    require_embeddings(model, tokenizer)
     reference = make_reference(config, model, checkpoint, [*pairs, *eval_pairs])
     save_weights = weights_saver(config, model, tokenizer)
 
@@ -156,7 +158,7 @@ def make_reference(
         live = another_model(scorer)
     if not config.precompute_ref_log_probs:
         return live
-    name = fingerprint(scorer, adapters=kind != "adapters_off")
+    name = fingerprint(scorer, kind != "adapters_off", compute_dtype(config))
     folder = Path(config.reference_cache or Path(config.output) / "reference")
     with autocast(config):
         return precomputed(live, name, pairs, config.per_device_train_batch_size, folder, model.device)

@@ -68,11 +68,18 @@ class Optimizer:
         """Clips, updates and clears the gradients; returns their norm before clipping.
 
         An update whose scaled gradients overflowed float16 is left out, and does not move the schedule.
+
+        Raises:
+            ValueError: when a gradient is not finite otherwise; the weights are then as they were.
         """
         self.scaler.unscale_(self.adamw)
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate
         norm = nn.utils.clip_grad_norm_(list(self.names), self.config.max_grad_norm or math.inf).item()
+        if not self.scaler.is_enabled() and not math.isfinite(norm):
+            raise ValueError(
+                f"update {self.updates + 1}: the norm of the gradient is {norm}; try a lower learning_rate"
+            )
         scale = self.scaler.get_scale()
         self.scaler.step(self.adamw)
         self.scaler.update()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from phi2.data.encode import EncodedPair
 from phi2.data.packing import TokenRow, row_of_pairs
-from phi2.lora import disabled
+from phi2.lora import disabled, lora_modules
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 
@@ -88,9 +88,14 @@ def pair_key(pair: EncodedPair) -> bytes:
 
 
 @torch.no_grad()
-def fingerprint(model: Phi2ForCausalLM, adapters: bool) -> str:
-    """Hash of the shape, dtype and weights of a model; `adapters` says whether its adapters belong to it."""
-    digest = hashlib.sha256(repr((model.config.to_dict(), model.dtype)).encode())
+def fingerprint(model: Phi2ForCausalLM, adapters: bool, compute_dtype: torch.dtype) -> str:
+    """Hash of all that its log-probabilities depend on: shape, weights, and the precision it computes in.
+
+    Args:
+        adapters: whether its adapters belong to it.
+    """
+    scalings = {name: module.scaling for name, module in lora_modules(model).items()} if adapters else {}
+    digest = hashlib.sha256(repr((model.config.to_dict(), model.dtype, compute_dtype, scalings)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if adapters or ".lora_" not in name:
             digest.update(name.encode())
@@ -103,10 +108,10 @@ def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
         return {}
     try:
         stored = safetensors.numpy.load_file(path)
-        keys, logps = stored["keys"], np.split(stored["logps"], stored["ends"][:-1])
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        logps = np.split(stored["logps"], stored["ends"][:-1])
+        return {key.tobytes(): values for key, values in zip(stored["keys"], logps, strict=True)}
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: not a reference cache ({error}); delete it to compute it again") from error
-    return {key.tobytes(): values for key, values in zip(keys, logps, strict=True)}
 
 
 def _write_cache(path: Path, known: dict[bytes, np.ndarray]) -> None:
@@ -114,5 +119,9 @@ def _write_cache(path: Path, known: dict[bytes, np.ndarray]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 32)
     ends = np.cumsum([len(values) for values in known.values()])
-    safetensors.numpy.save_file({"keys": keys, "logps": np.concatenate(list(known.values())), "ends": ends}, partial)
-    partial.replace(path)
+    tensors = {"keys": keys, "logps": np.concatenate(list(known.values())), "ends": ends}
+    try:
+        partial.write_bytes(safetensors.numpy.save(tensors))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

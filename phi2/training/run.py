@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from tqdm import tqdm
 from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 
-FREE_TO_CHANGE = ("resume", "device", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "sample_prompts")
+FREE_TO_CHANGE = frozenset(
+    "output resume device logging_steps eval_steps save_steps save_total_limit sample_prompts".split()
+)
 
 
 def open_run(config: TrainingConfig) -> Path | None:
@@ -33,7 +36,7 @@ def open_run(config: TrainingConfig) -> Path | None:
         ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
     """
     run, settings = Path(config.output), to_plain(config)
-    if (run / "metrics.jsonl").exists():
+    if last_checkpoint(run) or _lines(run / "metrics.jsonl"):
         if not config.resume:
             raise ValueError(f"{run} holds a run already; give another output, or resume: true to go on with it")
         _require_same(run / "config.yaml", settings)
@@ -47,7 +50,7 @@ def open_run(config: TrainingConfig) -> Path | None:
 
 def to_plain(config: TrainingConfig) -> dict[str, Any]:
     """A config as YAML holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
@@ -74,6 +77,8 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit this library stands at, None outside a checkout."""
     here = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
@@ -88,20 +93,25 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; the last one of a killed run may be torn."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
 class Log:
     """metrics.jsonl and the progress bar of a run.
 
     Args:
         run: the run folder.
-        first: updates done already; later lines of an interrupted run are dropped, they will be made again.
+        first: updates done already; later lines of an interrupted run, also in samples.jsonl, are dropped: they will be
+            made again.
         total: updates of the whole run.
     """
 
     def __init__(self, run: Path, first: int, total: int, name: str) -> None:
         self.path = run / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first]
-        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        for path in (self.path, run / "samples.jsonl"):
+            write_whole(path, "".join(f"{line}\n" for line in _lines(path) if json.loads(line)["step"] <= first))
         self.bar = tqdm(total=total, initial=first, desc=name, unit="step", dynamic_ncols=True)
         self.tokens, self.since = 0, time.perf_counter()
 

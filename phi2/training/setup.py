@@ -67,6 +67,16 @@ def load_policy(config: TrainingConfig, checkpoint: Path | None, from_scratch: b
     return model
 
 
+def require_embeddings(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab_size} embedding rows")
+
+
 def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[list[Encoded], list[Encoded]]:
     """Training and evaluation rows as token ids; the audit is printed and kept in data_audit.json."""
     loaded = load_records(config.data, kind)
@@ -114,6 +124,8 @@ def weights_saver(
 
 def write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, step: int) -> None:
     """Answers every sample prompt greedily and appends the answers to samples.jsonl."""
+    if not config.sample_prompts:
+        return
     style = {"prompt_style": tokenizer.prompt_style}
     with (Path(config.output) / "samples.jsonl").open("a", encoding="utf-8") as file:
         for prompt in config.sample_prompts:

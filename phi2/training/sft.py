@@ -29,6 +29,7 @@ from phi2.training.setup import (
     load_data,
     load_policy,
     policy_tokenizer,
+    require_embeddings,
     require_finite,
     total_steps,
     weights_saver,
@@ -76,6 +77,7 @@ def train(config: SFTConfig) -> Path:
     train_rows, eval_rows = load_data(config, tokenizer, "supervised")
     blocks = pack(train_rows, config, tokenizer.eos_id)
     model = load_policy(config, checkpoint, config.from_scratch)
+    require_embeddings(model, tokenizer)
     save_weights = weights_saver(config, model, tokenizer)
 
     windows = windows_of(config, len(blocks))

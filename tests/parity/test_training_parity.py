@@ -1,133 +1,226 @@
 """Twenty steps of our training loops and of trl's, from the same weights over the same rows: the same losses.
 
-Both sides run as their users run them, `train(config)` here and `Trainer.train()` there, with their own default order
-of the data, over more than three epochs. The learning rates are large: every loss moves far more than the 1e-4 it may
-differ by, so another order, another beta or another schedule cannot pass.
+Both sides run as their users run them, `train(config)` here and `Trainer.train()` there, each in its own default order
+of the data, over more than one epoch. trl keeps its defaults too: checkpointed activations, padded batches, two rows a
+pair. The learning rates are high, so that every loss moves by far more than the 1e-4 by which the two may differ.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from phi2.data.loader import Windows
+from phi2.data.packing import best_fit
 from phi2.lora import LoraConfig, attach
-from phi2.peft_files import save_adapter
-from phi2.tokenizer import Tokenizer
+from phi2.peft_files import load_adapter, save_adapter
 from phi2.training import dpo, sft
 from phi2.weights import load_model
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 accelerate = pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-ROWS, STEPS, SEED = 24, 20, 11
-LORA = dict(r=4, lora_alpha=8, target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"))
+STEPS, SEED = 20, 11
+TOLERANCE = 1e-4  # nats
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"])
 SAME = dict(max_steps=STEPS, seed=SEED, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1)
-WORDS = "a small red boat went out to sea and came home with nine fish for the cat on the old stone wall".split()
+LOSSES = {
+    "sigmoid": dict(beta=0.2),
+    "ipo": dict(beta=0.3),
+    "hinge": dict(beta=0.05),
+    "robust": dict(beta=0.2, label_smoothing=0.2),
+    "apo_zero": dict(beta=0.2),
+    "apo_down": dict(beta=0.2),
+    "sigmoid_norm": dict(beta=5.0),
+}
+WORDS = "a small red boat went out to sea and came home with nine fish for the cat".split()
 
-Rows = list[dict[str, Any]]
 Curve = list[dict[str, float]]  # the metrics of every step
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
-    """Conversations with two answers each, of very different lengths."""
+def rows() -> list[dict]:
+    """Conversations of one or two questions, with two answers each, all of very different lengths."""
     draw = random.Random(0)
 
-    def message(role: str, longest: int) -> dict[str, str]:
+    def turn(role: str, longest: int) -> dict[str, str]:
         return {"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))}
 
+    history = [[], [turn("user", 5), turn("assistant", 3)]]
     return [
         {
-            "prompt": [message("system", 4), message("user", 12), message("assistant", 6), message("user", 12)],
-            "chosen": [message("assistant", 24)],
-            "rejected": [message("assistant", 24)],
+            "prompt": [*history[i % 2], turn("user", 9)],
+            "chosen": [turn("assistant", 20)],
+            "rejected": [turn("assistant", 20)],
         }
-        for _ in range(ROWS)
+        for i in range(24)
     ]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Phi of transformers with a small ChatML tokenizer, in a folder that both sides load."""
+def base(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Phi of transformers, biases and LayerNorms included."""
     folder = tmp_path_factory.mktemp("base")
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
-    )
-    backend.train_from_iterator([" ".join(WORDS)], trainer)
-    tokenizer = Tokenizer(backend, {"eos_token": "<|endoftext|>"}).with_chatml()
-    tokenizer.save(folder)
+    tiny_tokenizer.save(folder)
+    shape = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    eos = tiny_tokenizer.eos_id
     torch.manual_seed(0)
-    ids = dict(vocab_size=320, bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id)
-    shape = dict(hidden_size=64, num_attention_heads=2, intermediate_size=128, num_hidden_layers=2)
-    transformers.PhiForCausalLM(transformers.PhiConfig(**shape, **ids)).save_pretrained(folder)
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**shape, bos_token_id=eos, eos_token_id=eos))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter that our loop starts from, as a peft folder."""
+def fresh_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What our loop starts a new adapter from, as peft reads it."""
+    folder = tmp_path_factory.mktemp("fresh")
     model = load_model(base, torch.device("cpu"), torch.float32)
     attach(model, LoraConfig(**LORA), SEED)
-    folder = tmp_path_factory.mktemp("adapter")
     save_adapter(model, folder, "base")
     return folder
 
 
 @pytest.fixture
-def ours(base: Path, rows: Rows, tmp_path: Path) -> Callable[..., Curve]:
-    """Our loop's metrics at every step, given what differs from the common settings."""
+def ours(base: Path, rows: list[dict], write_rows, metrics_of, tmp_path: Path) -> Callable[..., Curve]:
+    """Runs our loop and returns its metrics: ours(dpo, **what differs from the common settings)."""
 
     def run(loop, **options: Any) -> Curve:
-        data = tmp_path / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows_for(loop, rows)))
-        config = {dpo: dpo.DPOConfig, sft: sft.SFTConfig}[loop]
-        common = dict(dtype="float32", device="cpu", lora=LoraConfig(**LORA), **SAME)
-        where = dict(model=str(base), data=str(data), output=str(tmp_path / "ours"))
-        out = loop.train(config(**{**where, **common, **options}))
-        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        where = dict(
+            model=str(base), data=write_rows(rows_for(loop, rows)), output=str(tmp_path / "ours"), device="cpu"
+        )
+        config = dpo.DPOConfig if loop is dpo else sft.SFTConfig
+        return metrics_of(loop.train(config(**{**where, "lora": LoraConfig(**LORA), **SAME, **options})))
 
     return run
 
 
 @pytest.fixture
-def theirs(base: Path, adapter: Path, rows: Rows, tmp_path: Path) -> Callable[..., Curve]:
-    """trl's logs at every step; a fresh adapter of trl's is given our starting weights."""
-    import trl
+def theirs(base: Path, fresh_adapter: Path, rows: list[dict], tmp_path: Path) -> Callable[..., Curve]:
+    """Runs trl's trainer and returns its logs: theirs(dpo, **what differs).
 
-    def run(loop, lora: bool = True, **options: Any) -> Curve:
-        name = {dpo: "DPO", sft: "SFT"}[loop]
-        off = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
-        args = getattr(trl, f"{name}Config")(str(tmp_path / "theirs"), **{**off, **SAME, **options})
-        trainer = getattr(trl, f"{name}Trainer")(
-            transformers.PhiForCausalLM.from_pretrained(base, dtype=torch.float32),
-            args=args,
+    A new adapter is trl's own, given our starting weights; `adapter` goes on with one, and `lora=None` has none.
+    """
+
+    def run(loop, adapter: Path | None = None, lora: dict | None = LORA, **options: Any) -> Curve:
+        model, extra = transformers.PhiForCausalLM.from_pretrained(base, dtype=torch.float32), {}
+        if adapter is not None:
+            model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        elif lora is not None:
+            extra["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
+        plain = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
+        Config, Trainer = (trl.DPOConfig, trl.DPOTrainer) if loop is dpo else (trl.SFTConfig, trl.SFTTrainer)
+        trainer = Trainer(
+            model,
+            args=Config(str(tmp_path / "theirs"), **{**plain, **SAME, **options}),
             train_dataset=datasets.Dataset.from_list(rows_for(loop, rows)),
             processing_class=transformers.AutoTokenizer.from_pretrained(base),
-            peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **LORA) if lora else None,
+            **extra,
         )
-        if lora:
-            loaded = peft.set_peft_model_state_dict(trainer.model, peft.load_peft_weights(adapter, device="cpu"))
-            assert not loaded.unexpected_keys
+        if extra:
+            start = peft.load_peft_weights(fresh_adapter, device="cpu")
+            assert not peft.set_peft_model_state_dict(trainer.model, start).unexpected_keys
         trainer.train()
         return [line for line in trainer.state.log_history if "loss" in line]
 
     return run
 
 
-def rows_for(loop, rows: Rows) -> Rows:
+def rows_for(loop, rows: list[dict]) -> list[dict]:
     return rows if loop is dpo else [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+
+
+def assert_same_losses(ours: Curve, theirs: Curve) -> None:
+    assert len(ours) == len(theirs) == STEPS
+    mine, reference = ([step["loss"] for step in curve] for curve in (ours, theirs))
+    assert max(reference) - min(reference) > 1000 * TOLERANCE, "the loss hardly moves: this comparison shows nothing"
+    torch.testing.assert_close(mine, reference, rtol=0, atol=TOLERANCE)
+    for name in ("learning_rate", "grad_norm"):
+        assert [step[name] for step in ours] == pytest.approx([step[name] for step in theirs], rel=1e-3)
+
+
+def assert_same_metrics(ours: Curve, theirs: Curve) -> None:
+    """Log-probabilities are sums over hundreds of tokens, and rewards those times beta: their rounding is larger."""
+    for name in ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+        mine, reference = ([step[name] for step in curve] for curve in (ours, theirs))
+        assert mine == pytest.approx(reference, rel=1e-5, abs=10 * TOLERANCE), name
+    assert [step["rewards/accuracies"] for step in ours] == [step["rewards/accuracies"] for step in theirs]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dpo_with_every_loss_of_both(ours, theirs, loss):
+    mine, reference = ours(dpo, loss=loss, **LOSSES[loss]), theirs(dpo, loss_type=[loss], **LOSSES[loss])
+    assert_same_losses(mine, reference)
+    assert_same_metrics(mine, reference)
+
+
+def test_dpo_that_goes_on_with_a_trained_adapter(ours, theirs, base, fresh_adapter, tmp_path):
+    """The reference is the adapter as it was, not the base: trl keeps a second adapter, we a frozen copy."""
+    trained = tmp_path / "trained"
+    model = load_model(base, torch.device("cpu"), torch.float32)
+    load_adapter(model, fresh_adapter)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    save_adapter(model, trained, "base")
+    mine, reference = ours(dpo, adapter=str(trained)), theirs(dpo, adapter=trained)
+    assert_same_losses(mine, reference)
+    assert_same_metrics(mine, reference)
+
+
+@pytest.mark.parametrize("loop", [dpo, sft])
+def test_accumulated_micro_batches(ours, theirs, loop):
+    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert_same_losses(ours(loop, **split), theirs(loop, **split))
+
+
+@pytest.mark.parametrize("loop", [dpo, sft])
+def test_rows_cut_at_max_length(ours, theirs, loop):
+    assert_same_losses(ours(loop, max_length=80), theirs(loop, max_length=80))
+
+
+def test_sft_with_a_warmed_up_cosine_schedule(ours, theirs):
+    schedule = dict(lr_scheduler_type="cosine", warmup_steps=4)
+    assert_same_losses(ours(sft, **schedule), theirs(sft, **schedule))
+
+
+def test_sft_of_packed_rows(ours, theirs):
+    size = dict(per_device_train_batch_size=2)
+    mine = ours(sft, packing="best_fit", packing_length=256, **size)
+    assert_same_losses(mine, theirs(sft, packing=True, max_length=256, **size))
+
+
+@pytest.mark.parametrize("loop", [dpo, sft])
+def test_all_weights_with_weight_decay(ours, theirs, loop):
+    """In DPO both keep a second model as the reference."""
+    assert_same_losses(ours(loop, lora=None, weight_decay=0.5), theirs(loop, lora=None, weight_decay=0.5))
+
+
+def test_data_comes_in_the_order_of_transformers():
+    """`Trainer` shuffles with accelerate's sampler, seeded with its `seed`."""
+    sampler = accelerate.data_loader.SeedableRandomSampler(range(29), data_seed=SEED)
+    windows = Windows(29, batch_size=4, accumulation=2, seed=SEED)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        steps = range(epoch * windows.per_epoch, (epoch + 1) * windows.per_epoch)
+        assert [i for step in steps for batch in windows.at(step) for i in batch] == list(sampler)
+
+
+@pytest.mark.parametrize("capacity", [16, 100])
+def test_blocks_hold_the_rows_of_trl_blocks(capacity):
+    draw = random.Random(capacity)
+    lengths = [draw.randint(1, capacity) for _ in range(500)]
+    rows = datasets.Dataset.from_dict({"input_ids": [[i] * length for i, length in enumerate(lengths)]})
+    packed = trl.pack_dataset(rows, capacity, "bfd")
+    assert best_fit(lengths, capacity) == [list(dict.fromkeys(block)) for block in packed["input_ids"]]

@@ -1,0 +1,95 @@
+"""The benchmark cases by name, and what a case reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Spread(NamedTuple):
+    """What repeated measurements gave: their median, and the quantiles 0.2 and 0.8 around it."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(*np.quantile(values, (0.2, 0.5, 0.8)).tolist())
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity on both sides.
+
+    Attributes:
+        unit: of `ours` and `theirs`; "relative" means in units of the peer's median, which is all that a time on a
+            shared CPU can say.
+        target: the ratio of the medians that this project wants to stay below (above, where `more_is_better`).
+    """
+
+    name: str
+    unit: str
+    ours: Spread
+    theirs: Spread
+    target: float | None = None
+    more_is_better: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """Ours by theirs, of the medians."""
+        return self.ours.median / self.theirs.median
+
+    @property
+    def is_met(self) -> bool:
+        return self.target is None or (self.ratio >= self.target if self.more_is_better else self.ratio <= self.target)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one run of a case found out.
+
+    Attributes:
+        peer: package -> version of what ours is compared with; the first is the one that is named.
+        gate: what was equal on both sides, in words, before anything was measured.
+        facts: settings and sizes that say what was measured.
+    """
+
+    peer: dict[str, str]
+    gate: str
+    measures: list[Measure]
+    facts: dict[str, str | int | float] = field(default_factory=dict)
+
+
+class GateError(Exception):
+    """Both sides do not compute the same, so their speeds say nothing."""
+
+
+class Case(NamedTuple):
+    """A case: `run(turns)` measures that many repetitions."""
+
+    run: Callable[[int], Report]
+    turns: int
+    summary: str
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(name: str, turns: int, summary: str) -> Callable[[Callable[[int], Report]], Callable[[int], Report]]:
+    """Registers a case under a name.
+
+    Args:
+        turns: repetitions unless the command line says otherwise.
+        summary: one line of what is measured.
+    """
+
+    def register(run: Callable[[int], Report]) -> Callable[[int], Report]:
+        assert name not in CASES, name
+        CASES[name] = Case(run, turns, summary)
+        return run
+
+    return register

@@ -1,0 +1,103 @@
+"""Runs benchmark cases and prints each twice: a table for people, then one JSON line for programs.
+
+    python -m benchmarks.run --case dpo_step_vs_trl
+    python -m benchmarks.run --list
+
+The JSON line is also appended to benchmarks/results/<device>.jsonl. No number comes out of a case whose sides do not
+compute the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import inference, training  # noqa: F401  they register their cases
+from benchmarks.registry import CASES, GateError, Measure, Report, Spread
+from phi2.training.run import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1 when a gate is red or something is missing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=sorted(CASES), action="append", default=[], help="what to measure")
+    parser.add_argument("--turns", type=int, help="repetitions, in place of the case's own number")
+    parser.add_argument("--list", action="store_true", help="say what there is to measure")
+    options = parser.parse_args(arguments)
+    if options.list or not options.case:
+        width = max(map(len, CASES))
+        print("\n".join(f"{name:<{width}}  {case.summary}" for name, case in CASES.items()))
+        return 0
+    for name in options.case:
+        load = os.getloadavg()[0]
+        try:
+            report = CASES[name].run(options.turns or CASES[name].turns)
+        except (GateError, FileNotFoundError) as error:
+            print(f"{name}: no number: {error}", file=sys.stderr)
+            return 1
+        print(table(name, report))
+        publish(name, report, load)
+    return 0
+
+
+def table(name: str, report: Report) -> str:
+    peer, version = next(iter(report.peer.items()))
+    lines = [f"{name}: {CASES[name].summary}", f"  gate green: {report.gate}"]
+    lines += [f"  {key}: {value}" for key, value in report.facts.items()]
+    lines.append(f"  {'':<28} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
+    return "\n".join(lines + [_line(measure) for measure in report.measures])
+
+
+def _line(measure: Measure) -> str:
+    cells = f"  {measure.name:<28} {measure.unit:<9} {_cell(measure.ours):>22} {_cell(measure.theirs):>22}"
+    sign, verdict = ">=" if measure.more_is_better else "<=", "met" if measure.is_met else "MISSED"
+    target = "" if measure.target is None else f"{sign} {measure.target:g} {verdict}"
+    return f"{cells} {measure.ratio:>7.3f}  {target}".rstrip()
+
+
+def _cell(spread: Spread) -> str:
+    median = f"{spread.median:,.3f}" if spread.median < 100 else f"{spread.median:,.0f}"
+    return median if spread.low == spread.high else f"{median} ({spread.low:.3f}-{spread.high:.3f})"
+
+
+def publish(name: str, report: Report, load: float) -> None:
+    """Prints the JSON line and appends it to the file of this device."""
+    here, device = environment(), device_name()
+    line = {
+        "case": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "load_before": round(load, 2),
+        "commit": here["commit"],
+        "python": here["python"],
+        "packages": here["packages"] | report.peer,
+        "gate": report.gate,
+        **report.facts,
+        "measures": [{**asdict(m), "ratio": m.ratio, "is_met": m.is_met} for m in report.measures],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line))
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return f"{model.group(1).strip() if model else 'cpu'}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Two kinds of chart as inline SVG: lines over steps, and shares with their intervals.
+
+Colours are the CSS classes `c0`, `c1`, ... of `page.py`, so that a chart follows the light or dark page it stands in.
+What a mark says is its `<title>`, which a browser shows under the pointer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 360, 190  # units of a line chart
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 22  # margins around its plot
+MOST_POINTS = 300  # of a line; more are averaged in groups
+MARKED_POINTS = 12  # a line of no more is drawn with dots
+
+Point = tuple[float, float]
+Interval = tuple[float, float, float]  # low, value, high
+
+
+class Line(NamedTuple):
+    """One line: its name in the legend, and its points from left to right."""
+
+    label: str
+    points: Sequence[Point]
+
+
+class Axis(NamedTuple):
+    """A scale from data to units of the drawing, and its round numbers."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: list[float]
+
+    def at(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def line_chart(title: str, lines: Sequence[Line]) -> str:
+    """A figure of all lines over one axis of steps, the last value of each in the legend; "" without any point."""
+    lines = [Line(label, thin(_finite(points))) for label, points in lines]
+    points = [point for line in lines for point in line.points]
+    if not points:
+        return ""
+    x, y = _steps_axis([p[0] for p in points]), _values_axis([p[1] for p in points])
+    legend = "".join(
+        f'<span class="key c{i}">{escape(line.label)} <b>{number(line.points[-1][1])}</b></span>'
+        for i, line in enumerate(lines)
+        if line.points
+    )
+    drawn = "".join(_curve(line, x, y, i) for i, line in enumerate(lines) if line.points)
+    return (
+        f'<figure class="chart"><figcaption><strong>{escape(title)}</strong>{legend}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{_grid(x, y)}{drawn}</svg></figure>'
+    )
+
+
+def interval_chart(groups: Mapping[str, Mapping[str, Interval]]) -> str:
+    """A figure of shares in [0, 1] with their intervals: a row for each group, in it a mark for each name."""
+    names = list(dict.fromkeys(name for marks in groups.values() for name in marks))
+    legend = "".join(f'<span class="key c{i}">{escape(name)}</span>' for i, name in enumerate(names))
+    step, left, width = 13, 92, 560
+    rows, y = [], 10.0
+    axis = Axis(0, 1, left, width - 16, [0, 0.25, 0.5, 0.75, 1])
+    for group, marks in groups.items():
+        middle = y + step * (len(names) - 1) / 2
+        rows.append(f'<text class="group" x="0" y="{middle + 4:.1f}">{escape(group)}</text>')
+        for i, name in enumerate(names):
+            if name in marks:
+                rows.append(_whisker(f"{group}, {name}", marks[name], axis, y + step * i, f"c{i}"))
+        y += step * len(names) + 13
+    lines = "".join(
+        f'<line class="grid" x1="{axis.at(t):.1f}" x2="{axis.at(t):.1f}" y1="0" y2="{y - 9:.1f}"/>'
+        f'<text class="tick" text-anchor="middle" x="{axis.at(t):.1f}" y="{y + 6:.1f}">{t:.0%}</text>'
+        for t in axis.ticks
+    )
+    return (
+        f'<figure class="chart wide"><figcaption><strong>Right answers, with 95 % intervals</strong>{legend}'
+        f'</figcaption><svg viewBox="0 0 {width} {y + 10:.0f}" role="img" aria-label="Right answers">'
+        f"{lines}{''.join(rows)}</svg></figure>"
+    )
+
+
+def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points: the means of groups of neighbours."""
+    size = math.ceil(len(points) / most) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], math.fsum(y for _, y in group) / len(group)) for group in groups]
+
+
+def nice_ticks(low: float, high: float, most: int, least_step: float = 0.0) -> list[float]:
+    """A grid around the range, in steps of 1, 2 or 5 times a power of ten: the finest that needs `most` steps or so."""
+    rough = max((high - low) / most, least_step)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A number for people: four significant digits, thousands grouped, small ones with an exponent."""
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size and size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [(x, y) for x, y in points if math.isfinite(y)]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest and largest value; some width around values that are all alike."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+    return low, high
+
+
+def _steps_axis(steps: Sequence[float]) -> Axis:
+    """From the first step to the last; ticks are whole steps inside."""
+    low, high = _range(steps)
+    ticks = [t for t in nice_ticks(low, high, 5, least_step=1) if low <= t <= high]
+    return Axis(low, high, LEFT, WIDTH - RIGHT, ticks)
+
+
+def _values_axis(values: Sequence[float]) -> Axis:
+    """From the tick below the values to the tick above them, upwards."""
+    ticks = nice_ticks(*_range(values), 4)
+    return Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks)
+
+
+def _grid(x: Axis, y: Axis) -> str:
+    rows = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(t):.1f}" y2="{y.at(t):.1f}"/>'
+        f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y.at(t) + 3.5:.1f}">{number(t)}</text>'
+        for t in y.ticks
+    )
+    columns = "".join(
+        f'<text class="tick" text-anchor="middle" x="{x.at(t):.1f}" y="{HEIGHT - 6}">{number(t)}</text>'
+        for t in x.ticks
+    )
+    return rows + columns
+
+
+def _curve(line: Line, x: Axis, y: Axis, colour: int) -> str:
+    """Few points: a line with dots. Many: a pale line and, bold upon it, its running mean."""
+    if len(line.points) <= MARKED_POINTS:
+        dots = "".join(
+            f'<circle class="fill c{colour}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="2.6">'
+            f"<title>{escape(line.label)} {number(py)} at step {number(px)}</title></circle>"
+            for px, py in line.points
+        )
+        return _path(line.points, x, y, f"c{colour}") + dots
+    return _path(line.points, x, y, f"pale c{colour}") + _path(_running_mean(line.points), x, y, f"c{colour}")
+
+
+def _path(points: Sequence[Point], x: Axis, y: Axis, style: str) -> str:
+    places = " ".join(f"{x.at(px):.1f},{y.at(py):.1f}" for px, py in points)
+    return f'<polyline class="{style}" points="{places}"/>'
+
+
+def _running_mean(points: Sequence[Point]) -> list[Point]:
+    """Mean over a window that is centred, and shrinks towards both ends."""
+    reach = max(1, len(points) // 25)
+    means = []
+    for i, (px, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)
+        window = points[i - near : i + near + 1]
+        means.append((px, math.fsum(py for _, py in window) / len(window)))
+    return means
+
+
+def _whisker(label: str, interval: Interval, axis: Axis, y: float, colour: str) -> str:
+    low, value, high = interval
+    said = f"{label}: {value:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+    return (
+        f'<g><title>{escape(said)}</title><line class="whisker {colour}" x1="{axis.at(low):.1f}" '
+        f'x2="{axis.at(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<circle class="fill {colour}" cx="{axis.at(value):.1f}" cy="{y:.1f}" r="4"/></g>'
+    )

@@ -1,0 +1,112 @@
+"""Log-probabilities from hidden states against whole logits, with and without LoRA on the head, in every precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from phi2.config import Phi2Config
+from phi2.lora import LoraConfig, attach, disabled, lora_modules
+from phi2.losses.head import target_logps
+from phi2.model import Phi2ForCausalLM
+
+SHAPE = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+ROWS = torch.tensor([0, 9, 3, 3, 6])  # out of order and repeated, as prefix-shared pairs name them
+TARGETS = torch.tensor([5, 59, 0, 17, 2])
+
+
+def small_model(dtype: torch.dtype = torch.float32, lora: bool = False, dropout: float = 0.0) -> Phi2ForCausalLM:
+    """Its LoRA has learned something: B is not zero."""
+    model = Phi2ForCausalLM(Phi2Config(**SHAPE, initializer_range=0.3, resid_pdrop=0.0))
+    model.init_weights(0)
+    torch.nn.init.normal_(model.lm_head.bias, generator=torch.Generator().manual_seed(4))
+    model.to(dtype).eval()
+    if lora:
+        attach(model, LoraConfig(r=4, target_modules=("lm_head",), lora_alpha=8, lora_dropout=dropout))
+        torch.nn.init.normal_(model.lm_head.lora_B.weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def hidden_states(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+
+
+def from_whole_logits(model: Phi2ForCausalLM, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies."""
+    logps = model.lm_head(hidden).float().flatten(0, 1).log_softmax(-1)
+    return logps[ROWS, TARGETS], -(logps.exp() * logps).sum(-1)[ROWS]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_values_equal_those_of_whole_logits(lora):
+    model, hidden = small_model(lora=lora), hidden_states()
+    logps, entropy = target_logps(model, hidden, ROWS, TARGETS, entropy=True)
+    expected_logps, expected_entropy = from_whole_logits(model, hidden)
+    torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_equal_those_of_whole_logits(lora):
+    weights = torch.linspace(-1, 2, len(ROWS))
+    found = []
+    for function in (lambda m, h: target_logps(m, h, ROWS, TARGETS)[0], lambda m, h: from_whole_logits(m, h)[0]):
+        model, hidden = small_model(lora=lora), hidden_states()
+        (function(model, hidden) * weights).sum().backward()
+        found.append({n: p.grad for n, p in model.lm_head.named_parameters() if p.requires_grad} | {"h": hidden.grad})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys() == ({"lora_A.weight", "lora_B.weight", "h"} if lora else {"weight", "bias", "h"})
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_switched_off_lora_is_the_base_head():
+    hidden = hidden_states()
+    expected, _ = target_logps(small_model(), hidden, ROWS, TARGETS)
+    adapted = small_model(lora=True)
+    assert not torch.equal(target_logps(adapted, hidden, ROWS, TARGETS)[0], expected)
+    with disabled(adapted):
+        assert torch.equal(target_logps(adapted, hidden, ROWS, TARGETS)[0], expected)
+
+
+def test_dropout_on_the_heads_lora_acts_in_training_alone():
+    model, hidden = small_model(lora=True, dropout=0.5), hidden_states()
+    expected, _ = target_logps(model, hidden, ROWS, TARGETS)
+    assert torch.equal(target_logps(model, hidden, ROWS, TARGETS)[0], expected)
+    assert not torch.equal(target_logps(model.train(), hidden, ROWS, TARGETS)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_half_precision_weights_give_float32_log_probabilities_as_exact_as_their_inputs(dtype, lora):
+    model, hidden = small_model(dtype, lora), hidden_states(dtype)
+    logps, _ = target_logps(model, hidden, ROWS, TARGETS)
+    assert logps.dtype == torch.float32
+    exact, _ = from_whole_logits(model.float(), hidden.float())  # the same rounded numbers, computed in float32
+    torch.testing.assert_close(logps, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_not_trained_gets_no_gradient():
+    model = small_model(lora=True)
+    target_logps(model, hidden_states(), ROWS, TARGETS)[0].sum().backward()
+    assert model.lm_head.weight.grad is None and model.lm_head.bias.grad is None
+    assert lora_modules(model)["lm_head"].lora_A.weight.grad.abs().max() > 0
+
+
+def test_autocast_rounds_hidden_states_and_weight_to_its_dtype_and_trains_float32_weights():
+    model, hidden = small_model(), hidden_states()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = target_logps(model, hidden, ROWS, TARGETS)
+    rounded = small_model(torch.bfloat16).float()
+    rounded.lm_head.bias = model.lm_head.bias
+    expected, _ = from_whole_logits(rounded, hidden.bfloat16().float())
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    logps.sum().backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32 and model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_no_targets_give_no_log_probabilities():
+    none = torch.zeros(0, dtype=torch.long)
+    logps, entropy = target_logps(small_model(), hidden_states(), none, none)
+    assert logps.shape == (0,) and entropy is None
