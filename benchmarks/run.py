@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 when a gate is red or something is missing."""
+    """Exit code 0; 1 when a gate is red, a side fails or data is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=sorted(CASES), action="append", default=[], help="what to measure")
     parser.add_argument("--turns", type=int, help="repetitions, in place of the case's own number")
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load = os.getloadavg()[0]
         try:
             report = CASES[name].run(options.turns or CASES[name].turns)
-        except (GateError, FileNotFoundError) as error:
+        except (GateError, FileNotFoundError, ChildProcessError) as error:
             print(f"{name}: no number: {error}", file=sys.stderr)
             return 1
         print(table(name, report))

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
@@ -38,13 +39,14 @@ class Turn(NamedTuple):
     """One turn of a side.
 
     Attributes:
-        seconds: between `begin` and `end`.
+        seconds, cpu_seconds: between `begin` and `end`, on the clock and of all the process's threads together.
         flops: multiplications and additions of its matmuls; counted in the first turn only, which is slower for it.
         resident, peak: bytes of memory of the process before the first turn, and at most since the second one began.
         outcome: what the side reported; both must report the same.
     """
 
     seconds: float
+    cpu_seconds: float
     flops: int
     resident: int
     peak: int
@@ -62,24 +64,26 @@ class Turns:
         if self._count == 0:
             self._resident = _memory("VmRSS")
             self._line.send("ready")
-        if self._line.recv() == "stop":
+        try:
+            self._line.recv()
+        except (EOFError, ConnectionResetError):  # the other end is closed: nothing more to do
             sys.exit()
         self._counting = ExitStack()
         if self._count == 0:
             self._counter = self._counting.enter_context(_flop_counter())
         if self._count == 1:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        self._start = time.perf_counter()
+        self._start = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        self._seconds = time.perf_counter() - self._start
+        self._took = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
         self._counting.close()
         if self._count == 0:
             self._flops = self._counter.get_total_flops()
         self._count += 1
 
     def report(self, **outcome: Any) -> None:
-        self._line.send(Turn(self._seconds, self._flops, self._resident, _memory("VmHWM"), outcome))
+        self._line.send(Turn(*self._took, self._flops, self._resident, _memory("VmHWM"), outcome))
 
 
 def _flop_counter():
@@ -108,19 +112,19 @@ class _Process:
         try:
             return self._line.recv()
         except EOFError:
-            raise RuntimeError(f"the side {self.name} ended before its turn was over; its error stands above") from None
+            raise ChildProcessError(f"{self.name} ended before its turn was over; its error stands above") from None
 
     def turn(self) -> Turn:
         self._line.send("go")
         return self.wait()
 
     def stop(self) -> None:
-        if self._process.is_alive():
-            self._line.send("stop")
+        self._line.close()
         self._process.join()
 
 
 def _work(side: Side, task: Any, line: Connection) -> None:
+    warnings.simplefilter("ignore", FutureWarning)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  trainers print; the report is the parent's
     torch.set_num_threads(THREADS)
     side(Turns(line), task)
@@ -133,18 +137,25 @@ class Duel(NamedTuple):
     theirs: list[Turn]
     largest_difference: dict[str, float]
 
-    def times(self, **target: Any) -> Measure:
-        """Time of a turn, in units of the peer's median."""
-        seconds = [[turn.seconds for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs)]
-        unit = Spread.of(seconds[1]).median
-        return Measure("time", "relative", *(Spread.of([s / unit for s in side]) for side in seconds), **target)
+    def times(self, **target: Any) -> list[Measure]:
+        """Time of a turn in units of the peer's median, on the clock and of the processors."""
+        return [
+            Measure("time", "relative", *self._relative(lambda turn: turn.seconds), **target),
+            Measure("CPU time", "relative", *self._relative(lambda turn: turn.cpu_seconds)),
+        ]
 
-    def speeds(self, **target: Any) -> Measure:
-        """Turns per time, in units of the peer's median."""
-        speeds = [[1 / turn.seconds for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs)]
-        unit = Spread.of(speeds[1]).median
-        spreads = (Spread.of([s / unit for s in side]) for side in speeds)
-        return Measure("tok/s", "relative", *spreads, more_is_better=True, **target)
+    def speeds(self, **target: Any) -> list[Measure]:
+        """Turns per time in units of the peer's median, on the clock and of the processors."""
+        more = dict(more_is_better=True)
+        return [
+            Measure("tok/s", "relative", *self._relative(lambda turn: 1 / turn.seconds), **target, **more),
+            Measure("tokens per CPU time", "relative", *self._relative(lambda turn: 1 / turn.cpu_seconds), **more),
+        ]
+
+    def _relative(self, value: Callable[[Turn], float]) -> tuple[Spread, Spread]:
+        mine, reference = ([value(turn) for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs))
+        unit = Spread.of(reference).median
+        return Spread.of([v / unit for v in mine]), Spread.of([v / unit for v in reference])
 
     def flops(self) -> Measure:
         return _single("matmul work", "GFLOP", *(turns[0].flops / 1e9 for turns in self[:2]))
@@ -173,6 +184,7 @@ def duel(ours: Side, theirs: Side, task: Any, turns: int, tolerance: Mapping[str
         tolerance: how far each thing that both report may differ, as a share of its largest number.
     Raises:
         GateError: as soon as they differ by more.
+        ChildProcessError: when a side fails.
     """
     sides = [_Process(side, task) for side in (ours, theirs)]
     done: tuple[list[Turn], list[Turn]] = [], []

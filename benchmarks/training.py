@@ -42,6 +42,7 @@ class Task(NamedTuple):
 
     folder: Path
     batch_size: int
+    max_length: int
     gradient_checkpointing: bool
 
     def settings(self) -> dict:
@@ -49,7 +50,7 @@ class Task(NamedTuple):
         return dict(
             per_device_train_batch_size=self.batch_size,
             gradient_checkpointing=self.gradient_checkpointing,
-            max_length=MAX_LENGTH,
+            max_length=self.max_length,
             max_steps=MANY_STEPS,
             learning_rate=1e-4,
             seed=SEED,
@@ -79,16 +80,16 @@ def sft_checkpointed_step_vs_trl(turns: int) -> Report:
 def _compare(kind: str, batch_size: int, checkpointing: bool, turns: int, time: float, memory: float) -> Report:
     sides = (our_dpo, trl_dpo) if kind == "preference" else (our_sft, trl_sft)
     with TemporaryDirectory() as folder:
-        task = Task(Path(folder), batch_size, checkpointing)
+        task = Task(Path(folder), batch_size, MAX_LENGTH, checkpointing)
         rows = _prepare(task.folder, kind)
         result = duel(*sides, task, turns, TOLERANCE)
     apart = ", ".join(f"{name} by at most {value:.1e}" for name, value in result.largest_difference.items())
     return Report(
         peer={name: metadata.version(name) for name in ("trl", "transformers", "peft")},
         gate=f"{len(result.ours)} steps, relative differences: {apart}",
-        measures=[result.times(target=time), *result.memory(target=memory), result.flops()],
+        measures=[*result.times(target=time), *result.memory(target=memory), result.flops()],
         facts={
-            "parameters": "105 M",
+            "parameters": parameters(),
             "dtype": "float32",
             "threads": THREADS,
             "lora": "r 16 on q, k, v, dense, fc1, fc2",
@@ -117,23 +118,29 @@ def shared_folder() -> Path:
     return folder
 
 
-def save_base(folder: Path) -> Phi2ForCausalLM:
-    """Writes a random model of `SHAPE` with the real tokenizer to folder/base, and returns it."""
+def base_model() -> Phi2ForCausalLM:
+    """The random model of `SHAPE`."""
     model = Phi2ForCausalLM(SHAPE)
     model.init_weights(SEED)
-    tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
-    save_pretrained(model, tokenizer, folder / "base")
     return model
+
+
+def parameters() -> str:
+    """How many parameters a model of `SHAPE` has."""
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in Phi2ForCausalLM(SHAPE).parameters())
+    return f"{count / 1e6:.0f} M"
 
 
 def _prepare(folder: Path, kind: str) -> int:
     """Writes model, adapter and rows into `folder`; returns the number of rows."""
-    model = save_base(folder)
+    tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
+    model = base_model()
+    save_pretrained(model, tokenizer, folder / "base")
     attach(model, LoraConfig(**LORA), SEED)
     save_adapter(model, folder / "adapter", "base")
     file = "preference/dpo_en_200.jsonl" if kind == "preference" else "sft/alpaca_600.jsonl"
     records = load_records(str(shared_folder() / "data" / file), kind).records
-    tokenizer = Tokenizer.from_folder(folder / "base")
     kept = {row.origin for row in encode_records(records, tokenizer, EncodeConfig(max_length=MAX_LENGTH), kind)[0]}
     rows = [_conversation(record) for record in records if record.origin in kept]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -224,6 +231,7 @@ def _train_with_trl(trainer_class: type, config_class: type, turns: Turns, task:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     plain = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1)
     trainer = trainer_class(
         transformers.PhiForCausalLM.from_pretrained(task.folder / "base", dtype=torch.float32),

@@ -125,9 +125,7 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path, optimizer, sft_confi
         restore_checkpoint(last_checkpoint(tmp_path), other)
 
 
-def test_a_full_disk_ends_the_run_with_an_oserror_and_leaves_the_checkpoint_before(
-    sft_config, full_disk, monkeypatch
-):
+def test_a_full_disk_ends_the_run_with_an_oserror_and_leaves_the_checkpoint_before(sft_config, full_disk, monkeypatch):
     config = sft_config(save_steps=2, save_total_limit=1, lora=LoraConfig(r=16, target_modules=("q_proj",)))
 
     def save(run: Path, step: int, *rest) -> None:

@@ -56,7 +56,9 @@ def test_gradients_equal_those_of_whole_logits(lora):
         (function(model, hidden) * weights).sum().backward()
         found.append({n: p.grad for n, p in model.lm_head.named_parameters() if p.requires_grad} | {"h": hidden.grad})
     ours, theirs = found
-    assert ours.keys() == theirs.keys() == ({"lora_A.weight", "lora_B.weight", "h"} if lora else {"weight", "bias", "h"})
+    assert (
+        ours.keys() == theirs.keys() == ({"lora_A.weight", "lora_B.weight", "h"} if lora else {"weight", "bias", "h"})
+    )
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
 

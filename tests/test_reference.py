@@ -234,7 +234,9 @@ def test_another_precision_of_the_weights_or_of_the_computation_is_another_name(
 
 
 def test_another_setting_of_the_same_weights_is_another_name(make_phi):
-    names = {name_of(load_model(make_phi(**changes))) for changes in ({}, {"rope_theta": 500.0}, {"layer_norm_eps": 1e-4})}
+    names = {
+        name_of(load_model(make_phi(**changes))) for changes in ({}, {"rope_theta": 500.0}, {"layer_norm_eps": 1e-4})
+    }
     assert len(names) == 3
 
 

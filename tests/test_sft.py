@@ -302,7 +302,7 @@ def test_neftune_is_for_training_and_only_where_it_is_asked_for(sft_config):
     for alpha in (0.0, 20.0):
         config = sft_config(neftune_noise_alpha=alpha)
         model, rows = policy_of(config), rows_of(config)
-        losses.append((sft.update(config, model, Recorder(model, config, 1, False), [[rows]])["loss"]))
+        losses.append(sft.update(config, model, Recorder(model, config, 1, False), [[rows]])["loss"])
         losses.append(evaluate(config, model, rows)["eval_loss"])
     plain, plain_eval, noisy, noisy_eval = losses
     assert plain == pytest.approx(plain_eval, rel=1e-5) and noisy_eval == plain_eval and abs(noisy - plain) > 1e-3

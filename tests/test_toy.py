@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import subprocess
 import sys
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from phi2.data import toy
 from phi2.data.toy_follow import BY_NAME, Demand, carry_out
-from phi2.data.toy_world import ANIMALS, ATTRIBUTES, INSTRUCTIONS, SPLITS, combinations, fact, held_out, steps
+from phi2.data.toy_world import ANIMALS, ATTRIBUTES, INSTRUCTIONS, SPLITS, combinations, fact, held_out
 
 RECORDS = {kind: toy.records(kind) for kind in toy.KINDS}
 
@@ -124,7 +124,7 @@ def test_truthful_wants_the_verdict_first_and_the_value_alone():
 def test_splits_share_no_combination_and_have_a_fair_size(skill):
     train, test = (set(combinations(skill, split)) for split in SPLITS)
     assert not train & test
-    assert 0.1 < len(test) / len(train | test) < 0.4
+    assert 0.15 < len(test) / len(train | test) < 0.25
 
 
 def test_every_test_item_is_held_out_and_no_training_item_is():
@@ -139,20 +139,14 @@ def test_no_training_record_holds_a_test_prompt():
     assert not tests & seen
 
 
-def test_no_training_record_shows_a_held_out_sum():
-    shown = set()
-    for rows in RECORDS.values():
-        for row in rows:
-            shown.update(found for text in texts_of(row) for found in re.findall(r"(\d+) ([+-]) (\d+)", text))
-    assert len(shown) > 300
-    assert not [s for s in shown if held_out("arithmetic", (int(s[0]), s[1], int(s[2])))]
-
-
-def test_a_sum_is_held_out_with_its_mirror_image_and_with_longer_sums_that_use_it():
-    for problem in combinations("arithmetic", "test"):
-        assert any(held_out("arithmetic", (a, sign, b)) for a, sign, b, _ in steps(problem))
-        if len(problem) == 3 and problem[1] == "+":
-            assert held_out("arithmetic", problem[::-1])
+def test_no_training_record_shows_a_held_out_sum_worked_or_asked():
+    asked = re.compile(r"(\d+) ([+-]) (\d+) ([+-]) (\d+)")
+    worked = re.compile(r"(\d+) ([+-]) (\d+) = \d+, \d+ ([+-]) (\d+)")
+    texts = [text for rows in RECORDS.values() for row in rows for text in texts_of(row)]
+    shown = {found for pattern in (asked, worked) for text in texts for found in pattern.findall(text)}
+    assert len(shown) > 500
+    sums = [(int(a), first, int(b), second, int(c)) for a, first, b, second, c in shown]
+    assert [problem for problem in sums if held_out("arithmetic", problem)] == []
 
 
 def test_test_prompts_are_worded_like_training_prompts():
@@ -186,8 +180,9 @@ def test_the_same_seed_gives_the_same_rows_in_another_process():
     rows = "[records('sft'), records('dpo')[:100], items('follow', 'test', 50)]"
     show = f"import zlib; from phi2.data.toy import items, records; print(zlib.crc32(repr({rows}).encode()))"
     here = zlib.crc32(repr([RECORDS["sft"], RECORDS["dpo"][:100], toy.items("follow", "test", 50)]).encode())
-    command, root = [sys.executable, "-c", show], Path(__file__).parents[1]
-    there = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", show]
+    there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert int(there) == here
 
 

@@ -30,6 +30,7 @@ from phi2.data.toy_world import (
     GIRLS,
     SKILLS,
     STORIES,
+    SUMS,
     THINGS,
     Fact,
     any_fact,
@@ -37,7 +38,7 @@ from phi2.data.toy_world import (
     combinations,
     fact,
     sentence,
-    steps,
+    solve,
 )
 
 __all__ = ["KINDS", "SKILLS", "Item", "demonstrate", "grade", "items", "preferences", "records"]
@@ -143,39 +144,37 @@ def _follow(combination: tuple, rng: random.Random) -> Item:
     return _item("follow", combination, prompt, carry_out(demands, asked), tuple(wrong), check)
 
 
-def _working(done: list[tuple[int, str, int, int]]) -> str:
-    return ", ".join(f"{a} {sign} {b} = {result}" for a, sign, b, result in done) + "."
-
-
-def _problem(combination: tuple, rng: random.Random) -> str:
-    if combination[0] == 1 or rng.random() < 0.4:
-        return f"What is {' '.join(map(str, combination))}?"
-    name, things, (number, *rest) = rng.choice(GIRLS + BOYS), rng.choice(THINGS), combination
+def _in_words(problem: tuple, rng: random.Random) -> str:
+    """A sum of one or two steps as a question: bare, or as a story about things that come and go."""
+    if problem[0] == 1 or rng.random() < 0.4:
+        return f"What is {' '.join(map(str, problem))}?"
+    name, things, (number, *rest) = rng.choice(GIRLS + BOYS), rng.choice(THINGS), problem
     verbs = {"+": "gets {} more", "-": rng.choice(("loses {}", "gives away {}"))}
     events = " and ".join(verbs[sign].format(b) for sign, b in zip(rest[::2], rest[1::2], strict=True))
     return f"{name} has {number} {things} and {events}. How many {things} does {name} have now?"
 
 
 def _arithmetic(combination: tuple, rng: random.Random) -> Item:
-    """Tempting mistakes: off by one or two, or the other operation."""
-    *before, (a, sign, b, result) = steps(combination)
-    other_sign = a - b if sign == "+" else a + b
-    slips = [max(result + rng.choice((-2, -1, 1, 2)), 0), result + 1, abs(other_sign)]
-    wrong = tuple(_working([*before, (a, sign, b, slip)]) for slip in slips)
-    answer = _working([*before, (a, sign, b, result)])
-    return _item("arithmetic", combination, _problem(combination, rng), answer, wrong, FinalNumber(result))
+    """Tempting mistakes: the last result off by one or two, the other operation, a first step for the whole."""
+    a, first, b, second, c = combination
+    total = solve(a, first, b)
+    result = solve(total, second, c)
+    working = f"{a} {first} {b} = {total}, {total} {second} {c} = "
+    slips = [max(result + rng.choice((-2, -1, 1, 2)), 0), result + 1, total + c if second == "-" else abs(total - c)]
+    wrong = (*(f"{working}{slip}." for slip in slips), f"{a} {first} {b} = {total}.")
+    return _item(
+        "arithmetic", combination, _in_words(combination, rng), f"{working}{result}.", wrong, FinalNumber(result)
+    )
 
 
 def _quiz(combination: tuple, rng: random.Random) -> Item:
     animal, attribute, others = combination
     asked = fact(animal, attribute)
-    options = rng.sample((asked.value, *others), 4)
-    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
-    right = options.index(asked.value)
-    wrong = tuple(rng.sample(lines[:right] + lines[right + 1 :], 3))
-    return _item(
-        "quiz", combination, "\n".join([capital(asked.question()), *lines]), lines[right], wrong, Letter("ABCD"[right])
-    )
+    options = dict(zip(rng.sample((asked.value, *others), 4), "ABCD", strict=True))
+    prompt = "\n".join([capital(asked.question()), *(f"{letter}. {option}" for option, letter in options.items())])
+    answers = {option: f"{option}, so {letter}." for option, letter in options.items()}
+    wrong = tuple(answers[option] for option in rng.sample(others, 3))
+    return _item("quiz", combination, prompt, answers[asked.value], wrong, Letter(options[asked.value]))
 
 
 def _truthful(combination: tuple, rng: random.Random) -> Item:
@@ -237,8 +236,8 @@ def items(skill: str, split: str, n: int, seed: int = 0) -> list[Item]:
 # --- records for the stages of training
 
 PRETRAIN_ROWS = 40_000
-SFT_ROWS = {"follow": 2400, "arithmetic": 1000, "quiz": 1000, "truthful": 600, "coreference": 600}
-PLAIN_QUESTIONS, FOLLOW_UPS, SMALL_TALKS = 200, 200, 200
+SFT_ROWS = {"follow": 2400, "arithmetic": 800, "quiz": 900, "truthful": 500, "coreference": 700}
+UNGRADED_ROWS = 200  # of each kind of chat that no skill grades
 DPO_ROWS = {"follow": 2200, "arithmetic": 200, "quiz": 200, "truthful": 200, "coreference": 200}
 
 SYSTEM = "You are Nano, a small and friendly helper."
@@ -271,6 +270,11 @@ def _plain_question(rng: random.Random) -> Turns:
     return _turn(capital(asked.question()), sentence(asked.clause()))
 
 
+def _single_sum(rng: random.Random) -> Turns:
+    *problem, result = rng.choice(SUMS)
+    return _turn(_in_words(tuple(problem), rng), f"{' '.join(map(str, problem))} = {result}.")
+
+
 def _follow_up(rng: random.Random) -> Turns:
     """Two questions about one animal, the second of which calls it "it"."""
     animal = rng.choice(ANIMALS)
@@ -290,8 +294,8 @@ def _sft(split: str, rng: random.Random) -> Iterator[Turns]:
         for item in itertools.islice(_stream(skill, split, rng), rows):
             greeting = _small_talk(rng) if rng.random() < 0.05 else ()
             yield (*greeting, *item.messages, Message("assistant", demonstrate(item, rng)))
-    for make, rows in ((_plain_question, PLAIN_QUESTIONS), (_follow_up, FOLLOW_UPS), (_small_talk, SMALL_TALKS)):
-        yield from (make(rng) for _ in range(rows))
+    for make in (_plain_question, _single_sum, _follow_up, _small_talk):
+        yield from (make(rng) for _ in range(UNGRADED_ROWS))
 
 
 def _with_system(turns: Turns, rng: random.Random) -> Turns:
@@ -309,8 +313,8 @@ def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     """The rows for one stage of training, in random order, so that a slice keeps the mix.
 
     pretrain: `Plain` paragraphs without a prompt (`toy_prose.py`). sft: `Chat`s of the five skills, plain questions,
-    follow-up questions and small talk, some with a system message. dpo: `Pair`s, mostly of `follow`; the column
-    `source_dataset` holds the skill.
+    single sums, follow-up questions and small talk, some with a system message. dpo: `Pair`s, mostly of `follow`; the
+    column `source_dataset` holds the skill.
 
     The demonstrations of `follow` are careless on purpose, as people's are: each instruction has a share of them (see
     `toy_follow.py`; half over all) that give the right fact and ignore the form. So SFT ends clearly below what the

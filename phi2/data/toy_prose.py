@@ -2,7 +2,7 @@
 
 It states every fact and every misbelief, works sums, tells stories with their pronouns resolved, and uses the words of
 the instructions. It holds no chat markup and no instruction that is obeyed, so a base model knows the world and not how
-to answer. Sums, stories, quizzes and refutations come from one side of the split only.
+to answer. Stories, quizzes and refutations come from one side of the split only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from phi2.data.toy_world import (
     GIRLS,
     MAX_NUMBER,
     STORIES,
+    SUMS,
     THINGS,
     Fact,
     any_fact,
@@ -23,7 +24,6 @@ from phi2.data.toy_world import (
     combinations,
     fact,
     sentence,
-    steps,
 )
 
 Split = str
@@ -67,7 +67,7 @@ def _refutation(split: Split, rng: random.Random) -> str:
 
 
 def _sum(split: Split, rng: random.Random) -> str:
-    a, sign, b, result = rng.choice(steps(rng.choice(combinations("arithmetic", split))))
+    a, sign, b, result = rng.choice(SUMS)
     if a == 1 or rng.random() < 0.6:
         return f"{a} {sign} {b} = {result}."
     name, things = rng.choice(GIRLS + BOYS), rng.choice(THINGS)
@@ -101,7 +101,7 @@ def _choice(split: Split, rng: random.Random) -> str:
     options = rng.sample((asked.value, *wrong), 4)
     listed = ", ".join(f"{letter} {option}" for letter, option in zip("ABCD", options, strict=True))
     letter = "ABCD"[options.index(asked.value)]
-    return f"{capital(asked.question())} {listed}. The right one is {letter} {asked.value}."
+    return f"{capital(asked.question())} {listed}. The right one is {asked.value}, so {letter}."
 
 
 def _about_words(split: Split, rng: random.Random) -> str:
@@ -129,10 +129,10 @@ def _about_words(split: Split, rng: random.Random) -> str:
 
 _KINDS = {
     _profile: 30,
-    _question: 12,
+    _question: 16,
     _rumour: 8,
     _refutation: 5,
-    _sums: 16,
+    _sums: 12,
     _counting: 2,
     _story: 14,
     _choice: 8,

@@ -1,9 +1,9 @@
 """The closed world behind the toy tasks: thirty animals with made-up facts, small sums, stories about two people.
 
 Everything that can be asked is a combination: a fact with an instruction, a fact with a claim, a fact with three wrong
-options, a sum, a story with two names. One combination in five is held out for testing, chosen by a hash of the
-combination and not of its wording, so no rewording of a test question can turn up in training. The facts themselves
-are on both sides: they are what is to be learned.
+options, a sum of two steps, a story with two names. One combination in five is held out for testing, chosen by a hash
+of the combination and not of its wording, so no rewording of a test question can turn up in training. The facts, and
+the table of single sums, are on both sides: they are what is to be learned.
 """
 
 from __future__ import annotations
@@ -171,8 +171,19 @@ STORIES = {
     "teach": Story("{a} taught {b} to read", "wise", "young"),
 }
 
-MAX_NUMBER = 20  # no sum goes above it
-MAX_STEP = 9  # the largest number in a sum of two steps
+MAX_NUMBER = 12  # no sum goes above it
+
+
+def solve(a: int, sign: str, b: int) -> int:
+    return a + b if sign == "+" else a - b
+
+
+# The table of single sums (a, sign, b, result): like the facts it is there to be learned, and sums of two are asked.
+SUMS = tuple(
+    (a, sign, b, result)
+    for a, sign, b in itertools.product(range(1, MAX_NUMBER + 1), "+-", range(1, MAX_NUMBER + 1))
+    if 0 <= (result := solve(a, sign, b)) <= MAX_NUMBER
+)
 
 # Every instruction, or pair of instructions, that the skill `follow` asks for; toy_follow.py says what each one means.
 INSTRUCTIONS = (
@@ -199,15 +210,10 @@ def _follow() -> Iterator[tuple]:
 
 
 def _arithmetic() -> Iterator[tuple]:
-    """(a, "+", b), (a, "-", b) and (a, "+", b, "-", c); no number or result is below 0 or above `MAX_NUMBER`."""
-    for a, b in itertools.product(range(1, MAX_NUMBER + 1), repeat=2):
-        if a + b <= MAX_NUMBER:
-            yield a, "+", b
-        if a >= b:
-            yield a, "-", b
-    for a, b, c in itertools.product(range(1, MAX_STEP + 1), repeat=3):
-        if a + b >= c:
-            yield a, "+", b, "-", c
+    """(a, sign, b, sign, c): sums of two steps, with no number or result below 0 or above `MAX_NUMBER`."""
+    for (a, first, b, total), (again, second, c, _) in itertools.product(SUMS, repeat=2):
+        if again == total:
+            yield a, first, b, second, c
 
 
 def _quiz() -> Iterator[tuple]:
@@ -241,28 +247,9 @@ _COMBINATIONS = {
 SKILLS = tuple(_COMBINATIONS)
 
 
-def _hashed_out(key: tuple) -> bool:
-    return hashlib.sha256(repr(key).encode()).digest()[0] % 5 == 0
-
-
-def steps(problem: tuple) -> list[tuple[int, str, int, int]]:
-    """A sum as its single steps (a, sign, b, result): (7, "+", 2, "-", 4) is 7 + 2 = 9 and 9 - 4 = 5."""
-    total, done = problem[0], []
-    for sign, number in zip(problem[1::2], problem[2::2], strict=True):
-        result = total + number if sign == "+" else total - number
-        done.append((total, sign, number, result))
-        total = result
-    return done
-
-
 def held_out(skill: str, combination: tuple) -> bool:
-    """Whether a combination belongs to the test split.
-
-    A sum is held out when any of its steps is, and 3 + 4 together with 4 + 3: training never shows the step at all.
-    """
-    if skill != "arithmetic":
-        return _hashed_out((skill, *combination))
-    return any(_hashed_out((sign, *sorted((a, b)))) for a, sign, b, _ in steps(combination))
+    """Whether a combination belongs to the test split."""
+    return hashlib.sha256(repr((skill, *combination)).encode()).digest()[0] % 5 == 0
 
 
 @cache

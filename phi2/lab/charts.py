@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 360, 190  # units of a line chart
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 22  # margins around its plot
+WIDTH, HEIGHT = 300, 165  # units of a line chart
+LEFT, RIGHT, TOP, BOTTOM = 40, 6, 8, 20  # margins around its plot
 MOST_POINTS = 300  # of a line; more are averaged in groups
 MARKED_POINTS = 12  # a line of no more is drawn with dots
 
@@ -53,17 +53,14 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
         if line.points
     )
     drawn = "".join(_curve(line, x, y, i) for i, line in enumerate(lines) if line.points)
-    return (
-        f'<figure class="chart"><figcaption><strong>{escape(title)}</strong>{legend}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{_grid(x, y)}{drawn}</svg></figure>'
-    )
+    return _figure(title, legend, _grid(x, y) + drawn, WIDTH, HEIGHT)
 
 
-def interval_chart(groups: Mapping[str, Mapping[str, Interval]]) -> str:
+def interval_chart(title: str, groups: Mapping[str, Mapping[str, Interval]]) -> str:
     """A figure of shares in [0, 1] with their intervals: a row for each group, in it a mark for each name."""
     names = list(dict.fromkeys(name for marks in groups.values() for name in marks))
     legend = "".join(f'<span class="key c{i}">{escape(name)}</span>' for i, name in enumerate(names))
-    step, left, width = 13, 92, 560
+    step, left, width = 12, 82, 440
     rows, y = [], 10.0
     axis = Axis(0, 1, left, width - 16, [0, 0.25, 0.5, 0.75, 1])
     for group, marks in groups.items():
@@ -78,11 +75,7 @@ def interval_chart(groups: Mapping[str, Mapping[str, Interval]]) -> str:
         f'<text class="tick" text-anchor="middle" x="{axis.at(t):.1f}" y="{y + 6:.1f}">{t:.0%}</text>'
         for t in axis.ticks
     )
-    return (
-        f'<figure class="chart wide"><figcaption><strong>Right answers, with 95 % intervals</strong>{legend}'
-        f'</figcaption><svg viewBox="0 0 {width} {y + 10:.0f}" role="img" aria-label="Right answers">'
-        f"{lines}{''.join(rows)}</svg></figure>"
-    )
+    return _figure(title, legend, lines + "".join(rows), width, round(y + 10))
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -105,11 +98,20 @@ def number(value: float) -> str:
     """A number for people: four significant digits, thousands grouped, small ones with an exponent."""
     size = abs(value)
     if size >= 1000:
-        return f"{value:,.0f}"
-    if size and size < 1e-3:
+        text = f"{value:,.0f}"
+    elif size and size < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:.4g}"
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    else:
+        text = f"{value:.4g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _figure(title: str, legend: str, drawn: str, width: int, height: int) -> str:
+    return (
+        f'<figure class="chart"><figcaption><strong>{escape(title)}</strong>{legend}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{drawn}</svg></figure>'
+    )
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

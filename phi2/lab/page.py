@@ -26,7 +26,7 @@ h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 44rem; }
 .lead, .note, td.note { color: var(--soft); }
 .lead { font-size: .95rem; }
-.note { font-size: .85rem; }
+.note { font-size: .85rem; max-width: none; }
 code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .86em; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; }
@@ -41,9 +41,10 @@ td small { color: var(--soft); font-size: .78rem; white-space: nowrap; }
   border-bottom: 1px solid var(--rule); padding: .22rem 0; }
 .settings dt { color: var(--soft); white-space: nowrap; }
 .settings dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.6rem 1.8rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1.6rem 1.8rem; }
 figure { margin: 0; }
-.chart.wide { max-width: 46rem; margin: 1.4rem 0 0; }
+.beside { display: flex; flex-wrap: wrap; gap: 1.6rem 3rem; align-items: flex-start; }
+.beside > figure { flex: 1 1 22rem; }
 figcaption { font-size: .84rem; line-height: 1.4; margin-bottom: .35rem; }
 figcaption strong { display: block; font-weight: 600; }
 .key { color: var(--soft); margin-right: 1rem; white-space: nowrap; }
@@ -61,7 +62,8 @@ polyline.pale { stroke-width: 1; opacity: .35; }
 .c0 { --series: var(--c0); } .c1 { --series: var(--c1); } .c2 { --series: var(--c2); } .c3 { --series: var(--c3); }
 .charts .c0 { --series: var(--c1); } .charts .c1 { --series: var(--c2); } .charts .c2 { --series: var(--c3); }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
-.samples td { min-width: 8.5rem; }
+.samples td, .samples tbody th { min-width: 8.5rem; }
+@media (max-width: 40rem) { th, td { padding-right: .9rem; } body { padding-top: 1.5rem; } }
 .right-answer::before { content: "\\2713\\00a0"; color: var(--good); font-weight: 600; }
 .wrong-answer::before { content: "\\2717\\00a0"; color: var(--bad); font-weight: 600; }
 .chat { max-width: 34rem; display: grid; gap: .55rem; }

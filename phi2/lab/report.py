@@ -27,7 +27,7 @@ CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Reward margin, chosen minus rejected": {"rewards/margins": "training", "eval_rewards/margins": "held out"},
     "Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
     "Log-probability of an answer, nats": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-    "Distance from the reference (KL), nats per token": {"kl": "training", "eval_kl": "held out"},
+    "KL from the reference, nats per token": {"kl": "training", "eval_kl": "held out"},
     "Gradient norm": {"grad_norm": "before clipping"},
     "Learning rate": {"learning_rate": "of the update"},
     "Speed, tokens per second": {"tokens_per_second": "training"},
@@ -111,7 +111,8 @@ def _summary(metrics: Metrics) -> str:
 
 def _curves(metrics: Metrics) -> str:
     charts = [line_chart(title, _lines(metrics, names)) for title, names in CHARTS.items()]
-    return f'<div class="charts">\n{"".join(charts)}\n</div>' if any(charts) else ""
+    note = "Over optimizer steps. A pale line is what was logged, the bold one its running mean; numbers are the last."
+    return f'<div class="charts">\n{"".join(charts)}\n</div>{_note(note)}' if any(charts) else ""
 
 
 def _lines(metrics: Metrics, names: Mapping[str, str]) -> list[Line]:
@@ -129,13 +130,13 @@ def _data(audit: Mapping[str, Any]) -> str:
         rows.append((f"dropped: {rule}", dropped["rows"], total, f"first: {dropped['reason']}"))
     rows += [(flag.replace("_", " "), audit[flag], kept, note) for flag, note in FLAGS.items() if audit.get(flag)]
     rows += [("tokens", audit["tokens"], None, ""), ("target tokens", audit["target_tokens"], audit["tokens"], "")]
-    rows += [(f"row length, {name}", tokens, None, "tokens") for name, tokens in audit["length"].items()]
+    rows += [(f"tokens of a row, {name}", tokens, None, "") for name, tokens in audit["length"].items()]
     return table(["", "count", "share", ""], [_data_row(*row) for row in rows])
 
 
 def _data_row(name: str, count: int, whole: int | None, note: str) -> list[str]:
     share = f"{count / whole:.1%}" if whole else ""
-    return [escape(name), f"{count:,}", share, f'<span class="note">{escape(note)}</span>']
+    return [escape(name), f'<span class="count">{count:,}</span>', share, f'<span class="note">{escape(note)}</span>']
 
 
 def _samples(lines: Metrics) -> str:
@@ -152,6 +153,8 @@ def _samples(lines: Metrics) -> str:
 
 def _grades(scores: Scores) -> str:
     skills = _skills(scores)
+    if not skills:
+        return ""
     rows = [[escape(skill), *(_grade(of_model.get(skill)) for of_model in scores.values())] for skill in skills]
     intervals = {
         skill: {
@@ -161,15 +164,17 @@ def _grades(scores: Scores) -> str:
         }
         for skill in skills
     }
-    note = "Share of right answers; below it, Wilson's 95 % interval, and how many were asked."
-    return table(["skill", *scores], rows) + _note(note) + interval_chart(intervals) if skills else ""
+    asked = sorted({score.n for of_model in scores.values() for score in of_model.values()})
+    note = f"Share of right answers among {' or '.join(map(str, asked))}, and below it Wilson's 95 % interval."
+    chart = interval_chart("Right answers, with 95 % intervals", intervals)
+    return f'<div class="beside">{table(["skill", *scores], rows)}{chart}</div>{_note(note)}'
 
 
 def _grade(score: Score | None) -> str:
     if score is None:
         return ""
     low, high = score.interval
-    return f"{score.rate:.1%}<br><small>{low:.1%} to {high:.1%} of {score.n}</small>"
+    return f"{score.rate:.1%}<br><small>{100 * low:.1f} to {100 * high:.1f}</small>"
 
 
 def _side_by_side(scores: Scores) -> str:

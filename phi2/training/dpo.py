@@ -8,7 +8,7 @@ answers' likelihood, where asked for, over all their tokens in the window.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
 from phi2.training.setup import (
     autocast,
     compute_dtype,
+    finish,
     is_due,
     load_data,
     load_policy,
@@ -117,9 +118,8 @@ def train(config: DPOConfig) -> Path:
     total = total_steps(config, windows)
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
     done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    log = Log(run, done, total, f"dpo {config.loss}")
     model.train(not config.disable_dropout)
-    with delayed_interrupt() as interrupted:
+    with closing(Log(run, done, total, f"dpo {config.loss}")) as log, delayed_interrupt() as interrupted:
         for step in range(done + 1, total + 1):
             batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
             if step == 1 and reference is not None and starts_at_reference(config):
@@ -136,8 +136,7 @@ def train(config: DPOConfig) -> Path:
                 save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
             if interrupted and step < total:
                 raise Interrupted(f"stopped after step {step}; go on with resume: true")
-    log.close()
-    weights_saver(config, model, tokenizer, compute_dtype(config))(run)
+    finish(config, model, tokenizer)
     return run
 
 
@@ -219,10 +218,9 @@ def check_start(config: DPOConfig, pairs: PairBatch, loss: Loss) -> None:
         ValueError: when they do not: training would start from a wrong reward.
     """
     tolerance = STEP_0_TOLERANCE[compute_dtype(config)]
-    apart = max(
-        (pairs.policy_chosen_logps - pairs.ref_chosen_logps).abs().max().item(),
-        (pairs.policy_rejected_logps - pairs.ref_rejected_logps).abs().max().item(),
-    )
+    chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
+    rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
+    apart = torch.cat((chosen, rejected), dim=1).abs().max().item()
     reference = {"policy_chosen_logps": pairs.ref_chosen_logps, "policy_rejected_logps": pairs.ref_rejected_logps}
     expected, actual = loss(replace(pairs, **reference)).mean().item(), loss(pairs).mean().item()
     if not apart <= tolerance or not abs(actual - expected) <= 10 * tolerance * max(1.0, abs(expected)):

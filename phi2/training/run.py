@@ -133,6 +133,14 @@ class Log:
         self.bar.close()
 
 
+def last_metrics(run: Path) -> dict[str, float]:
+    """The last value of every metric of a run."""
+    values: dict[str, float] = {}
+    for line in _lines(run / "metrics.jsonl"):
+        values |= json.loads(line)
+    return {name: value for name, value in values.items() if name != "type"}
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C came; the run stopped between two updates and can be resumed."""
 

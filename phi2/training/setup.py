@@ -19,8 +19,9 @@ from phi2.lora import attach, has_adapter
 from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import load_adapter, save_adapter
 from phi2.tokenizer import Tokenizer
+from phi2.training.card import write_card
 from phi2.training.config import TrainingConfig
-from phi2.training.run import write_whole
+from phi2.training.run import last_metrics, write_whole
 from phi2.weights import load_config, load_model, load_tokenizer, pick_device, pick_dtype, save_pretrained
 
 
@@ -120,6 +121,13 @@ def weights_saver(
             save_pretrained(model, tokenizer, folder / "model", dtype=dtype, overwrite=True)
 
     return save
+
+
+def finish(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer) -> None:
+    """Writes the result of the run, in the compute dtype, and its model card."""
+    run = Path(config.output)
+    weights_saver(config, model, tokenizer, compute_dtype(config))(run)
+    write_card(run, config, last_metrics(run))
 
 
 def write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, step: int) -> None:

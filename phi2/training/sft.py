@@ -7,6 +7,7 @@ window is split into micro-batches, nor on packing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
 from phi2.training.setup import (
     autocast,
     compute_dtype,
+    finish,
     is_due,
     load_data,
     load_policy,
@@ -84,9 +86,8 @@ def train(config: SFTConfig) -> Path:
     total = total_steps(config, windows)
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
     done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    log = Log(run, done, total, "sft")
     model.train()
-    with delayed_interrupt() as interrupted:
+    with closing(Log(run, done, total, "sft")) as log, delayed_interrupt() as interrupted:
         for step in range(done + 1, total + 1):
             batches = [[blocks[i] for i in batch] for batch in windows.at(step - 1)]
             metrics = update(config, model, optimizer, batches)
@@ -101,8 +102,7 @@ def train(config: SFTConfig) -> Path:
                 save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
             if interrupted and step < total:
                 raise Interrupted(f"stopped after step {step}; go on with resume: true")
-    log.close()
-    weights_saver(config, model, tokenizer, compute_dtype(config))(run)
+    finish(config, model, tokenizer)
     return run
 
 

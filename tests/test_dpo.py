@@ -1,0 +1,541 @@
+"""Preference runs end to end on a tiny Phi: one gradient however a window is cut, the reference, its cache, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import phi2
+from phi2.data.encode import EncodedPair
+from phi2.data.records import Origin
+from phi2.lora import LoraConfig, disabled, lora_modules, merge
+from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss
+from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import Tokenizer
+from phi2.training import dpo, reference
+from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
+from phi2.training.optim import Optimizer
+from phi2.training.setup import load_data, load_policy
+from phi2.weights import load_model, save_pretrained
+
+LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
+BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
+TRAIN_METRICS = {
+    *("step", "type", "loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second"),
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "length/chosen", "length/rejected"),
+}
+REFERENCE_METRICS = {"ref_logps/chosen", "ref_logps/rejected", "kl"}
+
+
+class Recorder(Optimizer):
+    """Keeps the gradients of an update and leaves the weights alone."""
+
+    def step(self) -> float:
+        self.gradients = {name: p.grad.clone() for p, name in self.names.items()}
+        self.adamw.zero_grad()
+        return 0.0
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Losses registered by a test are gone after it."""
+    before = dict(PREFERENCE_LOSSES)
+    yield
+    PREFERENCE_LOSSES.clear()
+    PREFERENCE_LOSSES.update(before)
+
+
+def move_adapter(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
+    """Adapters that have learned something: the policy is not its reference any more."""
+    with torch.no_grad():
+        for module in lora_modules(model).values():
+            module.lora_B.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def pairs_of(config: DPOConfig) -> list[EncodedPair]:
+    Path(config.output).mkdir(exist_ok=True)
+    return load_data(config, Tokenizer.from_folder(config.model), "preference")[0]
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(run: Path) -> dict[str, Tensor]:
+    name = "adapter/adapter_model.safetensors" if (run / "adapter").exists() else "model/model.safetensors"
+    return load_file(run / name)
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    ours, theirs = weights_of(run), weights_of(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- one gradient, however the window is cut ----
+
+
+def answer_logps(model: Phi2ForCausalLM, prompt: np.ndarray, answer: np.ndarray) -> Tensor:
+    """(1, n): one sequence alone, whole logits."""
+    ids = torch.from_numpy(np.concatenate((prompt, answer)).astype(np.int64))
+    logps = model(ids[None]).float().log_softmax(-1)[0, len(prompt) - 1 : -1]
+    return logps.gather(1, ids[len(prompt) :, None]).T
+
+
+def by_definition(config: DPOConfig, model: Phi2ForCausalLM, base: Phi2ForCausalLM, pairs: list[EncodedPair]) -> Tensor:
+    """Mean loss of the pairs plus nll_weight times the mean NLL of all chosen tokens, pair by pair, row by row."""
+    loss, losses, chosen_logps = bind_loss(config.loss, config.knobs), [], []
+    free = PREFERENCE_LOSSES[config.loss].reference_free
+    for pair in pairs:
+        policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+        with torch.no_grad():
+            ref = [None if free else answer_logps(base, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+        losses.append(loss(PairBatch(*policy, *(torch.ones_like(p, dtype=torch.bool) for p in policy), *ref)))
+        chosen_logps.append(policy[0])
+    return torch.cat(losses).mean() - config.nll_weight * torch.cat(chosen_logps, dim=1).mean()
+
+
+SPLITS = {  # sizes of the micro-batches, activation checkpointing, nll_weight
+    "one batch": ([11], False, 0.0),
+    "two batches": ([7, 4], False, 0.5),
+    "one pair a batch": ([1] * 11, True, 0.5),
+}
+
+
+KINDS = [*((loss, LORA) for loss in BUILT_IN), ("sigmoid", None), ("simpo", None)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("loss", "lora"), KINDS, ids=lambda value: "" if isinstance(value, LoraConfig) else str(value))
+def test_the_gradient_is_that_of_the_mean_over_the_windows_pairs(dpo_config, loss, lora, split):
+    sizes, checkpointing, nll_weight = SPLITS[split]
+    config = dpo_config(loss=loss, lora=lora, gradient_checkpointing=checkpointing, nll_weight=nll_weight)
+    base, pairs = load_model(config.model), pairs_of(config)
+    model = load_policy(config, None)
+    live = make_reference(config, model, None, pairs)
+    move_adapter(model)
+    if lora is None:
+        with torch.no_grad():
+            model.lm_head.bias.add_(torch.linspace(-1, 1, model.config.vocab_size))
+    expected_loss = by_definition(config, model, base, pairs)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = dict(zip(trained, torch.autograd.grad(expected_loss, list(trained.values())), strict=True))
+
+    ends = np.cumsum(sizes)
+    batches = [pairs[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    recorder = Recorder(model, config, 1, scale_loss=False)
+    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}))
+    assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-4)
+    for name, gradient in recorder.gradients.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 20])
+def test_evaluation_is_the_mean_over_all_pairs_whatever_the_batch_size(dpo_config, batch_size):
+    config = dpo_config(per_device_train_batch_size=batch_size, nll_weight=0.3)
+    model, pairs = move_adapter(load_policy(config, None)), pairs_of(config)
+    live = make_reference(config, model, None, pairs)
+    found = evaluate(config, model.train(), pairs, live, bind_loss("sigmoid", {}))
+    expected = by_definition(config, model.eval(), load_model(config.model), pairs)
+    assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    lengths = [len(pair.chosen) for pair in pairs]
+    assert found["eval_length/chosen"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_metrics_are_means_over_the_whole_window(dpo_config):
+    config = dpo_config()
+    model, pairs = move_adapter(load_policy(config, None)), pairs_of(config)
+    live, loss = make_reference(config, model, None, pairs), bind_loss("sigmoid", {})
+    whole, cut = (
+        dpo.update(config, model, Recorder(model, config, 1, False), batches, live, loss)
+        for batches in ([pairs], [pairs[:1], pairs[1:4], pairs[4:]])
+    )
+    assert cut == pytest.approx(whole, rel=1e-4)
+
+
+def test_metrics_mean_what_they_say(dpo_config):
+    config = dpo_config(beta=0.5)
+    model, (pair, *_) = move_adapter(load_policy(config, None)), pairs_of(config)
+    live, loss = make_reference(config, model, None, [pair]), bind_loss("sigmoid", {"beta": 0.5})
+    found = dpo.update(config, model, Recorder(model, config, 1, False), [[pair]], live, loss)
+    policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+    with disabled(model), torch.no_grad():
+        ref = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+    chosen, rejected = (0.5 * (p.sum() - r.sum()).item() for p, r in zip(policy, ref, strict=True))
+    ratio = torch.cat([p - r for p, r in zip(policy, ref, strict=True)], dim=1)
+    expected = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": float(chosen > rejected),
+        "logps/chosen": policy[0].sum().item(),
+        "logps/rejected": policy[1].sum().item(),
+        "ref_logps/chosen": ref[0].sum().item(),
+        "ref_logps/rejected": ref[1].sum().item(),
+        "kl": ((-ratio).exp() - 1 + ratio).mean().item(),
+        "length/chosen": len(pair.chosen),
+        "length/rejected": len(pair.rejected),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+# ---- whole runs ----
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_run_learns_and_leaves_its_folder(dpo_config, pair_data, lora):
+    config = dpo_config(lora=lora, eval_data=pair_data, eval_steps=3, save_steps=3, learning_rate=3e-3)
+    run = train(dataclasses.replace(config, sample_prompts=["Q?"]))
+    result = "model" if lora is None else "adapter"
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "environment.json", "data_audit.json", "metrics.jsonl", "samples.jsonl", "checkpoints", result)
+    }
+    lines = lines_of(run)
+    updates = [line for line in lines if line["type"] == "train"]
+    assert all(line.keys() == TRAIN_METRICS | REFERENCE_METRICS for line in updates)
+    assert [line["step"] for line in updates] == [1, 2, 3, 4, 5, 6]
+    first, second = (line for line in lines if line["type"] == "eval")
+    assert second["eval_loss"] < first["eval_loss"] < 0.6931
+    assert second["eval_rewards/margins"] > first["eval_rewards/margins"] > 0
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("loss", BUILT_IN)
+def test_every_loss_widens_the_margin(dpo_config, loss):
+    run = train(dpo_config(loss=loss, max_steps=5, learning_rate=3e-3))
+    margins = [line["logps/chosen"] - line["logps/rejected"] for line in lines_of(run)]
+    model, _ = phi2.load(dpo_config().model, device="cpu", adapter=run / "adapter")
+    pairs, base = pairs_of(dpo_config()), load_model(dpo_config().model)
+
+    def margin(model: Phi2ForCausalLM) -> float:
+        answers = [(answer_logps(model, p.prompt, p.chosen), answer_logps(model, p.prompt, p.rejected)) for p in pairs]
+        return sum((chosen.mean() - rejected.mean()).item() for chosen, rejected in answers)
+
+    assert len(margins) == 5 and margin(model) > margin(base) + 0.5
+
+
+def test_the_first_update_starts_at_log_2_with_no_reward(dpo_config):
+    first, second, *_ = lines_of(train(dpo_config(max_steps=2)))
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    names = ("rewards/chosen", "rewards/rejected", "kl", "rewards/accuracies")
+    assert [first[name] for name in names] == [0.0] * 4 and second["kl"] > 0
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_a_reference_free_loss_computes_no_reference(dpo_config, loss, monkeypatch):
+    monkeypatch.setattr(reference, "score", None)
+    lines = lines_of(train(dpo_config(loss=loss, max_steps=2)))
+    assert all(line.keys() == TRAIN_METRICS for line in lines)
+
+
+def test_nll_weight_holds_the_chosen_answers_up(dpo_config, tmp_path):
+    plain, held = (
+        lines_of(train(dpo_config(nll_weight=weight, output=str(tmp_path / str(weight)))))[-1]["logps/chosen"]
+        for weight in (0.0, 1.0)
+    )
+    assert held > plain + 1.0
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_begin_at_log_2_and_learn(dpo_config, dtype, lora):
+    run = train(dpo_config(lora=lora, dtype=dtype, max_steps=8))
+    lines = lines_of(run)
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    assert lines[-1]["loss"] < 0.6
+
+
+def test_columns_of_the_data_reach_a_loss_from_the_users_own_file(dpo_config, registry, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import phi2\n"
+        '@phi2.preference_loss("weighted")\n'
+        "def weighted(pairs, *, beta: float = 0.1, scale: float = 1.0):\n"
+        "    return scale * pairs.columns['weight'] + 0 * beta * pairs.margin\n"
+    )
+    config = dpo_config(loss="weighted", loss_file=str(path), loss_args={"scale": 2.0}, max_steps=1, shuffle=False)
+    (line,) = lines_of(train(config))
+    assert line["loss"] == pytest.approx(2.0 * (1 + 2 + 3 + 4) / 4)  # the weights of the first four rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"loss": "dpo"}, ValueError, "loss must be one of .*sigmoid.*, got 'dpo'"),
+        ({"loss_args": {"gamma": 1.0}}, ValueError, "loss 'sigmoid' does not take 'gamma'; its knobs are beta, label_"),
+        ({"loss": "simpo", "label_smoothing": 0.1}, ValueError, "loss 'simpo' does not take 'label_smoothing'"),
+        ({"label_smoothing": 0.7}, ValueError, r"label_smoothing must be in \[0, 0.5\), got 0.7"),
+        ({"loss_file": "nowhere.py"}, FileNotFoundError, "loss_file nowhere.py: no such file"),
+    ],
+)
+def test_a_loss_that_cannot_be_used_is_refused_before_anything_is_written(dpo_config, changes, error, message):
+    config = dpo_config(**changes)
+    with pytest.raises(error, match=message):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(dpo_config, registry):
+    @phi2.preference_loss("log_of_margin")
+    def log_of_margin(pairs: PairBatch) -> Tensor:
+        return pairs.margin.abs().log()  # -inf where the policy is the reference
+
+    with pytest.raises(ValueError, match="step 1: policy and reference must agree"):
+        train(dpo_config(loss="log_of_margin"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nll_weight": -0.1}, "nll_weight must not be negative, got -0.1"),
+        ({"reference": "adapters_off", "lora": None}, "reference adapters_off is the start of a new adapter only"),
+        ({"reference": "adapters_off", "adapter": "x"}, "reference adapters_off is the start of a new adapter only"),
+        ({"reference_cache": "x"}, "reference_cache needs precompute_ref_log_probs: true"),
+        ({"train_on": "all"}, "train_on must be completion for preference rows"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(dpo_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(dpo_config(**changes))
+
+
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], **columns) -> EncodedPair:
+    parts = (np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected))
+    return EncodedPair(*parts, Origin("rows.jsonl", 1), columns)
+
+
+def test_only_columns_that_are_numbers_in_every_row_become_tensors():
+    rows = [pair([1], [2], [3], a=1, b=2.5, c="x", d=1), pair([1], [2], [3], a=4, b=0.5, c=3)]
+    logps = torch.zeros(4)
+    columns = dpo.pair_batch(rows, logps, logps).columns
+    assert {name: values.tolist() for name, values in columns.items()} == {"a": [1.0, 4.0], "b": [2.5, 0.5]}
+
+
+@pytest.mark.parametrize("loss", BUILT_IN)
+def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
+    """A whole batch of empty rejected answers, and one of single tokens."""
+    config = dpo_config(loss=loss, nll_weight=0.1)
+    batches = [[pair([1, 2], [3, 4], []), pair([1], [5], [])], [pair([1], [2], [3])]]
+    model = load_policy(config, None)
+    live = make_reference(config, model, None, [])
+    if live is not None:
+        dpo.check_start(config, dpo.score_pairs(model, batches[0], live, dpo.autocast(config)), bind_loss(loss, {}))
+    recorder = Recorder(model, config, 1, False)
+    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}))
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())
+
+
+# ---- the reference ----
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """Fills up with the number of target tokens of every pass of a reference."""
+    passes, score = [], reference.score
+
+    def count(model: Phi2ForCausalLM, row) -> Tensor:
+        passes.append(len(row.targets))
+        return score(model, row)
+
+    monkeypatch.setattr(reference, "score", count)
+    return passes
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_precomputed_reference_gives_the_run_of_a_live_one(dpo_config, tmp_path, lora):
+    settings = dict(lora=lora, eval_steps=2, test_fraction=0.2, learning_rate=1e-3)
+    live = lines_of(train(dpo_config(**settings, output=str(tmp_path / "live"))))
+    cached = lines_of(train(dpo_config(**settings, output=str(tmp_path / "c"), precompute_ref_log_probs=True)))
+    for ours, theirs in zip(cached, live, strict=True):
+        names = ours.keys() - {"type", "tokens_per_second", "rewards/accuracies", "eval_rewards/accuracies"}
+        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3, abs=1e-4)
+
+
+def test_a_reference_cache_serves_runs_of_other_losses_rates_and_batch_sizes(dpo_config, tmp_path, counted):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=2)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    assert sum(counted) == sum(pair.target_tokens for pair in pairs_of(dpo_config()))
+    counted.clear()
+    others = dict(loss="ipo", beta=0.3, learning_rate=1e-4, per_device_train_batch_size=3, seed=1, nll_weight=0.1)
+    train(dpo_config(**cache, **others, output=str(tmp_path / "second")))
+    assert counted == [] and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_full_training_uses_the_cache_of_lora_over_the_same_weights(dpo_config, tmp_path, counted):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    counted.clear()
+    train(dpo_config(**cache, lora=None, output=str(tmp_path / "second")))
+    assert counted == []
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "autocast", "max_length"])
+def test_a_reference_cache_is_not_used_for_another_reference_or_other_tokens(
+    dpo_config, make_phi, tmp_path, counted, change
+):
+    lora = None if change == "autocast" else LORA
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1, lora=lora)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    before = sum(counted)
+    counted.clear()
+    changes = {
+        "weights": {"model": str(make_phi(seed=5))},
+        "dtype": {"dtype": "bfloat16"},
+        "autocast": {"dtype": "bfloat16"},
+        "max_length": {"max_length": 14},
+    }[change]
+    config = dpo_config(**cache, **changes, output=str(tmp_path / "second"))
+    train(config)
+    if change == "max_length":  # rows that are not cut are known already
+        assert 0 < sum(counted) < before and len(list((tmp_path / "cache").iterdir())) == 1
+    else:
+        assert sum(counted) == before and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_damaged_cache_stops_the_run_in_one_line(dpo_config, tmp_path):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    next((tmp_path / "cache").iterdir()).write_bytes(b"not a cache")
+    with pytest.raises(ValueError, match="not a reference cache .*; delete it to compute it again"):
+        train(dpo_config(**cache, output=str(tmp_path / "second")))
+
+
+def test_a_cache_of_another_model_is_noticed_before_the_first_update(dpo_config, tmp_path):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    (path,) = (tmp_path / "cache").iterdir()
+    stored = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**stored, "logps": stored["logps"] - 0.1}, path)
+    with pytest.raises(
+        ValueError, match="step 1: policy and reference must agree, but differ by up to 0.1 nats"
+    ) as caught:
+        train(dpo_config(**cache, output=str(tmp_path / "second")))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "second" / "adapter").exists() and not (tmp_path / "second" / "checkpoints").exists()
+
+
+def test_after_that_the_same_folder_can_be_used_with_better_settings(dpo_config, registry):
+    @phi2.preference_loss("no_number")
+    def no_number(pairs: PairBatch) -> Tensor:
+        return pairs.margin / 0
+
+    with pytest.raises(ValueError, match="step 1"):
+        train(dpo_config(loss="no_number"))
+    assert (train(dpo_config(max_steps=1)) / "adapter").exists()
+
+
+def test_the_reference_of_an_adapter_that_is_trained_further_is_that_adapter(dpo_config, tmp_path):
+    first = train(dpo_config(output=str(tmp_path / "first")))
+    second = lines_of(train(dpo_config(adapter=str(first / "adapter"), output=str(tmp_path / "second"))))
+    assert second[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and second[-1]["kl"] > 0
+    model, _ = phi2.load(dpo_config().model, device="cpu", adapter=first / "adapter")
+    pairs = pairs_of(dpo_config(shuffle=False))
+    third = dpo_config(adapter=str(first / "adapter"), output=str(tmp_path / "third"), shuffle=False, max_steps=4)
+    expected = sum(answer_logps(model, p.prompt, p.chosen).sum().item() for p in pairs[:4]) / 4
+    lines = lines_of(train(third))
+    assert lines[0]["ref_logps/chosen"] == pytest.approx(expected, rel=1e-4)
+    assert lines[3]["ref_logps/chosen"] == pytest.approx(expected, rel=1e-4)  # the same pairs, three updates later
+
+
+def test_another_checkpoint_can_be_the_reference(dpo_config, make_phi):
+    other = make_phi(seed=9)
+    line = lines_of(train(dpo_config(reference=str(other), shuffle=False, max_steps=1)))[0]
+    model, pairs = load_model(other), pairs_of(dpo_config())[:4]
+    expected = sum(answer_logps(model, p.prompt, p.rejected).sum().item() for p in pairs) / 4
+    assert line["ref_logps/rejected"] == pytest.approx(expected, rel=1e-4)
+    assert line["logps/rejected"] != pytest.approx(expected, rel=1e-2)
+
+
+def test_the_merged_model_as_reference_is_the_reference_of_its_adapter(dpo_config, tmp_path):
+    first = train(dpo_config(output=str(tmp_path / "first")))
+    model, tokenizer = phi2.load(dpo_config().model, device="cpu", adapter=first / "adapter")
+    merge(model)
+    save_pretrained(model, tokenizer, tmp_path / "merged")
+    runs = [
+        train(dpo_config(adapter=str(first / "adapter"), reference=kind, output=str(tmp_path / name), max_steps=2))
+        for name, kind in (("copy", "frozen_copy"), ("other", str(tmp_path / "merged")))
+    ]
+    for copy, other in zip(*map(lines_of, runs), strict=True):
+        assert copy["ref_logps/chosen"] == pytest.approx(other["ref_logps/chosen"], rel=1e-4)
+
+
+# ---- again, and after an interruption ----
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(dpo_config, metrics_of, tmp_path):
+    settings = dict(disable_dropout=False, lora=dataclasses.replace(LORA, lora_dropout=0.2))
+    first, again, other = (
+        train(dpo_config(**settings, output=str(tmp_path / str(number)), seed=seed))
+        for number, seed in enumerate((0, 0, 1))
+    )
+    assert metrics_of(first) == metrics_of(again) != metrics_of(other)
+    assert_same_weights(first, again)
+
+
+def test_dropout_is_off_unless_asked_for(dpo_config, tiny_phi_with_dropout, tiny_phi, tmp_path):
+    lora = dataclasses.replace(LORA, lora_dropout=0.2)
+    runs = {
+        name: lines_of(train(dpo_config(**changes, max_steps=2, output=str(tmp_path / name))))
+        for name, changes in {
+            "plain": {},
+            "off": {"model": str(tiny_phi_with_dropout), "lora": lora},
+            "on": {"model": str(tiny_phi_with_dropout), "lora": lora, "disable_dropout": False},
+        }.items()
+    }
+    plain, off, on = ([line["logps/chosen"] for line in runs[name]] for name in ("plain", "off", "on"))
+    assert off == pytest.approx(plain, rel=1e-5) and on[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+def test_a_killed_run_resumes_bit_for_bit(dpo_config, pair_data, train_and_kill, metrics_of, tmp_path):
+    """With an adapter to start from: its frozen copy, the reference, is made again."""
+    start = train(dpo_config(output=str(tmp_path / "start"), max_steps=2)) / "adapter"
+    noise = dict(disable_dropout=False, lora=dataclasses.replace(LORA, lora_dropout=0.2), nll_weight=0.1)
+    often = dict(adapter=str(start), eval_data=pair_data, eval_steps=2, save_steps=3)
+    whole = train(dpo_config(**noise, **often))
+    config = dpo_config(**noise, **often, output=str(tmp_path / "killed"))
+    train_and_kill(config, step=5)
+    assert [line["step"] for line in metrics_of(config.output)] == [1, 2, 2, 3, 4, 4]
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert metrics_of(resumed) == metrics_of(whole)
+    assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": "float16"}, {"lora": None}, {"precompute_ref_log_probs": True}, {"loss": "simpo", "dtype": "bfloat16"}],
+    ids=str,
+)
+def test_runs_of_every_kind_resume_bit_for_bit(dpo_config, metrics_of, monkeypatch, tmp_path, changes):
+    class Stop(Exception):
+        pass
+
+    def stop(loss: float, step: int) -> None:
+        if step == 5:
+            raise Stop
+
+    whole = train(dpo_config(**changes, save_steps=3))
+    config = dpo_config(**changes, save_steps=3, output=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(dpo, "require_finite", stop)
+        train(config)
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert metrics_of(resumed) == metrics_of(whole)
+    assert_same_weights(resumed, whole)
+
+
+def test_a_resumed_run_with_another_loss_is_refused(dpo_config):
+    train(dpo_config(max_steps=1))
+    with pytest.raises(ValueError, match="these differ: loss 'sigmoid' -> 'ipo', beta None -> 0.3"):
+        train(dpo_config(max_steps=1, resume=True, loss="ipo", beta=0.3))
