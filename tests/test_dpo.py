@@ -1,4 +1,4 @@
-"""Preference runs end to end on a tiny Phi: one gradient however a window is cut, the reference, its cache, resuming."""
+"""Preference runs end to end on a tiny Phi: one gradient however a window is cut, the reference, its cache, resume."""
 
 from __future__ import annotations
 
@@ -199,7 +199,8 @@ def test_a_run_learns_and_leaves_its_folder(dpo_config, pair_data, lora):
     run = train(dataclasses.replace(config, sample_prompts=["Q?"]))
     result = "model" if lora is None else "adapter"
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "environment.json", "data_audit.json", "metrics.jsonl", "samples.jsonl", "checkpoints", result)
+        *("config.yaml", "environment.json", "data_audit.json", "metrics.jsonl", "samples.jsonl", "README.md"),
+        *("checkpoints", result),
     }
     lines = lines_of(run)
     updates = [line for line in lines if line["type"] == "train"]

@@ -118,6 +118,11 @@ def test_best_fit_chooses_the_fullest_block_with_room(lengths, capacity):
     assert sorted(sum(lengths[i] for i in block) for block in best_fit(lengths, capacity)) == sorted(loads)
 
 
+def test_among_equally_full_blocks_best_fit_takes_the_one_that_came_to_it_first():
+    assert best_fit([4, 5, 3, 3, 2, 2], 7) == [[1, 4], [0, 2], [3, 5]]  # 2 fits behind 5 exactly; the other 2 behind 3
+    assert best_fit([6, 6, 2], 8) == [[0, 2], [1]]
+
+
 def test_best_fit_refuses_a_sequence_longer_than_a_block():
     with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a block of 8"):
         best_fit([3, 9, 8], 8)

@@ -140,7 +140,8 @@ def test_a_run_learns_and_leaves_its_folder(sft_config, sft_data, lora):
     result = "model" if lora is None else "adapter"
     written = {path.name for path in run.iterdir()}
     assert written == {
-        *("config.yaml", "environment.json", "data_audit.json", "metrics.jsonl", "samples.jsonl", "checkpoints", result)
+        *("config.yaml", "environment.json", "data_audit.json", "metrics.jsonl", "samples.jsonl", "README.md"),
+        *("checkpoints", result),
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-4", "step-8"}
     evaluations = [line for line in metrics_lines(run) if line["type"] == "eval"]

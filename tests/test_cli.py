@@ -1,0 +1,126 @@
+"""The command line as it is typed: exit codes, one-line errors, config files, the way from SFT to a merged model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from phi2.cli import COMMANDS, main
+
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--device", "cpu", "--lora.r", "4"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        code = main(list(arguments))
+    except SystemExit as exit:  # --help and --print_config
+        code = exit.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_sentence_of_help(command, capsys):
+    code, out, _ = run(capsys, command, "--help")
+    flags = out.partition("options:")[2].split("\n  --")[1:]
+    assert code == 0 and flags
+    own = [flag for flag in flags if not flag.split()[0].endswith(".help")]
+    assert [flag.split()[0] for flag in own if len(flag.split()) < 4] == []
+
+
+def test_the_overview_names_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(f"  {name} " in out for name in COMMANDS)
+
+
+BAD_USAGE = {
+    "unknown command": (["train"], "command must be one of generate, chat, sft"),
+    "unknown flag": (["chat", "--model", "nano", "--colour", "red"], "colour"),
+    "missing flags": (["sft", "--model", "nano"], "data, output"),
+    "a word for a number": (["dpo", "--model", "m", "--data", "d", "--output", "o", "--beta", "big"], "beta"),
+    "a choice that is none": (
+        ["sft", "--model", "m", "--data", "d", "--output", "o", "--packing", "tight"],
+        "best_fit",
+    ),
+    "a rank below one": (["dpo", "--model", "m", "--data", "d", "--output", "o", "--lora.r", "0"], "r must be"),
+    "settings at odds": (["sft", "--model", "m", "--data", "d", "--output", "o", "--from_scratch", "true"], "lora"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USAGE)
+def test_bad_usage_is_one_line_and_code_2(case, capsys):
+    arguments, expected = BAD_USAGE[case]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and err.count("\n") == 1 and expected in err
+
+
+def test_failures_are_one_line_and_code_1(tiny_phi, sft_data, pair_data, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    for arguments, expected in (
+        (["--data", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
+        (["--data", str(broken)], "broken.jsonl row 2: invalid JSON"),
+        (["--data", str(empty)], "empty.jsonl: no usable row"),
+        (["--data", pair_data, "--model", str(tmp_path / "no-model")], "no-model: no such folder"),
+    ):
+        where = ["--model", str(tiny_phi), "--output", str(tmp_path / "run")]
+        code, _, err = run(capsys, "sft", *where, *SHORT, *arguments)
+        last = err.splitlines()[-1]
+        assert code == 1 and expected in last and "Traceback" not in err
+
+
+def test_an_unknown_loss_lists_those_there_are(tiny_phi, pair_data, tmp_path, capsys):
+    where = ["--model", str(tiny_phi), "--data", pair_data, "--output", str(tmp_path / "run")]
+    code, _, err = run(capsys, "dpo", *where, *SHORT, "--loss", "ippo")
+    assert code == 1 and "loss must be one of" in err and "sigmoid_norm" in err
+
+
+def test_flags_win_over_the_config_file(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "data": "d", "output": "o", "beta": 0.3, "max_steps": 7}))
+    code, out, _ = run(capsys, "dpo", "--config", str(path), "--beta", "0.5", "--print_config")
+    shown = yaml.safe_load(out)
+    assert code == 0 and shown["beta"] == 0.5 and shown["max_steps"] == 7 and shown["model"] == "m"
+
+
+def test_sft_dpo_merge_generate_in_a_row(tiny_phi, sft_data, pair_data, tmp_path, capsys):
+    base, runs = str(tiny_phi), tmp_path
+    loss = runs / "mine.py"
+    loss.write_text(
+        "import phi2, torch\n"
+        "@phi2.preference_loss('twice_hinge')\n"
+        "def twice_hinge(pairs: phi2.PairBatch, *, beta: float = 0.1) -> torch.Tensor:\n"
+        "    return 2 * torch.relu(1 - beta * pairs.margin)\n"
+    )
+    steps = (
+        ["sft", "--model", base, "--data", sft_data, "--output", str(runs / "sft"), *SHORT],
+        ["dpo", "--model", base, "--adapter", str(runs / "sft/adapter"), "--data", pair_data, *SHORT]
+        + ["--loss_file", str(loss), "--loss", "twice_hinge", "--output", str(runs / "dpo")],
+        ["merge", "--model", base, "--adapter", str(runs / "dpo/adapter"), "--output", str(runs / "merged")],
+        ["generate", "--model", str(runs / "merged"), "--prompt", "hi", "--max_new_tokens", "4"],
+    )
+    for step in steps:
+        code, _, err = run(capsys, *step)
+        assert code == 0, err
+    first = json.loads((runs / "dpo/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(2.0)
+    assert {"report.html", "README.md", "config.yaml", "environment.json", "data_audit.json"} <= {
+        path.name for path in (runs / "dpo").iterdir()
+    }
+    assert (runs / "merged" / "model.safetensors").exists()
+
+
+def test_a_folder_with_a_run_is_not_run_over(tiny_phi, sft_data, tmp_path, capsys):
+    command = ["sft", "--model", str(tiny_phi), "--data", sft_data, "--output", str(tmp_path / "run"), *SHORT]
+    assert run(capsys, *command)[0] == 0
+    code, _, err = run(capsys, *command)
+    assert code == 1 and "holds a run already" in err
+
+
+def test_inspect_shows_rows_and_the_audit(tiny_phi, pair_data, capsys):
+    code, out, _ = run(capsys, "inspect", "--model", str(tiny_phi), "--data", pair_data, "--rows", "1")
+    assert code == 0 and "chosen (" in out and "target_tokens" in out
