@@ -73,7 +73,7 @@ class _Head:
 
     def logits(self, hidden: Tensor, adapter_hidden: Tensor | None) -> Tensor:
         """(n, V) float32."""
-        logits = _matmul(hidden, self.weight.T).add_(self.bias)
+        logits = _matmul(hidden, self.weight.T, self.bias)
         if adapter_hidden is not None:
             logits.addmm_(adapter_hidden, self.adapter_weight.T)
         return logits
@@ -83,11 +83,12 @@ class _Head:
         return _matmul(grad, self.weight)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with float32 accumulation and result; half precision operands stay half on a GPU."""
+def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b, plus a bias, with float32 accumulation and result; half precision operands stay half on a GPU."""
     if b.is_cuda and b.dtype != torch.float32:
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return a.float() @ b
+        product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+        return product if bias is None else product.add_(bias)
+    return a.float() @ b if bias is None else torch.addmm(bias, a.float(), b)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -113,13 +114,18 @@ class _LinearLogProb(torch.autograd.Function):
         unit_adapter = torch.empty_like(adapter_hidden) if keep_unit and adapter_hidden is not None else None
         for chunk in _chunks(N, V):
             logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))  # (n, V)
-            lse[chunk] = logits.logsumexp(dim=-1)
-            logp[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1) - lse[chunk]
+            top = logits.amax(dim=-1, keepdim=True)
+            logits -= top
+            picked = logits.gather(1, targets[chunk, None])
+            mean = (logits.exp() * logits).sum(dim=-1, keepdim=True) if entropy else None
+            weights = logits.exp_()  # softmax but for its denominator, written over the logits
+            total = weights.sum(dim=-1, keepdim=True)
+            logp[chunk] = (picked - total.log()).squeeze(1)
+            lse[chunk] = (top + total.log()).squeeze(1)
             if entropy:
-                logps = logits - lse[chunk, None]
-                entropies[chunk] = -(logps.exp() * logps).sum(dim=-1)
+                entropies[chunk] = (total.log() - mean / total).squeeze(1)
             if keep_unit:
-                grad = _grad_logits_(logits, lse[chunk], targets[chunk])
+                grad = _add_onehot_(weights.div_(-total), targets[chunk])
                 unit[chunk] = head.pull_back(grad)
                 if unit_adapter is not None:
                     unit_adapter[chunk] = grad @ adapter_weight
@@ -140,9 +146,7 @@ class _LinearLogProb(torch.autograd.Function):
         return _recompute_backward(grad_logp, ctx.needs_input_grad, *ctx.saved_tensors)
 
 
-def _grad_logits_(logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
-    """onehot(target) - softmax(logits), written over the logits."""
-    grad = logits.sub_(lse[:, None]).exp_().neg_()
+def _add_onehot_(grad: Tensor, targets: Tensor) -> Tensor:
     return grad.scatter_add_(1, targets[:, None], torch.ones_like(grad[:, :1]))
 
 
@@ -156,7 +160,8 @@ def _recompute_backward(grad_logp, needs, hidden, weight, bias, targets, adapter
     grad_adapter_hidden = torch.empty_like(adapter_hidden) if needs[4] else None
     for chunk in _chunks(hidden.shape[0], weight.shape[0]):
         logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))
-        grad = _grad_logits_(logits, lse[chunk], targets[chunk]).mul_(grad_logp[chunk, None])  # (n, V)
+        grad = _add_onehot_(logits.sub_(lse[chunk, None]).exp_().neg_(), targets[chunk])  # onehot - softmax, (n, V)
+        grad *= grad_logp[chunk, None]
         if needs[0]:
             grad_hidden[chunk] = head.pull_back(grad)
         if needs[1]:
