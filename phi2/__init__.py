@@ -1,7 +1,7 @@
 """phi2: Microsoft's Phi-2 from scratch, with its own SFT and preference optimisation.
 
-    model, tokenizer = phi2.load("rasyosef/phi-2-instruct-v0.1")
-    print(phi2.generate(model, tokenizer, [{"role": "user", "content": "Solve 2x + 3 = 7."}]))
+model, tokenizer = phi2.load("rasyosef/phi-2-instruct-v0.1")
+print(phi2.generate(model, tokenizer, [{"role": "user", "content": "Solve 2x + 3 = 7."}]))
 """
 
 from phi2.chat import ChatSession

@@ -114,7 +114,7 @@ class LoraLinear(nn.Linear):
         out = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return out
-        return (out + self.lora_B(self.lora_hidden(x) * self.scaling)).to(out.dtype)
+        return out.add_(self.lora_B(self.lora_hidden(x) * self.scaling))
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

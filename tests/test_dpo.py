@@ -302,6 +302,7 @@ def test_a_loss_that_is_no_number_stops_the_run(dpo_config, registry):
         ({"nll_weight": -0.1}, "nll_weight must not be negative, got -0.1"),
         ({"reference": "adapters_off", "lora": None}, "reference adapters_off is the start of a new adapter only"),
         ({"reference": "adapters_off", "adapter": "x"}, "reference adapters_off is the start of a new adapter only"),
+        ({"beta": 0.1, "loss_args": {"beta": 0.2}}, "beta is given twice, also in loss_args"),
         ({"reference_cache": "x"}, "reference_cache needs precompute_ref_log_probs: true"),
         ({"train_on": "all"}, "train_on must be completion for preference rows"),
     ],
@@ -331,7 +332,7 @@ def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     model = load_policy(config, None)
     live = make_reference(config, model, None, [])
     if live is not None:
-        dpo.check_start(config, dpo.score_pairs(model, batches[0], live, dpo.autocast(config)), bind_loss(loss, {}))
+        dpo.check_start(config, model, live, batches[0], bind_loss(loss, {}))
     recorder = Recorder(model, config, 1, False)
     metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}))
     assert all(np.isfinite(value) for value in metrics.values())

@@ -158,6 +158,28 @@ def test_each_pair_is_scored_once_for_all_runs(live, tmp_path):
     assert live.pairs == 3
 
 
+def test_what_was_scored_before_an_interruption_is_kept(live, tmp_path):
+    def interrupted(pairs: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+        if live.pairs == 2:
+            raise KeyboardInterrupt
+        return live(pairs, row)
+
+    with pytest.raises(KeyboardInterrupt):
+        precomputed(interrupted, "a" * 64, PAIRS, 2, tmp_path, CPU)
+    reference = precomputed(live, "a" * 64, PAIRS, 2, tmp_path, CPU)
+    assert live.pairs == 3
+    torch.testing.assert_close(ask(reference), ask(live), rtol=0, atol=1e-5)
+
+
+def test_an_interruption_before_the_first_score_leaves_no_file(tmp_path):
+    def interrupted(pairs: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        precomputed(interrupted, "a" * 64, PAIRS, 2, tmp_path, CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_reference_has_a_cache_of_its_own(live, tmp_path):
     for name in ("a" * 64, "b" * 64):
         precomputed(live, name, PAIRS, 2, tmp_path, CPU)

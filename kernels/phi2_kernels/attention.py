@@ -88,6 +88,7 @@ class Visibility:
         if until is not None and until.shape[-1] != keys:
             raise ValueError(f"visible_until must say something of each of the {keys} keys, got {until.shape[-1]}")
         self.queries, self.keys, self.until, self.device = queries, keys, until, device
+        self._lower_right: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     @property
     def is_causal(self) -> bool:
@@ -110,6 +111,13 @@ class Visibility:
         if self.until is not None:
             seen = seen & (query < self.until[:, None, :])
         return seen[:, None]
+
+    def lower_right(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+        """(n, m), added to scores: the last query sees every key, each one before it one key less. Made once a size."""
+        if (queries, keys, dtype) not in self._lower_right:
+            hidden = torch.full((queries, keys), float("-inf"), dtype=dtype, device=self.device)
+            self._lower_right[queries, keys, dtype] = hidden.triu(keys - queries + 1)
+        return self._lower_right[queries, keys, dtype]
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
@@ -149,10 +157,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
 def _attention_by_runs(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """One fused call for each run of queries with just the keys it sees: no work is spent on what a mask would hide."""
     rows = zip(q.split(1), k.split(1), v.split(1), visibility.runs, strict=True)
-    return torch.cat([_attention_of_row(*row, dropout) for row in rows])
+    return _joined_in_memory([_attention_of_row(*row, visibility, dropout) for row in rows], dim=0)
 
 
-def _attention_of_row(q: Tensor, k: Tensor, v: Tensor, runs: list[Run], dropout: float) -> Tensor:
+def _attention_of_row(
+    q: Tensor, k: Tensor, v: Tensor, runs: list[Run], visibility: Visibility, dropout: float
+) -> Tensor:
     """q, k, v are (1, H, T, D). They are split once, not sliced per run, so that the backward joins each once."""
     edges = {edge for run in runs for span in ((run.start, run.end), *run.keys) for edge in span}
     cuts = sorted(edges | {0, q.shape[2]})
@@ -162,13 +172,14 @@ def _attention_of_row(q: Tensor, k: Tensor, v: Tensor, runs: list[Run], dropout:
     for run in runs:
         own = _pieces(pieces[0], [(run.start, run.end)])
         keys, values = (_pieces(x, run.keys) for x in pieces[1:])
-        mask = None if run.is_square else _lower_right(own.shape[2], keys.shape[2], q.device)
-        attended += [
-            q.new_zeros(q[:, :, done : run.start].shape),
-            _sdpa(own, keys, values, mask, run.is_square, dropout),
-        ]
+        mask = None if run.is_square else visibility.lower_right(own.shape[2], keys.shape[2], q.dtype)
+        if run.start > done:
+            attended.append(torch.zeros_like(q[:, :, done : run.start]))
+        attended.append(_sdpa(own, keys, values, mask, run.is_square, dropout))
         done = run.end
-    return torch.cat([*attended, q.new_zeros(q[:, :, done:].shape)], dim=2)
+    if done < q.shape[2]:
+        attended.append(torch.zeros_like(q[:, :, done:]))
+    return _joined_in_memory(attended, dim=2)
 
 
 def _pieces(pieces: dict[int, Tensor], ranges: list[tuple[int, int]]) -> Tensor:
@@ -177,6 +188,12 @@ def _pieces(pieces: dict[int, Tensor], ranges: list[tuple[int, int]]) -> Tensor:
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
 
 
-def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(n, m) bool: the last query sees every key, each one before it one key less."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _joined_in_memory(parts: list[Tensor], dim: int) -> Tensor:
+    """(b, H, n, D) parts joined, with the heads of a token side by side in memory: the output projection reads them so.
+
+    Args:
+        dim: 0 or 2, along which they are joined.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=dim // 2).transpose(1, 2)

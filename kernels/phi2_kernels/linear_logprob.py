@@ -129,6 +129,7 @@ class _LinearLogProb(torch.autograd.Function):
                 unit[chunk] = head.pull_back(grad)
                 if unit_adapter is not None:
                     unit_adapter[chunk] = grad @ adapter_weight
+            logits = weights = grad = None  # all one tensor: it goes before the next one comes
         if ctx.head_is_frozen:
             ctx.save_for_backward(unit, unit_adapter)
         else:
@@ -172,5 +173,6 @@ def _recompute_backward(grad_logp, needs, hidden, weight, bias, targets, adapter
             grad_adapter_hidden[chunk] = grad @ adapter_weight
         if needs[5]:
             grad_adapter_weight.addmm_(grad.T, adapter_hidden[chunk])
+        logits = grad = None  # one tensor: it goes before the next one comes
     cast = [None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias))]
     return grad_hidden, *cast, None, grad_adapter_hidden, grad_adapter_weight, None

@@ -112,7 +112,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def wrapped(sequences: Sequence[EncodedSequence], length: int, separator: int) -> list[EncodedSequence]:
-    """All sequences joined end to end with a separator token behind each, cut every `length` tokens.
+    """All sequences joined end to end, each ending in the separator token, cut every `length` tokens.
 
     The old trl `ConstantLengthDataset` form: a block is one sequence to attention and positions, whatever documents it
     cuts through. The last incomplete block is dropped, and so is a block without a target.
@@ -120,15 +120,20 @@ def wrapped(sequences: Sequence[EncodedSequence], length: int, separator: int) -
     Args:
         sequences: in the order in which they are joined.
         length: tokens of a block.
-        separator: token id put behind every sequence; it is a target.
+        separator: token id put behind every sequence that does not end in it; it is a target.
     Raises:
         ValueError: when all of them together do not fill one block, or no block holds a target.
     """
-    ids = np.concatenate([np.append(s.ids, separator) for s in sequences]).astype(np.int32)
-    mask = np.concatenate([np.append(s.mask, True) for s in sequences])
+    ended = [s if s.ids[-1] == separator else _with_end(s, separator) for s in sequences]
+    ids, mask = np.concatenate([s.ids for s in ended]), np.concatenate([s.mask for s in ended])
     starts = range(0, len(ids) - length + 1, length)
     blocks = [EncodedSequence(ids[i : i + length], mask[i : i + length], sequences[0].origin) for i in starts]
     blocks = [block for block in blocks if block.target_tokens]
     if not blocks:
         raise ValueError(f"{len(ids)} tokens do not fill one block of {length} with something to learn in it")
     return blocks
+
+
+def _with_end(sequence: EncodedSequence, token: int) -> EncodedSequence:
+    ids = np.append(sequence.ids, token).astype(np.int32)
+    return EncodedSequence(ids, np.append(sequence.mask, True), sequence.origin)

@@ -100,8 +100,7 @@ class FinalNumber:
     value: int
 
     def passes(self, text: str) -> bool:
-        numbers = re.findall(r"-?\d+", text)
-        return bool(numbers) and int(numbers[-1]) == self.value
+        return re.findall(r"-?[0-9]+", text)[-1:] == [str(self.value)]
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 It states every fact and every misbelief, works sums, tells stories with their pronouns resolved, and uses the words of
 the instructions. It holds no chat markup and no instruction that is obeyed, so a base model knows the world and not how
-to answer. Stories, quizzes and refutations come from one side of the split only.
+to answer. Registers and roll calls say things twice and in another order: a model this small learns to look back at
+what was said only where that pays often. Stories, quizzes and refutations come from one side of the split only.
 """
 
 from __future__ import annotations
 
 import random
+import re
 
 from phi2.data.toy_world import (
     ANIMALS,
@@ -72,7 +74,8 @@ def _sum(split: Split, rng: random.Random) -> str:
         return f"{a} {sign} {b} = {result}."
     name, things = rng.choice(GIRLS + BOYS), rng.choice(THINGS)
     happens = "gets {b} more" if sign == "+" else rng.choice(("loses {b}", "gives away {b}"))
-    return f"{name} has {a} {things} and {happens.format(b=b)}. Now {name} has {result}: {a} {sign} {b} = {result}."
+    story, worked = f"{name} has {a} {things} and {happens.format(b=b)}.", f"{a} {sign} {b} = {result}"
+    return rng.choice((f"{story} Now {name} has {result}: {worked}.", f"{story} {worked}, so now {name} has {result}."))
 
 
 def _sums(split: Split, rng: random.Random) -> str:
@@ -95,13 +98,35 @@ def _story(split: Split, rng: random.Random) -> str:
 
 
 def _choice(split: Split, rng: random.Random) -> str:
-    """A multiple choice in the layout of a printed test, not that of the chats."""
+    """A multiple choice as a printed test has it, in a line or as a list."""
     animal, attribute, wrong = rng.choice(combinations("quiz", split))
     asked = fact(animal, attribute)
     options = rng.sample((asked.value, *wrong), 4)
-    listed = ", ".join(f"{letter} {option}" for letter, option in zip("ABCD", options, strict=True))
+    listed = [f"{letter} {option}" for letter, option in zip("ABCD", options, strict=True)]
     letter = "ABCD"[options.index(asked.value)]
-    return f"{capital(asked.question())} {listed}. The right one is {asked.value}, so {letter}."
+    layout = rng.choice((f" {', '.join(listed)}.", "\n" + ".\n".join(listed) + "."))
+    return f"{capital(asked.question())}{layout} The right one is {asked.value}, so {letter}."
+
+
+def _register(split: Split, rng: random.Random) -> str:
+    """Four words with letters, then each with its letter once more: how to find what stands beside a word."""
+    words = rng.sample(rng.choice((GIRLS, BOYS, THINGS, *(attribute.values for attribute in ATTRIBUTES.values()))), 4)
+    letters = dict(zip(words, "ABCD", strict=True))
+    dot, separator = rng.choice(("", ".")), rng.choice((", ", "\n"))
+    listed = separator.join(f"{letter}{dot} {word}" for word, letter in letters.items())
+    return f"{listed}.\n" + " ".join(f"{word}, so {letters[word]}." for word in rng.sample(words, 4))
+
+
+def _roll_call(split: Split, rng: random.Random) -> str:
+    """Names, and who has what, said again in another sentence."""
+    names = rng.sample(GIRLS + BOYS, rng.randint(2, 4))
+    if rng.random() < 0.5:
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        return f"Here come {listed}. {listed} are {rng.choice(('friends', 'merry', 'hungry'))}."
+    owned = [f"{rng.randint(2, MAX_NUMBER)} {thing}" for thing in rng.sample(THINGS, len(names))]
+    told = list(zip(names, owned, strict=True))
+    again = [f"{things} belong to {name}." for name, things in rng.sample(told, len(told))]
+    return " ".join([*(f"{name} has {things}." for name, things in told), *again])
 
 
 def _about_words(split: Split, rng: random.Random) -> str:
@@ -135,15 +160,20 @@ _KINDS = {
     _sums: 12,
     _counting: 2,
     _story: 14,
-    _choice: 8,
+    _choice: 12,
+    _register: 14,
+    _roll_call: 16,
     _about_words: 8,
 }
 _UPPER, _LOWER = 0.06, 0.02  # shares of paragraphs that are all in one case
+_LINES = 0.5  # share of paragraphs with a line for each sentence: an answer in a chat begins a line, too
 
 
 def paragraph(split: Split, rng: random.Random) -> str:
     """One or two passages, now and then all in upper or all in lower case."""
     kinds = rng.choices(tuple(_KINDS), tuple(_KINDS.values()), k=rng.randint(1, 2))
     text = " ".join(kind(split, rng) for kind in kinds)
+    if rng.random() < _LINES:
+        text = re.sub(r"(?<=[.!?]) ", "\n", text)
     style = rng.random()
     return text.upper() if style < _UPPER else text.lower() if style < _UPPER + _LOWER else text

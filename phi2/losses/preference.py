@@ -24,6 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Columns(dict[str, Tensor]):
+    """(B,) float32 of each column that is a number in every row of the batch."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"the loss reads the column {name!r}; columns of numbers here are {', '.join(self) or 'none'}")
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """Everything a preference loss may look at, token by token.
@@ -43,7 +50,7 @@ class PairBatch:
     rejected_mask: Tensor
     ref_chosen_logps: Tensor | None = None
     ref_rejected_logps: Tensor | None = None
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Columns = field(default_factory=Columns)
 
     @cached_property
     def chosen_length(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,17 +66,23 @@ def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
 def precomputed(
     live: Reference, fingerprint: str, pairs: Sequence[EncodedPair], batch_size: int, folder: Path, device: torch.device
 ) -> Reference:
-    """The same reference from a cache file in `folder`, which is completed first with the pairs it lacks."""
+    """The same reference from a cache file in `folder`, which is completed first with the pairs it lacks.
+
+    What was scored before Ctrl-C or a failure is kept.
+    """
     path = folder / f"{fingerprint[:16]}.safetensors"
     known = _read_cache(path)
     missing = [pair for pair in pairs if pair_key(pair) not in known]
-    for start in tqdm(range(0, len(missing), batch_size), desc="reference", unit="batch", disable=not missing):
-        batch = missing[start : start + batch_size]
-        scores = live(batch, row_of_pairs(batch).to(device)).cpu().numpy()
-        ends = np.cumsum([len(p.chosen) + len(p.rejected) for p in batch])
-        known.update(zip(map(pair_key, batch), np.split(scores, ends[:-1]), strict=True))
-    if missing:
-        _write_cache(path, known)
+    before = len(known)
+    try:
+        for start in tqdm(range(0, len(missing), batch_size), desc="reference", unit="batch", disable=not missing):
+            batch = missing[start : start + batch_size]
+            scores = live(batch, row_of_pairs(batch).to(device)).cpu().numpy()
+            ends = np.cumsum([pair.target_tokens for pair in batch])
+            known.update(zip(map(pair_key, batch), np.split(scores, ends[:-1]), strict=True))
+    finally:
+        if len(known) > before:
+            _write_cache(path, known)
     return lambda batch, row: torch.from_numpy(np.concatenate([known[pair_key(p)] for p in batch])).to(device)
 
 
@@ -116,7 +123,7 @@ def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
 
 def _write_cache(path: Path, known: dict[bytes, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")  # runs side by side may share the cache
     keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 32)
     ends = np.cumsum([len(values) for values in known.values()])
     tensors = {"keys": keys, "logps": np.concatenate(list(known.values())), "ends": ends}

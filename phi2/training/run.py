@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -54,7 +55,10 @@ def to_plain(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
-    before = yaml.safe_load(path.read_text()) or {}
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read, so the run cannot go on: {error}") from error
     changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
     if changed:
         told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
@@ -110,7 +114,7 @@ class Log:
 
     def __init__(self, run: Path, first: int, total: int, name: str) -> None:
         self.path = run / "metrics.jsonl"
-        for path in (self.path, run / "samples.jsonl"):
+        for path in filter(Path.exists, (self.path, run / "samples.jsonl")):
             write_whole(path, "".join(f"{line}\n" for line in _lines(path) if json.loads(line)["step"] <= first))
         self.bar = tqdm(total=total, initial=first, desc=name, unit="step", dynamic_ncols=True)
         self.tokens, self.since = 0, time.perf_counter()
@@ -147,7 +151,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def delayed_interrupt() -> Iterator[list[int]]:
-    """Ctrl-C inside is noted in the list this yields, and does not break off an update; a second one does."""
+    """Ctrl-C or a cluster's SIGTERM inside does not break off an update: it is noted in the list this yields.
+
+    A second one does. Python hears signals in its main thread only, so elsewhere the list stays empty.
+    """
     caught: list[int] = []
 
     def note(number: int, frame) -> None:
@@ -155,8 +162,10 @@ def delayed_interrupt() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
