@@ -541,3 +541,9 @@ def test_a_resumed_run_with_another_loss_is_refused(dpo_config):
     train(dpo_config(max_steps=1))
     with pytest.raises(ValueError, match="these differ: loss 'sigmoid' -> 'ipo', beta None -> 0.3"):
         train(dpo_config(max_steps=1, resume=True, loss="ipo", beta=0.3))
+
+
+@pytest.mark.parametrize("setting", [{"reference": "frozen_copy"}, {"precompute_ref_log_probs": True}])
+def test_a_reference_is_refused_where_the_loss_has_none(dpo_config, setting):
+    with pytest.raises(ValueError, match="loss simpo needs no reference"):
+        train(dpo_config(loss="simpo", **setting))

@@ -142,6 +142,12 @@ def test_wrapped_blocks_are_the_joined_tokens_cut_at_every_length(batch, length)
     assert [list(zip(b.ids.tolist(), b.mask.tolist(), strict=True)) for b in blocks] == expected
 
 
+def test_a_wrapped_sequence_that_ends_in_the_separator_gets_no_second_one():
+    ended = EncodedSequence(np.array([5, 6, 9], np.int32), np.array([True] * 3), ORIGIN)
+    (block,) = wrapped([ended, ended], 6, separator=9)
+    assert block.ids.tolist() == [5, 6, 9, 5, 6, 9]
+
+
 def test_a_wrapped_block_without_a_target_is_left_out():
     """A batch of such blocks would have no loss: 0 / 0."""
     prompt, mask = array([1, 2, 3, 4, 5, 6, 7]), np.zeros(7, dtype=bool)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, load_loss_file, preference_loss
+from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, load_loss_file, preference_loss
 
 BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2.")}
 WITH_REFERENCE = sorted(name for name, loss in BUILT_IN.items() if not loss.reference_free)
@@ -348,3 +348,8 @@ def test_columns_of_the_data_reach_the_loss(registry):
     pairs = pair_batch(**HAND_PAIR)
     pairs = PairBatch(**{**pairs.__dict__, "columns": {"weight": torch.tensor([3.0])}})
     assert bind_loss("weighted", {})(pairs).tolist() == [18.0]
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(ValueError, match="reads the column 'margin'; columns of numbers here are weight"):
+        Columns({"weight": torch.ones(2)})["margin"]

@@ -155,10 +155,11 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
 # ---- Ctrl-C ----
 
 
-def test_ctrl_c_waits_until_it_is_asked_for():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_clusters_stop_wait_until_they_are_asked_for(number):
     with delayed_interrupt() as interrupted:
         assert not interrupted
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert interrupted
 
 
