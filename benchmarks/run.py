@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import inference, training  # noqa: F401  they register their cases
+from benchmarks import full_size, inference, training  # noqa: F401  they register their cases
 from benchmarks.registry import CASES, GateError, Measure, Report, Spread
 from phi2.training.run import environment
 

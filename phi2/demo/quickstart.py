@@ -1,8 +1,9 @@
 """The whole recipe in miniature: what was done to Phi-2, done to the tiny model of this package, in minutes on a CPU.
 
-    base -> SFT with LoRA -> merge -> DPO with LoRA -> merge -> grades of all three -> a chat -> report.html
+    base -> SFT of all weights -> DPO with LoRA -> merge -> grades of all three -> a chat -> report.html
 
-Every step is what a user would write for the large model: the same configs, the same functions, other numbers.
+Every step is what a user would write for the large model: the same configs, the same functions, other numbers. SFT
+trains all weights here because the base has never seen a chat, and a model of 5 million weights has no rank to spare.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ SAMPLE_PROMPTS = [
 class Budget:
     """How much is spent; the defaults take about four minutes on two cores."""
 
-    sft_steps: int = 190
+    sft_steps: int = 240
     """Updates of supervised fine-tuning, of 32 conversations each."""
-    dpo_steps: int = 180
+    dpo_steps: int = 160
     """Updates of preference optimisation, of 16 pairs each."""
     questions: int = 200
     """Held-out questions of each skill, asked to every model."""
@@ -91,29 +92,35 @@ def quickstart(output: str = "runs/quickstart", seed: int = 0, budget: Budget | 
 
 
 def fine_tune(run: Path, seed: int, budget: Budget) -> Path:
-    """Supervised fine-tuning of the base model; returns the merged model's folder."""
+    """Supervised fine-tuning of the base model; returns the folder of the new model."""
     config = sft.SFTConfig(
         model=BASE,
         data="toy-sft",
         eval_data=[DataSpec("toy-sft", split="test", rows=HELD_OUT_ROWS)],
         eval_steps=ceil(budget.sft_steps / 4),
         output=str(run),
-        lora=LORA,
+        lora=None,
         train_on="assistant",
         max_length=256,
         max_steps=budget.sft_steps,
         per_device_train_batch_size=32,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         seed=seed,
         sample_prompts=SAMPLE_PROMPTS,
     )
-    return _trained(sft.train(config), BASE)
+    sft.train(config)
+    write_report(run)
+    return run / "model"
 
 
 def align(run: Path, model: str, seed: int, budget: Budget) -> Path:
-    """Preference optimisation of the model that SFT left; returns the merged model's folder."""
+    """Preference optimisation of the model that SFT left; returns the folder of the merged model.
+
+    The likelihood of the chosen answers is part of the objective (`nll_weight`): at a learning rate that gets through
+    in three minutes, DPO alone pushes both answers down, and the model forgets how to count.
+    """
     config = dpo.DPOConfig(
         model=model,
         data="toy-dpo",
@@ -124,19 +131,16 @@ def align(run: Path, model: str, seed: int, budget: Budget) -> Path:
         max_length=256,
         max_steps=budget.dpo_steps,
         per_device_train_batch_size=16,
+        nll_weight=1.0,
         learning_rate=5e-4,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         seed=seed,
         sample_prompts=SAMPLE_PROMPTS,
     )
-    return _trained(dpo.train(config), model)
-
-
-def _trained(run: Path, base: str) -> Path:
-    """Reports on a finished run and merges its adapter."""
+    dpo.train(config)
     write_report(run)
-    return merge_adapter(base, str(run / "adapter"), str(run / "model"))
+    return merge_adapter(model, str(run / "adapter"), str(run / "model"))
 
 
 def talk(model: str) -> Sequence[Mapping[str, str]]:

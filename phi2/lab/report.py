@@ -27,7 +27,6 @@ CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Reward margin, chosen minus rejected": {"rewards/margins": "training", "eval_rewards/margins": "held out"},
     "Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
     "Log-probability of an answer, nats": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-    "KL from the reference, nats per token": {"kl": "training", "eval_kl": "held out"},
     "Gradient norm": {"grad_norm": "before clipping"},
     "Learning rate": {"learning_rate": "of the update"},
     "Speed, tokens per second": {"tokens_per_second": "training"},
