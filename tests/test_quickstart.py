@@ -21,8 +21,8 @@ def done(tmp_path_factory):
 def test_it_leaves_two_runs_and_a_report(done):
     folder, report = done
     assert report == folder / "report.html" and report.is_file()
-    for run in ("sft", "dpo"):
-        assert (folder / run / "adapter" / "adapter_model.safetensors").is_file()
+    for run, result in (("sft", "model"), ("dpo", "adapter")):
+        assert (folder / run / result).is_dir()
         assert (folder / run / "report.html").is_file()
 
 

@@ -17,7 +17,6 @@ from time import perf_counter
 from phi2.chat import ChatSession
 from phi2.convert import merge_adapter
 from phi2.data.sources import DataSpec
-from phi2.data.toy import SYSTEM
 from phi2.evaluation.toy import Score, evaluate
 from phi2.lab.report import write_comparison, write_report
 from phi2.lora import LoraConfig
@@ -27,23 +26,17 @@ from phi2.weights import load
 BASE = "nano"
 LORA = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"))
 HELD_OUT_ROWS = 200  # on which the loss is watched during a run
-SMALL_TALK = (
-    "Who are you?",
-    "Where does the owl live?",
-    "And what does it eat?",
-    "What does the fox eat? Answer in upper case.",
-    "Is it true that the bee is red?",
-)
+SMALL_TALK = ("Where does the owl live?", "And what does it eat?")  # no longer than the chats it was trained on
 SAMPLE_PROMPTS = [
     "What colour is the cat? Use three words.",
     "Where does the hen live? Say it twice.",
-    "What is 7 + 8?",
+    "What is 7 + 4?",
 ]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent; the defaults take about four minutes on two cores."""
+    """How much is spent; the defaults take about three minutes on two free cores."""
 
     sft_steps: int = 240
     """Updates of supervised fine-tuning, of 32 conversations each."""
@@ -145,7 +138,7 @@ def align(run: Path, model: str, seed: int, budget: Budget) -> Path:
 
 def talk(model: str) -> Sequence[Mapping[str, str]]:
     """A short conversation with a model."""
-    session = ChatSession(*load(model), system=SYSTEM, max_new_tokens=48)
+    session = ChatSession(*load(model), max_new_tokens=48)
     for text in SMALL_TALK:
         session.reply(text)
     return session.transcript

@@ -15,13 +15,13 @@ def pair_metrics(pairs: PairBatch, losses: Tensor, beta: float) -> dict[str, Ten
     """One value per pair, (B,), of everything that is reported.
 
     Rewards are beta times the log-ratio to the reference; without one, beta times the log-probability per token. `kl`
-    estimates KL(policy to reference) by the k3 estimator, the mean of exp(-l) - 1 + l over the answers' tokens. The
-    answers are the data's, not the policy's own, so it says how far the policy moved on them.
+    estimates KL(reference to policy) per token as the mean of log ref - log policy over the chosen answers: exact in
+    expectation if they were the reference's own samples, and never exploding, as estimators of the other direction do.
 
     Args:
         losses: (B,) of the same pairs.
         beta: scale of the rewards.
-    Source: metric names as in trl; k3 from joschu.net/blog/kl-approx.html.
+    Source: metric names as in trl.
     """
     if pairs.ref_chosen_logps is None:
         chosen = beta * pairs.policy_chosen / pairs.chosen_length
@@ -29,7 +29,11 @@ def pair_metrics(pairs: PairBatch, losses: Tensor, beta: float) -> dict[str, Ten
         reference = {}
     else:
         chosen, rejected = beta * pairs.chosen_logratio, beta * pairs.rejected_logratio
-        reference = {"ref_logps/chosen": pairs.ref_chosen, "ref_logps/rejected": pairs.ref_rejected, "kl": _kl(pairs)}
+        reference = {
+            "ref_logps/chosen": pairs.ref_chosen,
+            "ref_logps/rejected": pairs.ref_rejected,
+            "kl": -pairs.chosen_logratio / pairs.chosen_length,
+        }
     return {
         "loss": losses,
         "rewards/chosen": chosen,
@@ -42,14 +46,6 @@ def pair_metrics(pairs: PairBatch, losses: Tensor, beta: float) -> dict[str, Ten
         "length/chosen": pairs.chosen_mask.sum(dim=-1).float(),
         "length/rejected": pairs.rejected_mask.sum(dim=-1).float(),
     }
-
-
-def _kl(pairs: PairBatch) -> Tensor:
-    """(B,) mean over the tokens of both answers of exp(-l) - 1 + l, l the log-ratio of policy to reference."""
-    chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
-    rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
-    tokens = pairs.chosen_mask.sum(dim=-1) + pairs.rejected_mask.sum(dim=-1)
-    return sum((torch.expm1(-ratio) + ratio).sum(dim=-1) for ratio in (chosen, rejected)) / tokens
 
 
 def means(gathered: Sequence[dict[str, Tensor]]) -> dict[str, float]:
