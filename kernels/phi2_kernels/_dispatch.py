@@ -1,0 +1,73 @@
+"""Which implementation of an op runs, and the only import of Triton.
+
+Triton is imported at the first use of a kernel, so that `import phi2` costs nothing of it: the kernels of `<op>.py` live
+in `<op>_triton.py`, which is imported then and takes `triton` and `tl` from here.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_LAZY = {"triton": "triton", "tl": "triton.language"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports Triton when somebody asks for it (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(_LAZY[name])
+
+
+def use_triton(impl: str, x: Tensor, obstacle: str = "") -> bool:
+    """Whether an op runs its Triton kernels.
+
+    `auto` stands for the environment variable PHI2_IMPL where that is set. Else it means Triton for tensors on a GPU,
+    unless there is an obstacle, and torch everywhere else. Only `auto` may choose: a named implementation runs or
+    raises.
+
+    Args:
+        impl: one of `IMPLEMENTATIONS`.
+        x: the op's first tensor; its device and dtype count.
+        obstacle: what the kernels cannot do of this call, as the end of a sentence; empty when there is nothing.
+    Raises:
+        ValueError: for an unknown name, or when `triton` was named and cannot run.
+    """
+    impl = os.environ.get("PHI2_IMPL", "auto") if impl == "auto" else impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl (or PHI2_IMPL) must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+        return False
+    obstacle = obstacle or _general_obstacle(x)
+    if obstacle and impl == "triton":
+        raise ValueError(f"impl='triton' cannot run: {obstacle}")
+    return not obstacle
+
+
+def _general_obstacle(x: Tensor) -> str:
+    """What keeps every kernel from running on a tensor."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if x.dtype not in FLOATS:
+        return f"dtype must be one of {', '.join(str(dtype) for dtype in FLOATS)}, got {x.dtype}"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors must be on a GPU, got {x.device} (the interpreter, TRITON_INTERPRET=1, takes CPU tensors)"
+    return ""
+
+
+def architecture(device: torch.device) -> int:
+    """80 for an A100 and what is like it, 90 from an H100 on; the key of every table of launch configurations.
+
+    The interpreter, which runs on a CPU, gets the A100's.
+    """
+    if device.type != "cuda":
+        return 80
+    major, _ = torch.cuda.get_device_capability(device)
+    return 90 if major >= 9 else 80

@@ -1,0 +1,94 @@
+"""GELU by its tanh approximation, of a matmul's result and its bias.
+
+    z = x + bias        u = sqrt(2 / pi) (z + 0.044715 z^3)        y = z (1 + tanh u) / 2 = z sigmoid(2 u)
+    dy/dz = s + 2 z s (1 - s) du/dz,  s = sigmoid(2 u)             dbias = column sums of dz
+
+The backward pass computes everything from x again: nothing but the matmul's own result is kept.
+
+Dims: N rows, F columns (10240 in Phi-2).
+Source: arXiv:1606.08415 section 2; `NewGELUActivation` of transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+from phi2_kernels._dispatch import use_triton
+
+
+def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula above, in float32. Arguments and result as in `gelu`."""
+    z = x.float() if bias is None else x.float() + bias.float()
+    u = (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)
+    return (0.5 * z * (1 + torch.tanh(u))).to(x.dtype)
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """GELU of x + bias.
+
+    Args:
+        x: (..., F), its last dim contiguous.
+        bias: (F,) or None.
+        impl: see `use_triton`.
+    Returns:
+        (..., F) in the dtype of x.
+    Raises:
+        ValueError: when Triton was named and cannot run.
+    """
+    if use_triton(impl, x, _obstacle(x, bias)):
+        return _gelu(x.flatten(0, -2), bias).view(x.shape)
+    return F.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+def _obstacle(x: Tensor, bias: Tensor | None) -> str:
+    if x.stride(-1) != 1:
+        return f"the last dim of x must be contiguous, got stride {x.stride(-1)}"
+    if bias is not None and bias.shape != x.shape[-1:]:
+        return f"bias must be of shape {tuple(x.shape[-1:])}, got {tuple(bias.shape)}"
+    return ""
+
+
+@custom_op("phi2::gelu", mutates_args=())
+def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, F) -> (N, F)."""
+    from phi2_kernels import gelu_triton
+
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gelu_triton.forward(x, bias, y)
+    return y
+
+
+@custom_op("phi2::gelu_backward", mutates_args=())
+def _gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dx (N, F), and dbias (F,) in float32, which is empty without a bias."""
+    from phi2_kernels import gelu_triton
+
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, gelu_triton.backward(grad, x, bias, dx)
+
+
+@_gelu.register_fake
+def _(x, bias):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_gelu_backward.register_fake
+def _(grad, x, bias):
+    dbias = torch.empty(0 if bias is None else x.shape[1], dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), dbias
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _pull_back(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = _gelu_backward(grad, x, bias)
+    return dx, None if bias is None else dbias.to(bias.dtype)
+
+
+_gelu.register_autograd(_pull_back, setup_context=_save)
