@@ -27,7 +27,7 @@ NEEDED_FILES = {
         "adapter_config.json",
         "adapter_model.safetensors",
     ],
-    "dataset": ["*.parquet", "*.jsonl", "*.json", "*.json.gz"],
+    "dataset": ["*.parquet", "*.jsonl", "*.json", "*.json.gz", "*.jsonl.gz"],
 }
 
 

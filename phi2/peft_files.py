@@ -130,6 +130,22 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
         module.lora_B.requires_grad_(trainable)
 
 
+def restore_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Writes the adapter of a folder over the model's own, which must have the same layers and ranks.
+
+    Raises:
+        FileNotFoundError: when the weights are missing.
+        ValueError: one line naming the file and the tensors that are missing, unexpected or of another shape.
+    """
+    path, state = Path(folder) / WEIGHTS_FILE, adapter_state(model)
+    tensors = {
+        name: tensor for name, tensor in _read_tensors(path).items() if not name.startswith(f"{HEAD}.base_layer")
+    }
+    _check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
+
+
 def _config_to_write(config: LoraConfig, base_model_name_or_path: str) -> dict[str, Any]:
     """`adapter_config.json`: our fields, and those of peft that every version of it looks at."""
     return {

@@ -59,7 +59,7 @@ class Tokenizer:
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self.backend = backend
         self._config = dict(config)
         self._length = 1 + max(backend.get_vocab().values(), default=-1)
         self._special = _special_tokens(config, where)
@@ -99,7 +99,7 @@ class Tokenizer:
         return self._length
 
     def token_id(self, token: str) -> int | None:
-        return self._backend.token_to_id(token)
+        return self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` and nothing else; special tokens written in it become their one id.
@@ -108,7 +108,7 @@ class Tokenizer:
             ValueError: when `text` is not a string that UTF-8 can hold (a lone surrogate).
         """
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return self.backend.encode(text, add_special_tokens=False).ids
         except TypeError as error:
             raise ValueError(f"text must be a str without lone surrogates, got {short_repr(text)}") from error
 
@@ -120,12 +120,12 @@ class Tokenizer:
         """
         ids = [int(token_id) for token_id in ids]
         try:
-            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise ValueError(f"token ids must be in [0, 2**32), got {min(ids)} to {max(ids)}") from error
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        return StreamDecoder(self._backend, skip_special_tokens)
+        return StreamDecoder(self.backend, skip_special_tokens)
 
     def render(self, messages: Iterable[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         """The chat template applied to `messages`, each `{"role": ..., "content": ...}`.
@@ -162,7 +162,7 @@ class Tokenizer:
 
         No weight is resized: Phi-2's embedding has 51200 rows, of which 50295 are used.
         """
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens([IM_START, IM_END])
         config = {**self._config, "bos_token": IM_START, "eos_token": IM_END, "pad_token": IM_END}
         return Tokenizer(backend, config, CHATML_TEMPLATE)
@@ -183,7 +183,7 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
             _write_whole(folder / "chat_template.jinja", self.chat_template)
         _write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        _write_whole(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        _write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
 
 
 class StreamDecoder:
@@ -193,7 +193,7 @@ class StreamDecoder:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
-        self._backend, self._skip = backend, skip_special_tokens
+        self.backend, self._skip = backend, skip_special_tokens
         self._restart()
 
     def _restart(self) -> None:
@@ -203,7 +203,7 @@ class StreamDecoder:
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes; "" while a character is still missing bytes."""
         self._held.append(token_id)
-        text = self._stream.step(self._backend, token_id)
+        text = self._stream.step(self.backend, token_id)
         if text is None:
             return ""
         self._held.clear()
@@ -211,7 +211,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What is still held, an unfinished character as U+FFFD; the decoder then starts afresh."""
-        text = self._backend.decode(self._held, skip_special_tokens=self._skip)
+        text = self.backend.decode(self._held, skip_special_tokens=self._skip)
         self._restart()
         return text
 

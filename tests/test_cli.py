@@ -98,7 +98,7 @@ def test_sft_dpo_merge_generate_in_a_row(tiny_phi, sft_data, pair_data, tmp_path
     )
     steps = (
         ["sft", "--model", base, "--data", sft_data, "--output", str(runs / "sft"), *SHORT],
-        ["dpo", "--model", base, "--adapter", str(runs / "sft/adapter"), "--data", pair_data, *SHORT]
+        ["dpo", "--model", base, "--adapter", str(runs / "sft/adapter"), "--data", pair_data, *SHORT[:-2]]
         + ["--loss_file", str(loss), "--loss", "twice_hinge", "--output", str(runs / "dpo")],
         ["merge", "--model", base, "--adapter", str(runs / "dpo/adapter"), "--output", str(runs / "merged")],
         ["generate", "--model", str(runs / "merged"), "--prompt", "hi", "--max_new_tokens", "4"],

@@ -198,8 +198,8 @@ def test_a_run_learns_and_leaves_its_folder(dpo_config, pair_data, lora):
     run = train(dataclasses.replace(config, sample_prompts=["Q?"]))
     result = "model" if lora is None else "adapter"
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "environment.json", "data_audit.json", "metrics.jsonl", "samples.jsonl", "README.md"),
-        *("checkpoints", result),
+        *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json"),
+        *("metrics.jsonl", "samples.jsonl", "README.md", "checkpoints", result),
     }
     lines = lines_of(run)
     updates = [line for line in lines if line["type"] == "train"]
@@ -300,7 +300,10 @@ def test_a_loss_that_is_no_number_stops_the_run(dpo_config, registry):
     [
         ({"nll_weight": -0.1}, "nll_weight must not be negative, got -0.1"),
         ({"reference": "adapters_off", "lora": None}, "reference adapters_off is the start of a new adapter only"),
-        ({"reference": "adapters_off", "adapter": "x"}, "reference adapters_off is the start of a new adapter only"),
+        (
+            {"reference": "adapters_off", "adapter": "x", "lora": LoraConfig()},
+            "reference adapters_off is the start of a new adapter only",
+        ),
         ({"beta": 0.1, "loss_args": {"beta": 0.2}}, "beta is given twice, also in loss_args"),
         ({"reference_cache": "x"}, "reference_cache needs precompute_ref_log_probs: true"),
         ({"train_on": "all"}, "train_on must be completion for preference rows"),
@@ -439,11 +442,15 @@ def test_after_that_the_same_folder_can_be_used_with_better_settings(dpo_config,
 
 def test_the_reference_of_an_adapter_that_is_trained_further_is_that_adapter(dpo_config, tmp_path):
     first = train(dpo_config(output=str(tmp_path / "first")))
-    second = lines_of(train(dpo_config(adapter=str(first / "adapter"), output=str(tmp_path / "second"))))
+    second = lines_of(
+        train(dpo_config(adapter=str(first / "adapter"), lora=LoraConfig(), output=str(tmp_path / "second")))
+    )
     assert second[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and second[-1]["kl"] != 0
     model, _ = phi2.load(dpo_config().model, device="cpu", adapter=first / "adapter")
     pairs = pairs_of(dpo_config(shuffle=False))
-    third = dpo_config(adapter=str(first / "adapter"), output=str(tmp_path / "third"), shuffle=False, max_steps=4)
+    third = dpo_config(
+        adapter=str(first / "adapter"), lora=LoraConfig(), output=str(tmp_path / "third"), shuffle=False, max_steps=4
+    )
     expected = sum(answer_logps(model, p.prompt, p.chosen).sum().item() for p in pairs[:4]) / 4
     lines = lines_of(train(third))
     assert lines[0]["ref_logps/chosen"] == pytest.approx(expected, rel=1e-4)
@@ -465,7 +472,15 @@ def test_the_merged_model_as_reference_is_the_reference_of_its_adapter(dpo_confi
     merge(model)
     save_pretrained(model, tokenizer, tmp_path / "merged")
     runs = [
-        train(dpo_config(adapter=str(first / "adapter"), reference=kind, output=str(tmp_path / name), max_steps=2))
+        train(
+            dpo_config(
+                adapter=str(first / "adapter"),
+                lora=LoraConfig(),
+                reference=kind,
+                output=str(tmp_path / name),
+                max_steps=2,
+            )
+        )
         for name, kind in (("copy", "frozen_copy"), ("other", str(tmp_path / "merged")))
     ]
     for copy, other in zip(*map(lines_of, runs), strict=True):
@@ -501,9 +516,10 @@ def test_dropout_is_off_unless_asked_for(dpo_config, tiny_phi_with_dropout, tiny
 
 def test_a_killed_run_resumes_bit_for_bit(dpo_config, pair_data, train_and_kill, metrics_of, tmp_path):
     """With an adapter to start from: its frozen copy, the reference, is made again."""
-    start = train(dpo_config(output=str(tmp_path / "start"), max_steps=2)) / "adapter"
-    noise = dict(disable_dropout=False, lora=dataclasses.replace(LORA, lora_dropout=0.2), nll_weight=0.1)
-    often = dict(adapter=str(start), eval_data=pair_data, eval_steps=2, save_steps=3)
+    lora = dataclasses.replace(LORA, lora_dropout=0.2)
+    start = train(dpo_config(output=str(tmp_path / "start"), max_steps=2, lora=lora)) / "adapter"
+    noise = dict(adapter=str(start), lora=LoraConfig(), disable_dropout=False, nll_weight=0.1)
+    often = dict(eval_data=pair_data, eval_steps=2, save_steps=3)
     whole = train(dpo_config(**noise, **often))
     config = dpo_config(**noise, **often, output=str(tmp_path / "killed"))
     train_and_kill(config, step=5)

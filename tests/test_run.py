@@ -136,6 +136,16 @@ def test_every_line_of_metrics_says_its_step_and_kind(tmp_path):
     assert evaluated == {"step": 3, "type": "eval", "eval_loss": 1.25}
 
 
+def test_the_speed_is_that_of_the_updates_alone(tmp_path, monkeypatch):
+    clock = iter([0.0, 10.0, 12.0, 100.0, 102.0])  # opened; two updates of two seconds, 88 s apart
+    monkeypatch.setattr("phi2.training.run.time.perf_counter", lambda: next(clock))
+    log = Log(tmp_path, 0, 2, "sft")
+    for step in log.steps():
+        log.train(step, 100, {"loss": 1.0}, every=2)
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] == 50.0
+
+
 def test_lines_of_updates_that_will_be_made_again_are_dropped(tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         lines = [json.dumps({"step": step, "answer": "a\u2028b"}, ensure_ascii=False) for step in (1, 2, 2, 3, 4)]

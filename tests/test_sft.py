@@ -140,8 +140,8 @@ def test_a_run_learns_and_leaves_its_folder(sft_config, sft_data, lora):
     result = "model" if lora is None else "adapter"
     written = {path.name for path in run.iterdir()}
     assert written == {
-        *("config.yaml", "environment.json", "data_audit.json", "metrics.jsonl", "samples.jsonl", "README.md"),
-        *("checkpoints", result),
+        *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json"),
+        *("metrics.jsonl", "samples.jsonl", "README.md", "checkpoints", result),
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-4", "step-8"}
     evaluations = [line for line in metrics_lines(run) if line["type"] == "eval"]
@@ -199,8 +199,19 @@ def test_packed_runs_train_on_full_blocks(sft_config, packing):
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[0]["epoch"] > 1 / 3
 
 
+def test_a_sample_prompt_that_does_not_fit_is_refused_before_the_first_update(sft_config):
+    with pytest.raises(ValueError, match="the prompt has .* tokens, at most 255 leave room"):
+        train(sft_config(sample_prompts=["?" * 300]))
+    assert not (Path(sft_config().output) / "metrics.jsonl").exists()
+
+
+def test_lora_settings_beside_an_adapter_are_refused(sft_config):
+    with pytest.raises(ValueError, match="adapter brings its own LoRA settings"):
+        sft_config(adapter="x", lora=LoraConfig(r=4))
+
+
 def test_a_row_longer_than_a_block_is_refused(sft_config):
-    with pytest.raises(ValueError, match="does not fit a block of 8"):
+    with pytest.raises(ValueError, match="packing_length is 8, but a row has 66 tokens"):
         train(sft_config(packing="best_fit", packing_length=8))
 
 
@@ -242,7 +253,7 @@ def test_a_model_without_embeddings_for_the_chatml_tokens_is_refused(sft_config,
 
 def test_training_goes_on_from_an_adapter(sft_config, tmp_path):
     first = train(sft_config())
-    second = train(sft_config(output=str(tmp_path / "second"), adapter=str(first / "adapter")))
+    second = train(sft_config(output=str(tmp_path / "second"), adapter=str(first / "adapter"), lora=LoraConfig()))
     assert metrics_lines(second)[0]["loss"] < metrics_lines(first)[0]["loss"] / 1.2
     assert weights_of(second).keys() == weights_of(first).keys()
 

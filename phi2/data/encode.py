@@ -225,7 +225,7 @@ def _drafter(kind: str, options: EncodeConfig) -> Callable[[Record, Tokenizer, E
 
 
 def _tokenize(texts: list[str], tokenizer: Tokenizer) -> list[Encoding]:
-    return tokenizer._backend.encode_batch(texts, add_special_tokens=False)
+    return tokenizer.backend.encode_batch(texts, add_special_tokens=False)
 
 
 def _array(encoding: Encoding) -> np.ndarray:

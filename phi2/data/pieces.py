@@ -89,7 +89,7 @@ class _Markers(NamedTuple):
 @lru_cache(maxsize=2)
 def _markers(tokenizer: Tokenizer) -> _Markers:
     eos, *stops = (tokenizer.decode([i], skip_special_tokens=False) for i in (tokenizer.eos_id, *tokenizer.stop_ids))
-    added = tokenizer._backend.get_added_tokens_decoder().values()
+    added = tokenizer.backend.get_added_tokens_decoder().values()
     special = re.compile("|".join(map(re.escape, {eos, *stops, *(token.content for token in added if token.special)})))
     return _Markers(eos, tuple(stops), special)
 

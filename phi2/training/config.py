@@ -91,5 +91,7 @@ class TrainingConfig(EncodeConfig):
             raise ValueError("max_steps must be -1 or positive, and num_train_epochs positive")
         if self.adapter is not None and self.lora is None:
             raise ValueError("adapter goes on training a LoRA adapter; it cannot be given with lora: null")
+        if self.adapter is not None and self.lora != LoraConfig():
+            raise ValueError("adapter brings its own LoRA settings; leave lora unset beside it")
         if self.eval_data is not None and self.test_fraction:
             raise ValueError("give eval_data or test_fraction, not both")

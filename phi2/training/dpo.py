@@ -22,14 +22,17 @@ from phi2.hub import resolve
 from phi2.losses.head import target_logps
 from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, load_loss_file
 from phi2.model import Phi2ForCausalLM
+from phi2.peft_files import restore_adapter
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
+from phi2.training.inputs import require_same_inputs
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
 from phi2.training.reference import Reference, adapters_off, another_model, fingerprint, frozen_copy, precomputed
 from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
 from phi2.training.setup import (
     autocast,
+    check_sample_prompts,
     compute_dtype,
     finish,
     is_due,
@@ -45,7 +48,10 @@ from phi2.training.setup import (
 )
 from phi2.weights import load_model
 
-STEP_0_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats per token
+# How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
+STEP_0_TOLERANCE = 1e-3
+# A precomputed reference saw the rows in other batches, and half-precision matmuls round each shape in their own way.
+CACHED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,8 @@ def train(config: DPOConfig) -> Path:
     pairs, eval_pairs = load_data(config, tokenizer, "preference")
     model = load_policy(config, checkpoint)
     require_embeddings(model, tokenizer)
+    check_sample_prompts(config, model, tokenizer)
+    require_same_inputs(run, pairs, model, resumed=checkpoint is not None)
     reference = make_reference(config, model, checkpoint, [*pairs, *eval_pairs])
     save_weights = weights_saver(config, model, tokenizer)
 
@@ -129,7 +137,7 @@ def train(config: DPOConfig) -> Path:
     done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
     model.train(not config.disable_dropout)
     with closing(Log(run, done, total, f"dpo {config.loss}")) as log, delayed_interrupt() as interrupted:
-        for step in range(done + 1, total + 1):
+        for step in log.steps():
             batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
             if step == 1 and reference is not None and starts_at_reference(config):
                 check_start(config, model, reference, batches[0], loss)
@@ -159,7 +167,7 @@ def make_reference(
     if kind == "adapters_off":
         scorer, live = model, adapters_off(model)
     elif kind == "frozen_copy":
-        scorer = load_policy(config, None).requires_grad_(False).eval() if checkpoint else frozen_copy(model)
+        scorer = start_of_run(config, model) if checkpoint else frozen_copy(model)
         live = another_model(scorer)
     else:
         scorer = load_model(resolve(kind), model.device, model.dtype).requires_grad_(False)
@@ -172,10 +180,21 @@ def make_reference(
         return precomputed(live, name, pairs, config.per_device_train_batch_size, folder, model.device)
 
 
+def start_of_run(config: DPOConfig, model: Phi2ForCausalLM) -> Phi2ForCausalLM:
+    """The policy as it was before the first update, beside a policy that a checkpoint has brought further."""
+    if config.adapter is None:
+        return load_policy(config, None).requires_grad_(False).eval()
+    start = frozen_copy(model)  # shares the base
+    restore_adapter(start, resolve(config.adapter))
+    return start
+
+
 def reference_kind(config: DPOConfig) -> str:
-    if config.reference != "auto":
-        return config.reference
-    return "adapters_off" if config.lora is not None and config.adapter is None else "frozen_copy"
+    """A fresh adapter starts as its base: a frozen copy of it is what the adapter, switched off, leaves."""
+    fresh = config.lora is not None and config.adapter is None
+    if config.reference in ("auto", "frozen_copy"):
+        return "adapters_off" if fresh else "frozen_copy"
+    return config.reference
 
 
 def score_pairs(
@@ -228,7 +247,9 @@ def check_start(
     Raises:
         ValueError: when they do not: training would start from a wrong reward.
     """
-    tolerance, pairs = STEP_0_TOLERANCE[compute_dtype(config)], score_pairs(model, batch, reference, autocast(config))
+    cached = config.precompute_ref_log_probs
+    tolerance = CACHED_TOLERANCE[compute_dtype(config)] if cached else STEP_0_TOLERANCE
+    pairs = score_pairs(model, batch, reference, autocast(config))
     chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
     rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
     apart = torch.cat((chosen, rejected), dim=1).abs().max().item()

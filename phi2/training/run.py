@@ -117,15 +117,23 @@ class Log:
         for path in filter(Path.exists, (self.path, run / "samples.jsonl")):
             write_whole(path, "".join(f"{line}\n" for line in _lines(path) if json.loads(line)["step"] <= first))
         self.bar = tqdm(total=total, initial=first, desc=name, unit="step", dynamic_ncols=True)
-        self.tokens, self.since = 0, time.perf_counter()
+        self.first, self.total = first, total
+        self.tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
+
+    def steps(self) -> Iterator[int]:
+        """The updates that are left. An update's time runs from here to `train`: what comes behind is not training."""
+        for step in range(self.first + 1, self.total + 1):
+            self.started = time.perf_counter()
+            yield step
 
     def train(self, step: int, tokens: int, metrics: Mapping[str, float], every: int) -> None:
         """One update: `tokens` were processed for it. A line is written every `every` updates."""
         self.tokens += tokens
+        self.seconds += time.perf_counter() - self.started
         self.bar.update()
         if step % every == 0:
-            speed = self.tokens / (time.perf_counter() - self.since)
-            self.tokens, self.since = 0, time.perf_counter()
+            speed = self.tokens / self.seconds
+            self.tokens, self.seconds = 0, 0.0
             self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:,.0f} tok/s")
             self.write(step, "train", {**metrics, "tokens_per_second": round(speed, 1)})
 

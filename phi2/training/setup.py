@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+from phi2.data.audit import Audit
 from phi2.data.encode import Encoded, encode_records
 from phi2.data.loader import Windows
 from phi2.data.sources import load_records, split_records
-from phi2.generate import generate
+from phi2.generate import check_prompt, generate
 from phi2.hub import resolve
 from phi2.lora import attach, has_adapter
 from phi2.model import Phi2ForCausalLM
@@ -79,7 +80,7 @@ def require_embeddings(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> None:
 
 
 def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[list[Encoded], list[Encoded]]:
-    """Training and evaluation rows as token ids; the audit is printed and kept in data_audit.json."""
+    """Training and evaluation rows as token ids; their audits are printed and kept in the run folder."""
     loaded = load_records(config.data, kind)
     train, test = loaded.records, []
     if config.eval_data is not None:
@@ -88,9 +89,27 @@ def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[
         train, test = split_records(train, config.test_fraction, config.split_seed)
     encoded, audit = encode_records(train, tokenizer, config, kind)
     audit.merge(loaded.dropped)
-    print(audit.table())
-    write_whole(Path(config.output) / "data_audit.json", json.dumps(audit.to_dict(), indent=1))
-    return encoded, encode_records(test, tokenizer, config, kind)[0] if test else []
+    keep_audit(config, "data_audit.json", audit)
+    if not test:
+        return encoded, []
+    held_out, audit = encode_records(test, tokenizer, config, kind)
+    keep_audit(config, "eval_audit.json", audit)
+    return encoded, held_out
+
+
+def keep_audit(config: TrainingConfig, name: str, audit: Audit) -> None:
+    print(f"\n{name}\n{audit.table()}")
+    write_whole(Path(config.output) / name, json.dumps(audit.to_dict(), indent=1))
+
+
+def check_sample_prompts(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer) -> None:
+    """Refuses a sample prompt that the model could not answer, before it costs a run its first evaluation.
+
+    Raises:
+        ValueError: for a prompt that is empty or longer than the context.
+    """
+    for prompt in config.sample_prompts:
+        check_prompt(tokenizer.encode(tokenizer.render_prompt(prompt, tokenizer.prompt_style)), model.config)
 
 
 def windows_of(config: TrainingConfig, samples: int) -> Windows:

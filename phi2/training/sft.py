@@ -21,10 +21,12 @@ from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
+from phi2.training.inputs import require_same_inputs
 from phi2.training.optim import Optimizer
 from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
 from phi2.training.setup import (
     autocast,
+    check_sample_prompts,
     compute_dtype,
     finish,
     is_due,
@@ -80,6 +82,8 @@ def train(config: SFTConfig) -> Path:
     blocks = pack(train_rows, config, tokenizer.eos_id)
     model = load_policy(config, checkpoint, config.from_scratch)
     require_embeddings(model, tokenizer)
+    check_sample_prompts(config, model, tokenizer)
+    require_same_inputs(run, train_rows, model, resumed=checkpoint is not None)
     save_weights = weights_saver(config, model, tokenizer)
 
     windows = windows_of(config, len(blocks))
@@ -88,7 +92,7 @@ def train(config: SFTConfig) -> Path:
     done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
     model.train()
     with closing(Log(run, done, total, "sft")) as log, delayed_interrupt() as interrupted:
-        for step in range(done + 1, total + 1):
+        for step in log.steps():
             batches = [[blocks[i] for i in batch] for batch in windows.at(step - 1)]
             metrics = update(config, model, optimizer, batches)
             require_finite(metrics["loss"], step)
@@ -112,6 +116,11 @@ def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list
         return [[row] for row in rows]
     if config.packing == "wrapped":
         return [[block] for block in wrapped(rows, config.packing_length, separator)]
+    longest = max(len(row.ids) for row in rows)
+    if longest > config.packing_length:
+        raise ValueError(
+            f"packing_length is {config.packing_length}, but a row has {longest} tokens; raise it, or lower max_length"
+        )
     return [[rows[i] for i in block] for block in best_fit([len(r.ids) for r in rows], config.packing_length)]
 
 
