@@ -1,6 +1,6 @@
 """Trains the tokenizer of the nano model: byte-level BPE with 512 entries on the text of the toy tasks.
 
-    python recipes/nano_tokenizer.py --output phi2/assets/nano
+    python recipes/nano_tokenizer.py --output recipes/nano
 
 It is made like Phi-2's own: bytes and merges first, special tokens last, nothing added in front of a text. The same
 code gives the same bytes.

@@ -170,8 +170,8 @@ def _quiz(combination: tuple, rng: random.Random) -> Item:
     animal, attribute, others = combination
     asked = fact(animal, attribute)
     options = dict(zip(rng.sample((asked.value, *others), 4), "ABCD", strict=True))
-    prompt = "\n".join([capital(asked.question()), *(f"{letter}. {option}" for option, letter in options.items())])
-    answers = {option: f"{option}, so {letter}." for option, letter in options.items()}
+    prompt = "\n".join([capital(asked.question()), *(f"{option} {letter}" for option, letter in options.items())])
+    answers = {option: f"{option} {letter}." for option, letter in options.items()}
     wrong = tuple(answers[option] for option in rng.sample(others, 3))
     return _item("quiz", combination, prompt, answers[asked.value], wrong, Letter(options[asked.value]))
 

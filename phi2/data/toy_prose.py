@@ -101,20 +101,18 @@ def _choice(split: Split, rng: random.Random) -> str:
     """A multiple choice as a printed test has it, in a line or as a list."""
     animal, attribute, wrong = rng.choice(combinations("quiz", split))
     asked = fact(animal, attribute)
-    options = rng.sample((asked.value, *wrong), 4)
-    listed = [f"{letter} {option}" for letter, option in zip("ABCD", options, strict=True)]
-    letter = "ABCD"[options.index(asked.value)]
-    layout = rng.choice((f" {', '.join(listed)}.", "\n" + ".\n".join(listed) + "."))
-    return f"{capital(asked.question())}{layout} The right one is {asked.value}, so {letter}."
+    options = dict(zip(rng.sample((asked.value, *wrong), 4), "ABCD", strict=True))
+    start, separator, finish = rng.choice(((" ", ", ", " The right one is "), ("\n", "\n", "\n")))
+    listed = separator.join(f"{option} {letter}" for option, letter in options.items())
+    return f"{capital(asked.question())}{start}{listed}.{finish}{asked.value} {options[asked.value]}."
 
 
 def _register(split: Split, rng: random.Random) -> str:
     """Four words with letters, then each with its letter once more: how to find what stands beside a word."""
     words = rng.sample(rng.choice((GIRLS, BOYS, THINGS, *(attribute.values for attribute in ATTRIBUTES.values()))), 4)
-    letters = dict(zip(words, "ABCD", strict=True))
-    dot, separator = rng.choice(("", ".")), rng.choice((", ", "\n"))
-    listed = separator.join(f"{letter}{dot} {word}" for word, letter in letters.items())
-    return f"{listed}.\n" + " ".join(f"{word}, so {letters[word]}." for word in rng.sample(words, 4))
+    lettered = [f"{word} {letter}" for word, letter in zip(words, "ABCD", strict=True)]
+    start, separator, again = rng.choice((("We have ", ", ", ": "), ("\n", "\n", "\n")))
+    return f"{start}{separator.join(lettered)}{again}{separator.join(rng.sample(lettered, 4))}."
 
 
 def _roll_call(split: Split, rng: random.Random) -> str:

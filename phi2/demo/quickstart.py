@@ -36,7 +36,7 @@ SAMPLE_PROMPTS = [
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent; the defaults take about three minutes on two free cores."""
+    """How much is spent; the defaults take two and a half minutes on two free cores."""
 
     sft_steps: int = 240
     """Updates of supervised fine-tuning, of 32 conversations each."""
