@@ -74,13 +74,22 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.fused_forward = None  # `phi2.fused.fuse` puts the two-matmul form here
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | None
     ) -> Tensor:
+        if self.fused_forward is not None and cache is None and not self.drops:
+            return self.fused_forward(self, x, angles, visibility)
         normed = self.input_layernorm(x)
         attended = self.resid_dropout(self.self_attn(normed, angles, visibility, cache))
         return attended + self.resid_dropout(self.mlp(normed)) + x
+
+    @property
+    def drops(self) -> bool:
+        """Whether any dropout of this block, adapters included, is active."""
+        layers = (module.p for module in self.modules() if isinstance(module, nn.Dropout))
+        return self.training and max(self.self_attn.config.attention_dropout, *layers) > 0
 
 
 class Phi2Model(nn.Module):

@@ -58,6 +58,8 @@ class TrainingConfig(EncodeConfig):
     """Compute precision. LoRA: of the frozen base. Full training keeps float32 weights and runs under autocast."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, one more forward pass."""
+    fuse: bool = False
+    """Two matmuls a block in place of six (phi2/fused.py); made for a GPU."""
     seed: int = 42
     """Seed of the data order, the adapter and dropout."""
     shuffle: bool = True

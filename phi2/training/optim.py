@@ -90,7 +90,7 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """AdamW's state of every trainable parameter, by "name.exp_avg" and so on."""
         return {
-            f"{name}.{key}": value
+            f"{name}.{key}": value.contiguous()
             for parameter, name in self.names.items()
             for key, value in self.adamw.state[parameter].items()
         }
@@ -100,9 +100,11 @@ class Optimizer:
         return {"updates": self.updates, "scaler": self.scaler.state_dict()}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict) -> None:
-        """Takes back what `tensors` and `numbers` gave."""
+        """Takes back what `tensors` and `numbers` gave. Moments lie in memory as their parameter does, for AdamW."""
         for parameter, name in self.names.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.adamw.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+            state = {"step": tensors[f"{name}.step"].to(parameter.device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.empty_like(parameter).copy_(tensors[f"{name}.{key}"])
+            self.adamw.state[parameter] = state
         self.updates = numbers["updates"]
         self.scaler.load_state_dict(numbers["scaler"])

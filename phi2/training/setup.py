@@ -14,6 +14,7 @@ from phi2.data.audit import Audit
 from phi2.data.encode import Encoded, encode_records
 from phi2.data.loader import Windows
 from phi2.data.sources import load_records, split_records
+from phi2.fused import fuse
 from phi2.generate import check_prompt, generate
 from phi2.hub import resolve
 from phi2.lora import attach, has_adapter
@@ -66,6 +67,7 @@ def load_policy(config: TrainingConfig, checkpoint: Path | None, from_scratch: b
         else:
             load_adapter(model, resolve(adapter), trainable=True)
     model.model.activation_checkpointing = config.gradient_checkpointing
+    fuse(model, config.fuse)
     return model
 
 

@@ -1,0 +1,123 @@
+"""Fused blocks: the same parameters, laid side by side in memory so that a block takes two matmuls.
+
+`fuse(model)` moves the weights of q, k, v and fc1 of each layer into one buffer, and those of dense and fc2,
+transposed, into another; every parameter stays itself, under its own name, as a view. The block then runs
+`phi2_kernels.block`.
+
+Nothing remembers the buffers: a block looks whether its weights are neighbours, and moves them together when they are
+not (after `.to(...)`, a deep copy, or a merge), so no second copy can go stale.
+
+Blocks run unfused where the fused form does not exist: with a key-value cache, and while dropout is active.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from phi2.config import Phi2Config
+from phi2.lora import LoraLinear
+from phi2.model import Block, Phi2ForCausalLM
+from phi2_kernels.attention import Visibility
+from phi2_kernels.block import Adapter, Shape, Weights, block
+
+
+def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:
+    """Makes the blocks of a model run fused, or unfused again; outputs and gradients are the same.
+
+    Raises:
+        ValueError: for a model with qk_layernorm, which stands between the two halves of what is fused.
+    """
+    if on and model.config.qk_layernorm:
+        raise ValueError("fused blocks cannot have qk_layernorm; load this model with fuse off")
+    for layer in model.model.layers:
+        layer.fused_forward = fused_forward if on else None
+        if on:
+            _join_block(layer)
+
+
+def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
+    """What `Block.forward` computes, (B, T, C) to (B, T, C)."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    _join_block(layer)
+    with torch.autocast(device, enabled=False):  # every matmul has been given its dtype
+        return block(x, _weights_of(layer), _shape_of(layer.self_attn.config), angles, visibility, dtype)
+
+
+def _inputs(layer: Block) -> list[nn.Linear]:
+    return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.fc1]
+
+
+def _outputs(layer: Block) -> list[nn.Linear]:
+    return [layer.self_attn.dense, layer.mlp.fc2]
+
+
+def _shape_of(config: Phi2Config) -> Shape:
+    return Shape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+
+
+def _weights_of(layer: Block) -> Weights:
+    into, out, norm = _inputs(layer), _outputs(layer), layer.input_layernorm
+    return Weights(
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        _Joined.apply(*(linear.weight for linear in into)),
+        _Joined.apply(*(linear.bias for linear in into)),
+        _Joined.apply(*(linear.weight.T for linear in out)),
+        out[0].bias + out[1].bias,
+        _adapters(into, [linear.out_features for linear in into]),
+        _adapters(out, [linear.in_features for linear in out]),
+    )
+
+
+def _adapters(linears: list[nn.Linear], widths: list[int]) -> tuple[Adapter, ...]:
+    """The adapters that are on, each with its columns: `widths` says how many every linear has."""
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    return tuple(
+        Adapter(end - width, end, linear.lora_A.weight, linear.lora_B.weight, linear.scaling)
+        for linear, width, end in zip(linears, widths, ends, strict=True)
+        if isinstance(linear, LoraLinear) and linear.enabled
+    )
+
+
+class _Joined(torch.autograd.Function):
+    """Tensors that follow each other in memory as one, along dim 0, without a copy."""
+
+    @staticmethod
+    def forward(ctx, *parts: Tensor) -> Tensor:
+        ctx.sizes = [len(part) for part in parts]
+        return parts[0].detach().as_strided((sum(ctx.sizes), *parts[0].shape[1:]), parts[0].stride())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad.split(ctx.sizes)
+
+
+def _join_block(layer: Block) -> None:
+    """Moves a block's weights together unless they are."""
+    into, out = _inputs(layer), _outputs(layer)
+    _join([linear.weight for linear in into])
+    _join([linear.bias for linear in into])
+    _join([linear.weight for linear in out], transposed=True)
+
+
+@torch.no_grad()
+def _join(parameters: list[nn.Parameter], transposed: bool = False) -> None:
+    """Lays parameters one behind the other; `transposed`: the rows of their transposes."""
+    parts = [p.data.T if transposed else p.data for p in parameters]
+    if all(_follows(a, b) for a, b in pairwise(parts)):
+        return
+    pieces = torch.cat(parts).split([len(part) for part in parts])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.data = piece.T if transposed else piece
+
+
+def _follows(first: Tensor, second: Tensor) -> bool:
+    """Whether the second tensor begins in memory where the first ends."""
+    end = first.data_ptr() + first.numel() * first.element_size()
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return same and first.is_contiguous() and second.is_contiguous() and second.data_ptr() == end

@@ -1,0 +1,223 @@
+"""Fused blocks compute what plain ones do: outputs, every gradient, with the same parameters under the same names."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from phi2.config import Phi2Config
+from phi2.fused import fuse
+from phi2.generate import generate
+from phi2.lora import LoraConfig, attach, disabled, lora_modules, merge
+from phi2.model import Phi2ForCausalLM
+from phi2.training import dpo, sft
+from phi2.training.reference import frozen_copy
+from phi2.weights import load, load_model, save_pretrained
+
+SHAPE = dict(vocab_size=64, hidden_size=160, intermediate_size=96, num_hidden_layers=2, initializer_range=0.1)
+HEADS = {"heads 80": dict(num_attention_heads=2), "grouped": dict(num_attention_heads=10, num_key_value_heads=2)}
+EVERY = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head")
+PACKED = torch.tensor([[4, 4, 4, 4, 9, 9, 9, 9, 9], [0, 9, 9, 5, 5, 9, 9, 9, 9]], dtype=torch.int32)
+
+
+def make(dtype: torch.dtype = torch.float32, **changes) -> Phi2ForCausalLM:
+    """A random Phi, biases and LayerNorms included, without dropout."""
+    plain = dict(resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0, num_attention_heads=2)
+    model = Phi2ForCausalLM(Phi2Config(**{**SHAPE, **plain, **changes}))
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.ndim == 1):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.to(dtype)
+
+
+def adapted(model: Phi2ForCausalLM, targets: tuple[str, ...] = EVERY, **changes) -> Phi2ForCausalLM:
+    """With adapters that have learned something."""
+    attach(model, LoraConfig(r=3, lora_alpha=6, target_modules=targets, **changes))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in lora_modules(model).values():
+            module.lora_B.weight.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def twins(model: Phi2ForCausalLM) -> tuple[Phi2ForCausalLM, Phi2ForCausalLM]:
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    return model, fused
+
+
+IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+def outcome(model: Phi2ForCausalLM, until: Tensor | None) -> dict[str, Tensor]:
+    """Logits, and the gradient of everything that trains and of the input."""
+    embeds = model.model.embed_tokens(IDS).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds, visible_until=until)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4)).to(logits)
+    (logits * weight).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "embed" not in name}
+    return {"logits": logits.detach(), "input": embeds.grad, **grads}
+
+
+def assert_equal(model: Phi2ForCausalLM, until: Tensor | None = None, tolerance: float = 1e-5) -> None:
+    plain, fused = (outcome(m, until) for m in twins(model))
+    assert plain.keys() == fused.keys()
+    for name, expected in plain.items():
+        error = (fused[name] - expected).abs().max() / expected.abs().max()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("until", [None, PACKED], ids=["causal", "packed"])
+@pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS)
+def test_every_gradient_of_a_full_model_is_that_of_plain_blocks(shape, until):
+    assert_equal(make(**shape), until)
+
+
+@pytest.mark.parametrize("targets", [EVERY, ("q_proj", "fc2"), ("dense",), ("fc1", "v_proj")], ids="+".join)
+def test_every_gradient_of_adapters_is_that_of_plain_blocks(targets):
+    assert_equal(adapted(make(), targets, rank_pattern={targets[0]: 5}), PACKED)
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj.bias", "mlp.fc2.weight", "input_layernorm.weight"])
+def test_a_single_parameter_can_train_alone(name):
+    model = make().requires_grad_(False)
+    model.get_parameter(f"model.layers.0.{name}").requires_grad_(True)
+    assert_equal(model)
+
+
+def test_half_precision_rounds_no_worse_than_plain_blocks():
+    exact, names = outcome(make(), PACKED), ("logits", "input", "model.layers.0.mlp.fc1.weight")
+    plain, fused = (outcome(m, PACKED) for m in twins(make(torch.bfloat16)))
+    for name in names:
+        errors = [(result[name].float() - exact[name]).norm() for result in (plain, fused)]
+        assert errors[1] <= 1.5 * errors[0], name
+
+
+def test_autocast_computes_in_its_dtype_and_leaves_the_stream_alone():
+    exact = outcome(make(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, fused = (outcome(m, None) for m in twins(make()))
+    for name, expected in exact.items():
+        assert fused[name].dtype == plain[name].dtype
+        errors = [(result[name].float() - expected).norm() for result in (plain, fused)]
+        assert 0 < errors[1] <= 1.5 * errors[0], name
+
+
+def test_activation_checkpointing_changes_nothing():
+    _, fused = twins(adapted(make()))
+    kept = outcome(fused, PACKED)
+    fused.zero_grad()
+    fused.model.activation_checkpointing = True
+    again = outcome(fused, PACKED)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_adapters_can_be_switched_off():
+    plain, fused = twins(adapted(make()))
+    with torch.no_grad(), disabled(plain), disabled(fused):
+        torch.testing.assert_close(fused(IDS), plain(IDS))
+
+
+def test_names_and_values_of_the_state_stay(tmp_path):
+    plain, fused = twins(make())
+    before, after = plain.state_dict(), fused.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_fused_model_is_saved_like_a_plain_one(tiny_phi, tmp_path):
+    model, tokenizer = load(tiny_phi, device="cpu")
+    fuse(model)
+    save_pretrained(model, tokenizer, tmp_path / "saved")
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == (tiny_phi / "model.safetensors").read_bytes()
+
+
+def is_fused(model: Phi2ForCausalLM) -> bool:
+    layer = model.model.layers[0]
+    weights = layer.self_attn.q_proj.weight, layer.mlp.fc1.weight
+    return len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+
+
+MOVES: dict[str, Callable[[Phi2ForCausalLM], Phi2ForCausalLM]] = {
+    "deep copy": copy.deepcopy,
+    "other dtype": lambda model: model.double().float(),
+    "frozen copy": frozen_copy,
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_weights_that_were_moved_are_joined_again_at_the_next_pass(move):
+    plain, fused = twins(make())
+    moved = move(fused)
+    with torch.no_grad():
+        plain.model.layers[0].mlp.fc1.weight.mul_(2)
+        moved.model.layers[0].mlp.fc1.weight.mul_(2)
+        torch.testing.assert_close(moved(IDS), plain(IDS))
+    assert is_fused(moved)
+
+
+def test_a_merged_model_stays_fused_and_right():
+    plain, fused = twins(adapted(make(), EVERY[:-1]))
+    merge(plain)
+    merge(fused)
+    torch.testing.assert_close(fused(IDS), plain(IDS))
+
+
+def test_fusing_can_be_undone():
+    plain, fused = twins(make())
+    fuse(fused, on=False)
+    assert torch.equal(fused(IDS), plain(IDS))
+
+
+def test_generation_is_that_of_the_plain_model(tiny_phi):
+    answers = []
+    for on in (False, True):
+        model, tokenizer = load(tiny_phi, device="cpu")
+        fuse(model, on)
+        answers.append(generate(model, tokenizer, "the boat", max_new_tokens=8).text)
+    assert answers[0] == answers[1]
+
+
+def test_active_dropout_runs_unfused(monkeypatch):
+    model = make(resid_pdrop=0.1)
+    fuse(model)
+    monkeypatch.setattr(model.model.layers[0], "fused_forward", None)
+    monkeypatch.setattr(model.model.layers[1], "fused_forward", lambda *_: pytest.fail("ran fused"))
+    model.train()(IDS)
+    with pytest.raises(pytest.fail.Exception):
+        model.eval()(IDS)
+
+
+def test_a_model_with_qk_layernorm_is_refused():
+    with pytest.raises(ValueError, match="fused blocks cannot have qk_layernorm"):
+        fuse(make(qk_layernorm=True))
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, target_modules=EVERY), None], ids=["lora", "full"])
+def test_a_fused_sft_run_is_a_plain_one(sft_config, metrics_of, tmp_path, lora):
+    plain, fused = (
+        metrics_of(sft.train(sft_config(lora=lora, fuse=on, output=str(tmp_path / str(on))))) for on in (False, True)
+    )
+    assert [line["loss"] for line in fused] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
+
+
+def test_a_fused_run_of_all_weights_resumes_bit_for_bit(sft_config, metrics_of, train_and_kill, tmp_path):
+    """AdamW's moments lie in memory as their transposed weights do, also behind a checkpoint."""
+    settings = dict(lora=None, fuse=True, save_steps=2)
+    whole = sft.train(sft_config(**settings))
+    config = sft_config(**settings, output=str(tmp_path / "killed"))
+    train_and_kill(config, step=4)
+    assert metrics_of(sft.train(dataclasses.replace(config, resume=True))) == metrics_of(whole)
+
+
+def test_a_fused_dpo_run_is_a_plain_one(dpo_config, metrics_of, tmp_path):
+    plain, fused = (metrics_of(dpo.train(dpo_config(fuse=on, output=str(tmp_path / str(on))))) for on in (False, True))
+    assert [line["loss"] for line in fused] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
+    model = load_model(dpo_config().model)
+    assert not is_fused(model)
