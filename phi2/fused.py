@@ -12,8 +12,6 @@ Blocks run unfused where the fused form does not exist: with a key-value cache, 
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from phi2.config import Phi2Config
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
 from phi2_kernels.attention import Visibility
-from phi2_kernels.block import Adapter, Shape, Weights, block
+from phi2_kernels.block import Adapter, Shape, Weights, block, follow
 
 
 def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:
@@ -42,7 +40,8 @@ def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibi
     """What `Block.forward` computes, (B, T, C) to (B, T, C)."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    _join_block(layer)
+    if not torch.compiler.is_compiling():  # addresses cannot be traced
+        _join_block(layer)
     with torch.autocast(device, enabled=False):  # every matmul has been given its dtype
         return block(x, _weights_of(layer), _shape_of(layer.self_attn.config), angles, visibility, dtype)
 
@@ -65,10 +64,10 @@ def _weights_of(layer: Block) -> Weights:
         norm.weight,
         norm.bias,
         norm.eps,
-        _Joined.apply(*(linear.weight for linear in into)),
-        _Joined.apply(*(linear.bias for linear in into)),
-        _Joined.apply(*(linear.weight.T for linear in out)),
-        out[0].bias + out[1].bias,
+        tuple(linear.weight for linear in into),
+        tuple(linear.bias for linear in into),
+        tuple(linear.weight for linear in out),
+        tuple(linear.bias for linear in out),
         _adapters(into, [linear.out_features for linear in into]),
         _adapters(out, [linear.in_features for linear in out]),
     )
@@ -84,19 +83,6 @@ def _adapters(linears: list[nn.Linear], widths: list[int]) -> tuple[Adapter, ...
     )
 
 
-class _Joined(torch.autograd.Function):
-    """Tensors that follow each other in memory as one, along dim 0, without a copy."""
-
-    @staticmethod
-    def forward(ctx, *parts: Tensor) -> Tensor:
-        ctx.sizes = [len(part) for part in parts]
-        return parts[0].detach().as_strided((sum(ctx.sizes), *parts[0].shape[1:]), parts[0].stride())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad.split(ctx.sizes)
-
-
 def _join_block(layer: Block) -> None:
     """Moves a block's weights together unless they are."""
     into, out = _inputs(layer), _outputs(layer)
@@ -109,15 +95,8 @@ def _join_block(layer: Block) -> None:
 def _join(parameters: list[nn.Parameter], transposed: bool = False) -> None:
     """Lays parameters one behind the other; `transposed`: the rows of their transposes."""
     parts = [p.data.T if transposed else p.data for p in parameters]
-    if all(_follows(a, b) for a, b in pairwise(parts)):
+    if follow(parts):
         return
     pieces = torch.cat(parts).split([len(part) for part in parts])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.data = piece.T if transposed else piece
-
-
-def _follows(first: Tensor, second: Tensor) -> bool:
-    """Whether the second tensor begins in memory where the first ends."""
-    end = first.data_ptr() + first.numel() * first.element_size()
-    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    return same and first.is_contiguous() and second.is_contiguous() and second.data_ptr() == end

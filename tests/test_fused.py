@@ -105,6 +105,8 @@ def test_autocast_computes_in_its_dtype_and_leaves_the_stream_alone():
     with torch.autocast("cpu", torch.bfloat16):
         plain, fused = (outcome(m, None) for m in twins(make()))
     for name, expected in exact.items():
+        if name.endswith("k_proj.bias"):  # softmax cancels it: its gradient is all rounding
+            continue
         assert fused[name].dtype == plain[name].dtype
         errors = [(result[name].float() - expected).norm() for result in (plain, fused)]
         assert 0 < errors[1] <= 1.5 * errors[0], name
@@ -117,6 +119,15 @@ def test_activation_checkpointing_changes_nothing():
     fused.model.activation_checkpointing = True
     again = outcome(fused, PACKED)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_compiling_breaks_no_graph():
+    _, fused = twins(adapted(make()))
+    expected = outcome(fused, PACKED)
+    fused.zero_grad()
+    fused.model.forward = torch.compile(fused.model.forward, backend="aot_eager", fullgraph=True)
+    compiled = outcome(fused, PACKED)
+    assert all(torch.equal(compiled[name], expected[name]) for name in expected)
 
 
 def test_adapters_can_be_switched_off():

@@ -23,9 +23,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
 from phi2_kernels.attention import Visibility
+
+PLAIN = 14  # tensors of a block without adapters
 
 
 class Shape(NamedTuple):
@@ -51,6 +54,11 @@ class Shape(NamedTuple):
         parts = h[..., : self.qkv].split(sizes, dim=-1)
         return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
 
+    def turned(self, h: Tensor) -> Tensor:
+        """q and k, the part of h (B, T, E) that rotary turns, as (N, H + H_kv, D)."""
+        columns = (self.heads + self.kv_heads) * self.head_dim
+        return h.flatten(0, 1)[:, :columns].unflatten(-1, (-1, self.head_dim))
+
     def attention_columns(self, m: Tensor) -> Tensor:
         """The attention's columns of m (B, T, M) as (B, H, T, D)."""
         return m[..., : self.attended].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -71,18 +79,18 @@ class Weights(NamedTuple):
 
     Attributes:
         norm_weight, norm_bias: (C,), of the LayerNorm; eps: added to its variance.
-        w_in, b_in: (E, C) and (E,), rows in the order q, k, v, fc1.
-        w_out: (M, C), rows in the order dense, fc2. b_out: (C,), the sum of their biases.
+        w_in, b_in: weights (out, C) and biases (out,) of q, k, v, fc1.
+        w_out, b_out: weights (C, in) and biases (C,) of dense, fc2.
         adapters_in, adapters_out: LoRA on columns of h, and on columns of m.
     """
 
     norm_weight: Tensor
     norm_bias: Tensor
     eps: float
-    w_in: Tensor
-    b_in: Tensor
-    w_out: Tensor
-    b_out: Tensor
+    w_in: tuple[Tensor, Tensor, Tensor, Tensor]
+    b_in: tuple[Tensor, Tensor, Tensor, Tensor]
+    w_out: tuple[Tensor, Tensor]
+    b_out: tuple[Tensor, Tensor]
     adapters_in: tuple[Adapter, ...] = ()
     adapters_out: tuple[Adapter, ...] = ()
 
@@ -101,7 +109,8 @@ def block(
 
     Args:
         x: (B, T, C) residual stream.
-        weights: differentiable, frozen or mixed; only what needs a gradient gets one.
+        weights: differentiable, frozen or mixed. Those that are neighbours in memory, w_out by their transposes, are
+            one matrix as they lie; others are copied together in every pass.
         angles: cosine and sine from `rotary_angles`.
         dtype: of the matmuls; that of x unless autocast wants another.
         impl: of the kernels between the matmuls, see `use_triton`.
@@ -110,10 +119,16 @@ def block(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    ops = _ops(use_triton(impl, x))
-    tensors, layout = _flatten(weights)
-    context = (shape, weights.eps, angles, visibility, dtype or x.dtype, ops, layout)
-    return _Block.apply(context, x, *tensors)
+    triton = use_triton(impl, x)
+    plain = weights.norm_weight, weights.norm_bias, *weights.w_in, *weights.b_in, *weights.w_out, *weights.b_out
+    adapters = weights.adapters_in + weights.adapters_out
+    matrices = [matrix for adapter in adapters for matrix in (adapter.A, adapter.B)]
+    spans = [edge for adapter in adapters for edge in (adapter.start, adapter.end)]
+    numbers = [weights.eps, *(adapter.scaling for adapter in adapters)]
+    layout = (spans, numbers, len(weights.adapters_in), list(shape), dtype or x.dtype, triton)
+    tables = [table.flatten(0, 2).contiguous() for table in angles]  # (L, R/2)
+    masks = _ops(triton).masks(visibility, x, shape)
+    return _Block.apply(x, tables, masks, layout, *plain, *matrices)
 
 
 def _ops(triton: bool):
@@ -127,114 +142,165 @@ def _ops(triton: bool):
     return block_torch
 
 
-class _Layout(NamedTuple):
-    """What of the adapters is no tensor: (start, end, scaling) of each."""
-
-    into: tuple[tuple[int, int, float], ...]
-    out: tuple[tuple[int, int, float], ...]
-
-
-def _flatten(weights: Weights) -> tuple[list[Tensor], _Layout]:
-    """Every tensor of the weights, as autograd wants them: six of the block, then A and B of each adapter."""
-    adapters = weights.adapters_in + weights.adapters_out
-    plain = [weights.norm_weight, weights.norm_bias, weights.w_in, weights.b_in, weights.w_out, weights.b_out]
-    spans = (tuple((a.start, a.end, a.scaling) for a in group) for group in (weights.adapters_in, weights.adapters_out))
-    return plain + [tensor for adapter in adapters for tensor in (adapter.A, adapter.B)], _Layout(*spans)
-
-
-def _unflatten(tensors: tuple[Tensor, ...], layout: _Layout, eps: float) -> Weights:
-    pairs = list(zip(tensors[6::2], tensors[7::2], strict=True))
-    adapters = [
-        Adapter(start, end, A, B, scaling)
-        for (start, end, scaling), (A, B) in zip(layout.into + layout.out, pairs, strict=True)
-    ]
-    cut = len(layout.into)
-    return Weights(*tensors[:2], eps, *tensors[2:6], tuple(adapters[:cut]), tuple(adapters[cut:]))
-
-
 class _Block(torch.autograd.Function):
+    """`tensors` are the PLAIN ones of the block, in the order of `Weights`, then A and B of each adapter."""
+
     @staticmethod
-    def forward(ctx, context, x, *tensors):
-        shape, eps, angles, visibility, dtype, ops, layout = context
-        w = _unflatten(tensors, layout, eps)
-        rows = x.flatten(0, 1)  # (N, C)
-        n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, eps, dtype)
-        h = torch.addmm(w.b_in.to(dtype), n, w.w_in.to(dtype).T)  # (N, E)
-        _add_adapters(h, n, w.adapters_in)
-        h = h.unflatten(0, x.shape[:2])  # (B, T, E)
-        q, k, v = shape.split(h)
-        ops.turn(q, *angles)
-        ops.turn(k, *angles)
-        m = torch.empty((*h.shape[:2], w.w_out.shape[0]), dtype=dtype, device=x.device)
-        lse = ops.attend(q, k, v, shape.attention_columns(m), visibility)
-        ops.gelu(h[..., shape.qkv :].flatten(0, 1), m[..., shape.attended :].flatten(0, 1))
-        m = m.flatten(0, 1)  # (N, M)
-        y = torch.addmm(w.b_out.to(dtype), m, w.w_out.to(dtype))  # (N, C)
-        for adapter in w.adapters_out:
-            y.add_(_through(m[:, adapter.start : adapter.end], adapter))
-        attended = m[:, : shape.attended].clone()  # not a view: the rest of m may go
-        ctx.context = context
-        ctx.save_for_backward(x, h, attended, mean, rstd, lse, *tensors)
-        return (y + rows).view(x.shape)
+    def forward(ctx, x, tables, masks, layout, *tensors):
+        y, *kept = _forward(x, tables, masks, list(tensors), *layout)
+        ctx.layout, ctx.counts = layout, (len(tables), len(masks), len(kept))
+        ctx.save_for_backward(x, *tables, *masks, *kept, *tensors)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        shape, eps, angles, visibility, dtype, ops, layout = ctx.context
-        x, h, attended, mean, rstd, lse, *tensors = ctx.saved_tensors
-        w, rows = _unflatten(tuple(tensors), layout, eps), x.flatten(0, 1)
-        needs = _Needs(*ctx.needs_input_grad[2:8])
-        dy = dy.flatten(0, 1)
-        grad = dy.to(dtype)  # (N, C)
-
-        dm = grad @ w.w_out.to(dtype).T  # (N, M)
-        dw_out, adapters_out = None, []
-        if needs.w_out or layout.out:
-            m = torch.empty_like(dm)
-            m[:, : shape.attended] = attended
-            ops.gelu(h[..., shape.qkv :].flatten(0, 1), m[:, shape.attended :])
-            dw_out = m.T @ grad if needs.w_out else None  # (M, C)
-            adapters_out = [_pull_back_out(adapter, m, grad, dm) for adapter in w.adapters_out]
-
-        dh = torch.empty_like(h)  # (B, T, E)
-        o, do = (shape.attention_columns(z.unflatten(0, x.shape[:2])) for z in (attended, dm))
-        dq, dk, dv = shape.split(dh)
-        ops.attend_backward(do, *shape.split(h), o, lse, dq, dk, dv, visibility)
-        cos, sin = angles
-        ops.turn(dq, cos, -sin)
-        ops.turn(dk, cos, -sin)
-        f, df = h[..., shape.qkv :].flatten(0, 1), dh[..., shape.qkv :].flatten(0, 1)
-        ops.gelu_backward(dm[:, shape.attended :], f, df)
-        dh = dh.flatten(0, 1)  # (N, E)
-
-        dn = dh @ w.w_in.to(dtype)  # (N, C)
-        dw_in, adapters_in = None, []
-        if needs.w_in or layout.into:
-            n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
-            dw_in = dh.T @ n if needs.w_in else None  # (E, C)
-            adapters_in = _pull_back_in(w.adapters_in, n, dh, dn)
-        dx, dnorm_weight, dnorm_bias = ops.norm_backward(
-            dn, rows, w.norm_weight, mean, rstd, dy, sums=needs.norm_weight or needs.norm_bias
-        )
-        db_in = dh.sum(dim=0, dtype=torch.float32) if needs.b_in else None
-        db_out = dy.sum(dim=0, dtype=torch.float32) if needs.b_out else None
-        plain = (dnorm_weight, dnorm_bias, dw_in, db_in, dw_out, db_out)
-        adapters = [g for pair in adapters_in + adapters_out for g in pair]
-        return None, dx.view(x.shape), *_as_asked([*plain, *adapters], tensors, ctx.needs_input_grad[2:])
+        x, *rest = ctx.saved_tensors
+        groups = []
+        for count in ctx.counts:
+            groups.append(rest[:count])
+            rest = rest[count:]
+        needs = list(ctx.needs_input_grad[4:])
+        dx, *grads = _backward(dy, x, *groups, rest, needs, *ctx.layout)
+        grads = _apart(grads, rest)
+        asked = zip(grads, rest, needs, strict=True)
+        return dx, None, None, None, *(g.to(t.dtype) if need else None for g, t, need in asked)
 
 
-class _Needs(NamedTuple):
-    """Which tensors of a block need a gradient."""
+class _Parts(NamedTuple):
+    """The tensors of a block, those of each matmul together."""
 
-    norm_weight: bool
-    norm_bias: bool
-    w_in: bool
-    b_in: bool
-    w_out: bool
-    b_out: bool
+    norm_weight: Tensor  # (C,)
+    norm_bias: Tensor  # (C,)
+    w_in: Tensor  # (E, C)
+    b_in: Tensor  # (E,)
+    w_out: Tensor  # (M, C)
+    b_out: Tensor  # (C,)
+    adapters_in: tuple[Adapter, ...]
+    adapters_out: tuple[Adapter, ...]
 
 
-def _as_asked(grads: list[Tensor | None], tensors: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    return [g.to(t.dtype) if need else None for g, t, need in zip(grads, tensors, needs, strict=True)]
+def _parts(tensors: list[Tensor], spans: list[int], numbers: list[float], into: int, dtype: torch.dtype) -> _Parts:
+    """The matmuls' tensors in the dtype they compute in; the first `into` adapters are those on h."""
+    adapters = tuple(map(Adapter, spans[::2], spans[1::2], tensors[PLAIN::2], tensors[PLAIN + 1 :: 2], numbers[1:]))
+    w_in, b_in, w_out = tensors[2:6], tensors[6:10], [w.T for w in tensors[10:12]]
+    joined = (_joined(parts).to(dtype) for parts in (w_in, b_in, w_out))
+    b_out = (tensors[12] + tensors[13]).to(dtype)
+    return _Parts(*tensors[:2], *joined, b_out, adapters[:into], adapters[into:])
+
+
+def _apart(grads: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The gradients of `_Parts`, one for each of the tensors; an empty one stands for all of its parts."""
+    norm_weight, norm_bias, w_in, b_in, w_out, b_out, *adapters = grads
+
+    def split(grad: Tensor, parts: list[Tensor], dim: int = 0) -> list[Tensor]:
+        return list(grad.split([p.shape[dim] for p in parts])) if grad.numel() else [grad] * len(parts)
+
+    out = [g.T if g.ndim == 2 else g for g in split(w_out, tensors[10:12], dim=1)]
+    return [
+        norm_weight, norm_bias, *split(w_in, tensors[2:6]), *split(b_in, tensors[6:10]), *out, b_out, b_out, *adapters
+    ]  # fmt: skip
+
+
+def follow(parts: list[Tensor]) -> bool:
+    """Whether each tensor begins in memory where the one before it ends."""
+    ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
+    storages = {part.untyped_storage().data_ptr() for part in parts}
+    begins_at_end = all(part.data_ptr() == end for part, end in zip(parts[1:], ends, strict=False))
+    return len(storages) == 1 and begins_at_end and all(part.is_contiguous() for part in parts)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The tensors as one along dim 0: where they lie, if they are neighbours, else a copy."""
+    if not follow(parts):
+        return torch.cat(parts)
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+@custom_op("phi2::block", mutates_args=())
+def _forward(
+    x: Tensor, tables: list[Tensor], masks: list[Tensor], tensors: list[Tensor], spans: list[int], numbers: list[float],
+    into: int, dims: list[int], dtype: torch.dtype, triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (B, T, C), and what the backward pass reads: h, the attention's output, mean, rstd, logsumexp."""
+    w, shape, ops = _parts(tensors, spans, numbers, into, dtype), Shape(*dims), _ops(triton)
+    rows = x.flatten(0, 1)  # (N, C)
+    n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, numbers[0], dtype)
+    h = torch.addmm(w.b_in, n, w.w_in.T)  # (N, E)
+    _add_adapters(h, n, w.adapters_in)
+    h = h.unflatten(0, x.shape[:2])  # (B, T, E)
+    ops.turn(shape.turned(h), *tables, inverse=False)
+    m = torch.empty((*h.shape[:2], w.w_out.shape[0]), dtype=dtype, device=x.device)  # (B, T, M)
+    lse = ops.attend(*shape.split(h), shape.attention_columns(m), masks)
+    m, f = m.flatten(0, 1), h.flatten(0, 1)[:, shape.qkv :]
+    ops.gelu(f, m[:, shape.attended :])
+    y = torch.addmm(w.b_out, m, w.w_out)  # (N, C)
+    for adapter in w.adapters_out:
+        y.add_(_through(m[:, adapter.start : adapter.end], adapter))
+    attended = m[:, : shape.attended].clone()  # (N, H D), not a view: the rest of m may go
+    return (y + rows).view(x.shape), h, attended, mean, rstd, lse
+
+
+@custom_op("phi2::block_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, tables: list[Tensor], masks: list[Tensor], kept: list[Tensor], tensors: list[Tensor],
+    needs: list[bool], spans: list[int], numbers: list[float], into: int, dims: list[int], dtype: torch.dtype,
+    triton: bool,
+) -> list[Tensor]:  # fmt: skip
+    """dx, the gradients of `_Parts`, each empty where none is needed, and dA and dB of each adapter."""
+    w, shape, ops = _parts(tensors, spans, numbers, into, dtype), Shape(*dims), _ops(triton)
+    h, attended, mean, rstd, lse = kept
+    groups = (needs[:2], needs[2:6], needs[6:10], needs[10:12], needs[12:14])
+    need_norm, need_w_in, need_b_in, need_w_out, need_b_out = map(any, groups)
+    rows, dy, flat = x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
+    f, grad = flat[:, shape.qkv :], dy.to(dtype)
+
+    dm, dw_out, adapters_out = grad @ w.w_out.T, x.new_empty(0), []  # (N, M)
+    if need_w_out or w.adapters_out:
+        m = torch.empty_like(dm)
+        m[:, : shape.attended] = attended
+        ops.gelu(f, m[:, shape.attended :])
+        dw_out = m.T @ grad if need_w_out else dw_out  # (M, C)
+        adapters_out = [g for adapter in w.adapters_out for g in _pull_back_out(adapter, m, grad, dm)]
+
+    dh = torch.empty_like(h)  # (B, T, E)
+    o, do = (shape.attention_columns(z.unflatten(0, x.shape[:2])) for z in (attended, dm))
+    ops.attend_backward(do, *shape.split(h), o, lse, *shape.split(dh), masks)
+    ops.turn(shape.turned(dh), *tables, inverse=True)
+    dh = dh.flatten(0, 1)  # (N, E)
+    ops.gelu_backward(dm[:, shape.attended :], f, dh[:, shape.qkv :])
+
+    dn, dw_in, adapters_in = dh @ w.w_in, x.new_empty(0), []  # (N, C)
+    if need_w_in or w.adapters_in:
+        n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
+        dw_in = dh.T @ n if need_w_in else dw_in  # (E, C)
+        adapters_in = _pull_back_in(w.adapters_in, n, dh, dn)
+    dx, *dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=need_norm)
+    db_in = dh.sum(dim=0, dtype=torch.float32) if need_b_in else x.new_empty(0)
+    db_out = dy.sum(dim=0, dtype=torch.float32) if need_b_out else x.new_empty(0)
+    return [dx.view(x.shape), *dnorm, dw_in, db_in, dw_out, db_out, *adapters_in, *adapters_out]
+
+
+@_forward.register_fake
+def _(x, tables, masks, tensors, spans, numbers, into, dims, dtype, triton):
+    shape = Shape(*dims)
+    h = x.new_empty((*x.shape[:2], sum(map(len, tensors[2:6]))), dtype=dtype)
+    attended = h.new_empty((h.shape[0] * h.shape[1], shape.attended))
+    return torch.empty_like(x), h, attended, *_ops(triton).kept_numbers(x, shape)
+
+
+@_backward.register_fake
+def _(dy, x, tables, masks, kept, tensors, needs, spans, numbers, into, dims, dtype, triton):
+    shape, C, E = Shape(*dims), x.shape[2], kept[0].shape[2]
+    M = E - shape.qkv + shape.attended
+    groups = (needs[:2], needs[:2], needs[2:6], needs[6:10], needs[10:12], needs[12:14])
+    sizes = ((C,), (C,), (E, C), (E,), (M, C), (C,))
+    dtypes = (torch.float32, torch.float32, dtype, torch.float32, dtype, torch.float32)
+    plain = [
+        x.new_empty(size if any(group) else 0, dtype=kind)
+        for group, size, kind in zip(groups, sizes, dtypes, strict=True)
+    ]
+    return [torch.empty_like(x), *plain, *(torch.empty_like(t) for t in tensors[PLAIN:])]
 
 
 def _through(x: Tensor, adapter: Adapter) -> Tensor:
@@ -257,8 +323,8 @@ def _inner(n: Tensor, adapters: tuple[Adapter, ...]) -> tuple[Tensor, ...]:
     return together.split([len(adapter.A) for adapter in adapters], dim=1)
 
 
-def _pull_back_in(adapters: tuple[Adapter, ...], n: Tensor, dh: Tensor, dn: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """dA and dB of the adapters on h; what they send to n is added to dn."""
+def _pull_back_in(adapters: tuple[Adapter, ...], n: Tensor, dh: Tensor, dn: Tensor) -> list[Tensor]:
+    """dA and dB of each adapter on h, in turn; what they send to n is added to dn."""
     if not adapters:
         return []
     parts = [dh[:, adapter.start : adapter.end].float() for adapter in adapters]
@@ -267,7 +333,7 @@ def _pull_back_in(adapters: tuple[Adapter, ...], n: Tensor, dh: Tensor, dn: Tens
     du = torch.cat([part @ a.B * a.scaling for part, a in zip(parts, adapters, strict=True)], dim=1)
     dn.add_(du @ torch.cat([adapter.A for adapter in adapters]))
     dA = (du.T @ n.float()).split([len(adapter.A) for adapter in adapters])
-    return list(zip(dA, dB, strict=True))
+    return [g for a, b in zip(dA, dB, strict=True) for g in (a.clone(), b)]  # outputs of an op share no memory
 
 
 def _pull_back_out(adapter: Adapter, m: Tensor, dy: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:

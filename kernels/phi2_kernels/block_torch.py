@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phi2_kernels.attention import Visibility, attention
+from phi2_kernels.rotary import rotary_
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,40 +26,54 @@ def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tens
 
 def norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, skip: Tensor, *, sums: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx (N, C) with the gradient of the residual stream added, and dweight and dbias (C,) where they are wanted."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (N, C) with the gradient of the residual stream added; dweight and dbias (C,), empty unless wanted."""
     bias = torch.empty_like(weight, dtype=torch.float32)  # of which only the shape counts
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dn.float(), x.float(), x.shape[-1:], mean, rstd, weight.float(), bias, [True, sums, sums]
     )
-    return (dx + skip).to(x.dtype), dweight, dbias
+    sums_of_rows = (dweight, dbias) if sums else (dx.new_empty(0), dx.new_empty(0))
+    return (dx + skip).to(x.dtype), *sums_of_rows
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turns queries or keys (B, H, T, D) in place by the angles (B, T, 1, R/2) of `rotary_angles`."""
-    half = cos.shape[-1]
-    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)  # (B, 1, T, R/2)
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    x[..., : 2 * half] = turned
+def masks(visibility: Visibility, x: Tensor, shape) -> list[Tensor]:
+    """What says who sees whom, as tensors: nothing for plain causal, else `until`."""
+    return [] if visibility.until is None else [visibility.until]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, visibility: Visibility) -> Tensor:
-    """Writes o (B, H, T, D). The backward pass does without a logsumexp: it runs the forward again."""
+def kept_numbers(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like the mean, rstd and logsumexp that `norm` and `attend` return."""
+    mean, rstd = (x.new_empty((x.shape[0] * x.shape[1], 1), dtype=torch.float32) for _ in range(2))
+    return mean, rstd, x.new_empty(0, dtype=torch.float32)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
+    """Turns x (N, heads, D) in place."""
+    rotary_(x, cos, sin, inverse=inverse, impl="torch")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, masks: list[Tensor]) -> Tensor:
+    """Writes o (B, H, T, D). The backward pass does without a logsumexp, so there is none."""
+    visibility = Visibility(q.shape[2], k.shape[2], masks[0] if masks else None, q.device)
     o.copy_(attention(q, k, v, visibility))
-    return q.new_empty(0)
+    return q.new_empty(0, dtype=torch.float32)
 
 
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    visibility: Visibility,
+    masks: list[Tensor],
 ) -> None:  # fmt: skip
-    """Writes dq (B, H, T, D), dk and dv (B, H_kv, T, D)."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attention(*inputs, visibility)
-    for buffer, gradient in zip((dq, dk, dv), torch.autograd.grad(out, inputs, do), strict=True):
-        buffer.copy_(gradient)
+    """Writes dq (B, H, T, D), dk and dv (B, H_kv, T, D), by the textbook, in float32."""
+    scale, groups = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
+    visibility = Visibility(q.shape[2], k.shape[2], masks[0] if masks else None, q.device)
+    q, do = q.float(), do.float()
+    k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, D)
+    scores = (q @ k.mT * scale).masked_fill(~visibility.mask, float("-inf"))  # (B, H, T, T)
+    p = scores.softmax(dim=-1).nan_to_num(0.0)
+    ds = p * (do @ v.mT - (do * o).sum(dim=-1, keepdim=True)) * scale
+    dq.copy_(ds @ k)
+    dk.copy_((ds.mT @ q).unflatten(1, (-1, groups)).sum(dim=2))
+    dv.copy_((p.mT @ do).unflatten(1, (-1, groups)).sum(dim=2))
 
 
 def gelu(x: Tensor, y: Tensor) -> None:
