@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and the only import of Triton.
 
-Triton is imported at the first use of a kernel, so that `import phi2` costs nothing of it: the kernels of `<op>.py` live
-in `<op>_triton.py`, which is imported then and takes `triton` and `tl` from here.
+Triton is imported at the first use of a kernel, so that `import phi2` costs nothing of it: the kernels of `<op>.py`
+live in `<op>_triton.py`, which is imported then and takes `triton` and `tl` from here.
 """
 
 from __future__ import annotations

@@ -62,12 +62,12 @@ def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @custom_op("phi2::gelu_backward", mutates_args=())
-def _gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dx (N, F), and dbias (F,) in float32, which is empty without a bias."""
+def _gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
+    """dx (N, F), and dbias (F,) in float32, which is empty unless `sums` asks for it."""
     from phi2_kernels import gelu_triton
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, gelu_triton.backward(grad, x, bias, dx)
+    return dx, gelu_triton.backward(grad, x, bias, dx, sums=sums)
 
 
 @_gelu.register_fake
@@ -76,8 +76,8 @@ def _(x, bias):
 
 
 @_gelu_backward.register_fake
-def _(grad, x, bias):
-    dbias = torch.empty(0 if bias is None else x.shape[1], dtype=torch.float32, device=x.device)
+def _(grad, x, bias, sums):
+    dbias = torch.empty(x.shape[1] if sums else 0, dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), dbias
 
 
@@ -87,8 +87,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _pull_back(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     x, bias = ctx.saved_tensors
-    dx, dbias = _gelu_backward(grad, x, bias)
-    return dx, None if bias is None else dbias.to(bias.dtype)
+    sums = ctx.needs_input_grad[1]  # False for a frozen bias, and for none
+    dx, dbias = _gelu_backward(grad, x, bias, sums)
+    return dx, dbias.to(bias.dtype) if sums else None
 
 
 _gelu.register_autograd(_pull_back, setup_context=_save)

@@ -7,16 +7,24 @@ Rows are taken a chunk at a time; everything from the logits on is float32. Two 
 head the gradient is a row-wise multiple of a gradient known in the forward pass, so that one is kept, (N, C), and
 nothing is computed twice. With a trainable head, or a trainable adapter on it, each chunk's logits are made again.
 
+The matmuls are torch's. What lies between them, in `_Head.stats` and `_Head.gradient`, is torch or Triton.
+
 Dims: N rows, C hidden, V vocabulary, r adapter rank.
 Source: arXiv:2411.09009 (cut cross-entropy) for the idea; chunking by rows as in Liger-Kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
-CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk
+from phi2_kernels._dispatch import use_triton
+
+CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on a CPU
+GPU_CHUNK_BYTES = 400 * 2**20  # 2048 rows of 51200: smaller matmuls leave a GPU idle at their ends
 
 
 def linear_logprob_ref(
@@ -44,6 +52,7 @@ def linear_logprob(
     adapter_weight: Tensor | None = None,
     *,
     entropy: bool = False,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of one target token per row.
 
@@ -53,34 +62,93 @@ def linear_logprob(
         targets: (N,) token ids in [0, V).
         adapter_hidden, adapter_weight: (N, r) scaled and (V, r), a LoRA adapter on the head; or both None.
         entropy: also return the entropy of each row's distribution. It carries no gradient.
+        impl: see `use_triton`.
     Returns:
         (N,) float32 log-probabilities in nats, and (N,) float32 entropies in nats or None.
     Raises:
-        ValueError: when the rows of hidden and targets differ in number.
+        ValueError: when the rows of hidden and targets differ in number, or when Triton was named and cannot run.
     """
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, targets has {targets.shape[0]}; they must be equal")
-    logp, entropies = _LinearLogProb.apply(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy)
+    triton = use_triton(impl, hidden)
+    moves = [x is not None and x.requires_grad for x in (hidden, weight, bias, adapter_hidden, adapter_weight)]
+    head_moves = moves[1] or moves[2] or moves[4]
+    unit = torch.is_grad_enabled() and any(moves) and not head_moves
+    inputs = hidden, weight, bias, targets, adapter_hidden, adapter_weight
+    logp, _, entropies, _, _ = _linear_logprob(*inputs, entropy, unit, triton)
     return logp, entropies if entropy else None
 
 
 class _Head:
     """The head's tensors in the dtype its matmuls take: float32 on a CPU, their own with float32 results on a GPU."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, adapter_weight: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, adapter_weight: Tensor | None, triton: bool) -> None:
         self.weight = weight if weight.is_cuda else weight.float()
-        self.bias, self.adapter_weight = bias.float(), adapter_weight
+        self.bias, self.adapter_weight, self.triton = bias, adapter_weight, triton
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradients of logits, so that the matmuls behind them run at the speed of the weight's."""
+        return self.weight.dtype
 
     def logits(self, hidden: Tensor, adapter_hidden: Tensor | None) -> Tensor:
-        """(n, V) float32."""
-        logits = _matmul(hidden, self.weight.T, self.bias)
+        """(n, V) float32. Triton adds the bias itself, in the walk it takes over them anyway."""
+        logits = _matmul(hidden, self.weight.T, None if self.triton else self.bias.float())
         if adapter_hidden is not None:
             logits.addmm_(adapter_hidden, self.adapter_weight.T)
         return logits
 
+    def stats(
+        self, logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, entropies: Tensor | None, unit: bool
+    ) -> Tensor | None:
+        """Writes (n,) log-probabilities, logsumexps and entropies; returns the gradient of logp if `unit` asks for it.
+
+        The logits are lost.
+        """
+        if self.triton:
+            from phi2_kernels import linear_logprob_triton
+
+            dtype = self.dtype if unit else None
+            return linear_logprob_triton.stats(logits, self.bias, targets, logp, lse, entropies, dtype)
+        return _stats(logits, targets, logp, lse, entropies, self.dtype if unit else None)
+
+    def gradient(self, logits: Tensor, targets: Tensor, lse: Tensor, grad_logp: Tensor) -> Tensor:
+        """(n, V), grad_logp times the gradient of logp. The logits are lost."""
+        if self.triton:
+            from phi2_kernels import linear_logprob_triton
+
+            return linear_logprob_triton.gradient(logits, self.bias, targets, lse, grad_logp, self.dtype)
+        weights = logits.sub_(lse[:, None]).exp_()
+        return _add_onehot_(weights.neg_(), targets).mul_(grad_logp[:, None]).to(self.dtype)
+
     def pull_back(self, grad: Tensor) -> Tensor:
         """Gradient of the hidden states, (n, C) float32, from that of the logits."""
         return _matmul(grad, self.weight)
+
+    def pull_back_adapter(self, grad: Tensor) -> Tensor:
+        """Gradient of the adapter's hidden states, (n, r) float32, from that of the logits."""
+        return _matmul(grad, self.adapter_weight.to(self.dtype))
+
+
+def _stats(
+    logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, entropies: Tensor | None, grad_dtype: torch.dtype | None
+) -> Tensor | None:
+    """`_Head.stats` in torch: one exponential a logit, in place."""
+    top = logits.amax(dim=-1, keepdim=True)
+    logits -= top
+    picked = logits.gather(1, targets[:, None])
+    mean = (logits.exp() * logits).sum(dim=-1, keepdim=True) if entropies is not None else None
+    weights = logits.exp_()  # softmax but for its denominator, written over the logits
+    total = weights.sum(dim=-1, keepdim=True)
+    logp.copy_((picked - total.log()).squeeze(1))
+    lse.copy_((top + total.log()).squeeze(1))
+    if entropies is not None:
+        entropies.copy_((total.log() - mean / total).squeeze(1))
+    return None if grad_dtype is None else _add_onehot_(weights.div_(-total), targets).to(grad_dtype)
+
+
+def _add_onehot_(grad: Tensor, targets: Tensor) -> Tensor:
+    return grad.scatter_add_(1, targets[:, None], torch.ones_like(grad[:, :1]))
 
 
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,8 +159,11 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a.float() @ b if bias is None else torch.addmm(bias, a.float(), b)
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunk_rows(vocabulary: int, on_gpu: bool) -> int:
+    return max(1, (GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * vocabulary))
+
+
+def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -100,79 +171,116 @@ def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:
     return None if tensor is None else tensor[chunk]
 
 
-class _LinearLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy):
-        head = _Head(weight, bias, adapter_weight)
-        N, V = hidden.shape[0], weight.shape[0]
-        logp, lse = (torch.empty(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
-        entropies = torch.empty_like(logp) if entropy else None
-        needs = ctx.needs_input_grad
-        ctx.head_is_frozen = not (needs[1] or needs[2] or needs[5])
-        keep_unit = ctx.head_is_frozen and (needs[0] or needs[4])
-        unit = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if keep_unit else None
-        unit_adapter = torch.empty_like(adapter_hidden) if keep_unit and adapter_hidden is not None else None
-        for chunk in _chunks(N, V):
-            logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))  # (n, V)
-            top = logits.amax(dim=-1, keepdim=True)
-            logits -= top
-            picked = logits.gather(1, targets[chunk, None])
-            mean = (logits.exp() * logits).sum(dim=-1, keepdim=True) if entropy else None
-            weights = logits.exp_()  # softmax but for its denominator, written over the logits
-            total = weights.sum(dim=-1, keepdim=True)
-            logp[chunk] = (picked - total.log()).squeeze(1)
-            lse[chunk] = (top + total.log()).squeeze(1)
-            if entropy:
-                entropies[chunk] = (total.log() - mean / total).squeeze(1)
-            if keep_unit:
-                grad = _add_onehot_(weights.div_(-total), targets[chunk])
-                unit[chunk] = head.pull_back(grad)
-                if unit_adapter is not None:
-                    unit_adapter[chunk] = grad @ adapter_weight
-            logits = weights = grad = None  # all one tensor: it goes before the next one comes
-        if ctx.head_is_frozen:
-            ctx.save_for_backward(unit, unit_adapter)
-        else:
-            ctx.save_for_backward(hidden, weight, bias, targets, adapter_hidden, adapter_weight, lse)
-        if entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logp, entropies
+@custom_op("phi2::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
+    adapter_hidden: Tensor | None, adapter_weight: Tensor | None, entropy: bool, unit: bool, triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logp, lse and entropies (N,) in float32; with `unit` the gradients of logp, (N, C) and (N, r).
 
-    @staticmethod
-    def backward(ctx, grad_logp, _):
-        if ctx.head_is_frozen:
-            scaled = (None if u is None else (u * grad_logp[:, None]).to(u.dtype) for u in ctx.saved_tensors)
-            grad_hidden, grad_adapter_hidden = scaled
-            return grad_hidden, None, None, None, grad_adapter_hidden, None, None
-        return _recompute_backward(grad_logp, ctx.needs_input_grad, *ctx.saved_tensors)
+    What was not asked for is empty.
+    """
+    results = _new_results(hidden, adapter_hidden, entropy, unit)
+    logp, lse, entropies, unit_hidden, unit_adapter = results
+    head, targets = _Head(weight, bias, adapter_weight, triton), targets.contiguous()
+    for chunk in _chunks(len(hidden), _chunk_rows(len(weight), weight.is_cuda)):
+        logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))  # (n, V)
+        spread = entropies[chunk] if entropy else None
+        grad = head.stats(logits, targets[chunk], logp[chunk], lse[chunk], spread, unit)
+        if unit:
+            unit_hidden[chunk] = head.pull_back(grad)
+        if unit and adapter_hidden is not None:
+            unit_adapter[chunk] = head.pull_back_adapter(grad)
+        logits = grad = None  # one tensor: it goes before the next one comes
+    return results
 
 
-def _add_onehot_(grad: Tensor, targets: Tensor) -> Tensor:
-    return grad.scatter_add_(1, targets[:, None], torch.ones_like(grad[:, :1]))
+def _new_results(hidden: Tensor, adapter_hidden: Tensor | None, entropy: bool, unit: bool) -> tuple[Tensor, ...]:
+    logp, lse = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    entropies = _room(logp, entropy, hidden)
+    return logp, lse, entropies, _room(hidden, unit, hidden), _room(adapter_hidden, unit, hidden)
 
 
-def _recompute_backward(grad_logp, needs, hidden, weight, bias, targets, adapter_hidden, adapter_weight, lse):
-    head = _Head(weight, bias, adapter_weight)
-    grad_hidden = torch.empty_like(hidden) if needs[0] else None
-    grad_weight, grad_bias, grad_adapter_weight = (
-        torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need else None
-        for x, need in ((weight, needs[1]), (bias, needs[2]), (adapter_weight, needs[5]))
-    )
-    grad_adapter_hidden = torch.empty_like(adapter_hidden) if needs[4] else None
-    for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+def _room(x: Tensor | None, wanted: bool, beside: Tensor) -> Tensor:
+    """Memory for what has the shape and dtype of x; empty when x is None or it is not wanted."""
+    if x is None or not wanted:
+        return torch.empty(0, dtype=torch.float32, device=beside.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, unit, triton):
+    return _new_results(hidden, adapter_hidden, entropy, unit)
+
+
+@custom_op("phi2::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
+    adapter_hidden: Tensor | None, adapter_weight: Tensor | None, lse: Tensor, needs: Sequence[bool], triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight, bias, adapter_hidden and adapter_weight; empty where `needs` says not needed."""
+    grads = _new_gradients(hidden, weight, bias, adapter_hidden, adapter_weight, needs)
+    grad_hidden, grad_weight, grad_bias, grad_adapter_hidden, grad_adapter_weight = grads
+    head, targets = _Head(weight, bias, adapter_weight, triton), targets.contiguous()
+    for chunk in _chunks(len(hidden), _chunk_rows(len(weight), weight.is_cuda)):
         logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))
-        grad = _add_onehot_(logits.sub_(lse[chunk, None]).exp_().neg_(), targets[chunk])  # onehot - softmax, (n, V)
-        grad *= grad_logp[chunk, None]
+        grad = head.gradient(logits, targets[chunk], lse[chunk], grad_logp[chunk])  # (n, V)
         if needs[0]:
             grad_hidden[chunk] = head.pull_back(grad)
         if needs[1]:
-            grad_weight += _matmul(grad.T, hidden[chunk].to(head.weight.dtype))
+            grad_weight += _matmul(grad.T, hidden[chunk].to(head.dtype))
         if needs[2]:
-            grad_bias += grad.sum(dim=0)
+            grad_bias += grad.sum(dim=0, dtype=torch.float32)
+        if needs[3]:
+            grad_adapter_hidden[chunk] = head.pull_back_adapter(grad)
         if needs[4]:
-            grad_adapter_hidden[chunk] = grad @ adapter_weight
-        if needs[5]:
-            grad_adapter_weight.addmm_(grad.T, adapter_hidden[chunk])
+            grad_adapter_weight += _matmul(grad.T, adapter_hidden[chunk].to(head.dtype))
         logits = grad = None  # one tensor: it goes before the next one comes
-    cast = [None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias))]
-    return grad_hidden, *cast, None, grad_adapter_hidden, grad_adapter_weight, None
+    return grads
+
+
+@_linear_logprob_backward.register_fake
+def _(grad_logp, hidden, weight, bias, targets, adapter_hidden, adapter_weight, lse, needs, triton):
+    return _new_gradients(hidden, weight, bias, adapter_hidden, adapter_weight, needs)
+
+
+def _new_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor, adapter_hidden: Tensor | None, adapter_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Empty where not needed. What is summed over chunks begins at zero, in float32."""
+    weights = (
+        torch.zeros(x.shape if need else 0, dtype=torch.float32, device=hidden.device)
+        for x, need in ((weight, needs[1]), (bias, needs[2]), (adapter_weight, needs[4]))
+    )
+    grad_weight, grad_bias, grad_adapter_weight = weights
+    rows = _room(hidden, needs[0], hidden), _room(adapter_hidden, needs[3], hidden)
+    return rows[0], grad_weight, grad_bias, rows[1], grad_adapter_weight
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, bias, targets, adapter_hidden, adapter_weight, _, ctx.head_is_frozen, ctx.triton = inputs
+    _, lse, entropies, unit_hidden, unit_adapter = output
+    ctx.mark_non_differentiable(lse, entropies, unit_hidden, unit_adapter)
+    if ctx.head_is_frozen:
+        ctx.save_for_backward(unit_hidden, unit_adapter)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, targets, adapter_hidden, adapter_weight, lse)
+
+
+def _pull_back(ctx, grad_logp: Tensor, *_) -> tuple[Tensor | None, ...]:
+    if ctx.head_is_frozen:
+        units = zip(ctx.saved_tensors, (0, 4), strict=True)
+        hidden, adapter_hidden = (
+            (unit * grad_logp[:, None]).to(unit.dtype) if ctx.needs_input_grad[i] else None for unit, i in units
+        )
+        return hidden, None, None, None, adapter_hidden, None, None, None, None
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]
+    *inputs, lse = ctx.saved_tensors
+    grads = _linear_logprob_backward(grad_logp, *inputs, lse, needs, ctx.triton)
+    leaves = inputs[0], inputs[1], inputs[2], inputs[4], inputs[5]
+    cast = [g.to(x.dtype) if need else None for g, x, need in zip(grads, leaves, needs, strict=True)]
+    return *cast[:3], None, *cast[3:], None, None, None
+
+
+_linear_logprob.register_autograd(_pull_back, setup_context=_save)

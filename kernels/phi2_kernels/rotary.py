@@ -4,13 +4,19 @@
     y[d]        = x[d] * cos - x[d + R/2] * sin
     y[d + R/2]  = x[d + R/2] * cos + x[d] * sin
 
-Dims: B batch, T tokens, H heads, D head dim (80 in Phi-2), R rotary dims (32 in Phi-2).
+The inverse turns by -angle, and is the backward pass too: a rotation's transpose.
+
+Dims: B batch, T tokens, N = B*T rows, H heads, D head dim (80 in Phi-2), R rotary dims (32 in Phi-2), L rows of a table
+of angles, S tokens a cache has room for.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
+
+from phi2_kernels._dispatch import use_triton
 
 
 def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -29,15 +35,21 @@ def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Ten
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor:
     """Turns the first R dims of every head by its position's angles, in float32, and passes the others through.
 
     Args:
         x: (B, T, H, D) queries or keys.
-        cos, sin: (B, T, 1, R/2) from `rotary_angles`; they get no gradient.
+        cos, sin: (B or 1, T, 1, R/2) from `rotary_angles`; they get no gradient.
+        impl: see `use_triton`.
     Returns:
         (B, T, H, D) in the dtype of x.
+    Raises:
+        ValueError: when Triton was named and cannot run.
     """
+    if use_triton(impl, x, _obstacle(x, cos)):
+        tables = (table.flatten(0, 2) for table in (cos, sin))
+        return _rotary(x.flatten(0, 1), *tables, False).view(x.shape)
     return _Rotary.apply(x, cos, sin)
 
 
@@ -60,3 +72,115 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((*(part.to(x.dtype) for part in turned), rest), dim=-1)
+
+
+def rotary_(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, inverse: bool = False, impl: str = "auto"
+) -> None:
+    """Turns the first R dims of every head where they lie; the others are not touched. Carries no gradient.
+
+    Args:
+        x: (N, H, D) with contiguous heads, such as the q and k part of a wider buffer.
+        cos, sin: (L, R/2) float32 tables.
+        positions: (N,) int32 rows of the tables; default: row n turns by entry n modulo L, which serves tables of all
+            N rows and tables of the T tokens that every batch row shares.
+        inverse: turn back.
+        impl: see `use_triton`.
+    Raises:
+        ValueError: when Triton was named and cannot run.
+    """
+    if use_triton(impl, x, _obstacle(x, cos)):
+        _rotary_(x, cos, sin, positions, inverse)
+        return
+    rows = _table_rows(x, cos, positions)
+    cos, sin = cos[rows, None], sin[rows, None]  # (N, 1, R/2)
+    x.copy_(_turned(x, cos, -sin if inverse else sin))
+
+
+def _table_rows(x: Tensor, cos: Tensor, positions: Tensor | None) -> Tensor:
+    return torch.arange(len(x), device=x.device) % len(cos) if positions is None else positions.long()
+
+
+def rotary_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor,
+    keys: Tensor, values: Tensor, *, impl: str = "auto",
+) -> None:  # fmt: skip
+    """What a decode step does between its projections and its attention, for one token a row.
+
+    Turns q where it lies, and writes the turned k, and v, to each row's slot of the cache.
+
+    Args:
+        q: (B, H, D); it is overwritten.
+        k, v: (B, H_kv, D).
+        cos, sin: (L, R/2) float32 tables.
+        positions: (B,) int32 rows of the tables.
+        slots: (B,) int32, where in the cache each row's token goes; below S. It differs from the position of a row
+            that begins with pads.
+        keys, values: (B, H_kv, S, D), one layer of the cache; they are written to.
+        impl: see `use_triton`.
+    Raises:
+        ValueError: when Triton was named and cannot run.
+    """
+    obstacle = next(filter(None, (_obstacle(x, cos) for x in (q, k, v, keys, values))), "")
+    if use_triton(impl, q, obstacle):
+        _rotary_and_store(q, k, v, cos, sin, positions, slots, keys, values)
+        return
+    rotary_(q, cos, sin, positions, impl="torch")
+    rows = torch.arange(len(k), device=k.device), slice(None), slots.long()
+    turn = (table[positions.long(), None] for table in (cos, sin))
+    keys[rows], values[rows] = _turned(k, *turn).to(keys.dtype), v.to(values.dtype)
+
+
+def _obstacle(x: Tensor, cos: Tensor) -> str:
+    if x.stride(-1) != 1:
+        return f"the last dim must be contiguous, got stride {x.stride(-1)}"
+    if not cos.is_contiguous():
+        return f"the tables must be contiguous, got strides {cos.stride()}"
+    if 2 * cos.shape[-1] > x.shape[-1]:
+        return f"cannot turn {2 * cos.shape[-1]} of {x.shape[-1]} dims"
+    return ""
+
+
+@custom_op("phi2::rotary", mutates_args=())
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """x (N, H, D) -> (N, H, D)."""
+    from phi2_kernels import rotary_triton
+
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotary_triton.turn(x, cos, sin, None, inverse, y)
+    return y
+
+
+@_rotary.register_fake
+def _(x, cos, sin, inverse):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _pull_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # sum().backward() sends expanded scalars
+    return _rotary(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_rotary.register_autograd(_pull_back, setup_context=_save)
+
+
+@custom_op("phi2::rotary_", mutates_args=("x",))
+def _rotary_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> None:
+    from phi2_kernels import rotary_triton
+
+    rotary_triton.turn(x, cos, sin, positions, inverse)
+
+
+@custom_op("phi2::rotary_and_store", mutates_args=("q", "keys", "values"))
+def _rotary_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor,
+    keys: Tensor, values: Tensor,
+) -> None:  # fmt: skip
+    from phi2_kernels import rotary_triton
+
+    rotary_triton.turn_and_store(q, k, v, cos, sin, positions, slots, keys, values)

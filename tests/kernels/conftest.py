@@ -1,0 +1,39 @@
+"""Where the kernels run, and memory that cannot hide an output nobody wrote.
+
+Without a GPU, Triton's interpreter runs the kernels on CPU tensors. It must be switched on before Triton is imported,
+which is what importing this file does.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Runs a test in the interpreter or on the GPU, whichever this process has."""
+    if INTERPRETED != (request.param == "cpu"):
+        pytest.skip("the interpreter takes CPU tensors, and compiled kernels a GPU's")
+    return request.param
+
+
+@pytest.fixture
+def poison(monkeypatch) -> None:
+    """New memory of floats is full of NaN: what a kernel forgets to write is seen."""
+    for where, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(where, name, _poisoned(getattr(where, name)))
+
+
+def _poisoned(allocate):
+    def poisoned(*args, **kwargs):
+        fresh = allocate(*args, **kwargs)
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    return poisoned
