@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from phi2.config import Phi2Config
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.attention import Visibility
 from phi2_kernels.block import Adapter, Shape, Weights, block, follow
+from phi2_kernels.visibility import Visibility
 
 
 def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:

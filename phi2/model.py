@@ -12,14 +12,23 @@ R rotary dims (32), F mlp (10240), V vocabulary (51200).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
-from phi2_kernels.attention import Visibility, attention
+from phi2_kernels.attention import attention
+from phi2_kernels.gelu import gelu
+from phi2_kernels.layer_norm import layer_norm
 from phi2_kernels.rotary import rotary, rotary_angles
+from phi2_kernels.visibility import Visibility
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, by our kernels on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -34,8 +43,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D)
         self.dense = nn.Linear(config.num_attention_heads * D, C)
         if config.qk_layernorm:
-            self.q_layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-            self.k_layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+            self.q_layernorm = LayerNorm(D, eps=config.layer_norm_eps)
+            self.k_layernorm = LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | None
@@ -62,7 +71,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -70,7 +79,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Phi2Config, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -104,7 +113,7 @@ class Phi2Model(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.embed_dropout = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.activation_checkpointing = False
 
     def forward(

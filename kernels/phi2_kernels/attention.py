@@ -1,123 +1,26 @@
 """Causal attention over padded, packed or prefix-shared rows, described by one int32 per key.
 
-    query i sees key j   iff   j <= i < until[j]
-    o[i] = sum_j softmax_j(q[i] . k[j] / sqrt(D)) v[j]        o[i] = 0 where a query sees nothing
+    query i sees key j   iff   j <= i < until[j]                       until: see `visibility.py`
+    o[i] = sum_j softmax_j(q[i] . k[j] / sqrt(D)) v[j]                 o[i] = 0 where a query sees nothing
+    lse[i] = log sum_j exp(q[i] . k[j] / sqrt(D))
 
-`until` ("visible until") says everything the layouts of this library need:
+The backward pass makes the softmax again from q, k and lse.
 
-    plain causal           None
-    padding                0 at a pad key
-    packed documents       the end of the key's document
-    prefix-shared pair     prompt keys: end of the pair; chosen keys: end of chosen; rejected keys: end of rejected
-
-Dims: B batch, T queries, S keys, H query heads, H_kv key-value heads, D head dim.
-Source: FlashMask's column-wise form, arXiv:2410.01359; prefix sharing, arXiv:2410.20305.
+Dims: B batch, T queries, S keys, H query heads, H_kv key-value heads, D head dim. Queries are the last T of S tokens.
+Source: arXiv:2307.08691 (FlashAttention-2).
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
-
-class Run(NamedTuple):
-    """Neighbouring queries of one row, and the ranges of keys they see; the last range ends with the queries."""
-
-    start: int
-    end: int
-    keys: list[tuple[int, int]]
-
-    @property
-    def is_square(self) -> bool:
-        """True when the queries see themselves and nothing before, causally."""
-        return self.keys == [(self.start, self.end)]
-
-
-def runs_of(until: list[int]) -> list[Run]:
-    """Cuts a row into runs of queries so that, past keys being whole ranges, only the last range of each is causal.
-
-    Queries that see nothing are in no run.
-
-    Args:
-        until: for each key of the row, the end of the queries that may see it.
-    """
-    length = len(until)
-    changes = {i for i in range(1, length) if until[i] != until[i - 1]}
-    cuts = sorted({0, length} | changes | {u for u in until if 0 < u < length})
-    runs: list[Run] = []
-    seen: list[tuple[int, int]] = []  # key ranges that are still visible
-    for start, end in pairwise(cuts):
-        seen = [(a, b) for a, b in seen if until[a] >= end]
-        if until[start] < end:
-            continue
-        if runs and runs[-1].is_square and _joined(seen) == [(runs[-1].start, start)]:
-            runs[-1] = Run(runs[-1].start, end, [(runs[-1].start, end)])
-        else:
-            runs.append(Run(start, end, _joined([*seen, (start, end)])))
-        seen.append((start, end))
-    return runs
-
-
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same keys in as few ranges as possible."""
-    joined: list[tuple[int, int]] = []
-    for start, end in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined
-
-
-class Visibility:
-    """Which keys each query of one forward pass sees; made once, used by every layer.
-
-    Args:
-        queries: T, the queries of this pass; they are the last T of the S tokens.
-        keys: S.
-        until: (B, S) int32, or None for plain causal.
-        device: where the masks go.
-    """
-
-    def __init__(self, queries: int, keys: int, until: Tensor | None, device: torch.device) -> None:
-        if until is not None and until.shape[-1] != keys:
-            raise ValueError(f"visible_until must say something of each of the {keys} keys, got {until.shape[-1]}")
-        self.queries, self.keys, self.until, self.device = queries, keys, until, device
-        self._lower_right: dict[tuple[int, int, torch.dtype], Tensor] = {}
-
-    @property
-    def is_causal(self) -> bool:
-        """True when no mask is needed beside the causal one of a square pass."""
-        return self.until is None and self.queries == self.keys
-
-    @cached_property
-    def runs(self) -> list[list[Run]]:
-        """For each row of a square pass, its runs of queries."""
-        return [runs_of(row) for row in self.until.tolist()]
-
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """(B or 1, 1, T, S) bool, True where a query sees a key; None when every query sees every key."""
-        if self.until is None and self.queries == 1:
-            return None
-        key = torch.arange(self.keys, device=self.device)
-        query = key[self.keys - self.queries :, None]  # (T, 1)
-        seen = (key <= query)[None]
-        if self.until is not None:
-            seen = seen & (query < self.until[:, None, :])
-        return seen[:, None]
-
-    def lower_right(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
-        """(n, m), added to scores: the last query sees every key, each one before it one key less. Made once a size."""
-        if (queries, keys, dtype) not in self._lower_right:
-            hidden = torch.full((queries, keys), float("-inf"), dtype=dtype, device=self.device)
-            self._lower_right[queries, keys, dtype] = hidden.triu(keys - queries + 1)
-        return self._lower_right[queries, keys, dtype]
+from phi2_kernels._dispatch import use_triton
+from phi2_kernels.visibility import Run, Visibility
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
@@ -131,21 +34,116 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Te
     return (weights @ v).to(q.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float = 0.0) -> Tensor:
-    """Attention by torch's fused kernels, whose scores and softmax are float32 in every dtype.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float = 0.0, *, impl: str = "auto"
+) -> Tensor:
+    """Attention whose scores and softmax are float32 in every dtype.
 
     Args:
         q: (B, H, T, D).
-        k, v: (B, H_kv, S, D); H must be a multiple of H_kv.
+        k, v: (B, H_kv, S, D); H must be a multiple of H_kv. Query head h reads key-value head h // (H / H_kv).
         visibility: which keys each query sees.
         dropout: probability of dropping an attention weight.
+        impl: see `use_triton`; "torch" is its fused kernels.
     Returns:
         (B, H, T, D) in the dtype of q.
+    Raises:
+        ValueError: when Triton was named and cannot run.
     """
+    if use_triton(impl, q, _obstacle(q, k, v, visibility, dropout)):
+        from phi2_kernels.attention_triton import launch_of
+
+        ranges = visibility.key_ranges(launch_of("forward", q).block_m)
+        ends = visibility.query_ends(launch_of("dkdv", q).block_n)
+        return _attention(q, k, v, visibility.until, ranges, ends)[0]
     if visibility.until is not None and visibility.queries == visibility.keys:
         return _attention_by_runs(q, k, v, visibility, dropout)
     mask = None if visibility.is_causal else visibility.mask
     return _sdpa(q, k, v, mask, visibility.is_causal, dropout)
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> str:
+    """What keeps the kernels from this call."""
+    B, H, T, D = q.shape
+    if dropout > 0:
+        return f"dropout must be 0, got {dropout}"
+    if D % 16 or D > 256 or D.bit_count() > 3:
+        return f"the head dim must be a sum of at most three powers of two from 16 to 256, got {D}"
+    if k.shape != (B, k.shape[1], visibility.keys, D) or v.shape != k.shape or T != visibility.queries:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        return (
+            f"q, k, v must be (B, H, {visibility.queries}, D) and twice (B, H_kv, {visibility.keys}, D), got {shapes}"
+        )
+    if H % k.shape[1]:
+        return f"the number of query heads must be a multiple of {k.shape[1]} key-value heads, got {H}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if not q.device == k.device == v.device == visibility.device:
+        devices = (q.device, k.device, v.device, visibility.device)
+        return f"q, k, v and the visibility must be on one device, got {', '.join(map(str, devices))}"
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return f"the last dim of q, k and v must be contiguous, got strides {[x.stride(-1) for x in (q, k, v)]}"
+    if visibility.until is not None and visibility.until.shape[0] != B:
+        return f"until must have {B} rows, got {visibility.until.shape[0]}"
+    return ""
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """New memory like x (B, H, T, D), with the heads of a token side by side: the output projection reads them so."""
+    B, H, T, D = x.shape
+    return torch.empty((B, T, H, D), dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+@custom_op("phi2::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, until: Tensor | None, key_ranges: Tensor | None, query_ends: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """o (B, H, T, D) and lse (B, H, T) float32, which carries no gradient. The tables are those of `Visibility`."""
+    from phi2_kernels import attention_triton
+
+    o, lse = _heads_last(q), _new_lse(q)
+    attention_triton.forward(q, k, v, o, lse, until, key_ranges)
+    return o, lse
+
+
+@custom_op("phi2::attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    until: Tensor | None, key_ranges: Tensor | None, query_ends: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    from phi2_kernels import attention_triton
+
+    grads = _heads_last(q), _heads_last(k), _heads_last(v)
+    attention_triton.backward(do, q, k, v, o, lse, *grads, until, key_ranges, query_ends)
+    return grads
+
+
+@_attention.register_fake
+def _(q, k, v, until, key_ranges, query_ends):
+    return _heads_last(q), _new_lse(q)
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, o, lse, until, key_ranges, query_ends):
+    return _heads_last(q), _heads_last(k), _heads_last(v)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, *tables = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, *tables)
+
+
+def _pull_back(ctx, do: Tensor, _) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(do, *ctx.saved_tensors), None, None, None
+
+
+_attention.register_autograd(_pull_back, setup_context=_save)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:

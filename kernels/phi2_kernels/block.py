@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
-from phi2_kernels.attention import Visibility
+from phi2_kernels.visibility import Visibility
 
 PLAIN = 14  # tensors of a block without adapters
 
@@ -127,7 +127,7 @@ def block(
     numbers = [weights.eps, *(adapter.scaling for adapter in adapters)]
     layout = (spans, numbers, len(weights.adapters_in), list(shape), dtype or x.dtype, triton)
     tables = [table.flatten(0, 2).contiguous() for table in angles]  # (L, R/2)
-    masks = _ops(triton).masks(visibility, x, shape)
+    masks = _ops(triton).masks(visibility, x.new_empty(0, dtype=dtype or x.dtype))
     return _Block.apply(x, tables, masks, layout, *plain, *matrices)
 
 
@@ -190,14 +190,14 @@ def _parts(tensors: list[Tensor], spans: list[int], numbers: list[float], into: 
 
 def _apart(grads: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
     """The gradients of `_Parts`, one for each of the tensors; an empty one stands for all of its parts."""
-    norm_weight, norm_bias, w_in, b_in, w_out, b_out, *adapters = grads
+    norm, w_in, b_in, w_out, b_out, *adapters = grads
 
     def split(grad: Tensor, parts: list[Tensor], dim: int = 0) -> list[Tensor]:
         return list(grad.split([p.shape[dim] for p in parts])) if grad.numel() else [grad] * len(parts)
 
     out = [g.T if g.ndim == 2 else g for g in split(w_out, tensors[10:12], dim=1)]
     return [
-        norm_weight, norm_bias, *split(w_in, tensors[2:6]), *split(b_in, tensors[6:10]), *out, b_out, b_out, *adapters
+        *norm, *split(w_in, tensors[2:6]), *split(b_in, tensors[6:10]), *out, b_out, b_out, *adapters
     ]  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def _backward(
     needs: list[bool], spans: list[int], numbers: list[float], into: int, dims: list[int], dtype: torch.dtype,
     triton: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """dx, the gradients of `_Parts`, each empty where none is needed, and dA and dB of each adapter."""
+    """dx, the gradients of `_Parts`, each empty where none is needed, the LayerNorm's in one, dA and dB of adapters."""
     w, shape, ops = _parts(tensors, spans, numbers, into, dtype), Shape(*dims), _ops(triton)
     h, attended, mean, rstd, lse = kept
     groups = (needs[:2], needs[2:6], needs[6:10], needs[10:12], needs[12:14])
@@ -275,10 +275,10 @@ def _backward(
         n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
         dw_in = dh.T @ n if need_w_in else dw_in  # (E, C)
         adapters_in = _pull_back_in(w.adapters_in, n, dh, dn)
-    dx, *dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=need_norm)
+    dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=need_norm)
     db_in = dh.sum(dim=0, dtype=torch.float32) if need_b_in else x.new_empty(0)
     db_out = dy.sum(dim=0, dtype=torch.float32) if need_b_out else x.new_empty(0)
-    return [dx.view(x.shape), *dnorm, dw_in, db_in, dw_out, db_out, *adapters_in, *adapters_out]
+    return [dx.view(x.shape), dnorm, dw_in, db_in, dw_out, db_out, *adapters_in, *adapters_out]
 
 
 @_forward.register_fake
@@ -293,14 +293,14 @@ def _(x, tables, masks, tensors, spans, numbers, into, dims, dtype, triton):
 def _(dy, x, tables, masks, kept, tensors, needs, spans, numbers, into, dims, dtype, triton):
     shape, C, E = Shape(*dims), x.shape[2], kept[0].shape[2]
     M = E - shape.qkv + shape.attended
-    groups = (needs[:2], needs[:2], needs[2:6], needs[6:10], needs[10:12], needs[12:14])
-    sizes = ((C,), (C,), (E, C), (E,), (M, C), (C,))
-    dtypes = (torch.float32, torch.float32, dtype, torch.float32, dtype, torch.float32)
+    groups = (needs[2:6], needs[6:10], needs[10:12], needs[12:14])
+    sizes, dtypes = ((E, C), (E,), (M, C), (C,)), (dtype, torch.float32) * 2
+    norm = x.new_empty((2, C if any(needs[:2]) else 0), dtype=torch.float32)
     plain = [
         x.new_empty(size if any(group) else 0, dtype=kind)
         for group, size, kind in zip(groups, sizes, dtypes, strict=True)
     ]
-    return [torch.empty_like(x), *plain, *(torch.empty_like(t) for t in tensors[PLAIN:])]
+    return [torch.empty_like(x), norm, *plain, *(torch.empty_like(t) for t in tensors[PLAIN:])]
 
 
 def _through(x: Tensor, adapter: Adapter) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phi2_kernels.attention import Visibility, attention
+from phi2_kernels.attention import attention
 from phi2_kernels.rotary import rotary_
+from phi2_kernels.visibility import Visibility
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,17 +27,16 @@ def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tens
 
 def norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, skip: Tensor, *, sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, C) with the gradient of the residual stream added; dweight and dbias (C,), empty unless wanted."""
+) -> tuple[Tensor, Tensor]:
+    """dx (N, C) with the gradient of the residual stream added; dweight and dbias as (2, C), (2, 0) unless wanted."""
     bias = torch.empty_like(weight, dtype=torch.float32)  # of which only the shape counts
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dn.float(), x.float(), x.shape[-1:], mean, rstd, weight.float(), bias, [True, sums, sums]
     )
-    sums_of_rows = (dweight, dbias) if sums else (dx.new_empty(0), dx.new_empty(0))
-    return (dx + skip).to(x.dtype), *sums_of_rows
+    return (dx + skip).to(x.dtype), torch.stack((dweight, dbias)) if sums else dx.new_empty((2, 0))
 
 
-def masks(visibility: Visibility, x: Tensor, shape) -> list[Tensor]:
+def masks(visibility: Visibility, head: Tensor) -> list[Tensor]:
     """What says who sees whom, as tensors: nothing for plain causal, else `until`."""
     return [] if visibility.until is None else [visibility.until]
 
@@ -55,7 +55,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, masks: list[Tensor]) -> Tensor:
     """Writes o (B, H, T, D). The backward pass does without a logsumexp, so there is none."""
     visibility = Visibility(q.shape[2], k.shape[2], masks[0] if masks else None, q.device)
-    o.copy_(attention(q, k, v, visibility))
+    o.copy_(attention(q, k, v, visibility, impl="torch"))
     return q.new_empty(0, dtype=torch.float32)
 
 

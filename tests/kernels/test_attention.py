@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from phi2_kernels.attention import Visibility, attention, attention_ref, runs_of
+from phi2_kernels.attention import attention, attention_ref
+from phi2_kernels.visibility import Visibility, runs_of
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 

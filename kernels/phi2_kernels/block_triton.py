@@ -1,0 +1,81 @@
+"""What `block.py` needs between its matmuls, by the kernels of the ops: they read and write columns of its buffers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phi2_kernels import attention_triton, gelu_triton, layer_norm_triton, rotary_triton
+from phi2_kernels.visibility import Visibility
+
+
+def masks(visibility: Visibility, head: Tensor) -> list[Tensor]:
+    """What says who sees whom, and the tables of what can be skipped; nothing for plain causal.
+
+    Args:
+        head: anything of the dtype and device of q.
+    """
+    if visibility.until is None:
+        return []
+    ranges = visibility.key_ranges(attention_triton.launch_of("forward", head).block_m)
+    return [visibility.until, ranges, visibility.query_ends(attention_triton.launch_of("dkdv", head).block_n)]
+
+
+def kept_numbers(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like the mean, rstd and logsumexp that `norm` and `attend` return."""
+    mean, rstd = (x.new_empty(x.shape[0] * x.shape[1], dtype=torch.float32) for _ in range(2))
+    return mean, rstd, x.new_empty((x.shape[0], shape.heads, x.shape[1]), dtype=torch.float32)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of x (N, C) in `dtype`, and mean and rstd (N,) in float32."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean, rstd = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
+    layer_norm_triton.forward(x, weight, bias, eps, y, mean, rstd)
+    return y, mean, rstd
+
+
+def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output of `norm` again."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    layer_norm_triton.normalised(x, mean, rstd, weight, bias, y)
+    return y
+
+
+def norm_backward(
+    dn: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, skip: Tensor, *, sums: bool
+) -> tuple[Tensor, Tensor]:
+    """dx (N, C) with the gradient of the residual stream added; dweight and dbias as (2, C), (2, 0) unless wanted."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    skip = skip if skip.stride(1) == 1 else skip.contiguous()
+    return dx, layer_norm_triton.backward(dn, x, weight, mean, rstd, dx, skip, sums=sums)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
+    """Turns x (N, heads, D) in place."""
+    rotary_triton.turn(x, cos, sin, None, inverse)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, masks: list[Tensor]) -> Tensor:
+    """Writes o (B, H, T, D) and returns the logsumexp (B, H, T)."""
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    attention_triton.forward(q, k, v, o, lse, *masks[:2])
+    return lse
+
+
+def attend_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    masks: list[Tensor],
+) -> None:  # fmt: skip
+    """Writes dq (B, H, T, D), dk and dv (B, H_kv, T, D)."""
+    attention_triton.backward(do, q, k, v, o, lse, dq, dk, dv, *masks)
+
+
+def gelu(x: Tensor, y: Tensor) -> None:
+    """Writes y (N, F)."""
+    gelu_triton.forward(x, None, y)
+
+
+def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor) -> None:
+    """Writes dx (N, F)."""
+    gelu_triton.backward(grad, x, None, dx, sums=False)

@@ -1,0 +1,179 @@
+"""Which keys a query sees, for padded, packed and prefix-shared rows: one int32 per key.
+
+    query i sees key j   iff   j <= i < until[j]
+
+`until` ("visible until") says everything the layouts of this library need:
+
+    plain causal           None
+    padding                0 at a pad key
+    packed documents       the end of the key's document
+    prefix-shared pair     prompt keys: end of the pair; chosen keys: end of chosen; rejected keys: end of rejected
+
+Everything that an implementation of attention derives from it is made once here and used by every layer: a mask, runs
+of queries for fused calls, tables of what a block of a Triton kernel need not look at.
+
+Dims: B batch, T queries, S keys; queries are the last T of the S tokens, and are counted from the first token.
+Source: FlashMask's column-wise form, arXiv:2410.01359; prefix sharing, arXiv:2410.20305.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORTHWHILE_GAP = 64  # keys; a smaller hole in what a block of queries sees is masked, not skipped
+
+
+class Run(NamedTuple):
+    """Neighbouring queries of one row, and the ranges of keys they see; the last range ends with the queries."""
+
+    start: int
+    end: int
+    keys: list[tuple[int, int]]
+
+    @property
+    def is_square(self) -> bool:
+        """True when the queries see themselves and nothing before, causally."""
+        return self.keys == [(self.start, self.end)]
+
+
+def runs_of(until: list[int]) -> list[Run]:
+    """Cuts a row into runs of queries so that, past keys being whole ranges, only the last range of each is causal.
+
+    Queries that see nothing are in no run.
+
+    Args:
+        until: for each key of the row, the end of the queries that may see it.
+    """
+    length = len(until)
+    changes = {i for i in range(1, length) if until[i] != until[i - 1]}
+    cuts = sorted({0, length} | changes | {u for u in until if 0 < u < length})
+    runs: list[Run] = []
+    seen: list[tuple[int, int]] = []  # key ranges that are still visible
+    for start, end in pairwise(cuts):
+        seen = [(a, b) for a, b in seen if until[a] >= end]
+        if until[start] < end:
+            continue
+        if runs and runs[-1].is_square and _joined(seen) == [(runs[-1].start, start)]:
+            runs[-1] = Run(runs[-1].start, end, [(runs[-1].start, end)])
+        else:
+            runs.append(Run(start, end, _joined([*seen, (start, end)])))
+        seen.append((start, end))
+    return runs
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same keys in as few ranges as possible."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+class Visibility:
+    """Which keys each query of one forward pass sees; made once, used by every layer.
+
+    Args:
+        queries: T, the queries of this pass; they are the last T of the S tokens.
+        keys: S.
+        until: (B, S) int32, or None for plain causal.
+        device: where the masks go.
+    """
+
+    def __init__(self, queries: int, keys: int, until: Tensor | None, device: torch.device) -> None:
+        if until is not None and until.shape[-1] != keys:
+            raise ValueError(f"visible_until must say something of each of the {keys} keys, got {until.shape[-1]}")
+        self.queries, self.keys, self.device = queries, keys, device
+        self.until = None if until is None else until.contiguous()
+        self._lower_right: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._key_ranges: dict[int, Tensor] = {}
+        self._query_ends: dict[int, Tensor] = {}
+
+    @property
+    def is_causal(self) -> bool:
+        """True when no mask is needed beside the causal one of a square pass."""
+        return self.until is None and self.queries == self.keys
+
+    @cached_property
+    def runs(self) -> list[list[Run]]:
+        """For each row of a square pass, its runs of queries."""
+        return [runs_of(row) for row in self.until.tolist()]
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(B or 1, 1, T, S) bool, True where a query sees a key; None when every query sees every key."""
+        if self.until is None and self.queries == 1:
+            return None
+        key = torch.arange(self.keys, device=self.device)
+        query = key[self.keys - self.queries :, None]  # (T, 1)
+        seen = (key <= query)[None]
+        if self.until is not None:
+            seen = seen & (query < self.until[:, None, :])
+        return seen[:, None]
+
+    def lower_right(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+        """(n, m), added to scores: the last query sees every key, each one before it one key less. Made once a size."""
+        if (queries, keys, dtype) not in self._lower_right:
+            hidden = torch.full((queries, keys), float("-inf"), dtype=dtype, device=self.device)
+            self._lower_right[queries, keys, dtype] = hidden.triu(keys - queries + 1)
+        return self._lower_right[queries, keys, dtype]
+
+    def key_ranges(self, block: int) -> Tensor | None:
+        """Where each block of queries has to look: two ranges of keys, made once a block size without asking the GPU.
+
+        Args:
+            block: queries in a block; the first block begins with the first of the T queries.
+        Returns:
+            (B, ceil(T / block), 6) int32, or None when plain causal. Each range is (begin, full, end): outside of both
+            ranges no key is seen by any query of the block, and from begin to full every key is seen by all of them.
+        """
+        if self.until is not None and block not in self._key_ranges:
+            self._key_ranges[block] = _key_ranges(self.until, self.queries, block)
+        return self._key_ranges.get(block)
+
+    def query_ends(self, block: int) -> Tensor | None:
+        """Which queries see the keys of each block, causality apart; made once a block size.
+
+        Args:
+            block: keys in a block.
+        Returns:
+            (B, ceil(S / block), 2) int32, or None when plain causal: all keys of the block are visible until the first
+            number, none is from the second on.
+        """
+        if self.until is not None and block not in self._query_ends:
+            key = torch.arange(-(-self.keys // block) * block, device=self.device).clamp(max=self.keys - 1)
+            until = self.until[:, key].unflatten(1, (-1, block)).clamp(max=self.keys)  # (B, n, block)
+            self._query_ends[block] = torch.stack([until.amin(-1), until.amax(-1)], dim=-1).int()
+        return self._query_ends.get(block)
+
+
+def _key_ranges(until: Tensor, queries: int, block: int) -> Tensor:
+    """The table of `Visibility.key_ranges`: what a block sees, cut in two at its widest hole."""
+    keys = until.shape[1]
+    key = torch.arange(keys, device=until.device)
+    first = torch.arange(keys - queries, keys, block, device=until.device)[:, None]  # (n, 1), a block's first query
+    end = (first + block).clamp(max=keys)
+    some = (key < end) & (until[:, None] > torch.maximum(first, key))  # (B, n, S): a query of the block sees the key
+    every = (key <= first) & (until[:, None] >= end)
+
+    last_seen = torch.where(some, key, -1).cummax(dim=-1).values
+    end2 = last_seen[..., -1] + 1
+    begin1 = torch.where(some, key, keys).amin(dim=-1).minimum(end2)
+    before = torch.cat([torch.full_like(last_seen[..., :1], -1), last_seen[..., :-1]], dim=-1)  # last key seen before
+    step, begin2 = torch.where(some & (before >= 0), key - before, 0).max(dim=-1)
+    is_cut = step > WORTHWHILE_GAP
+    begin2 = torch.where(is_cut, begin2, begin1)
+    end1 = torch.where(is_cut, begin2 - step + 1, begin1)
+
+    def first_not_full(begin: Tensor) -> Tensor:
+        return torch.where(~every & (key >= begin[..., None]), key, keys).amin(dim=-1)
+
+    full1, full2 = first_not_full(begin1).minimum(end1), first_not_full(begin2).minimum(end2)
+    return torch.stack([begin1, full1, end1, begin2, full2, end2], dim=-1).int()
