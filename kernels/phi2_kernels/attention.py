@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
+from phi2_kernels.decode import decode_attention
 from phi2_kernels.visibility import Run, Visibility
 
 
@@ -37,7 +38,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Te
 def attention(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float = 0.0, *, impl: str = "auto"
 ) -> Tensor:
-    """Attention whose scores and softmax are float32 in every dtype.
+    """Attention whose scores and softmax are float32 in every dtype. A single query goes the way of `decode.py`.
 
     Args:
         q: (B, H, T, D).
@@ -50,6 +51,8 @@ def attention(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
+    if visibility.queries == 1 and not (dropout or (torch.is_grad_enabled() and q.requires_grad)):
+        return decode_attention(q, k, v, until=visibility.until, impl=impl)
     if use_triton(impl, q, _obstacle(q, k, v, visibility, dropout)):
         from phi2_kernels.attention_triton import launch_of
 
