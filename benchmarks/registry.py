@@ -56,12 +56,14 @@ class Report:
         peer: package -> version of what ours is compared with; the first is the one that is named.
         gate: what was equal on both sides, in words, before anything was measured.
         facts: settings and sizes that say what was measured.
+        table: of what has no other side, its lines by column name.
     """
 
     peer: dict[str, str]
     gate: str
     measures: list[Measure]
     facts: dict[str, str | int | float] = field(default_factory=dict)
+    table: list[dict[str, str | int | float]] = field(default_factory=list)
 
 
 class GateError(Exception):

@@ -21,7 +21,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import full_size, inference, training  # noqa: F401  they register their cases
+from benchmarks import (  # noqa: F401  they register their cases
+    aot,
+    full_size,
+    inference,
+    ops,
+    ops_attention,
+    ops_block,
+    ops_prefix,
+    training,
+)
+from benchmarks.gpu import DeviceError
 from benchmarks.registry import CASES, GateError, Measure, Report, Spread
 from phi2.training.run import environment
 
@@ -29,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 when a gate is red, a side fails or data is missing."""
+    """Exit code 0; 1 when a gate is red, a side fails, or data or a device is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=sorted(CASES), action="append", default=[], help="what to measure")
     parser.add_argument("--turns", type=int, help="repetitions, in place of the case's own number")
@@ -43,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load = os.getloadavg()[0]
         try:
             report = CASES[name].run(options.turns or CASES[name].turns)
-        except (GateError, FileNotFoundError, ChildProcessError) as error:
+        except (GateError, DeviceError, FileNotFoundError, ChildProcessError) as error:
             print(f"{name}: no number: {error}", file=sys.stderr)
             return 1
         print(table(name, report))
@@ -55,12 +65,21 @@ def table(name: str, report: Report) -> str:
     peer, version = next(iter(report.peer.items()))
     lines = [f"{name}: {CASES[name].summary}", f"  gate green: {report.gate}"]
     lines += [f"  {key}: {value}" for key, value in report.facts.items()]
-    lines.append(f"  {'':<28} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
-    return "\n".join(lines + [_line(measure) for measure in report.measures])
+    lines.append(f"  {'':<36} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
+    return "\n".join(lines + [_line(measure) for measure in report.measures] + _columns(report.table))
+
+
+def _columns(rows: list[dict[str, str | int | float]]) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell."""
+    if not rows:
+        return []
+    cells = [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["", *("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)]
 
 
 def _line(measure: Measure) -> str:
-    cells = f"  {measure.name:<28} {measure.unit:<9} {_cell(measure.ours):>22} {_cell(measure.theirs):>22}"
+    cells = f"  {measure.name:<36} {measure.unit:<9} {_cell(measure.ours):>22} {_cell(measure.theirs):>22}"
     sign, verdict = ">=" if measure.more_is_better else "<=", "met" if measure.is_met else "MISSED"
     target = "" if measure.target is None else f"{sign} {measure.target:g} {verdict}"
     return f"{cells} {measure.ratio:>7.3f}  {target}".rstrip()
@@ -84,6 +103,7 @@ def publish(name: str, report: Report, load: float) -> None:
         "packages": here["packages"] | report.peer,
         "gate": report.gate,
         **report.facts,
+        **({"table": report.table} if report.table else {}),
         "measures": [{**asdict(m), "ratio": m.ratio, "is_met": m.is_met} for m in report.measures],
     }
     RESULTS.mkdir(exist_ok=True)

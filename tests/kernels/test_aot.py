@@ -1,0 +1,145 @@
+"""Budgets of the compiled kernels, for GPUs that need not be here: what every shipped launch occupies and issues."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import aot, run, sass
+from benchmarks.aot import PADDED, UNALIGNED, Row, violations
+from benchmarks.registry import GateError
+from benchmarks.sass import Code
+
+KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[Row]:
+    return aot.measure()
+
+
+def of(rows: list[Row], form: str, arch: int, kernel: str = "attention forward") -> Row:
+    return next(row for row in rows if (row.form, row.arch, row.kernel) == (form, arch, kernel))
+
+
+@pytest.fixture
+def forward(rows) -> Row:
+    return of(rows, "shipped", 80)
+
+
+def test_every_shipped_launch_is_within_its_budgets(rows):
+    shipped = [row for row in rows if row.form == "shipped"]
+    assert not [(row.arch, row.kernel, row.launch, text) for row in shipped for text in violations(row)]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_kernel_is_left_out(rows, arch):
+    written = {
+        f"{file.name.removesuffix('_triton.py')} {name}"
+        for file in KERNELS.glob("*_triton.py")
+        for name in re.findall(r"^def _(\w+)_kernel\(", file.read_text(), re.M)
+    }
+    assert {row.kernel for row in rows if row.form == "shipped" and row.arch == arch} == written
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+def test_padding_80_dims_to_128_breaks_the_budget_of_multiply_adds(rows, arch, kernel):
+    padded, ours = (of(rows, form, arch, f"attention {kernel}") for form in (PADDED, "shipped"))
+    assert any("multiply-adds" in text for text in violations(padded))
+    assert {5 * n for n in padded.multiply_adds} == {8 * n for n in ours.multiply_adds}
+    assert padded.efficiency < ours.efficiency
+
+
+def test_strides_that_nothing_is_known_of_lose_the_asynchronous_copies(rows, forward):
+    assert "no asynchronous copies" in violations(of(rows, UNALIGNED, 80))
+    assert forward.copies > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"shared": 163 * 1024 + 1}, "166913 bytes of shared memory"),
+        ({"stack": 24}, "24 bytes of stack"),
+        ({"programs": 1}, "4 warps on a multiprocessor, 8 wanted"),
+        ({"multiply_adds": []}, r"\[\] multiply-adds a tile, 1310720 useful"),
+        ({"copies": 0}, "no asynchronous copies"),
+    ],
+)
+def test_each_budget_can_be_broken_by_itself(forward, change, complaint):
+    (text,) = violations(replace(forward, **change))
+    assert re.fullmatch(complaint, text)
+
+
+def test_the_report_shows_our_split_beside_the_padded_form(rows, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(aot, "measure", lambda: rows)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    assert run.main(["--case", "aot_report"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert any(re.search(r"sm_80 forward: multiply-adds a tile +Mi +1.250 +2.000 +0.625", line) for line in table)
+    assert sum(line.startswith("  attention forward ") for line in table) == sum(
+        row.kernel == "attention forward" for row in rows
+    )
+    assert len(json.loads(last)["table"]) == len(rows)
+
+
+def test_there_is_no_report_of_a_broken_budget(forward, monkeypatch):
+    monkeypatch.setattr(aot, "measure", lambda: [replace(forward, stack=64)])
+    with pytest.raises(GateError, match="attention forward m128 n64 for sm_80: 64 bytes of stack"):
+        aot.aot_report(1)
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   LDG.E R1, [R2] ;
+.L_x_1:
+        /*0010*/              @!P0 LDSM.16.MT88.4 R4, [R8] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0050*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
+        /*0060*/               @P2 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+"""
+
+
+def code(arch=80, warps=4, registers=128, shared=0) -> Code:
+    return Code(arch, warps, registers, 0, shared, *sass.parse(LISTING))
+
+
+def test_innermost_loops_are_found_without_traps():
+    assert code().loops == [range(1, 4)] and len(code().instructions) == 8
+
+
+def test_clocks_of_a_loop_are_those_of_each_unit():
+    clocks = code().clocks(code().main_loop, dram_bytes=0)
+    # 4 warps: 4 x 2048 multiply-adds at 1024 a clock; 3 instructions each on its own scheduler; 16 bytes a lane at 128
+    assert clocks == {"tensor": 8, "issue": 3, "fp32": 0, "special": 0, "shared": 16, "dram": 0}
+
+
+def test_only_wide_copies_count():
+    assert code().async_copies == 1
+
+
+def test_matrix_instructions_of_hopper_name_their_size():
+    lines = ["HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24"]
+    assert Code(90, 8, 255, 0, 0, lines, [range(1)]).multiply_adds(range(1)) == 64 * 16 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "programs"),
+    [
+        ({"registers": 255, "warps": 4}, 2),
+        ({"registers": 255, "warps": 8}, 1),
+        ({"registers": 40, "shared": 50 * 1024}, 3),
+        ({"registers": 16, "warps": 1}, 32),
+        ({"registers": 32, "warps": 8}, 8),
+    ],
+)
+def test_a_multiprocessor_holds_what_registers_memory_and_warps_allow(kernel, programs):
+    assert code(**kernel).programs == programs
