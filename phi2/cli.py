@@ -60,6 +60,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     style = ("chatml" if tokenizer.prompt_style == "chatml" else "raw") if prompt_style == "auto" else prompt_style
     if system is not None:
+        if prompt_style not in ("auto", "chatml"):
+            raise ValueError(f"system needs prompt_style chatml (or auto), got {prompt_style!r}")
         text, style = [{"role": "system", "content": system}, {"role": "user", "content": text}], None
     chunk = None
     for chunk in phi2.stream(
@@ -175,7 +177,7 @@ def convert(
 def evaluate(
     model: str,
     adapter: str | None = None,
-    items: int = 100,
+    questions: int = 100,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -185,7 +187,7 @@ def evaluate(
     Args:
         model: Folder, hub id or "nano".
         adapter: Folder or hub id of a LoRA adapter.
-        items: Held-out questions of each skill.
+        questions: Held-out questions of each skill.
         seed: Of the choice of questions.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, float16, or auto.
@@ -194,7 +196,7 @@ def evaluate(
     from phi2.evaluation.toy import evaluate
 
     loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter)
-    for skill, score in evaluate(loaded, tokenizer, items, seed).items():
+    for skill, score in evaluate(loaded, tokenizer, questions, seed).items():
         print(f"{skill:<12} {score}")
 
 

@@ -136,7 +136,12 @@ def _supported_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_fields(raw: dict[str, Any]) -> dict[str, float]:
     """Rotary base and share of the head, which v5 keeps under `rope_parameters`; 0.5 is transformers' own default."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    rope = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = raw.get(name) or {}
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} must be an object, got {part!r}")
+        rope |= part
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type must be 'default', got {kind!r}")

@@ -124,3 +124,14 @@ def test_a_folder_with_a_run_is_not_run_over(tiny_phi, sft_data, tmp_path, capsy
 def test_inspect_shows_rows_and_the_audit(tiny_phi, pair_data, capsys):
     code, out, _ = run(capsys, "inspect", "--model", str(tiny_phi), "--data", pair_data, "--rows", "1")
     assert code == 0 and "chosen (" in out and "target_tokens" in out
+
+
+def test_a_model_is_graded(capsys):
+    code, out, err = run(capsys, "evaluate", "--model", "nano", "--questions", "2", "--device", "cpu")
+    assert code == 0 and err.count("Traceback") == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["follow", "arithmetic", "quiz", "truthful", "coreference"]
+
+
+def test_a_system_message_needs_the_chat_template(capsys):
+    code, _, err = run(capsys, "generate", "--model", "nano", "--prompt", "x", "--system", "y", "--prompt_style", "raw")
+    assert code == 1 and "system needs prompt_style chatml (or auto), got 'raw'" in err

@@ -331,6 +331,26 @@ def test_a_knob_without_a_number_as_default_is_refused(registry):
             return pairs.margin
 
 
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda pairs: None, "must return a tensor of floats, one value per pair, got NoneType"),
+        (
+            lambda pairs: pairs.chosen_length.long(),
+            "must return a tensor of floats, one value per pair, got torch.int64",
+        ),
+        (lambda pairs: pairs.margin.detach(), "what it returned has no gradient"),
+    ],
+    ids=["nothing", "integers", "detached"],
+)
+def test_a_loss_that_returns_nothing_to_train_on_is_refused(registry, result, message):
+    preference_loss("mine")(result)
+    pairs = random_batch()
+    pairs.policy_chosen_logps.requires_grad_(True)
+    with pytest.raises(ValueError, match=message):
+        bind_loss("mine", {})(pairs)
+
+
 def test_a_loss_that_does_not_return_one_value_per_pair_is_refused(registry):
     @preference_loss("mean")
     def mean(pairs: PairBatch) -> Tensor:

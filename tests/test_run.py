@@ -162,6 +162,20 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_a_line_torn_by_a_full_disk_does_not_keep_a_run_from_going_on(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo\n')
+    Log(tmp_path, 2, 6, "sft").close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_setting_of_a_later_version_was_at_its_default(sft_config, begun):
+    path = begun / "config.yaml"
+    path.write_text("".join(line for line in path.open() if not line.startswith(("fuse:", "neftune"))))
+    open_run(sft_config(resume=True))
+    with pytest.raises(ValueError, match="fuse False -> True"):
+        open_run(sft_config(resume=True, fuse=True))
+
+
 # ---- Ctrl-C ----
 
 

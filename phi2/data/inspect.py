@@ -42,6 +42,8 @@ class InspectConfig(EncodeConfig):
     """How many rows to show."""
     ids: bool = False
     """Show token ids too."""
+    add_chatml: bool = True
+    """As in `phi2 sft`: give a base tokenizer the ChatML tokens and template first."""
 
 
 def inspect_data(config: InspectConfig) -> str:
@@ -52,6 +54,8 @@ def inspect_data(config: InspectConfig) -> str:
     """
     loaded, kind = _load(config.data, config.kind)
     tokenizer = Tokenizer.from_folder(resolve(config.model))
+    if kind == "supervised" and config.add_chatml and tokenizer.prompt_style != "chatml":
+        tokenizer = tokenizer.with_chatml()
     return inspect_rows(loaded.records, tokenizer, config, kind, config.rows, config.ids, dropped=loaded.dropped)
 
 

@@ -195,8 +195,15 @@ def bind_loss(name: str, knobs: Mapping[str, float]) -> Callable[[PairBatch], Te
 
 def _evaluate(name: str, knobs: Mapping[str, float], pairs: PairBatch) -> Tensor:
     losses, expected = PREFERENCE_LOSSES[name].function(pairs, **knobs), (len(pairs.chosen_mask),)
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss {name!r} must return a tensor of floats, one value per pair, got {what}")
     if losses.shape != expected:
         raise ValueError(f"loss {name!r} must return one value per pair, {expected}, got shape {tuple(losses.shape)}")
+    if pairs.policy_chosen_logps.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
+        raise ValueError(
+            f"loss {name!r} must depend on the policy's log-probabilities: what it returned has no gradient"
+        )
     return losses
 
 

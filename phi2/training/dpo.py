@@ -7,6 +7,7 @@ answers' likelihood, where asked for, over all their tokens in the window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,8 @@ class DPOConfig(TrainingConfig):
         ]
         if twice:
             raise ValueError(f"{', '.join(twice)} is given twice, also in loss_args {self.loss_args}")
+        if self.loss_file is not None and self.loss == DPOConfig.loss:
+            raise ValueError(f"loss_file {self.loss_file} is given, and loss is {self.loss!r}: name the loss in it")
         if self.reference == "adapters_off" and (self.lora is None or self.adapter is not None):
             raise ValueError("reference adapters_off is the start of a new adapter only; use frozen_copy")
         if self.reference_cache is not None and not self.precompute_ref_log_probs:
@@ -255,6 +258,8 @@ def check_start(
     apart = torch.cat((chosen, rejected), dim=1).abs().max().item()
     reference = {"policy_chosen_logps": pairs.ref_chosen_logps, "policy_rejected_logps": pairs.ref_rejected_logps}
     expected, actual = loss(replace(pairs, **reference)).mean().item(), loss(pairs).mean().item()
+    if not (math.isfinite(expected) and math.isfinite(actual)):
+        raise ValueError(f"step 1: loss {config.loss!r} is {actual}, and {expected} where policy and reference agree")
     if not apart <= tolerance or not abs(actual - expected) <= tolerance * max(1.0, abs(expected)):
         raise ValueError(
             f"step 1: policy and reference must agree, but differ by up to {apart:.2g} nats per token (allowed"

@@ -40,7 +40,7 @@ def open_run(config: TrainingConfig) -> Path | None:
     if last_checkpoint(run) or _lines(run / "metrics.jsonl"):
         if not config.resume:
             raise ValueError(f"{run} holds a run already; give another output, or resume: true to go on with it")
-        _require_same(run / "config.yaml", settings)
+        _require_same(run / "config.yaml", config)
     elif run.exists() and not (run / "config.yaml").exists() and any(run.iterdir()):
         raise ValueError(f"{run} exists and holds no run of ours; give another output")
     run.mkdir(parents=True, exist_ok=True)
@@ -54,11 +54,15 @@ def to_plain(config: TrainingConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
+def _require_same(path: Path, config: TrainingConfig) -> None:
+    """A setting that a later version brought was at its default before."""
+    settings = to_plain(config)
+    defaults = to_plain(type(config)(model=config.model, data=config.data, output=config.output))
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read, so the run cannot go on: {error}") from error
+    before = defaults | before
     changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
     if changed:
         told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
@@ -98,8 +102,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; the last one of a killed run may be torn."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    """The whole lines of a file; the last one of a killed run, or of a full disk, may be torn."""
+    return list(filter(_is_whole, path.read_text(encoding="utf-8").split("\n")[:-1])) if path.exists() else []
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 class Log:

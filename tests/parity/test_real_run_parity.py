@@ -28,10 +28,11 @@ def runs(shared, tmp_path_factory):
     for file in (shared / "tokenizer" / "phi-2").glob("*.json"):
         shutil.copy(file, folder / "base")
     short = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--max_length", "256", "--device", "cpu"]
-    short += ["--learning_rate", "1e-2", "--lora.target_modules", "[q_proj,fc2,lm_head]"]
+    short += ["--learning_rate", "1e-2"]
+    fresh = ["--lora.target_modules", "[q_proj,fc2,lm_head]"]
     sft_data, dpo_data = shared / "data/sft/alpaca_600.jsonl", shared / "data/preference/dpo_en_200.jsonl"
     base, sft, dpo, merged = (str(folder / name) for name in ("base", "sft", "dpo", "merged"))
-    assert main(["sft", "--model", base, "--data", str(sft_data), "--output", sft, *short]) == 0
+    assert main(["sft", "--model", base, "--data", str(sft_data), "--output", sft, *short, *fresh]) == 0
     start = ["--model", base, "--adapter", f"{sft}/adapter"]
     assert main(["dpo", *start, "--data", str(dpo_data), "--output", dpo, *short]) == 0
     assert main(["merge", "--model", base, "--adapter", f"{dpo}/adapter", "--output", merged]) == 0
