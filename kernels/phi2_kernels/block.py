@@ -4,10 +4,11 @@
     y = x + m W_out + b_out
 
 Attention and MLP read the same n and are added to the same x, so [Wq; Wk; Wv; Wfc1] are one matrix and so are
-[Wdense^T; Wfc2^T], and a layer takes two matmuls forward and four backward in place of twelve and twenty-four. All
-that lies between is written straight into columns of three buffers, h = [q k v f], m, and their gradients.
+[Wdense^T; Wfc2^T], and a layer takes two matmuls forward and four backward in place of six and twelve. All that
+lies between is written straight into columns of three buffers, h = [q k v f], m, and their gradients.
 
-Of a layer only x, h, the attention's output and four numbers a row and head are kept; n and gelu(f) are made again.
+Of a layer only x, h, the attention's output, two numbers a row and one a row and head are kept; n and gelu(f) are
+made again.
 
 LoRA: adapters on q, k, v and fc1 share one reading of n, those on dense and fc2 read their columns of m:
 
