@@ -104,12 +104,12 @@ WORK: dict[str, Callable[..., Work]] = {  # of a launch's constants and the type
     "rotary turn_and_store": lambda BLOCK_H, **_: Work(dram_bytes=BLOCK_H * D * 4),
     "linear_logprob stats": lambda BLOCK_V, **_: Work(dram_bytes=BLOCK_V * 4),
     "linear_logprob gradient": lambda BLOCK_V, **_: Work(dram_bytes=BLOCK_V * 6),
-    "decode attend": lambda BLOCK_S, **_: Work(dram_bytes=BLOCK_S * D * 4),
-    "decode join": lambda BLOCK_SPLITS, **_: Work(dram_bytes=BLOCK_SPLITS * D * 4),
-    "decode gemv": lambda BLOCK_N, BLOCK_K, weight_ptr, **_: Work(
+    "decode_attention attend": lambda BLOCK_S, **_: Work(dram_bytes=BLOCK_S * D * 4),
+    "decode_attention join": lambda BLOCK_SPLITS, **_: Work(dram_bytes=BLOCK_SPLITS * D * 4),
+    "gemv gemv": lambda BLOCK_N, BLOCK_K, weight_ptr, **_: Work(
         dram_bytes=BLOCK_N * BLOCK_K * {"*i8": 1, "*bf16": 2}[weight_ptr]
     ),
-    "decode gemv_int4": lambda BLOCK_N, BLOCK_G, HALF, **_: Work(dram_bytes=BLOCK_N * BLOCK_G * (HALF + 4)),
+    "gemv gemv_int4": lambda BLOCK_N, BLOCK_G, HALF, **_: Work(dram_bytes=BLOCK_N * BLOCK_G * (HALF + 4)),
 }
 
 
@@ -180,16 +180,16 @@ def linear_logprob() -> None:
 
 
 def decode() -> None:
-    from phi2_kernels import decode_triton
+    from phi2_kernels import decode_attention_triton, gemv_triton
 
     q, cache, bias = empty(1, H, 1, D), empty(1, H, S, D), empty(3 * C + F)
-    decode_triton.attend(q, cache, cache, whole(1), whole(1, S), q)
+    decode_attention_triton.attend(q, cache, cache, whole(1), whole(1, S), q)
     for M in (1, 8):
         x, y = empty(M, C), empty(M, 3 * C + F)
-        decode_triton.gemv(x, empty(3 * C + F, C), None, bias, y)
-        decode_triton.gemv(x, empty(3 * C + F, C, dtype=torch.int8), floats(3 * C + F), bias, y)
+        gemv_triton.gemv(x, empty(3 * C + F, C), None, bias, y)
+        gemv_triton.gemv(x, empty(3 * C + F, C, dtype=torch.int8), empty(3 * C + F), bias, y)
         scales = empty(3 * C + F, C // 32)
-        decode_triton.gemv_int4(x, empty(3 * C + F, C // 2, dtype=torch.uint8), scales, scales, bias, 32, y)
+        gemv_triton.gemv_int4(x, empty(3 * C + F, C // 2, dtype=torch.uint8), scales, scales, bias, 32, y)
 
 
 def padded() -> None:
@@ -252,15 +252,20 @@ class _Driver(NamedTuple):
 
 
 @contextmanager
-def compile_only(arch: int) -> Iterator[list[tuple[Any, Any, dict]]]:
-    """Kernels launched within are compiled for an architecture instead, and listed: (kernel, compiled, constants)."""
+def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, dict]]]:
+    """Kernels launched within are compiled for an architecture instead, and listed: (kernel, compiled, constants).
+
+    Args:
+        wanted: the one kernel to compile, by its `name_of`; default: all of them.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     run, launched = JITFunction.run, []
 
     def compile_(self, *args, grid, warmup, **constants):
-        launched.append((self, run(self, *args, grid=grid, warmup=True, **constants), constants))
+        if wanted in ("", name_of(self)):
+            launched.append((self, run(self, *args, grid=grid, warmup=True, **constants), constants))
 
     driver.set_active(_Driver(arch))
     capability = mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
@@ -277,14 +282,23 @@ def compiled_rows() -> list[Row]:
                 with compile_only(arch) as launched:
                     for launch in launches:
                         launch()
-                distinct = {compiled.hash: (kernel, compiled, constants) for kernel, compiled, constants in launched}
-                pending += [reader.submit(_row, *launch, form, arch) for launch in distinct.values()]
+                pending += [reader.submit(row_of, *launch, form, arch) for launch in distinct(launched)]
     return [row.result() for row in pending]
 
 
-def _row(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
+def distinct(launched: list[tuple[Any, Any, dict]]) -> list[tuple[Any, Any, dict]]:
+    """Of launches whose code is the same, the last."""
+    return list({compiled.hash: (kernel, compiled, constants) for kernel, compiled, constants in launched}.values())
+
+
+def name_of(kernel) -> str:
+    """Its file and what it does, as in the table `WORK`."""
     op = kernel.fn.__module__.split(".")[-1].removesuffix("_triton")
-    name = f"{op} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
+    return f"{op} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
+
+
+def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
+    name = name_of(kernel)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     code = Code.read(compiled.asm["cubin"], arch, warps, shared)
     work = WORK[name](**compiled.src.signature | constants)
@@ -322,15 +336,20 @@ def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
 
 
 def measure() -> list[Row]:
-    """`compiled_rows` of a process of its own, which has no interpreter and an empty cache."""
+    """`compiled_rows` of a process of its own."""
+    return [Row(**row) for row in json.loads(printed_by("benchmarks.aot"))]
+
+
+def printed_by(module: str, *arguments: str) -> str:
+    """What `python -m module` prints in a process that has no interpreter and an empty cache."""
     with TemporaryDirectory() as cache:
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         clean |= {"TRITON_CACHE_DIR": cache, "TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", "benchmarks.aot"]
+        command = [sys.executable, "-m", module, *arguments]
         process = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        raise ChildProcessError(f"benchmarks.aot ended with exit code {process.returncode}")
-    return [Row(**row) for row in json.loads(process.stdout)]
+        raise ChildProcessError(f"{module} ended with exit code {process.returncode}")
+    return process.stdout
 
 
 @case("aot_report", turns=1, summary="what the shipped kernels occupy and issue, compiled for sm_80 and sm_90")

@@ -16,9 +16,9 @@ from torch import Tensor
 from benchmarks import gpu
 from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_back
 from benchmarks.registry import Report, case
-from phi2_kernels.decode import (
-    decode_attention,
-    decode_attention_ref,
+from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
+from phi2_kernels.gelu import gelu, gelu_ref
+from phi2_kernels.gemv import (
     dequantize_int4,
     dequantize_int8,
     gemv,
@@ -27,7 +27,6 @@ from phi2_kernels.decode import (
     quantize_int4,
     quantize_int8,
 )
-from phi2_kernels.gelu import gelu, gelu_ref
 from phi2_kernels.layer_norm import layer_norm, layer_norm_ref
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from phi2_kernels.rotary import rotary, rotary_angles
@@ -276,8 +275,8 @@ def gemv_task(device: torch.device, dtype: torch.dtype, form: str, M: int, N: in
 
 
 def gemv_work(form: str, M: int, N: int, K: int) -> Work:
-    """The weight in its form, with float32 scales of rows (int8) or half-precision scales and zeros (int4); x and y."""
-    weight = {"bf16": 2 * N * K, "int8": N * K + 4 * N, "int4": N * K // 2 + 4 * N * K // GROUP}[form]
+    """The weight in its form, with the scales of rows (int8) or the scales and zeros of groups (int4); x and y."""
+    weight = {"bf16": 2 * N * K, "int8": N * K + 2 * N, "int4": N * K // 2 + 4 * N * K // GROUP}[form]
     return Work(2 * M * N * K, weight + 2 * M * (K + N))
 
 

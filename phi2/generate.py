@@ -24,6 +24,7 @@ from phi2.cache import KVCache
 from phi2.config import Phi2Config
 from phi2.model import Phi2ForCausalLM
 from phi2.sampling import Sampler, SamplingParams
+from phi2.step import RecordedStep, can_record
 from phi2.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, str]]  # messages {"role": ..., "content": ...}
@@ -207,25 +208,32 @@ class _Batch:
         pads = [width - len(ids) for ids in prompts]
         padded = torch.tensor([[0] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=device)
         self.input_ids = padded[:, cache.length :]  # (B, T), then (B, 1)
-        self.positions = self.visible_until = None  # without pads the model counts by itself
+        self.pads = self.visible_until = self._recorded = None
         if any(pads):
-            index, first = torch.arange(cache.max_length, device=device), torch.tensor(pads, device=device)[:, None]
-            self.positions = (index - first).clamp(min=0)  # (B, max_length)
-            self.visible_until = torch.where(index < first, 0, cache.max_length).int()  # (B, max_length)
+            self.pads = torch.tensor(pads, dtype=torch.int32, device=device)[:, None]  # (B, 1)
+            index = torch.arange(cache.max_length, device=device)
+            self.visible_until = torch.where(index < self.pads, 0, cache.max_length).int()  # (B, max_length)
 
     def step(self) -> list[list[float]]:
         """One pass, and one token for each row: its id, its log-probability, and whether its logits were finite."""
-        logits = self._forward()
+        logits = self._logits()
         tokens = self.sampler(logits)
         logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         finite = logits.isfinite().all(dim=-1)
         self._last_input, self.input_ids = self.input_ids, tokens[:, None]
         return torch.stack((tokens, logprobs, finite), dim=1).tolist()  # float32 holds ids; one wait for the device
 
+    def _logits(self) -> Tensor:
+        if self.input_ids.shape[1] > 1 or not can_record(self.model.device):
+            return self._forward()
+        if self._recorded is None:
+            self._recorded = RecordedStep(self.model, self.cache, self.pads, self.visible_until)
+        return self._recorded(self.input_ids)
+
     def _forward(self) -> Tensor:
         """(B, V) float32 logits of the token after the last one of `input_ids`; the head runs nowhere else."""
         start, end = self.cache.length, self.cache.length + self.input_ids.shape[1]
-        positions = None if self.positions is None else self.positions[:, start:end]
+        positions = None if self.pads is None else (self.cache.positions(end - start) - self.pads).clamp(min=0)
         until = None if self.visible_until is None else self.visible_until[:, :end]
         hidden = self.model.model(self.input_ids, positions=positions, visible_until=until, cache=self.cache)
         return self.model.lm_head(hidden[:, -1]).float()
@@ -239,8 +247,9 @@ class _Batch:
         self.sampler.keep(kept)
         self.cache.keys, self.cache.values = self.cache.keys[:, kept], self.cache.values[:, kept]
         self.input_ids = self.input_ids[kept]
-        if self.positions is not None:
-            self.positions, self.visible_until = self.positions[kept], self.visible_until[kept]
+        if self.pads is not None:
+            self.pads, self.visible_until = self.pads[kept], self.visible_until[kept]
+        self._recorded = None
 
     def first_nonfinite_module(self) -> str:
         """Repeats the last pass and names the first module whose output is not finite."""

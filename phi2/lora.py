@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+
+from phi2_kernels.gemv import linear
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out) in the dtype of the base; base and change are added in float32 and rounded once."""
-        out = F.linear(x, self.weight, self.bias)
+        out = linear(x, self.weight, self.bias)
         if not self.enabled:
             return out
         return out.add_(self.lora_B(self.lora_hidden(x) * self.scaling))

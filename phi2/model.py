@@ -15,13 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from phi2.cache import KVCache
+from phi2.cache import KVCache, StepCache
 from phi2.config import Phi2Config
 from phi2_kernels.attention import attention
 from phi2_kernels.gelu import gelu
+from phi2_kernels.gemv import linear
 from phi2_kernels.layer_norm import layer_norm
 from phi2_kernels.rotary import rotary, rotary_angles
 from phi2_kernels.visibility import Visibility
+
+
+class Linear(nn.Linear):
+    """torch's, by our kernel where a GPU decodes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -38,26 +46,27 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         C, D = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D)
-        self.dense = nn.Linear(config.num_attention_heads * D, C)
+        self.q_proj = Linear(C, config.num_attention_heads * D)
+        self.k_proj = Linear(C, config.num_key_value_heads * D)
+        self.v_proj = Linear(C, config.num_key_value_heads * D)
+        self.dense = Linear(config.num_attention_heads * D, C)
         if config.qk_layernorm:
             self.q_layernorm = LayerNorm(D, eps=config.layer_norm_eps)
             self.k_layernorm = LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | StepCache | None
     ) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        )  # (B, T, H, D)
         if self.config.qk_layernorm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        q, k = rotary(q, *angles), rotary(k, *angles)  # (B, T, H, D)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.store(self.layer, k, v)  # (B, H_kv, S, D)
+        if cache is None:
+            q, k = rotary(q, *angles), rotary(k, *angles)
+        else:
+            q, k, v = cache.turn_and_store(self.layer, q, k, v, angles)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, H_kv, S, D) twice
         out = attention(q, k, v, visibility, self.config.attention_dropout if self.training else 0.0)
         return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -67,8 +76,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: Phi2Config) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(gelu(self.fc1(x)))
@@ -86,7 +95,7 @@ class Block(nn.Module):
         self.fused_forward = None  # `phi2.fused.fuse` puts the two-matmul form here
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | StepCache | None
     ) -> Tensor:
         if self.fused_forward is not None and cache is None and not self.drops:
             return self.fused_forward(self, x, angles, visibility)
@@ -123,7 +132,7 @@ class Phi2Model(nn.Module):
         inputs_embeds: Tensor | None = None,
         positions: Tensor | None = None,
         visible_until: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StepCache | None = None,
     ) -> Tensor:
         """Hidden states of every token.
 
@@ -142,11 +151,14 @@ class Phi2Model(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        T, past = x.shape[1], cache.length if cache is not None else 0
+        T = x.shape[1]
         if positions is None:
-            positions = torch.arange(past, past + T, device=x.device)[None]
+            positions = torch.arange(T, device=x.device)[None] if cache is None else cache.positions(T)
         angles = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)
-        visibility = Visibility(T, past + T, visible_until, x.device)
+        if cache is None:
+            visibility = Visibility(T, T, visible_until, x.device)
+        else:
+            visibility = cache.visibility(T, visible_until)
         x = self.embed_dropout(x)
         for block in self.layers:
             x = self._run(block, x, angles, visibility, cache)
@@ -171,7 +183,7 @@ class Phi2ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Phi2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if not self.lm_head.weight.is_meta:
             self.init_weights()
 
@@ -193,8 +205,8 @@ class Phi2ForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.model.embed_tokens.weight.dtype

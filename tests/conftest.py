@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton's kernels on CPU tensors; Triton reads it when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -198,3 +202,50 @@ def read_metrics(run: Path) -> list[dict]:
 @pytest.fixture(scope="session")
 def metrics_of() -> Callable[[Path], list[dict]]:
     return read_metrics
+
+
+class Recording(TorchDispatchMode):
+    """Stands in for a CUDA graph on a CPU: every operator call of a launch, with the very tensors it was given.
+
+    A replay runs the calls again on that memory. Numbers that came from the host are frozen, as in a CUDA graph, and a
+    call that asks the device for a number cannot be recorded.
+    """
+
+    ASKING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in self.ASKING, f"{function} cannot be recorded"
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, recorded in self.calls:
+            again = function(*args, **kwargs)
+            for memory, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
+                if isinstance(memory, torch.Tensor) and memory.data_ptr() != new.data_ptr():
+                    memory.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list[Recording]:
+    """Lets the CPU record decode steps; each recording is in the list."""
+    import phi2.step
+
+    made = []
+
+    def record(launch):
+        with Recording() as recording:
+            result = launch()
+        made.append(recording)
+        if isinstance(step := getattr(launch, "__self__", None), phi2.step.RecordedStep):
+            step._device_cache.advance(-1)  # a real recording runs nothing
+        return recording.replay, result
+
+    monkeypatch.setattr(phi2.step, "record", record)  # below by its module: `phi2.generate` is the function
+    monkeypatch.setattr(sys.modules["phi2.generate"], "can_record", lambda device: True)
+    return made

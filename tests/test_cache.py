@@ -10,20 +10,23 @@ from phi2.config import Phi2Config
 
 CONFIG = Phi2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 
+UNTURNED = torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 1, 4)  # angles of zero
+
 
 def test_stored_keys_and_values_come_back_behind_the_earlier_ones():
-    cache, (k, v) = KVCache(CONFIG, 1, 5, torch.float32), torch.randn(2, 1, 2, 5, 16)
+    cache, (q, k, v) = KVCache(CONFIG, 1, 5, torch.float32), torch.randn(3, 1, 2, 5, 16)
     for start, end in ((0, 3), (3, 5)):
         for layer in range(2):
-            keys, values = cache.store(layer, k[:, :, start:end] + layer, v[:, :, start:end])
+            new = (x[:, :, start:end].transpose(1, 2) for x in (q, k + layer, v))
+            _, keys, values = cache.turn_and_store(layer, *new, UNTURNED)
         cache.advance(end - start)
-    assert torch.equal(keys, k + 1) and torch.equal(values, v)
+    assert torch.equal(keys.transpose(1, 2), k + 1) and torch.equal(values.transpose(1, 2), v)
 
 
 def test_tokens_that_do_not_fit_are_refused():
     cache = KVCache(CONFIG, 1, 4, torch.float32)
     with pytest.raises(ValueError, match="holds 4 tokens, 5 were asked for"):
-        cache.store(0, *torch.zeros(2, 1, 2, 5, 16))
+        cache.turn_and_store(0, *torch.zeros(3, 1, 5, 2, 16), UNTURNED)
 
 
 def test_truncating_forgets_and_cannot_invent():

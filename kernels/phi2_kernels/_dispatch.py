@@ -62,6 +62,16 @@ def _general_obstacle(x: Tensor) -> str:
     return ""
 
 
+def layout_obstacle(first: Tensor, **tensors: Tensor | None) -> str:
+    """What keeps the kernels from reading tensors: each must be on the first one's device, its last dim contiguous."""
+    for name, x in tensors.items():
+        if x is not None and x.device != first.device:
+            return f"{name} must be on {first.device}, got {x.device}"
+        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
+            return f"the last dim of {name} must be contiguous, got stride {x.stride(-1)}"
+    return ""
+
+
 def architecture(device: torch.device) -> int:
     """80 for an A100 and what is like it, 90 from an H100 on; the key of every table of launch configurations.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
-from phi2_kernels.decode import decode_attention
+from phi2_kernels.decode_attention import decode_attention
 from phi2_kernels.visibility import Run, Visibility
 
 
@@ -38,7 +38,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Te
 def attention(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float = 0.0, *, impl: str = "auto"
 ) -> Tensor:
-    """Attention whose scores and softmax are float32 in every dtype. A single query goes the way of `decode.py`.
+    """Attention whose scores and softmax are float32 in every dtype. A single query is left to `decode_attention`.
 
     Args:
         q: (B, H, T, D).
@@ -52,7 +52,8 @@ def attention(
         ValueError: when Triton was named and cannot run.
     """
     if visibility.queries == 1 and not (dropout or (torch.is_grad_enabled() and q.requires_grad)):
-        return decode_attention(q, k, v, until=visibility.until, impl=impl)
+        return decode_attention(q, k, v, visibility.filled, visibility.until, impl=impl)
+    assert visibility.filled is None, "a cache that counts on the device has steps of one token without gradient"
     if use_triton(impl, q, _obstacle(q, k, v, visibility, dropout)):
         from phi2_kernels.attention_triton import launch_of
 

@@ -102,7 +102,7 @@ def _table_rows(x: Tensor, cos: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def rotary_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
     keys: Tensor, values: Tensor, *, impl: str = "auto",
 ) -> None:  # fmt: skip
     """What a decode step does between its projections and its attention, for one token a row.
@@ -113,7 +113,7 @@ def rotary_and_store(
         q: (B, H, D); it is overwritten.
         k, v: (B, H_kv, D).
         cos, sin: (L, R/2) float32 tables.
-        positions: (B,) int32 rows of the tables.
+        positions: (B,) int32 rows of the tables; default: as in `rotary_`.
         slots: (B,) int32, where in the cache each row's token goes; below S. It differs from the position of a row
             that begins with pads.
         keys, values: (B, H_kv, S, D), one layer of the cache; they are written to.
@@ -127,7 +127,8 @@ def rotary_and_store(
         return
     rotary_(q, cos, sin, positions, impl="torch")
     rows = torch.arange(len(k), device=k.device), slice(None), slots.long()
-    turn = (table[positions.long(), None] for table in (cos, sin))
+    turned = _table_rows(k, cos, positions)
+    turn = (table[turned, None] for table in (cos, sin))  # (B, 1, R/2)
     keys[rows], values[rows] = _turned(k, *turn).to(keys.dtype), v.to(values.dtype)
 
 
@@ -178,7 +179,7 @@ def _rotary_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inve
 
 @custom_op("phi2::rotary_and_store", mutates_args=("q", "keys", "values"))
 def _rotary_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
     keys: Tensor, values: Tensor,
 ) -> None:  # fmt: skip
     from phi2_kernels import rotary_triton

@@ -55,12 +55,12 @@ def _copy_heads(
 @triton.jit
 def _turn_kernel(
     x_ptr, y_ptr, cos_ptr, sin_ptr, positions_ptr, x_row, x_head, y_row, y_head, L, H,
-    INVERSE: tl.constexpr, HAS_POSITIONS: tl.constexpr, COPY_REST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
+    INVERSE: tl.constexpr, COPY_REST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    entry = tl.load(positions_ptr + row) if HAS_POSITIONS else row % L
+    entry = row % L if positions_ptr is None else tl.load(positions_ptr + row)
     cos, sin = _load_angles(cos_ptr, sin_ptr, entry, L, HALF, BLOCK_R)
     _turn_heads(
         x_ptr + row.to(tl.int64) * x_row, y_ptr + row.to(tl.int64) * y_row, x_head, y_head, heads, heads < H,
@@ -78,10 +78,11 @@ def _turn_and_store_kernel(
 ):  # fmt: skip
     """Program (b, block, part): part 0 turns a block of heads of q, part 1 turns and stores k, part 2 stores v."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    entry = row % L if positions_ptr is None else tl.load(positions_ptr + row)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     kept = heads < tl.where((slot >= 0) & (slot < S), H_KV, 0)  # never beside the cache
-    cos, sin = _load_angles(cos_ptr, sin_ptr, tl.load(positions_ptr + row), L, HALF, BLOCK_R)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, entry, L, HALF, BLOCK_R)
     if part == 0:
         q_ptr += row * q_row
         _turn_heads(q_ptr, q_ptr, q_head, q_head, heads, heads < H, cos, sin, False, HALF, D, BLOCK_R, BLOCK_REST)
@@ -109,7 +110,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse:
         return
     launch = LAUNCH[architecture(x.device)]["turn"]
     rest = D - 2 * cos.shape[1]
-    flags = {"INVERSE": inverse, "HAS_POSITIONS": positions is not None, "COPY_REST": y is not None and rest > 0}
+    flags = {"INVERSE": inverse, "COPY_REST": y is not None and rest > 0}
     target = x if y is None else y
     strides = *x.stride()[:2], *target.stride()[:2]
     blocks = _dims(cos, D) | {"BLOCK_D": triton.next_power_of_2(max(1, rest))} | launch
@@ -119,7 +120,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse:
 
 
 def turn_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
     keys: Tensor, values: Tensor,
 ) -> None:  # fmt: skip
     """Arguments as in `rotary_and_store`; every one but the tables may be a view with wider rows."""

@@ -1,8 +1,4 @@
-"""Where the kernels run, and memory that cannot hide an output nobody wrote.
-
-Without a GPU, Triton's interpreter runs the kernels on CPU tensors. It must be switched on before Triton is imported,
-which is what importing this file does.
-"""
+"""Where the kernels run, and memory that cannot hide an output nobody wrote."""
 
 from __future__ import annotations
 
@@ -11,8 +7,6 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,0 +1,166 @@
+"""The Triton kernels of `decode_attention.py`. No tensor cores: every byte is read once and meets one query.
+
+Each of the keys a program reads at a time is a lane with a running maximum, sum and output of its own, so that the loop
+has no exchange between threads but the dot product's; lanes are joined once, at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels.attention_triton import _first_column, _piece, pieces_of
+
+KEYS_PER_SPLIT, MIN_SPLITS, MAX_SPLITS = 256, 4, 64
+
+
+class Launch(NamedTuple):
+    """Keys that a program with one query head reads at a time, stages of its loop, and its warps."""
+
+    lanes: int
+    stages: int
+    num_warps: int
+
+
+LAUNCH = {80: {"attend": Launch(32, 3, num_warps=4)}, 90: {"attend": Launch(32, 3, num_warps=4)}}
+
+
+@triton.jit
+def _load(pointers, mask, PIECES: tl.constexpr):
+    """Heads as one float32 tile per piece; pointers and mask are [G or 1, BLOCK_S or 1, 1]."""
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        columns = _first_column(PIECES, i) + tl.arange(0, _piece(PIECES, i))[None, None, :]
+        tiles = tiles + (tl.load(pointers + columns, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _scores(q, k):
+    scores = tl.sum(q[0] * k[0], axis=2)  # [BLOCK_G, BLOCK_S]
+    for i in tl.static_range(1, len(q)):
+        scores += tl.sum(q[i] * k[i], axis=2)
+    return scores
+
+
+@triton.jit
+def _faded_plus(acc, fade, weights, v):
+    """The running outputs of all lanes, one [BLOCK_G, BLOCK_S, piece] tile per piece."""
+    added = ()
+    for i in tl.static_range(len(acc)):
+        added = added + (acc[i] * fade[:, :, None] + weights[:, :, None] * v[i],)
+    return added
+
+
+@triton.jit
+def _zero_heads(BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, PIECES: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        tiles = tiles + (tl.zeros([BLOCK_G, BLOCK_S, _piece(PIECES, i)], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, until_ptr, partial_ptr, lse_ptr,
+    q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, lengths_stride, until_stride,
+    scale_log2, S, G, D,
+    PIECES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    splits = tl.num_programs(2)
+    length = S
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + b * lengths_stride), S)  # never beside the cache
+    keys_each = tl.cdiv(tl.cdiv(length, splits), BLOCK_S) * BLOCK_S  # of the filled keys: all splits work
+    start = tl.program_id(2) * keys_each
+    end = tl.minimum(start + keys_each, length)
+
+    g = tl.arange(0, BLOCK_G)
+    heads = h * G + g
+    q = _load(q_ptr + b * q_batch + heads[:, None, None] * q_head, (g < G)[:, None, None], PIECES)
+    k_ptr += b * k_batch + h * k_head
+    v_ptr += b * v_batch + h * v_head
+    top = tl.full([BLOCK_G, BLOCK_S], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G, BLOCK_S], tl.float32)
+    acc = _zero_heads(BLOCK_G, BLOCK_S, PIECES)
+    for at in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        keys = at + tl.arange(0, BLOCK_S)
+        seen = keys < end
+        if until_ptr is not None:
+            seen = seen & (length <= tl.load(until_ptr + b * until_stride + keys, mask=seen, other=0))
+        rows = keys.to(tl.int64)[None, :, None]
+        k = _load(k_ptr + rows * k_key, seen[None, :, None], PIECES)
+        scores = tl.where(seen[None, :], _scores(q, k) * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, scores)
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a lane that saw nothing yet
+        fade, weights = tl.exp2(top - safe_top), tl.exp2(scores - safe_top)
+        total = total * fade + weights
+        acc = _faded_plus(acc, fade, weights, _load(v_ptr + rows * v_key, seen[None, :, None], PIECES))
+        top = new_top
+
+    highest = tl.max(top, axis=1)  # [BLOCK_G]
+    share = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[:, None])  # [BLOCK_G, BLOCK_S]
+    whole = tl.sum(total * share, axis=1)
+    saw = whole > 0.0
+    whole = tl.where(saw, whole, 1.0)
+    share = share / whole[:, None]
+    row = (b * tl.num_programs(1) * G + heads) * splits + tl.program_id(2)  # of (B, H, splits)
+    tl.store(lse_ptr + row, tl.where(saw, highest + tl.log2(whole), float("-inf")), mask=g < G)
+    for i in tl.static_range(len(PIECES)):
+        columns = _first_column(PIECES, i) + tl.arange(0, _piece(PIECES, i))[None, :]
+        output = tl.sum(acc[i] * share[:, :, None], axis=1)  # [BLOCK_G, piece]
+        tl.store(partial_ptr + row[:, None] * D + columns, output, mask=(g < G)[:, None])
+
+
+@triton.jit
+def _join_kernel(
+    partial_ptr, lse_ptr, o_ptr, o_batch, o_head, H, SPLITS, D,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    s, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
+    row = (b * H + h) * SPLITS + s
+    lse = tl.load(lse_ptr + row, mask=s < SPLITS, other=float("-inf"))
+    highest = tl.max(lse, axis=0)
+    share = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
+    whole = tl.sum(share, axis=0)
+    share = share / tl.where(whole > 0.0, whole, 1.0)
+    mask = (s < SPLITS)[:, None] & (d < D)[None, :]
+    partial = tl.load(partial_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_SPLITS, BLOCK_D]
+    tl.store(o_ptr + b * o_batch + h * o_head + d, tl.sum(partial * share[:, None], axis=0), mask=d < D)
+
+
+def splits_of(S: int) -> int:
+    """How many splits the keys of a cache with room for S are cut into; the cache's size alone decides."""
+    return min(max(triton.cdiv(S, KEYS_PER_SPLIT), MIN_SPLITS), MAX_SPLITS)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tensor | None, o: Tensor) -> None:
+    """Writes o (B, H, 1, D). Shapes as in `decode_attention`; only the last dims must be contiguous."""
+    B, H, _, D = q.shape
+    H_kv, S = k.shape[1:3]
+    if o.numel() == 0:
+        return
+    splits, G = splits_of(S), H // H_kv
+    partial = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
+    lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)  # of base 2
+    strides = *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]
+    masks = 0 if lengths is None else lengths.stride(0), 0 if until is None else until.stride(0)
+    scale_log2 = D**-0.5 * 1.4426950408889634  # log2(e): the kernels count in powers of two
+    _attend_kernel[B, H_kv, splits](
+        q, k, v, lengths, until, partial, lse, *strides, *masks, scale_log2, S, G, D, **_attend_blocks(D, G, q.device)
+    )
+    blocks = {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(D)}
+    _join_kernel[B, H](partial, lse, o, *o.stride()[:2], H, splits, D, **blocks, num_warps=4, enable_fp_fusion=True)
+
+
+def _attend_blocks(D: int, G: int, device: torch.device) -> dict[str, Any]:
+    BLOCK_G = triton.next_power_of_2(G)
+    launch = LAUNCH[architecture(device)]["attend"]
+    lanes = max(16, launch.lanes // BLOCK_G)  # that the accumulators stay in registers
+    blocks = {"PIECES": pieces_of(D), "BLOCK_G": BLOCK_G, "BLOCK_S": lanes}
+    return blocks | {"STAGES": launch.stages, "num_warps": launch.num_warps, "enable_fp_fusion": True}

@@ -1,0 +1,139 @@
+"""The recorded decode step: a recording, which knows nothing but addresses, says what pass after pass would say."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import phi2.step
+from phi2.cache import KVCache
+from phi2.chat import ChatSession
+from phi2.config import Phi2Config
+from phi2.generate import generate
+from phi2.lora import LoraConfig, attach
+from phi2.model import Phi2ForCausalLM
+from phi2.step import RecordedStep, record
+
+SHAPE = dict(vocab_size=300, hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+PROMPTS = ["a", "What is the capital of France?", "def fib(n):", "12345 67890"]
+GENERATE = sys.modules["phi2.generate"]  # `phi2.generate` is the function
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, monkeypatch) -> str:
+    """Both implementations of the ops; Triton's kernels by the interpreter."""
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("compiled kernels take a GPU's tensors")
+    monkeypatch.setenv("PHI2_IMPL", request.param)
+    return request.param
+
+
+def tiny_model(**changes) -> Phi2ForCausalLM:
+    fixed = dict(max_position_embeddings=96, initializer_range=0.3, partial_rotary_factor=0.4)
+    model = Phi2ForCausalLM(Phi2Config(**{**SHAPE, **fixed, **changes}))
+    model.init_weights(seed=1)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_replays_equal_passes_that_the_host_counts(recordings, impl):
+    model, tokens = tiny_model(), torch.randint(0, 300, (2, 12))
+    pads = torch.tensor([[0], [3]], dtype=torch.int32)
+    caches = [KVCache(model.config, 2, 20, torch.float32) for _ in range(2)]
+    until = torch.where(torch.arange(20) < pads, 0, 20).int()
+    positions = (torch.arange(12) - pads).clamp(min=0)
+    for cache in caches:
+        model.model(tokens[:, :5], positions=positions[:, :5], visible_until=until[:, :5], cache=cache)
+    step = RecordedStep(model, caches[0], pads, until)
+    for i in range(5, 12):
+        expected = model(
+            tokens[:, i : i + 1], positions=positions[:, i : i + 1], visible_until=until[:, : i + 1], cache=caches[1]
+        )
+        torch.testing.assert_close(step(tokens[:, i : i + 1]), expected[:, 0], atol=2e-5, rtol=2e-5)
+    assert len(recordings) == 1 and caches[0].length == 12
+    torch.testing.assert_close(caches[0].keys, caches[1].keys, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_a_recording_that_froze_the_count_is_noticed(recordings):
+    """Passes with a KVCache, which the host counts, must not survive being recorded: else the test above is blind."""
+    model, tokens = tiny_model(), torch.randint(0, 300, (1, 8))
+    cache, truth = (KVCache(model.config, 1, 8, torch.float32) for _ in range(2))
+    expected = [model(tokens[:, i : i + 1], cache=truth) for i in range(8)]
+    ids = tokens[:, :1].clone()
+    replay, logits = phi2.step.record(lambda: model(ids, cache=cache))
+    for i in range(1, 8):
+        ids.copy_(tokens[:, i : i + 1])
+        replay()
+    assert not torch.allclose(logits, expected[-1], atol=1e-2)
+
+
+def test_a_batch_says_the_same_recorded_or_not_also_when_rows_leave(recordings, tiny_tokenizer, monkeypatch):
+    model = tiny_model()
+    recorded = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, temperature=1.0, seed=3)
+    count = len(recordings)
+    monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
+    plain = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, temperature=1.0, seed=3)
+    assert [row.token_ids for row in recorded] == [row.token_ids for row in plain]
+    assert count >= 1
+
+
+@pytest.mark.parametrize("change", ["adapter", "qk_layernorm", "grouped"])
+def test_every_kind_of_model_can_be_recorded(recordings, tiny_tokenizer, monkeypatch, change):
+    shape = dict(qk_layernorm=dict(qk_layernorm=True), grouped=dict(num_key_value_heads=1))
+    model = tiny_model(**shape.get(change, {}))
+    if change == "adapter":
+        attach(model, LoraConfig(r=4))
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+    monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
+    assert said.token_ids == generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12).token_ids
+    assert recordings
+
+
+def test_a_chat_goes_on_from_what_recorded_steps_stored(recordings, tiny_tokenizer, monkeypatch):
+    model = tiny_model()
+    chat, other = (ChatSession(model, tiny_tokenizer, max_new_tokens=6) for _ in range(2))
+    first = [chat.reply("Hi"), chat.reply("Why?")]
+    assert recordings
+    monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
+    assert first == [other.reply("Hi"), other.reply("Why?")]
+
+
+@torch.no_grad()
+def test_a_full_cache_is_left_alone(impl):
+    model = tiny_model()
+    cache = KVCache(model.config, 1, 4, torch.float32)
+    cache.advance(3)
+    step = RecordedStep(model, cache, None, None)
+    step(torch.ones((1, 1), dtype=torch.int64))
+    with pytest.raises(ValueError, match="holds 4 tokens, 5 were asked for"):
+        step(torch.ones((1, 1), dtype=torch.int64))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_cuda_graph_says_what_its_kernels_say_one_by_one(dtype):
+    model, tokens = tiny_model().to("cuda", dtype), torch.randint(0, 300, (2, 12), device="cuda")
+    caches = [KVCache(model.config, 2, 20, dtype, "cuda") for _ in range(2)]
+    steps = [RecordedStep(model, cache, None, None) for cache in caches]
+    for i in range(12):
+        recorded = steps[0](tokens[:, i : i + 1]).clone()
+        steps[1]._logits = steps[1]._replay = None  # launches kernel by kernel again
+        assert torch.equal(recorded, steps[1](tokens[:, i : i + 1]))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_records_once_for_a_reply(monkeypatch, tiny_tokenizer):
+    made = []
+    monkeypatch.setattr(phi2.step, "record", lambda launch: made.append(launch) or record(launch))
+    generate(tiny_model().cuda(), tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+    assert len(made) == 1
