@@ -165,7 +165,7 @@ def gate(task: Task) -> Standing:
     inputs = task.inputs(0)
     expected = task.reference(*inputs)
     plain = _errors(task.plain, inputs, expected)
-    with _poisoned_memory():
+    with poisoned_memory():
         errors = _errors(task.ours, inputs, expected)
     for name, error in errors.items():
         allowed = min(WRONG, max(task.rounding, 2 * plain[name]))
@@ -214,7 +214,7 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
 
 
 @contextmanager
-def _poisoned_memory() -> Iterator[None]:
+def poisoned_memory() -> Iterator[None]:
     """New memory is full of NaN, which torch does in its deterministic mode: an output nobody wrote is seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
@@ -282,16 +282,18 @@ def laps(calls: dict[str, list[Callable[[], Any]]], turns: int) -> dict[str, lis
     return {name: [begin.elapsed_time(end) for begin, end in pairs[WARM_UP:]] for name, pairs in events.items()}
 
 
-def race(task: Task, sides: dict[str, Side], turns: int) -> dict[str, list[float]]:
-    """Milliseconds of `turns` calls of each side."""
-    sets = [task.inputs(seed) for seed in range(1, task.sets + 1)]
+def race(
+    inputs: Callable[[int], Inputs], sides: dict[str, Side], turns: int, sets: int, in_graph: bool
+) -> dict[str, list[float]]:
+    """Milliseconds of `turns` calls of each side; arguments as the attributes of `Task`."""
+    made = [inputs(seed) for seed in range(1, sets + 1)]
     calls: dict[str, list[Callable[[], Any]]] = {}
     for name, side in sides.items():
-        own = [partial(side.run, *side.prepare(*inputs)) for inputs in sets]
+        own = [partial(side.run, *side.prepare(*each)) for each in made]
         for call in own:  # compiles, and lets libraries make their plans
             call()
-        calls[name] = [_captured(own)] if task.in_graph else own
-    share = len(sets) if task.in_graph else 1
+        calls[name] = [_captured(own)] if in_graph else own
+    share = sets if in_graph else 1
     return {name: [time / share for time in times] for name, times in laps(calls, turns).items()}
 
 
@@ -328,7 +330,7 @@ def report(tasks: list[Task], turns: int, facts: dict[str, str | int | float]) -
     for task, standing in zip(tasks, found, strict=True):
         facts |= {f"{task.name}, without {name}": reason for name, reason in standing.absent.items()}
         peaks = {name: peak_memory(side, task.inputs(0)) for name, side in standing.sides.items()}
-        times = race(task, standing.sides, turns)
+        times = race(task.inputs, standing.sides, turns, task.sets, task.in_graph)
         torch.cuda.empty_cache()
         measures += [] if task.is_fact else [*_speeds(task, times), *_peaks(task, peaks)]
         table += [_row(task, name, times[name], peaks[name], standing, measured, promised) for name in times]

@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: F401  they register their cases
     ops_attention,
     ops_block,
     ops_prefix,
+    ops_step,
     training,
 )
 from benchmarks.gpu import DeviceError
@@ -66,10 +67,10 @@ def table(name: str, report: Report) -> str:
     lines = [f"{name}: {CASES[name].summary}", f"  gate green: {report.gate}"]
     lines += [f"  {key}: {value}" for key, value in report.facts.items()]
     lines.append(f"  {'':<36} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
-    return "\n".join(lines + [_line(measure) for measure in report.measures] + _columns(report.table))
+    return "\n".join(lines + [_line(measure) for measure in report.measures] + columns(report.table))
 
 
-def _columns(rows: list[dict[str, str | int | float]]) -> list[str]:
+def columns(rows: list[dict[str, str | int | float]]) -> list[str]:
     """Lines of a table, each column as wide as its widest cell."""
     if not rows:
         return []

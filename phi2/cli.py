@@ -34,6 +34,7 @@ def generate(
     stop: list[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> None:
     """Answer one prompt, streaming.
 
@@ -53,10 +54,11 @@ def generate(
         stop: Strings the answer ends before.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, float16, or auto.
+        quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
     """
     import phi2
 
-    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter)
+    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
     text = sys.stdin.read() if prompt == "-" else prompt
     style = ("chatml" if tokenizer.prompt_style == "chatml" else "raw") if prompt_style == "auto" else prompt_style
     if system is not None:
@@ -99,6 +101,7 @@ def chat(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> None:
     """Talk with a model in the terminal; /help lists what can be typed.
 
@@ -113,11 +116,12 @@ def chat(
         seed: Of the sampling.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, float16, or auto.
+        quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
     """
     import phi2
     from phi2.chat import run_chat
 
-    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter)
+    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     run_chat(phi2.ChatSession(loaded, tokenizer, system, repetition_penalty=repetition_penalty, **sampling))
 
@@ -181,6 +185,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> None:
     """Grade a model on the five toy skills, with 95 % intervals.
 
@@ -191,11 +196,12 @@ def evaluate(
         seed: Of the choice of questions.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, float16, or auto.
+        quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
     """
     import phi2
     from phi2.evaluation.toy import evaluate
 
-    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter)
+    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
     for skill, score in evaluate(loaded, tokenizer, questions, seed).items():
         print(f"{skill:<12} {score}")
 

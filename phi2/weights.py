@@ -22,8 +22,10 @@ from torch import Tensor
 
 from phi2.config import Phi2Config
 from phi2.hub import one_line, read_json, resolve
+from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import load_adapter
+from phi2.quantize import quantize_model
 from phi2.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +53,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     adapter: str | Path | None = None,
+    quantize: str | None = None,
 ) -> tuple[Phi2ForCausalLM, Tokenizer]:
     """A model in eval mode and its tokenizer.
 
@@ -61,6 +64,8 @@ def load(
         revision: branch, tag or commit of a hub repository.
         adapter: folder or hub id of a LoRA adapter in PEFT's format, attached to the model. A tokenizer beside it is
             the one it was trained with, and is used in place of the model's.
+        quantize: "int8" or "int4" for a model that only generates, see `phi2.quantize`. An adapter is merged first,
+            and "auto" then means bfloat16 on a CPU too.
 
     Raises:
         FileNotFoundError: when the folder or one of its files is not there.
@@ -70,12 +75,19 @@ def load(
     adapter_folder = None if adapter is None else resolve(adapter)
     load_config(folder)  # before a tokenizer is missed: this knows what else the folder may be
     tokenizer = load_tokenizer(folder, adapter_folder)
+    device = pick_device(device)
+    if quantize is not None and dtype == "auto" and device.type == "cpu":
+        dtype = torch.bfloat16  # what torch's packed kernels take
     model = load_model(folder, device, dtype)
     if adapter_folder is not None:
         load_adapter(model, adapter_folder)
     rows = model.config.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} ids, more than the {rows} embedding rows")
+    if quantize is not None:
+        if adapter_folder is not None:
+            merge(model)
+        quantize_model(model, quantize)
     return model, tokenizer
 
 

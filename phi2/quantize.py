@@ -1,0 +1,117 @@
+"""Weight-only quantisation: a model for generating, with 8 or 4 bits a weight.
+
+A decode step reads every weight for every token and computes little with it: fewer bytes are more tokens per second.
+
+    int8    each row of a weight has a scale
+    int4    32 neighbours of a row share a scale and a zero point; the head, whose errors nothing averages, stays int8
+
+Weights are rounded to nearest, without data. Embeddings, LayerNorms, biases and activations keep their dtype. The
+formats, and the products on a GPU, are those of `phi2_kernels.gemv`. On a CPU torch's packed kernels multiply, which
+take bfloat16 only; in another dtype a CPU makes the whole weight again in every pass.
+
+Dims: N outputs, K inputs, G neighbours that share a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from phi2_kernels.gemv import gemv_int4, gemv_int8, quantize_int4, quantize_int8, unpack_int4
+
+GROUP = 32
+
+
+class Int8Linear(nn.Module):
+    """A linear whose weight is int8 codes (N, K) and scales (N,)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        codes, scale = quantize_int8(linear.weight.detach())
+        self.register_buffer("weight", codes)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gemv_int8(x, self.weight, self.scale, self.bias)
+
+
+class Int4Linear(nn.Module):
+    """A linear whose weight is 4-bit codes (N, K/2), scales and zero points (N, K/G)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        packed, scales, zeros = quantize_int4(linear.weight.detach(), GROUP)
+        self.register_buffer("weight", packed)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gemv_int4(x, self.weight, self.scales, self.zeros, self.bias, GROUP)
+
+
+class Int4LinearOnCPU(nn.Module):
+    """`Int4Linear` with its codes in the order in which torch's kernel reads them on this CPU; bfloat16."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        packed, scales, zeros = quantize_int4(linear.weight.detach(), GROUP)
+        codes = unpack_int4(packed, GROUP).flatten(1).int()  # (N, K)
+        offsets = (8 - zeros.float()) * scales.float()  # torch counts from the middle of the codes
+        self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        both = torch.stack((scales, offsets.to(scales.dtype)), dim=-1)  # (N, K/G, 2)
+        self.register_buffer("scales", both.transpose(0, 1).contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self.weight, GROUP, self.scales)
+        return (y + self.bias).view(*x.shape[:-1], -1)
+
+
+def _int4(linear: nn.Linear) -> nn.Module:
+    weight = linear.weight
+    N, K = weight.shape
+    packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and N % 16 == 0
+    return Int4LinearOnCPU(linear) if packs else Int4Linear(linear)
+
+
+# name -> how a linear of the blocks, and how the head is kept
+FORMATS: dict[str, tuple[Callable[[nn.Linear], nn.Module], Callable[[nn.Linear], nn.Module]]] = {
+    "int8": (Int8Linear, Int8Linear),
+    "int4": (_int4, Int8Linear),
+}
+
+
+def quantize_model(model: nn.Module, format: str) -> None:
+    """Replaces every linear of a model by a quantised one, in place; what is left can generate, not train.
+
+    Args:
+        model: a `Phi2ForCausalLM` without an adapter, on the device it will run on.
+        format: "int8" or "int4".
+    Raises:
+        ValueError: for another format, a model that has an adapter or is quantised already, or weights whose rows do
+            not divide into groups.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if any(".lora_" in name for name in linears):
+        raise ValueError("the model has an adapter: merge it before quantising")
+    if not linears:
+        raise ValueError("the model is quantised already")
+    if format == "int4":
+        _check_groups(linears)
+    in_block, head = FORMATS[format]
+    for name, linear in linears.items():
+        model.set_submodule(name, head(linear) if name == "lm_head" else in_block(linear))
+
+
+def _check_groups(linears: dict[str, nn.Linear]) -> None:
+    for name, linear in linears.items():
+        if linear.in_features % GROUP:
+            raise ValueError(
+                f"int4 needs rows that divide into groups of {GROUP}, {name} has {linear.in_features} columns"
+            )

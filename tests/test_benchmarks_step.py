@@ -1,0 +1,63 @@
+"""The benchmark of whole decode steps: what it counts, and that its sides say the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gpu, ops_step, run
+from benchmarks.gpu import OURS, Work
+from benchmarks.registry import GateError
+from phi2.config import Phi2Config
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+SMALL = Phi2Config(
+    vocab_size=96, hidden_size=160, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2,
+    max_position_embeddings=64, partial_rotary_factor=0.4, initializer_range=0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def can_record(request) -> None:
+    if DEVICE.type == "cpu":
+        request.getfixturevalue("recordings")
+
+
+def task(format: str | None, dtype: torch.dtype = torch.float32) -> gpu.Task:
+    return ops_step.step_task(DEVICE, dtype, SMALL, 5, format)
+
+
+def test_a_step_counts_every_weight_and_the_keys_and_values_of_its_context():
+    blocks, head = 2 * (4 * 160 * 160 + 2 * 160 * 64), 96 * 160
+    assert ops_step.step_work(SMALL, 5, 16, 16) == Work(2 * (blocks + head + 3200), 2 * (blocks + head) + 6400)
+    assert ops_step.step_work(SMALL, 5, 5, 8).bytes == blocks * 5 // 8 + head + 6400
+
+
+@pytest.mark.parametrize("format", ops_step.BITS)
+def test_our_step_and_its_peers_say_the_same(format):
+    found = gpu.gate(task(format))
+    assert not found.absent and OURS in found.sides and max(found.errors.values()) < 1e-5
+
+
+def test_half_precision_passes_the_gate():
+    assert gpu.gate(task(None, torch.bfloat16)).errors[OURS] < 2e-2
+
+
+def test_every_call_adds_a_token():
+    side = task(None).ours
+    first, second = (side.run(torch.full((1, 1), 7, device=DEVICE))["output"] for _ in range(2))
+    assert not torch.allclose(first, second, atol=1e-4)
+
+
+def test_a_step_that_forgets_its_context_is_seen():
+    whole, empty = task(None), ops_step.step_task(DEVICE, torch.float32, SMALL, 4, None)
+    with pytest.raises(GateError, match="step float32: output is off"):
+        gpu.gate(replace(whole, ours=empty.ours))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_case_ends_with_one_line(capsys):
+    assert run.main(["--case", "decode_step"]) == 1
+    assert capsys.readouterr().err.endswith("it needs a CUDA GPU, and torch sees none on this machine\n")
