@@ -105,7 +105,8 @@ def quantize_model(model: nn.Module, format: str) -> None:
     if format == "int4":
         _check_groups(linears)
     in_block, head = FORMATS[format]
-    for name, linear in linears.items():
+    for name in list(linears):
+        linear = linears.pop(name)  # the last reference: its memory is free before the next one is made
         model.set_submodule(name, head(linear) if name == "lm_head" else in_block(linear))
 
 

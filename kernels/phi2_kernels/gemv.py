@@ -60,11 +60,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (N, K) in 8 bits: codes (N, K) int8, and the scale (N,) of each row in the dtype of the weight."""
-    w = weight.float()
-    largest = w.abs().amax(dim=1)
+    w = weight.to(torch.float32, copy=True)
+    largest = torch.linalg.vector_norm(w, ord=torch.inf, dim=1)
     scale = torch.where(largest > 0, largest / 127, 1.0).to(weight.dtype)
     # Codes are found with the scale as it is kept, so that its rounding is not an error of the weight.
-    return (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    return w.div_(scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
@@ -115,13 +115,14 @@ def quantize_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor, Tens
     """
     N, K = weight.shape
     _check_group(K, group)
-    w = weight.float().view(N, K // group, group)
+    w = weight.to(torch.float32, copy=True).view(N, K // group, group)
     low, high = w.amin(dim=-1).clamp(max=0.0), w.amax(dim=-1).clamp(min=0.0)
     scales = ((high - low) / 15).to(weight.dtype)
     scales = torch.where(scales > 0, scales, 1.0)
     zeros = (-low / scales.float()).to(weight.dtype)
     # Codes are found with the scales and zeros as they are kept, so that their rounding is not an error of the weight.
-    codes = (w / scales.float()[..., None] + zeros.float()[..., None]).round().clamp(0, 15).to(torch.uint8)
+    w.div_(scales.float()[..., None]).add_(zeros.float()[..., None])
+    codes = w.round_().clamp_(0, 15).to(torch.uint8)
     first, second = codes.chunk(2, dim=-1)
     return (first | second << 4).view(N, K // 2), scales, zeros
 
