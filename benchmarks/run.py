@@ -30,6 +30,7 @@ from benchmarks import (  # noqa: F401  they register their cases
     ops_block,
     ops_prefix,
     ops_step,
+    quantized,
     training,
 )
 from benchmarks.gpu import DeviceError

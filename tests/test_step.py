@@ -11,7 +11,7 @@ import phi2.step
 from phi2.cache import KVCache
 from phi2.chat import ChatSession
 from phi2.config import Phi2Config
-from phi2.generate import generate
+from phi2.generate import generate, stream
 from phi2.lora import LoraConfig, attach
 from phi2.model import Phi2ForCausalLM
 from phi2.step import RecordedStep, record
@@ -103,6 +103,16 @@ def test_a_chat_goes_on_from_what_recorded_steps_stored(recordings, tiny_tokeniz
     assert recordings
     monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
     assert first == [other.reply("Hi"), other.reply("Why?")]
+
+
+def test_a_replay_whose_logits_are_not_finite_names_the_layer(recordings, tiny_tokenizer):
+    model = tiny_model()
+    chunks = stream(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+    for _ in range(5):
+        next(chunks)
+    torch.nn.init.constant_(model.model.layers[1].mlp.fc2.bias, float("nan"))
+    with pytest.raises(ValueError, match="non-finite logits; first in model.layers.1.mlp.fc2"):
+        list(chunks)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CELLS_AT_ONCE = 2**22  # of a table of blocks by keys, about 50 bytes each while it is made
 WORTHWHILE_GAP = 64  # keys; a smaller hole in what a block of queries sees is masked, not skipped
 
 
@@ -159,10 +160,17 @@ class Visibility:
 
 
 def _key_ranges(until: Tensor, queries: int, block: int) -> Tensor:
-    """The table of `Visibility.key_ranges`: what a block sees, cut in two at its widest hole."""
+    """The table of `Visibility.key_ranges`, some blocks at a time."""
     keys = until.shape[1]
+    first = torch.arange(keys - queries, keys, block, device=until.device)  # the first query of each block
+    at_once = -(-CELLS_AT_ONCE // until.numel())
+    return torch.cat([_ranges_of(some, until, block) for some in first.split(at_once)], dim=1)
+
+
+def _ranges_of(first: Tensor, until: Tensor, block: int) -> Tensor:
+    """(B, n, 6): what blocks that begin at `first` (n,) see, cut in two at the widest hole."""
+    keys, first = until.shape[1], first[:, None]  # (n, 1)
     key = torch.arange(keys, device=until.device)
-    first = torch.arange(keys - queries, keys, block, device=until.device)[:, None]  # (n, 1), a block's first query
     end = (first + block).clamp(max=keys)
     some = (key < end) & (until[:, None] > torch.maximum(first, key))  # (B, n, S): a query of the block sees the key
     every = (key <= first) & (until[:, None] >= end)

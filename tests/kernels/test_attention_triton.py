@@ -300,6 +300,13 @@ def test_query_ends_are_the_bounds_of_a_block_of_keys(until, block):
     ]
 
 
+def test_key_ranges_made_block_by_block_are_those_made_at_once(monkeypatch):
+    layout = LAYOUTS["four answers, one empty"]
+    at_once = make_visibility(70, 70, layout).key_ranges(16)
+    monkeypatch.setattr("phi2_kernels.visibility.CELLS_AT_ONCE", 1)
+    assert torch.equal(make_visibility(70, 70, layout).key_ranges(16), at_once)
+
+
 def test_skipping_skips_nearly_all_that_a_mask_would_hide():
     M, N = 128, 64
     until = [1500] * 300 + [1100] * 800 + [1500] * 400 + [2048] * 548
