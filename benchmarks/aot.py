@@ -127,15 +127,15 @@ def whole(*shape: int) -> Tensor:
 
 def attention() -> None:
     """Plain causal, and over packed documents."""
-    from phi2_kernels import attention_triton
+    from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
 
     q, o, lse = heads(3 * H * D), heads(H * D), floats(B, H, S)
-    until, blocks = whole(B, S), [attention_triton.launch_of(kernel, q) for kernel in ("forward", "dkdv")]
+    until, blocks = whole(B, S), [attention_tiles_triton.launch_of(kernel, q) for kernel in ("forward", "dkdv")]
     ranges, ends = whole(B, S // blocks[0].block_m, 6), whole(B, S // blocks[1].block_n, 4)
-    attention_triton.forward(q, q, q, o, lse)
-    attention_triton.backward(o, q, q, q, o, lse, q, q, q)
-    attention_triton.forward(q, q, q, o, lse, until, ranges)
-    attention_triton.backward(o, q, q, q, o, lse, q, q, q, until, ranges, ends)
+    attention_forward_triton.forward(q, q, q, o, lse)
+    attention_backward_triton.backward(o, q, q, q, o, lse, q, q, q)
+    attention_forward_triton.forward(q, q, q, o, lse, until, ranges)
+    attention_backward_triton.backward(o, q, q, q, o, lse, q, q, q, until, ranges, ends)
 
 
 def heads(row: int) -> Tensor:
@@ -194,20 +194,20 @@ def decode() -> None:
 
 def padded() -> None:
     """Causal attention with 128 dims in the place of 80, not even masked: the least that padding costs."""
-    from phi2_kernels import attention_triton
+    from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
 
     q, o, lse = heads(3 * H * D), heads(H * D), floats(B, H, S)
-    with mock.patch.object(attention_triton, "pieces_of", lambda D: (128,)):
-        attention_triton.forward(q, q, q, o, lse)
-        attention_triton.backward(o, q, q, q, o, lse, q, q, q)
+    with mock.patch.object(attention_tiles_triton, "pieces_of", lambda D: (128,)):
+        attention_forward_triton.forward(q, q, q, o, lse)
+        attention_backward_triton.backward(o, q, q, q, o, lse, q, q, q)
 
 
 def unaligned() -> None:
     """Causal attention on rows whose length no power of two divides."""
-    from phi2_kernels import attention_triton
+    from phi2_kernels import attention_forward_triton
 
     q = heads(3 * H * D + 1)
-    attention_triton.forward(q, q, q, heads(H * D), floats(B, H, S))
+    attention_forward_triton.forward(q, q, q, heads(H * D), floats(B, H, S))
 
 
 PADDED, UNALIGNED = "padded", "unaligned"
@@ -293,7 +293,7 @@ def distinct(launched: list[tuple[Any, Any, dict]]) -> list[tuple[Any, Any, dict
 
 def name_of(kernel) -> str:
     """Its file and what it does, as in the table `WORK`."""
-    op = kernel.fn.__module__.split(".")[-1].removesuffix("_triton")
+    op = kernel.fn.__module__.split(".")[-1].removesuffix("_triton").removesuffix("_forward").removesuffix("_backward")
     return f"{op} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
 
 

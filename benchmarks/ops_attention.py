@@ -150,24 +150,24 @@ def _widened(*inputs: Tensor) -> Inputs:
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> Outputs:
     """Our kernels with one tile for a whole head, on `_widened` inputs, by launches that fit such tiles."""
-    from phi2_kernels import attention_triton
+    from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
 
     D = q.shape[3]
     names = ["output"] if do is None else ["output", "grad of q", "grad of k", "grad of v"]
     outputs = {name: _wide(q)[..., :D] for name in names}
     o, *grads = outputs.values()
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tiles = mock.patch.object(attention_triton, "pieces_of", lambda D: (_padded_width(D),))
-    with tiles, mock.patch.object(attention_triton, "LAUNCH", _padded_launches()):
-        attention_triton.forward(q, k, v, o, lse)
+    tiles = mock.patch.object(attention_tiles_triton, "pieces_of", lambda D: (_padded_width(D),))
+    with tiles, mock.patch.object(attention_tiles_triton, "LAUNCH", _padded_launches()):
+        attention_forward_triton.forward(q, k, v, o, lse)
         if do is not None:
-            attention_triton.backward(do, q, k, v, o, lse, *grads)
+            attention_backward_triton.backward(do, q, k, v, o, lse, *grads)
     return outputs
 
 
 def _padded_launches() -> dict:
     """The tiles of a padded head that spill least; the shipped ones would spill kilobytes."""
-    from phi2_kernels.attention_triton import Launch
+    from phi2_kernels.attention_tiles_triton import Launch
 
     return {
         80: {"forward": Launch(128, 64, 8, 2), "dkdv": Launch(32, 64, 4, 2), "dq": Launch(128, 32, 8, 2)},

@@ -41,20 +41,20 @@ def tiny_model(**changes) -> Phi2ForCausalLM:
 
 @torch.no_grad()
 def test_replays_equal_passes_that_the_host_counts(recordings, impl):
-    model, tokens = tiny_model(), torch.randint(0, 300, (2, 12))
+    model, tokens = tiny_model(vocab_size=32, hidden_size=80, num_attention_heads=1), torch.randint(0, 32, (2, 8))
     pads = torch.tensor([[0], [3]], dtype=torch.int32)
-    caches = [KVCache(model.config, 2, 20, torch.float32) for _ in range(2)]
-    until = torch.where(torch.arange(20) < pads, 0, 20).int()
-    positions = (torch.arange(12) - pads).clamp(min=0)
+    caches = [KVCache(model.config, 2, 12, torch.float32) for _ in range(2)]
+    until = torch.where(torch.arange(12) < pads, 0, 12).int()
+    positions = (torch.arange(8) - pads).clamp(min=0)
     for cache in caches:
         model.model(tokens[:, :5], positions=positions[:, :5], visible_until=until[:, :5], cache=cache)
     step = RecordedStep(model, caches[0], pads, until)
-    for i in range(5, 12):
+    for i in range(5, 8):
         expected = model(
             tokens[:, i : i + 1], positions=positions[:, i : i + 1], visible_until=until[:, : i + 1], cache=caches[1]
         )
         torch.testing.assert_close(step(tokens[:, i : i + 1]), expected[:, 0], atol=2e-5, rtol=2e-5)
-    assert len(recordings) == 1 and caches[0].length == 12
+    assert len(recordings) == 1 and caches[0].length == 8
     torch.testing.assert_close(caches[0].keys, caches[1].keys, atol=2e-5, rtol=2e-5)
 
 

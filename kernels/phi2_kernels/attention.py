@@ -55,7 +55,7 @@ def attention(
         return decode_attention(q, k, v, visibility.filled, visibility.until, impl=impl)
     assert visibility.filled is None, "a cache that counts on the device has steps of one token without gradient"
     if use_triton(impl, q, _obstacle(q, k, v, visibility, dropout)):
-        from phi2_kernels.attention_triton import launch_of
+        from phi2_kernels.attention_tiles_triton import launch_of
 
         ranges = visibility.key_ranges(launch_of("forward", q).block_m)
         ends = visibility.query_ends(launch_of("dkdv", q).block_n)
@@ -107,10 +107,10 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, until: Tensor | None, key_ranges: Tensor | None, query_ends: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, D) and lse (B, H, T) float32, which carries no gradient. The tables are those of `Visibility`."""
-    from phi2_kernels import attention_triton
+    from phi2_kernels import attention_forward_triton
 
     o, lse = _heads_last(q), _new_lse(q)
-    attention_triton.forward(q, k, v, o, lse, until, key_ranges)
+    attention_forward_triton.forward(q, k, v, o, lse, until, key_ranges)
     return o, lse
 
 
@@ -120,10 +120,10 @@ def _attention_backward(
     until: Tensor | None, key_ranges: Tensor | None, query_ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    from phi2_kernels import attention_triton
+    from phi2_kernels import attention_backward_triton
 
     grads = _heads_last(q), _heads_last(k), _heads_last(v)
-    attention_triton.backward(do, q, k, v, o, lse, *grads, until, key_ranges, query_ends)
+    attention_backward_triton.backward(do, q, k, v, o, lse, *grads, until, key_ranges, query_ends)
     return grads
 
 

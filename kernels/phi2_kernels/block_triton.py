@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels import attention_triton, gelu_triton, layer_norm_triton, rotary_triton
+from phi2_kernels import (
+    attention_backward_triton,
+    attention_forward_triton,
+    gelu_triton,
+    layer_norm_triton,
+    rotary_triton,
+)
+from phi2_kernels.attention_tiles_triton import launch_of
 from phi2_kernels.visibility import Visibility
 
 
@@ -17,8 +24,8 @@ def masks(visibility: Visibility, head: Tensor) -> list[Tensor]:
     """
     if visibility.until is None:
         return []
-    ranges = visibility.key_ranges(attention_triton.launch_of("forward", head).block_m)
-    return [visibility.until, ranges, visibility.query_ends(attention_triton.launch_of("dkdv", head).block_n)]
+    ranges = visibility.key_ranges(launch_of("forward", head).block_m)
+    return [visibility.until, ranges, visibility.query_ends(launch_of("dkdv", head).block_n)]
 
 
 def kept_numbers(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +66,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, masks: list[Tensor]) -> Tensor:
     """Writes o (B, H, T, D) and returns the logsumexp (B, H, T)."""
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    attention_triton.forward(q, k, v, o, lse, *masks[:2])
+    attention_forward_triton.forward(q, k, v, o, lse, *masks[:2])
     return lse
 
 
@@ -68,7 +75,7 @@ def attend_backward(
     masks: list[Tensor],
 ) -> None:  # fmt: skip
     """Writes dq (B, H, T, D), dk and dv (B, H_kv, T, D)."""
-    attention_triton.backward(do, q, k, v, o, lse, dq, dk, dv, *masks)
+    attention_backward_triton.backward(do, q, k, v, o, lse, dq, dk, dv, *masks)
 
 
 def gelu(x: Tensor, y: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, tl, triton
-from phi2_kernels.attention_triton import _first_column, _piece, pieces_of
+from phi2_kernels.attention_tiles_triton import first_column, piece, pieces_of
 
 KEYS_PER_SPLIT, MIN_SPLITS, MAX_SPLITS = 256, 4, 64
 
@@ -33,7 +33,7 @@ def _load(pointers, mask, PIECES: tl.constexpr):
     """Heads as one float32 tile per piece; pointers and mask are [G or 1, BLOCK_S or 1, 1]."""
     tiles = ()
     for i in tl.static_range(len(PIECES)):
-        columns = _first_column(PIECES, i) + tl.arange(0, _piece(PIECES, i))[None, None, :]
+        columns = first_column(PIECES, i) + tl.arange(0, piece(PIECES, i))[None, None, :]
         tiles = tiles + (tl.load(pointers + columns, mask=mask, other=0.0).to(tl.float32),)
     return tiles
 
@@ -59,7 +59,7 @@ def _faded_plus(acc, fade, weights, v):
 def _zero_heads(BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, PIECES: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(PIECES)):
-        tiles = tiles + (tl.zeros([BLOCK_G, BLOCK_S, _piece(PIECES, i)], tl.float32),)
+        tiles = tiles + (tl.zeros([BLOCK_G, BLOCK_S, piece(PIECES, i)], tl.float32),)
     return tiles
 
 
@@ -111,7 +111,7 @@ def _attend_kernel(
     row = (b * tl.num_programs(1) * G + heads) * splits + tl.program_id(2)  # of (B, H, splits)
     tl.store(lse_ptr + row, tl.where(saw, highest + tl.log2(whole), float("-inf")), mask=g < G)
     for i in tl.static_range(len(PIECES)):
-        columns = _first_column(PIECES, i) + tl.arange(0, _piece(PIECES, i))[None, :]
+        columns = first_column(PIECES, i) + tl.arange(0, piece(PIECES, i))[None, :]
         output = tl.sum(acc[i] * share[:, :, None], axis=1)  # [BLOCK_G, piece]
         tl.store(partial_ptr + row[:, None] * D + columns, output, mask=(g < G)[:, None])
 

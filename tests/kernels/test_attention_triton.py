@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from phi2_kernels import attention_triton
+from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
 from phi2_kernels._dispatch import tl, triton
 from phi2_kernels.attention import _attention, attention
-from phi2_kernels.attention_triton import Launch
+from phi2_kernels.attention_tiles_triton import Launch
 from phi2_kernels.visibility import WORTHWHILE_GAP, Visibility
 
 LAYOUTS = {
@@ -30,7 +30,7 @@ LAYOUTS = {
 def interpreted_launches(monkeypatch) -> None:
     """In the interpreter float32, whose numbers are the sharpest, takes the tiles that half precision has on a GPU."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(attention_triton, "FLOAT32", attention_triton.LAUNCH[80])
+        monkeypatch.setattr(attention_tiles_triton, "FLOAT32", attention_tiles_triton.LAUNCH[80])
 
 
 def make_qkv(T: int, S: int | None = None, *, B=1, H=1, H_kv=1, D=80, dtype=torch.float32, device="cpu", width=0):
@@ -107,7 +107,7 @@ def test_layouts_equal_a_dense_mask(layout, device, poison):
 @pytest.mark.parametrize("M, N", [(16, 64), (64, 16), (32, 128), (128, 32)])
 def test_blocks_need_not_be_square(M, N, rows, device, poison, monkeypatch):
     launch = Launch(M, N, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention_triton, "FLOAT32", {"forward": launch, "dkdv": launch, "dq": launch})
+    monkeypatch.setattr(attention_tiles_triton, "FLOAT32", {"forward": launch, "dkdv": launch, "dq": launch})
     check(*make_qkv(70, device=device), make_visibility(70, 70, *rows, device=device))
 
 
@@ -180,7 +180,7 @@ def test_lse_is_the_natural_logsumexp(rows, device, poison):
 
 
 def tables(visibility, q):
-    blocks = [attention_triton.launch_of(kernel, q) for kernel in ("forward", "dkdv")]
+    blocks = [attention_tiles_triton.launch_of(kernel, q) for kernel in ("forward", "dkdv")]
     return visibility.until, visibility.key_ranges(blocks[0].block_m), visibility.query_ends(blocks[1].block_n)
 
 
@@ -221,8 +221,8 @@ def test_launchers_write_into_columns_of_one_buffer(device, poison):
     wide = torch.full((1, 40, 4 * 80 + 16), 7.0, device=device)
     o = wide[..., : 4 * 80].unflatten(-1, (4, 80)).transpose(1, 2)
     lse, do = torch.empty(1, 4, 40, device=device), torch.randn(q.shape, device=device)
-    attention_triton.forward(q, k, v, o, lse)
-    attention_triton.backward(do, q, k, v, o, lse, dq, dk, dv)
+    attention_forward_triton.forward(q, k, v, o, lse)
+    attention_backward_triton.backward(do, q, k, v, o, lse, dq, dk, dv)
     for mine, other in zip((o, dq, dk, dv), expected(q, k, v, visibility, do), strict=True):
         torch.testing.assert_close(mine.double(), other, rtol=1e-5, atol=1e-5)
     assert (rows[..., 8 * 80 :] == 7).all() and (wide[..., 4 * 80 :] == 7).all()
@@ -379,16 +379,18 @@ def _add_product_once(sums, weights, tiles, PRECISION: tl.constexpr):
 @pytest.mark.parametrize(
     "name, broken",
     [
-        ("_seen", _seen_without_until),
-        ("_seen", _seen_without_causality),
-        ("_inner", _inner_of_the_last_piece),
-        ("_add_product", _add_product_once),
+        ("seen", _seen_without_until),
+        ("seen", _seen_without_causality),
+        ("inner", _inner_of_the_last_piece),
+        ("add_product", _add_product_once),
     ],
 )
 def test_a_broken_kernel_is_caught(name, broken, device, monkeypatch):
     if device == "cuda":
         pytest.skip("compiled kernels hold on to the functions they were compiled with")
-    monkeypatch.setattr(attention_triton, name, broken)
+    for module in (attention_tiles_triton, attention_forward_triton, attention_backward_triton):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, broken)
     with pytest.raises(AssertionError):
         check(*make_qkv(70), make_visibility(70, 70, LAYOUTS["two pairs"]))
 
@@ -432,7 +434,11 @@ def test_checkpointing_changes_nothing(device):
 
 
 def test_forward_and_dq_read_the_same_table():
-    for launches in (*attention_triton.LAUNCH.values(), attention_triton.WIDE, attention_triton.FLOAT32):
+    for launches in (
+        *attention_tiles_triton.LAUNCH.values(),
+        attention_tiles_triton.WIDE,
+        attention_tiles_triton.FLOAT32,
+    ):
         assert launches["forward"].block_m == launches["dq"].block_m
 
 

@@ -1,0 +1,248 @@
+"""The Triton kernels of `attention.py`'s backward pass: two that share no output and so need no atomics.
+
+    dq         a block of queries against the keys it sees, with p = exp(s - lse) made again
+               ds = p (do v^T - delta)        dq = ds k
+    dk, dv     a block of keys against the queries that see it
+               dk = ds^T q                    dv = p^T do
+
+delta[i] = o[i] . do[i]. Everything on the way from one matmul to the next is float32. `attention_tiles_triton.py` says
+how a head of 80 dims is held, and how a block walks over its keys or queries.
+
+Shapes: q, o, do, dq (B, H, T, D); k, v, dk, dv (B, H_kv, S, D); any strides with neighbouring dims side by side.
+Source: arXiv:2307.08691 (FlashAttention-2), with the gradient of q in a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phi2_kernels._dispatch import tl, triton
+from phi2_kernels.attention_tiles_triton import (
+    LOG2E,
+    add_product,
+    head_at,
+    inner,
+    key_ranges,
+    launch_of,
+    load_rows,
+    options,
+    scaled,
+    seen,
+    seen_keys,
+    store_rows,
+    strides_of,
+    tile_at,
+    tiles_in,
+    zero_tiles,
+)
+
+BLOCK_DELTA = 64  # queries a program of the delta kernel takes
+
+
+@triton.jit
+def _delta_kernel(
+    o_ptr, do_ptr, delta_ptr, o_strides, do_strides, H, T,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < T)[:, None] & (columns < D)[None, :]
+    o_ptr = head_at(o_ptr, o_strides, b, h)
+    do_ptr = head_at(do_ptr, do_strides, b, h)
+    o = tl.load(o_ptr + rows[:, None] * o_strides[2] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    do = tl.load(do_ptr + rows[:, None] * do_strides[2] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + (b * H + h) * T + rows, tl.sum(o * do, axis=1), mask=rows < T)
+
+
+@triton.jit
+def _pull_back_to_keys(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, keys, until, scale_log2, first, second,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Walks over ranges of queries. Scores are transposed, so that no p or ds ever has to be."""
+    rows = tl.arange(0, BLOCK_M)
+    for i in range(tiles_in(first, second, BLOCK_M, MASKED)):
+        begin, end = tile_at(i, first, second, BLOCK_M, MASKED)
+        inside = begin + rows < end
+        q = load_rows(q_ptr + begin.to(tl.int64) * q_stride, q_stride, rows, inside, PIECES, MASKED, UPCAST)
+        p = tl.exp2(inner(k, q, PRECISION) * scale_log2 - _load_row(lse_ptr + begin, rows, inside, MASKED) * LOG2E)
+        if MASKED:
+            own = None
+            if until is not None:
+                own = (until - begin)[:, None]
+            p = tl.where(
+                seen(rows[None, :], (keys - begin)[:, None], own) & inside[None, :], p, 0.0
+            )  # [BLOCK_N, BLOCK_M]
+        do = load_rows(do_ptr + begin.to(tl.int64) * do_stride, do_stride, rows, inside, PIECES, MASKED, UPCAST)
+        dv = add_product(dv, p.to(do[0].dtype), do, PRECISION)
+        ds = p * (inner(v, do, PRECISION) - _load_row(delta_ptr + begin, rows, inside, MASKED))
+        dk = add_product(dk, ds.to(q[0].dtype), q, PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _load_row(ptr, rows, mask, MASKED: tl.constexpr):
+    """One number per query.  # [1, BLOCK_M]"""
+    if MASKED:
+        return tl.load(ptr + rows, mask=mask, other=0.0)[None, :]
+    else:
+        return tl.load(ptr + rows)[None, :]
+
+
+@triton.jit
+def _query_ranges(table_ptr, first_key, offset, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Three ranges of queries for a block of keys: to mask, whole tiles that see the whole block, and to mask again.
+
+    The table is that of `Visibility.query_ends`.
+    """
+    first_query = first_key - offset  # sees the first key, if it is one of this pass
+    begin = tl.maximum(first_query, 0)
+    full, end = T, T
+    if table_ptr is not None:
+        full, end = tl.load(table_ptr) - offset, tl.load(table_ptr + 1) - offset
+    end = tl.maximum(end, begin)
+    diagonal = tl.cdiv(tl.maximum(first_query + BLOCK_N - 1 - begin, 0), BLOCK_M) * BLOCK_M
+    middle = tl.minimum(begin + diagonal, end)
+    full = middle + tl.maximum(full - middle, 0) // BLOCK_M * BLOCK_M
+    return (begin, middle), (middle, full), (full, end)
+
+
+@triton.jit
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, until_ptr, ends_ptr,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, scale, H_kv, T, S,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)  # the first keys are seen most: they go first
+    b, h = (tl.program_id(1) // H_kv).to(tl.int64), (tl.program_id(1) % H_kv).to(tl.int64)
+    row = block * BLOCK_N
+    rows = tl.arange(0, BLOCK_N)
+    exists = row + rows < S
+    keys = row - (S - T) + rows  # counted from the first query of this pass, as everything is below
+    until = None
+    if until_ptr is not None:
+        until = tl.load(until_ptr + b * S + row + rows, mask=exists, other=0) - (S - T)
+        ends_ptr += (b * tl.num_programs(0) + block) * 2
+    before, whole, behind = _query_ranges(ends_ptr, row, S - T, T, BLOCK_M, BLOCK_N)
+    k_ptr = head_at(k_ptr, k_strides, b, h) + row.to(tl.int64) * k_strides[2]
+    v_ptr = head_at(v_ptr, v_strides, b, h) + row.to(tl.int64) * v_strides[2]
+    k = load_rows(k_ptr, k_strides[2], rows, exists, PIECES, True, UPCAST)
+    v = load_rows(v_ptr, v_strides[2], rows, exists, PIECES, True, UPCAST)
+    dk, dv = zero_tiles(BLOCK_N, PIECES), zero_tiles(BLOCK_N, PIECES)
+    q_ptr = head_at(q_ptr, q_strides, b, h * GROUP)
+    do_ptr = head_at(do_ptr, do_strides, b, h * GROUP)
+    lse_ptr += (b * H_kv + h) * GROUP * T
+    delta_ptr += (b * H_kv + h) * GROUP * T
+    for _ in range(GROUP):  # the query heads of a group, one after another
+        dk, dv = _pull_back_to_keys(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides[2], do_strides[2], keys, until, scale * LOG2E,
+            before, behind, True, BLOCK_M, PIECES, PRECISION, UPCAST,
+        )  # fmt: skip
+        dk, dv = _pull_back_to_keys(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides[2], do_strides[2], keys, until, scale * LOG2E,
+            whole, whole, False, BLOCK_M, PIECES, PRECISION, UPCAST,
+        )  # fmt: skip
+        q_ptr += q_strides[1]
+        do_ptr += do_strides[1]
+        lse_ptr += T
+        delta_ptr += T
+    dk_ptr = head_at(dk_ptr, dk_strides, b, h) + row.to(tl.int64) * dk_strides[2]
+    dv_ptr = head_at(dv_ptr, dv_strides, b, h) + row.to(tl.int64) * dv_strides[2]
+    store_rows(dk_ptr, dk_strides[2], rows, exists, scaled(dk, scale), PIECES)
+    store_rows(dv_ptr, dv_strides[2], rows, exists, dv, PIECES)
+
+
+@triton.jit
+def _pull_back_to_queries(
+    dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, first, second,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Walks over ranges of keys, as `_attend` does."""
+    TWO: tl.constexpr = until_ptr is not None
+    rows = tl.arange(0, BLOCK_N)
+    for i in range(tiles_in(first, second, BLOCK_N, TWO)):
+        begin, end = tile_at(i, first, second, BLOCK_N, TWO)
+        inside = begin + rows < end
+        k = load_rows(k_ptr + begin.to(tl.int64) * k_stride, k_stride, rows, inside, PIECES, MASKED, UPCAST)
+        v = load_rows(v_ptr + begin.to(tl.int64) * v_stride, v_stride, rows, inside, PIECES, MASKED, UPCAST)
+        p = tl.exp2(inner(q, k, PRECISION) * scale_log2 - (lse * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            p = tl.where(seen_keys(queries, rows, begin, inside, until_ptr), p, 0.0)
+        ds = p * (inner(do, v, PRECISION) - delta[:, None])
+        dq = add_product(dq, ds.to(k[0].dtype), k, PRECISION)
+    return dq
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, until_ptr, ranges_ptr,
+    q_strides, k_strides, v_strides, do_strides, dq_strides, scale, H, T, S,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see most: they go first
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    row = block * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    exists = row + rows < T
+    q_ptr = head_at(q_ptr, q_strides, b, h) + row.to(tl.int64) * q_strides[2]
+    do_ptr = head_at(do_ptr, do_strides, b, h) + row.to(tl.int64) * do_strides[2]
+    k_ptr = head_at(k_ptr, k_strides, b, h // GROUP)
+    v_ptr = head_at(v_ptr, v_strides, b, h // GROUP)
+    if until_ptr is not None:
+        until_ptr += b * S
+        ranges_ptr += (b * tl.num_programs(0) + block) * 6
+    whole1, whole2, masked1, masked2 = key_ranges(ranges_ptr, S - T + row, S, BLOCK_M, BLOCK_N)
+    q = load_rows(q_ptr, q_strides[2], rows, exists, PIECES, True, UPCAST)
+    do = load_rows(do_ptr, do_strides[2], rows, exists, PIECES, True, UPCAST)
+    lse = tl.load(lse_ptr + (b * H + h) * T + row + rows, mask=exists, other=float("inf"))
+    delta = tl.load(delta_ptr + (b * H + h) * T + row + rows, mask=exists, other=0.0)
+    dq = zero_tiles(BLOCK_M, PIECES)
+    dq = _pull_back_to_queries(
+        dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
+        whole1, whole2, False, BLOCK_N, PIECES, PRECISION, UPCAST,
+    )  # fmt: skip
+    dq = _pull_back_to_queries(
+        dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
+        masked1, masked2, True, BLOCK_N, PIECES, PRECISION, UPCAST,
+    )  # fmt: skip
+    dq_ptr = head_at(dq_ptr, dq_strides, b, h) + row.to(tl.int64) * dq_strides[2]
+    store_rows(dq_ptr, dq_strides[2], rows, exists, scaled(dq, scale), PIECES)
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    until: Tensor | None = None, ranges: Tensor | None = None, ends: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes dq like q, dk like k and dv like v, whose strides are as free as those of q.
+
+    Args:
+        do: like o; its last dim need not be contiguous (`sum().backward()` sends one expanded number).
+        o, lse: what `forward` wrote.
+        until, ranges: as given to `forward`.
+        ends: `Visibility.query_ends` of the block_n of "dkdv"; None with until.
+    """
+    B, H, T, D = q.shape
+    H_kv, S = k.shape[1:3]
+    if q.numel() == 0:
+        dk.zero_(), dv.zero_()
+        return
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    delta = torch.empty_like(lse)
+    blocks = {"D": D, "BLOCK_M": BLOCK_DELTA, "BLOCK_D": triton.next_power_of_2(D)}
+    _delta_kernel[triton.cdiv(T, BLOCK_DELTA), B * H](
+        o, do, delta, *strides_of(o, do), H, T, **blocks, num_warps=4, enable_fp_fusion=True
+    )
+    launch = launch_of("dkdv", q)
+    _dkdv_kernel[triton.cdiv(S, launch.block_n), B * H_kv](
+        q, k, v, do, lse, delta, dk, dv, until, ends,
+        *strides_of(q, k, v, do, dk, dv), D**-0.5, H_kv, T, S, **options(launch, q, k),
+    )  # fmt: skip
+    launch = launch_of("dq", q)
+    _dq_kernel[triton.cdiv(T, launch.block_m), B * H](
+        q, k, v, do, lse, delta, dq, until, ranges,
+        *strides_of(q, k, v, do, dq), D**-0.5, H, T, S, **options(launch, q, k),
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""The Triton kernel of `attention.py`'s forward pass: a block of queries against the keys it sees.
+
+    s = q k^T        o = softmax(s) v
+
+Scores, and everything on the way from one matmul to the next, are float32. `attention_tiles_triton.py` says how a head
+of 80 dims is held, and how a block walks over its keys.
+
+Shapes: q, o (B, H, T, D); k, v (B, H_kv, S, D); any strides with neighbouring dims side by side.
+Source: arXiv:2307.08691 (FlashAttention-2); scores in units of log2, as its authors do.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from phi2_kernels._dispatch import tl, triton
+from phi2_kernels.attention_tiles_triton import (
+    LOG2E,
+    LOWEST,
+    add_product,
+    head_at,
+    inner,
+    key_ranges,
+    launch_of,
+    load_rows,
+    options,
+    scaled,
+    seen_keys,
+    store_rows,
+    strides_of,
+    tile_at,
+    tiles_in,
+    zero_tiles,
+)
+
+
+@triton.jit
+def _attend(
+    top, total, acc, q, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, first, second,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Walks over two ranges of keys. top: largest score so far, in log2; total: sum of exp; acc: weighted values."""
+    TWO: tl.constexpr = until_ptr is not None
+    rows = tl.arange(0, BLOCK_N)
+    for i in range(tiles_in(first, second, BLOCK_N, TWO)):
+        begin, end = tile_at(i, first, second, BLOCK_N, TWO)
+        inside = begin + rows < end
+        k = load_rows(k_ptr + begin.to(tl.int64) * k_stride, k_stride, rows, inside, PIECES, MASKED, UPCAST)
+        s = inner(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            s = tl.where(seen_keys(queries, rows, begin, inside, until_ptr), s, float("-inf"))
+        top_new = tl.maximum(top, tl.max(s, axis=1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - top_new[:, None])
+        decay = tl.exp2(top - top_new)
+        total = total * decay + tl.sum(p, axis=1)
+        v = load_rows(v_ptr + begin.to(tl.int64) * v_stride, v_stride, rows, inside, PIECES, MASKED, UPCAST)
+        acc = add_product(scaled(acc, decay[:, None]), p.to(v[0].dtype), v, PRECISION)
+        top = top_new
+    return top, total, acc
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, until_ptr, ranges_ptr,
+    q_strides, k_strides, v_strides, o_strides, scale, H, T, S,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see most: they go first
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    row = block * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    exists = row + rows < T
+    q_ptr = head_at(q_ptr, q_strides, b, h) + row.to(tl.int64) * q_strides[2]
+    k_ptr = head_at(k_ptr, k_strides, b, h // GROUP)
+    v_ptr = head_at(v_ptr, v_strides, b, h // GROUP)
+    if until_ptr is not None:
+        until_ptr += b * S
+        ranges_ptr += (b * tl.num_programs(0) + block) * 6
+    whole1, whole2, masked1, masked2 = key_ranges(ranges_ptr, S - T + row, S, BLOCK_M, BLOCK_N)
+    q = load_rows(q_ptr, q_strides[2], rows, exists, PIECES, True, UPCAST)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = zero_tiles(BLOCK_M, PIECES)
+    top, total, acc = _attend(
+        top, total, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
+        whole1, whole2, False, BLOCK_N, PIECES, PRECISION, UPCAST,
+    )  # fmt: skip
+    top, total, acc = _attend(
+        top, total, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
+        masked1, masked2, True, BLOCK_N, PIECES, PRECISION, UPCAST,
+    )  # fmt: skip
+    saw = total > 0
+    total = tl.where(saw, total, 1.0)
+    o_ptr = head_at(o_ptr, o_strides, b, h) + row.to(tl.int64) * o_strides[2]
+    store_rows(o_ptr, o_strides[2], rows, exists, scaled(acc, 1.0 / total[:, None]), PIECES)
+    lse = tl.where(saw, top / LOG2E + tl.log(total), float("-inf"))
+    tl.store(lse_ptr + (b * H + h) * T + row + rows, lse, mask=exists)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, until: Tensor | None = None, ranges: Tensor | None = None
+) -> None:
+    """Writes o (B, H, T, D) and lse (B, H, T), float32, natural; a query that sees nothing gets 0 and -inf.
+
+    Args:
+        q, k, v: see above; any strides, but for the last, which is 1. The same goes for o.
+        until: (B, S) int32, contiguous; None means plain causal.
+        ranges: `Visibility.key_ranges` of this launch's block_m; None with until.
+    """
+    B, H, T, D = q.shape
+    if q.numel() == 0:
+        return
+    launch = launch_of("forward", q)
+    _forward_kernel[triton.cdiv(T, launch.block_m), B * H](
+        q, k, v, o, lse, until, ranges, *strides_of(q, k, v, o), D**-0.5, H, T, k.shape[2], **options(launch, q, k)
+    )
