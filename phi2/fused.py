@@ -7,7 +7,7 @@ transposed, into another; every parameter stays itself, under its own name, as a
 Nothing remembers the buffers: a block looks whether its weights are neighbours, and moves them together when they are
 not (after `.to(...)`, a deep copy, or a merge), so no second copy can go stale.
 
-Blocks run unfused where the fused form does not exist: with a key-value cache, and while dropout is active.
+Blocks run unfused where the fused form does not exist: with a key-value cache, and while attention has dropout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from phi2.config import Phi2Config
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.block import Adapter, Shape, Weights, block, follow
+from phi2_kernels.block import Shape, Weights, block, follow
+from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.visibility import Visibility
 
 
@@ -70,6 +71,7 @@ def _weights_of(layer: Block) -> Weights:
         tuple(linear.bias for linear in out),
         _adapters(into, [linear.out_features for linear in into]),
         _adapters(out, [linear.in_features for linear in out]),
+        _rate(layer.resid_dropout),
     )
 
 
@@ -77,10 +79,16 @@ def _adapters(linears: list[nn.Linear], widths: list[int]) -> tuple[Adapter, ...
     """The adapters that are on, each with its columns: `widths` says how many every linear has."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     return tuple(
-        Adapter(end - width, end, linear.lora_A.weight, linear.lora_B.weight, linear.scaling)
+        Adapter(
+            end - width, end, linear.lora_A.weight, linear.lora_B.weight, linear.scaling, _rate(linear.lora_dropout)
+        )
         for linear, width, end in zip(linears, widths, ends, strict=True)
         if isinstance(linear, LoraLinear) and linear.enabled
     )
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
 
 
 def _join_block(layer: Block) -> None:

@@ -70,6 +70,11 @@ class Attention(nn.Module):
         out = attention(q, k, v, visibility, self.config.attention_dropout if self.training else 0.0)
         return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
+    @property
+    def drops(self) -> bool:
+        """Whether attention weights are dropped."""
+        return self.training and self.config.attention_dropout > 0
+
 
 class MLP(nn.Module):
     """fc2(gelu(fc1(x))), GELU by its tanh approximation."""
@@ -97,17 +102,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | StepCache | None
     ) -> Tensor:
-        if self.fused_forward is not None and cache is None and not self.drops:
+        if self.fused_forward is not None and cache is None and not self.self_attn.drops:
             return self.fused_forward(self, x, angles, visibility)
         normed = self.input_layernorm(x)
         attended = self.resid_dropout(self.self_attn(normed, angles, visibility, cache))
         return attended + self.resid_dropout(self.mlp(normed)) + x
-
-    @property
-    def drops(self) -> bool:
-        """Whether any dropout of this block, adapters included, is active."""
-        layers = (module.p for module in self.modules() if isinstance(module, nn.Dropout))
-        return self.training and max(self.self_attn.config.attention_dropout, *layers) > 0
 
 
 class Phi2Model(nn.Module):

@@ -18,6 +18,8 @@ from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, sft
 from phi2.training.reference import frozen_copy
 from phi2.weights import load, load_model, save_pretrained
+from phi2_kernels.rotary import rotary_angles
+from phi2_kernels.visibility import Visibility
 
 SHAPE = dict(vocab_size=64, hidden_size=160, intermediate_size=96, num_hidden_layers=2, initializer_range=0.1)
 HEADS = {"heads 80": dict(num_attention_heads=2), "grouped": dict(num_attention_heads=10, num_key_value_heads=2)}
@@ -195,8 +197,50 @@ def test_generation_is_that_of_the_plain_model(tiny_phi):
     assert answers[0] == answers[1]
 
 
-def test_active_dropout_runs_unfused(monkeypatch):
-    model = make(resid_pdrop=0.1)
+DROPOUT = dict(resid_pdrop=0.2)
+
+
+@pytest.mark.parametrize("way", ["checkpointed", "compiled"])
+def test_dropout_is_the_same_checkpointed_and_compiled(way):
+    _, fused = twins(adapted(make(**DROPOUT), lora_dropout=0.3).train())
+    torch.manual_seed(0)
+    expected = outcome(fused, PACKED)
+    fused.zero_grad()
+    if way == "checkpointed":
+        fused.model.activation_checkpointing = True
+    else:
+        fused.model.forward = torch.compile(fused.model.forward, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    again = outcome(fused, PACKED)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_dropout_is_another_one_in_every_pass_and_every_block():
+    _, fused = twins(adapted(make(), lora_dropout=0.3).train())
+    assert not torch.allclose(fused(IDS), fused(IDS), atol=1e-3)
+    fused.model.layers[1].load_state_dict(fused.model.layers[0].state_dict())
+    x = fused.model.embed_tokens(IDS)
+    angles, visibility = rotary_angles(torch.arange(9)[None], 32, 1e4), Visibility(9, 9, None, x.device)
+    assert not torch.allclose(*(layer(x, angles, visibility, None) for layer in fused.model.layers), atol=1e-3)
+
+
+def test_a_model_that_does_not_train_drops_nothing():
+    assert_equal(adapted(make(**DROPOUT), lora_dropout=0.3).eval())
+
+
+def test_dropout_costs_a_plain_and_a_fused_run_alike(sft_config, metrics_of, make_phi, tmp_path):
+    """Other masks, the same distribution: losses are near, and a run repeats itself bit for bit."""
+    lora, model = LoraConfig(r=4, target_modules=EVERY, lora_dropout=0.1), str(make_phi(resid_pdrop=0.1))
+    plain, fused, again = (
+        metrics_of(sft.train(sft_config(model=model, lora=lora, fuse=on, output=str(tmp_path / f"{on}{i}"))))
+        for i, on in enumerate((False, True, True))
+    )
+    losses = [[line["loss"] for line in lines] for lines in (plain, fused, again)]
+    assert losses[1] == losses[2] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_dropout_of_attention_weights_runs_unfused(monkeypatch):
+    model = make(attention_dropout=0.1)
     fuse(model)
     monkeypatch.setattr(model.model.layers[0], "fused_forward", None)
     monkeypatch.setattr(model.model.layers[1], "fused_forward", lambda *_: pytest.fail("ran fused"))

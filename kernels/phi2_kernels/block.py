@@ -10,9 +10,12 @@ lies between is written straight into columns of three buffers, h = [q k v f], m
 Of a layer only x, h, the attention's output, two numbers a row and one a row and head are kept; n and gelu(f) are
 made again.
 
-LoRA: adapters on q, k, v and fc1 share one reading of n, those on dense and fc2 read their columns of m:
+LoRA (`block_adapters.py`): adapters on q, k, v and fc1 read n, those on dense and fc2 their columns of m:
 
     h[:, span] += s (n A^T) B^T        y += s (m[:, span] A^T) B^T
+
+Where the residual stream has dropout, attention's part of y and the MLP's are dropped apart, and the second matmul is
+two. Masks come from a seed and are made again in the backward pass (`dropout.py`).
 
 Dims: B batch, T tokens, N = B T rows, C hidden, H heads, H_kv key-value heads, D head dim, F mlp width,
 E = (H + 2 H_kv) D + F columns of h, M = H D + F columns of m, r LoRA rank.
@@ -27,9 +30,12 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
+from phi2_kernels.block_adapters import Adapter, Reading, add, pull_back, readings
+from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.visibility import Visibility
 
 PLAIN = 14  # tensors of a block without adapters
+IN_MASKS, OUT_MASKS = 2, 6  # numbers of the first masks of adapters; 0 and 1 are the residual stream's
 
 
 class Shape(NamedTuple):
@@ -65,16 +71,6 @@ class Shape(NamedTuple):
         return m[..., : self.attended].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class Adapter(NamedTuple):
-    """LoRA on some of the columns that a matmul writes (h) or reads (m)."""
-
-    start: int
-    end: int
-    A: Tensor  # (r, in) float32
-    B: Tensor  # (out, r) float32
-    scaling: float
-
-
 class Weights(NamedTuple):
     """The parameters of a block.
 
@@ -83,6 +79,7 @@ class Weights(NamedTuple):
         w_in, b_in: weights (out, C) and biases (out,) of q, k, v, fc1.
         w_out, b_out: weights (C, in) and biases (C,) of dense, fc2.
         adapters_in, adapters_out: LoRA on columns of h, and on columns of m.
+        dropout: of what is added to the residual stream.
     """
 
     norm_weight: Tensor
@@ -94,6 +91,7 @@ class Weights(NamedTuple):
     b_out: tuple[Tensor, Tensor]
     adapters_in: tuple[Adapter, ...] = ()
     adapters_out: tuple[Adapter, ...] = ()
+    dropout: float = 0.0
 
 
 def block(
@@ -125,11 +123,13 @@ def block(
     adapters = weights.adapters_in + weights.adapters_out
     matrices = [matrix for adapter in adapters for matrix in (adapter.A, adapter.B)]
     spans = [edge for adapter in adapters for edge in (adapter.start, adapter.end)]
-    numbers = [weights.eps, *(adapter.scaling for adapter in adapters)]
+    rates = [weights.dropout, *(adapter.dropout for adapter in adapters)]
+    numbers = [weights.eps, *(adapter.scaling for adapter in adapters), *rates]
+    seeds = [new_seed()] if any(rates) else []
     layout = (spans, numbers, len(weights.adapters_in), list(shape), dtype or x.dtype, triton)
     tables = [table.flatten(0, 2).contiguous() for table in angles]  # (L, R/2)
     masks = _ops(triton).masks(visibility, x.new_empty(0, dtype=dtype or x.dtype))
-    return _Block.apply(x, tables, masks, layout, *plain, *matrices)
+    return _Block.apply(x, tables, masks, seeds, layout, *plain, *matrices)
 
 
 def _ops(triton: bool):
@@ -147,10 +147,10 @@ class _Block(torch.autograd.Function):
     """`tensors` are the PLAIN ones of the block, in the order of `Weights`, then A and B of each adapter."""
 
     @staticmethod
-    def forward(ctx, x, tables, masks, layout, *tensors):
-        y, *kept = _forward(x, tables, masks, list(tensors), *layout)
-        ctx.layout, ctx.counts = layout, (len(tables), len(masks), len(kept))
-        ctx.save_for_backward(x, *tables, *masks, *kept, *tensors)
+    def forward(ctx, x, tables, masks, seeds, layout, *tensors):
+        y, *kept = _forward(x, tables, masks, seeds, list(tensors), *layout)
+        ctx.layout, ctx.counts = layout, (len(tables), len(masks), len(seeds), len(kept))
+        ctx.save_for_backward(x, *tables, *masks, *seeds, *kept, *tensors)
         return y
 
     @staticmethod
@@ -160,11 +160,11 @@ class _Block(torch.autograd.Function):
         for count in ctx.counts:
             groups.append(rest[:count])
             rest = rest[count:]
-        needs = list(ctx.needs_input_grad[4:])
+        needs = list(ctx.needs_input_grad[5:])
         dx, *grads = _backward(dy, x, *groups, rest, needs, *ctx.layout)
         grads = _apart(grads, rest)
         asked = zip(grads, rest, needs, strict=True)
-        return dx, None, None, None, *(g.to(t.dtype) if need else None for g, t, need in asked)
+        return dx, None, None, None, None, *(g.to(t.dtype) if need else None for g, t, need in asked)
 
 
 class _Parts(NamedTuple):
@@ -175,30 +175,52 @@ class _Parts(NamedTuple):
     w_in: Tensor  # (E, C)
     b_in: Tensor  # (E,)
     w_out: Tensor  # (M, C)
-    b_out: Tensor  # (C,)
+    b_out: tuple[Tensor, Tensor]  # (C,) each
     adapters_in: tuple[Adapter, ...]
     adapters_out: tuple[Adapter, ...]
+    dropout: float
 
 
 def _parts(tensors: list[Tensor], spans: list[int], numbers: list[float], into: int, dtype: torch.dtype) -> _Parts:
     """The matmuls' tensors in the dtype they compute in; the first `into` adapters are those on h."""
-    adapters = tuple(map(Adapter, spans[::2], spans[1::2], tensors[PLAIN::2], tensors[PLAIN + 1 :: 2], numbers[1:]))
+    count = len(spans) // 2
+    scalings, (dropout, *rates) = numbers[1 : 1 + count], numbers[1 + count :]
+    columns, matrices = (spans[::2], spans[1::2]), (tensors[PLAIN::2], tensors[PLAIN + 1 :: 2])
+    adapters = tuple(map(Adapter, *columns, *matrices, scalings, rates))
     w_in, b_in, w_out = tensors[2:6], tensors[6:10], [w.T for w in tensors[10:12]]
     joined = (_joined(parts).to(dtype) for parts in (w_in, b_in, w_out))
-    b_out = (tensors[12] + tensors[13]).to(dtype)
-    return _Parts(*tensors[:2], *joined, b_out, adapters[:into], adapters[into:])
+    return _Parts(*tensors[:2], *joined, tuple(tensors[12:14]), adapters[:into], adapters[into:], dropout)
+
+
+class _Output(NamedTuple):
+    """A product with columns of m that is added to the residual stream."""
+
+    columns: slice
+    bias: Tensor
+    readings: list[tuple[Reading, slice]]  # adapters, each with the columns of m it reads
+
+
+def _outputs(w: _Parts, shape: Shape) -> list[_Output]:
+    """One of all columns, or two where attention and MLP have a dropout of their own."""
+    each = [(Reading((a,), OUT_MASKS + i), slice(a.start, a.end)) for i, a in enumerate(w.adapters_out)]
+    if not w.dropout:
+        return [_Output(slice(None), w.b_out[0] + w.b_out[1], each)]
+    cut = shape.attended
+    first, second = ([pair for pair in each if (pair[1].start < cut) == is_first] for is_first in (True, False))
+    return [_Output(slice(0, cut), w.b_out[0], first), _Output(slice(cut, None), w.b_out[1], second)]
 
 
 def _apart(grads: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
     """The gradients of `_Parts`, one for each of the tensors; an empty one stands for all of its parts."""
     norm, w_in, b_in, w_out, b_out, *adapters = grads
+    b_out = b_out if b_out.numel() else [b_out] * 2
 
     def split(grad: Tensor, parts: list[Tensor], dim: int = 0) -> list[Tensor]:
         return list(grad.split([p.shape[dim] for p in parts])) if grad.numel() else [grad] * len(parts)
 
     out = [g.T if g.ndim == 2 else g for g in split(w_out, tensors[10:12], dim=1)]
     return [
-        *norm, *split(w_in, tensors[2:6]), *split(b_in, tensors[6:10]), *out, b_out, b_out, *adapters
+        *norm, *split(w_in, tensors[2:6]), *split(b_in, tensors[6:10]), *out, *b_out, *adapters
     ]  # fmt: skip
 
 
@@ -220,49 +242,66 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 @custom_op("phi2::block", mutates_args=())
 def _forward(
-    x: Tensor, tables: list[Tensor], masks: list[Tensor], tensors: list[Tensor], spans: list[int], numbers: list[float],
-    into: int, dims: list[int], dtype: torch.dtype, triton: bool,
+    x: Tensor, tables: list[Tensor], masks: list[Tensor], seeds: list[Tensor], tensors: list[Tensor], spans: list[int],
+    numbers: list[float], into: int, dims: list[int], dtype: torch.dtype, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y (B, T, C), and what the backward pass reads: h, the attention's output, mean, rstd, logsumexp."""
     w, shape, ops = _parts(tensors, spans, numbers, into, dtype), Shape(*dims), _ops(triton)
-    rows = x.flatten(0, 1)  # (N, C)
+    seed, rows = next(iter(seeds), None), x.flatten(0, 1)  # (N, C)
     n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, numbers[0], dtype)
     h = torch.addmm(w.b_in, n, w.w_in.T)  # (N, E)
-    _add_adapters(h, n, w.adapters_in)
+    for reading in readings(w.adapters_in, IN_MASKS):
+        add(reading, n, [h[:, a.start : a.end] for a in reading.adapters], seed)
     h = h.unflatten(0, x.shape[:2])  # (B, T, E)
     ops.turn(shape.turned(h), *tables, inverse=False)
     m = torch.empty((*h.shape[:2], w.w_out.shape[0]), dtype=dtype, device=x.device)  # (B, T, M)
     lse = ops.attend(*shape.split(h), shape.attention_columns(m), masks)
     m, f = m.flatten(0, 1), h.flatten(0, 1)[:, shape.qkv :]
     ops.gelu(f, m[:, shape.attended :])
-    y = torch.addmm(w.b_out, m, w.w_out)  # (N, C)
-    for adapter in w.adapters_out:
-        y.add_(_through(m[:, adapter.start : adapter.end], adapter))
+    stream = rows
+    for number, output in enumerate(_outputs(w, shape)):
+        y = torch.addmm(output.bias.to(dtype), m[:, output.columns], w.w_out[output.columns])  # (N, C)
+        for reading, columns in output.readings:
+            add(reading, m[:, columns], [y], seed)
+        stream = stream + _dropped(y, w.dropout, seed, number)
     attended = m[:, : shape.attended].clone()  # (N, H D), not a view: the rest of m may go
-    return (y + rows).view(x.shape), h, attended, mean, rstd, lse
+    return stream.view(x.shape), h, attended, mean, rstd, lse
+
+
+def _dropped(x: Tensor, p: float, seed: Tensor | None, number: int) -> Tensor:
+    """Dropout, and its backward pass too."""
+    return x * keep_mask(x, p, seed, number) / (1 - p) if p else x
 
 
 @custom_op("phi2::block_backward", mutates_args=())
 def _backward(
-    dy: Tensor, x: Tensor, tables: list[Tensor], masks: list[Tensor], kept: list[Tensor], tensors: list[Tensor],
-    needs: list[bool], spans: list[int], numbers: list[float], into: int, dims: list[int], dtype: torch.dtype,
-    triton: bool,
+    dy: Tensor, x: Tensor, tables: list[Tensor], masks: list[Tensor], seeds: list[Tensor], kept: list[Tensor],
+    tensors: list[Tensor], needs: list[bool], spans: list[int], numbers: list[float], into: int, dims: list[int],
+    dtype: torch.dtype, triton: bool,
 ) -> list[Tensor]:  # fmt: skip
     """dx, the gradients of `_Parts`, each empty where none is needed, the LayerNorm's in one, dA and dB of adapters."""
     w, shape, ops = _parts(tensors, spans, numbers, into, dtype), Shape(*dims), _ops(triton)
     h, attended, mean, rstd, lse = kept
     groups = (needs[:2], needs[2:6], needs[6:10], needs[10:12], needs[12:14])
     need_norm, need_w_in, need_b_in, need_w_out, need_b_out = map(any, groups)
-    rows, dy, flat = x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
-    f, grad = flat[:, shape.qkv :], dy.to(dtype)
+    seed, rows, dy, flat = next(iter(seeds), None), x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
+    f, outputs = flat[:, shape.qkv :], _outputs(w, shape)
+    grads = [_dropped(dy, w.dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
+    db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if need_b_out else []
+    grads = [grad.to(dtype) for grad in grads]
 
-    dm, dw_out, adapters_out = grad @ w.w_out.T, x.new_empty(0), []  # (N, M)
+    dm = _side_by_side([grad @ w.w_out[o.columns].T for grad, o in zip(grads, outputs, strict=True)], dim=1)  # (N, M)
+    dw_out, adapters_out = x.new_empty(0), []
     if need_w_out or w.adapters_out:
         m = torch.empty_like(dm)
         m[:, : shape.attended] = attended
         ops.gelu(f, m[:, shape.attended :])
-        dw_out = m.T @ grad if need_w_out else dw_out  # (M, C)
-        adapters_out = [g for adapter in w.adapters_out for g in _pull_back_out(adapter, m, grad, dm)]
+        for grad, output in zip(grads, outputs, strict=True):
+            for reading, columns in output.readings:
+                adapters_out += pull_back(reading, m[:, columns], [grad], dm[:, columns], seed)
+        if need_w_out:
+            products = [m[:, o.columns].T @ grad for grad, o in zip(grads, outputs, strict=True)]
+            dw_out = _side_by_side(products, dim=0)  # (M, C)
 
     dh = torch.empty_like(h)  # (B, T, E)
     o, do = (shape.attention_columns(z.unflatten(0, x.shape[:2])) for z in (attended, dm))
@@ -275,15 +314,20 @@ def _backward(
     if need_w_in or w.adapters_in:
         n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
         dw_in = dh.T @ n if need_w_in else dw_in  # (E, C)
-        adapters_in = _pull_back_in(w.adapters_in, n, dh, dn)
+        for reading in readings(w.adapters_in, IN_MASKS):
+            adapters_in += pull_back(reading, n, [dh[:, a.start : a.end] for a in reading.adapters], dn, seed)
     dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=need_norm)
     db_in = dh.sum(dim=0, dtype=torch.float32) if need_b_in else x.new_empty(0)
-    db_out = dy.sum(dim=0, dtype=torch.float32) if need_b_out else x.new_empty(0)
+    db_out = torch.stack((db_out[0], db_out[-1])) if need_b_out else x.new_empty(0)  # (2, C)
     return [dx.view(x.shape), dnorm, dw_in, db_in, dw_out, db_out, *adapters_in, *adapters_out]
 
 
+def _side_by_side(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 @_forward.register_fake
-def _(x, tables, masks, tensors, spans, numbers, into, dims, dtype, triton):
+def _(x, tables, masks, seeds, tensors, spans, numbers, into, dims, dtype, triton):
     shape = Shape(*dims)
     h = x.new_empty((*x.shape[:2], sum(map(len, tensors[2:6]))), dtype=dtype)
     attended = h.new_empty((h.shape[0] * h.shape[1], shape.attended))
@@ -291,55 +335,14 @@ def _(x, tables, masks, tensors, spans, numbers, into, dims, dtype, triton):
 
 
 @_backward.register_fake
-def _(dy, x, tables, masks, kept, tensors, needs, spans, numbers, into, dims, dtype, triton):
+def _(dy, x, tables, masks, seeds, kept, tensors, needs, spans, numbers, into, dims, dtype, triton):
     shape, C, E = Shape(*dims), x.shape[2], kept[0].shape[2]
     M = E - shape.qkv + shape.attended
     groups = (needs[2:6], needs[6:10], needs[10:12], needs[12:14])
-    sizes, dtypes = ((E, C), (E,), (M, C), (C,)), (dtype, torch.float32) * 2
+    sizes, dtypes = ((E, C), (E,), (M, C), (2, C)), (dtype, torch.float32) * 2
     norm = x.new_empty((2, C if any(needs[:2]) else 0), dtype=torch.float32)
     plain = [
         x.new_empty(size if any(group) else 0, dtype=kind)
         for group, size, kind in zip(groups, sizes, dtypes, strict=True)
     ]
     return [torch.empty_like(x), norm, *plain, *(torch.empty_like(t) for t in tensors[PLAIN:])]
-
-
-def _through(x: Tensor, adapter: Adapter) -> Tensor:
-    """s (x A^T) B^T in float32."""
-    return (x.float() @ adapter.A.T * adapter.scaling) @ adapter.B.T
-
-
-def _add_adapters(h: Tensor, n: Tensor, adapters: tuple[Adapter, ...]) -> None:
-    """Adds every adapter to its columns of h (N, E); n (N, C) is read once for all of them."""
-    if not adapters:
-        return
-    inner = _inner(n, adapters)
-    for adapter, u in zip(adapters, inner, strict=True):
-        h[:, adapter.start : adapter.end].add_(u @ adapter.B.T)
-
-
-def _inner(n: Tensor, adapters: tuple[Adapter, ...]) -> tuple[Tensor, ...]:
-    """s n A^T of every adapter, (N, r) each."""
-    together = n.float() @ torch.cat([adapter.A * adapter.scaling for adapter in adapters]).T
-    return together.split([len(adapter.A) for adapter in adapters], dim=1)
-
-
-def _pull_back_in(adapters: tuple[Adapter, ...], n: Tensor, dh: Tensor, dn: Tensor) -> list[Tensor]:
-    """dA and dB of each adapter on h, in turn; what they send to n is added to dn."""
-    if not adapters:
-        return []
-    parts = [dh[:, adapter.start : adapter.end].float() for adapter in adapters]
-    inner = _inner(n, adapters)
-    dB = [part.T @ u for part, u in zip(parts, inner, strict=True)]
-    du = torch.cat([part @ a.B * a.scaling for part, a in zip(parts, adapters, strict=True)], dim=1)
-    dn.add_(du @ torch.cat([adapter.A for adapter in adapters]))
-    dA = (du.T @ n.float()).split([len(adapter.A) for adapter in adapters])
-    return [g for a, b in zip(dA, dB, strict=True) for g in (a.clone(), b)]  # outputs of an op share no memory
-
-
-def _pull_back_out(adapter: Adapter, m: Tensor, dy: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
-    """dA and dB of an adapter that reads columns of m; what it sends to them is added to dm."""
-    columns, grad = m[:, adapter.start : adapter.end].float(), dy.float()
-    dinner = grad @ adapter.B * adapter.scaling  # (N, r)
-    dm[:, adapter.start : adapter.end].add_(dinner @ adapter.A)
-    return dinner.T @ columns, grad.T @ (columns @ adapter.A.T * adapter.scaling)

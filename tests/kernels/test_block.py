@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as fn
 from torch import Tensor
 
-from phi2_kernels.block import Adapter, Shape, Weights, block, follow
-from phi2_kernels.rotary import rotary_angles
+from phi2_kernels import block as block_file
+from phi2_kernels.attention import attention_ref
+from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, block, follow
+from phi2_kernels.block_adapters import Adapter
+from phi2_kernels.dropout import keep_mask, new_seed
+from phi2_kernels.rotary import rotary, rotary_angles
 from phi2_kernels.visibility import Visibility
 
 B, T, C, F = 2, 21, 64, 48
@@ -73,6 +78,100 @@ def test_weights_that_are_neighbours_are_found():
     assert follow(list(whole.split([1, 2, 3])))
     assert not follow(list(whole.split([1, 2, 3]))[::-1]) and not follow([whole[:3], whole[3:].clone()])
     assert not follow(list(whole.T.split([2, 2])))
+
+
+# Dropout
+
+
+SEED = torch.tensor(11)
+RATES = {"adapters": (0.0, 0.3), "residual stream": (0.4, 0.0), "both": (0.4, 0.3)}
+
+
+def dropping(weights: Weights, residual: float, adapters: float) -> Weights:
+    into, out = (
+        tuple(a._replace(dropout=adapters) for a in group) for group in (weights.adapters_in, weights.adapters_out)
+    )
+    return weights._replace(adapters_in=into, adapters_out=out, dropout=residual)
+
+
+def dropped(x: Tensor, p: float, number: int) -> Tensor:
+    return x * keep_mask(x, p, SEED, number) / (1 - p) if p else x
+
+
+def plain_block(x: Tensor, w: Weights, shape: Shape, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
+    """A block as one would write it, each mask where peft and transformers have one; differentiable."""
+    stream = x.flatten(0, 1)
+    n = fn.layer_norm(stream, (C,), w.norm_weight, w.norm_bias, w.eps)
+    h = torch.cat([fn.linear(n, weight, bias) for weight, bias in zip(w.w_in, w.b_in, strict=True)], dim=1)
+    for i, a in enumerate(w.adapters_in):
+        change = a.scaling * dropped(n, a.dropout, IN_MASKS + i) @ a.A.T @ a.B.T
+        h = h + fn.pad(change, (a.start, h.shape[1] - a.end))
+    q, k, v = shape.split(h.unflatten(0, (B, T)))
+    q, k = (rotary(z.transpose(1, 2), *angles, impl="torch").transpose(1, 2) for z in (q, k))
+    attended = attention_ref(q, k, v, visibility).transpose(1, 2).flatten(2).flatten(0, 1)
+    halves = attended, fn.gelu(h[:, shape.qkv :], approximate="tanh")
+    outputs = [fn.linear(half, weight, bias) for half, weight, bias in zip(halves, w.w_out, w.b_out, strict=True)]
+    for i, a in enumerate(w.adapters_out):
+        which = int(a.start > 0)
+        outputs[which] = outputs[which] + a.scaling * dropped(halves[which], a.dropout, OUT_MASKS + i) @ a.A.T @ a.B.T
+    return (stream + sum(dropped(y, w.dropout, i) for i, y in enumerate(outputs))).view(x.shape)
+
+
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_dropout_gives_the_gradients_of_a_plain_block_with_its_masks(impl, rates, poison, monkeypatch):
+    monkeypatch.setattr(block_file, "new_seed", lambda: SEED)
+    shape, angles = SHAPES["grouped"], rotary_angles(torch.arange(T)[None], 8, 10000.0)
+    x, weights = draw(shape, trainable=True, adapters=True)
+    weights, visibility = dropping(weights, *rates), Visibility(T, T, PACKED, x.device)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    expected = plain_block(x, weights, shape, angles, visibility)
+    actual = block(x, weights, shape, angles, visibility, impl=impl)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    grads = (torch.autograd.grad(y, leaves(x, weights), upstream) for y in (actual, expected))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
+def test_a_mask_that_the_backward_pass_makes_otherwise_is_seen(rates, monkeypatch):
+    seeds = iter([SEED, SEED + 1])
+    monkeypatch.setattr(block_file, "new_seed", lambda: next(seeds))
+    gradients = []
+    for _ in range(2):
+        x, weights = draw(SHAPES["grouped"], trainable=True, adapters=True)
+        angles, visibility = rotary_angles(torch.arange(T)[None], 8, 10000.0), Visibility(T, T, None, x.device)
+        y = block(x, dropping(weights, *rates), SHAPES["grouped"], angles, visibility)
+        gradients.append(torch.autograd.grad(y.sum(), x)[0])
+    assert not torch.allclose(*gradients, rtol=1e-2, atol=1e-3)
+
+
+def test_the_mean_of_many_draws_is_the_output_without_dropout():
+    shape, angles = SHAPES["grouped"], rotary_angles(torch.arange(T)[None], 8, 10000.0)
+    x, weights = draw(shape, trainable=False, adapters=True)
+    weights = weights._replace(adapters_in=())  # behind them things are not linear
+    visibility = Visibility(T, T, None, x.device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = [block(x, dropping(weights, 0.2, 0.5), shape, angles, visibility) for _ in range(300)]
+        mean, error = torch.stack(draws).mean(dim=0), torch.stack(draws).std(dim=0) / 300**0.5
+        apart = (mean - block(x, weights, shape, angles, visibility)) / error
+    assert apart.pow(2).mean().sqrt() < 1.1 and apart.abs().max() < 6
+
+
+def test_masks_have_their_rate_and_differ_by_number_and_seed():
+    x = torch.empty(200, 500)
+    masks = [keep_mask(x, 0.3, *which) for which in ((SEED, 0), (SEED, 1), (SEED + 100, 0), (SEED, 0))]
+    assert all(abs(mask.mean() - 0.7) < 0.01 and set(mask.unique().tolist()) == {0.0, 1.0} for mask in masks)
+    assert all(abs((masks[0] * mask).mean() - 0.49) < 0.01 for mask in masks[1:3])
+    assert torch.equal(masks[0], masks[3])
+
+
+def test_seeds_follow_the_global_one():
+    torch.manual_seed(5)
+    first = new_seed(), new_seed()
+    torch.manual_seed(5)
+    assert first == (new_seed(), new_seed()) and first[0] != first[1]
 
 
 @pytest.mark.parametrize("impl", ["cuda", "cudnn"])

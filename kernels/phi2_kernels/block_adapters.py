@@ -1,0 +1,85 @@
+"""LoRA inside a fused block: what adapters add to the output of a matmul, and their gradients.
+
+    y += s / (1 - p) (keep x) A^T B^T
+
+Adapters that read the same x without dropout share one matmul with all their A; with dropout each has a mask, and so an
+input, of its own. Masks are made again in the backward pass (`dropout.py`). Products are float32.
+
+Dims: N rows, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phi2_kernels.dropout import keep_mask
+
+
+class Adapter(NamedTuple):
+    """LoRA on some of the columns that a matmul writes (h) or reads (m); `dropout` is that of its input."""
+
+    start: int
+    end: int
+    A: Tensor  # (r, in) float32
+    B: Tensor  # (out, r) float32
+    scaling: float
+    dropout: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        return self.scaling / (1 - self.dropout)
+
+
+class Reading(NamedTuple):
+    """Adapters that multiply the same input.
+
+    Attributes:
+        mask: number of the input's mask; it counts where there is one adapter with dropout.
+    """
+
+    adapters: tuple[Adapter, ...]
+    mask: int = 0
+
+    def keep(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
+        p = self.adapters[0].dropout
+        return keep_mask(x, p, seed, self.mask) if p else None
+
+    def inner(self, x: Tensor) -> tuple[Tensor, ...]:
+        """s / (1 - p) x A^T of each adapter, (N, r)."""
+        together = x @ torch.cat([adapter.A * adapter.factor for adapter in self.adapters]).T
+        return together.split([len(adapter.A) for adapter in self.adapters], dim=1)
+
+
+def readings(adapters: tuple[Adapter, ...], first_mask: int) -> list[Reading]:
+    """One for all adapters on an input, or one for each where they drop."""
+    if any(adapter.dropout for adapter in adapters):
+        return [Reading((adapter,), first_mask + i) for i, adapter in enumerate(adapters)]
+    return [Reading(adapters)] if adapters else []
+
+
+def add(reading: Reading, x: Tensor, outputs: list[Tensor], seed: Tensor | None) -> None:
+    """Adds every adapter to its output (N, out), given the input x (N, in) before dropout."""
+    keep, x = reading.keep(x, seed), x.float()
+    inner = reading.inner(x if keep is None else x * keep)
+    for adapter, u, y in zip(reading.adapters, inner, outputs, strict=True):
+        y.add_(u @ adapter.B.T)
+
+
+def pull_back(reading: Reading, x: Tensor, grads: list[Tensor], dx: Tensor, seed: Tensor | None) -> list[Tensor]:
+    """dA and dB of each adapter in turn; what they send to x is added to dx.
+
+    Args:
+        x: as given to `add`.
+        grads: of the outputs.
+    """
+    keep, x = reading.keep(x, seed), x.float()
+    x, parts = x if keep is None else x * keep, [grad.float() for grad in grads]
+    dB = [part.T @ u for part, u in zip(parts, reading.inner(x), strict=True)]
+    dinner = torch.cat([part @ a.B * a.factor for part, a in zip(parts, reading.adapters, strict=True)], dim=1)
+    sent = dinner @ torch.cat([adapter.A for adapter in reading.adapters])  # (N, in)
+    dx.add_(sent if keep is None else sent * keep)
+    dA = (dinner.T @ x).split([len(adapter.A) for adapter in reading.adapters])
+    return [grad for a, b in zip(dA, dB, strict=True) for grad in (a.clone(), b)]  # outputs of an op share no memory
