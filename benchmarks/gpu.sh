@@ -2,6 +2,7 @@
 # What wants a GPU, in one go: the tests of the kernels, then each GPU case, all in processes of their own.
 #     benchmarks/gpu.sh                      everything
 #     benchmarks/gpu.sh tests head block     some of it
+#     benchmarks/gpu.sh tune                 not part of everything: which launch of attention and gemv is fastest
 # What fails does not stop the rest. Full output and the measurements of benchmarks/results go to $OUT (default: a new
 # folder), and a short table comes last. Exit code 1 when anything failed. CASE_SECONDS limits each of them.
 set -u
@@ -11,9 +12,12 @@ python=${PYTHON:-python3}
 out=${OUT:-$(mktemp -d)}
 failed=0
 
-for name in ${*:-tests attention_forward attention_forward_backward prefix_sharing head block elementwise decode_ops}; do
+for name in ${*:-tests attention_forward attention_forward_backward prefix_sharing head block elementwise decode_ops decode_step}; do
   if [ "$name" = tests ]; then
-    command=("$python" -m pytest -m gpu -q tests/kernels tests/test_benchmarks_ops.py)
+    command=("$python" -m pytest -m gpu -q tests)
+  elif [ "$name" = tune ]; then
+    ops=attention_forward,attention_dkdv,attention_dq,gemv_half,gemv_int8,gemv_int4
+    command=("$python" -m benchmarks.tune --op "$ops")
   else
     command=("$python" -m benchmarks.run --case "$name")
   fi
@@ -26,6 +30,8 @@ for name in ${*:-tests attention_forward attention_forward_backward prefix_shari
       grep -E '^(FAILED|ERROR)|(passed|failed|skipped)' "$out/$name.txt" | tail -n 20 | cut -c 1-200
     elif [ $code -ne 0 ]; then
       tail -n 1 "$out/$name.err" | cut -c 1-300
+    elif [ "$name" = tune ]; then
+      grep -v '^{' "$out/$name.txt"
     else
       grep -E '^  (limits|.*, without )' "$out/$name.txt" | cut -c 1-160
       sed -n '/ratio  target$/,/^$/p' "$out/$name.txt" | grep -v '^{'
