@@ -10,4 +10,5 @@ from phi2.lora import LoraConfig
 from phi2.losses.preference import PairBatch, preference_loss
 from phi2.weights import load, save_pretrained
 
+__version__ = "0.1.0"
 __all__ = ["ChatSession", "LoraConfig", "PairBatch", "generate", "load", "preference_loss", "save_pretrained", "stream"]

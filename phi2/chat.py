@@ -230,6 +230,9 @@ def _run_command(session: ChatSession, line: str) -> bool:
 
 
 def _save(session: ChatSession, name: str) -> None:
+    if not name:
+        _say("/save needs the name of a file")
+        return
     try:
         session.save(Path(name).expanduser())
         _say(f"saved to {name}")

@@ -1,21 +1,27 @@
 """The command line: one table of commands, each a function whose arguments are its flags.
 
 Flags, their help and their checks come from the functions' signatures and docstrings, and for the training commands
-from the fields of their config, so nothing is said twice. `--config FILE.yaml` sets flags from a file, flags given
-beside it win, `--print_config` shows the result.
+from the fields of their config, so nothing is said twice (`flags.py`). `--config FILE.yaml` sets flags from a file,
+flags given beside it win, `--print_config` shows the result.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
+import os
 import sys
+import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
+from phi2 import __version__
+from phi2.flags import UsageError, parse
+
 DONE, FAILED, BAD_USAGE = 0, 1, 2
+INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell counts them: 128 and the number of SIGINT, of SIGPIPE
 
 
 def generate(
@@ -51,7 +57,7 @@ def generate(
         min_p: Keep tokens at least this many times as likely as the likeliest.
         repetition_penalty: Above 1, makes tokens that are there already less likely.
         seed: Of the sampling.
-        stop: Strings the answer ends before.
+        stop: String the answer ends before; give the flag again for another.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, float16, or auto.
         quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
@@ -246,29 +252,50 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0 done, 1 failed, 2 bad usage."""
-    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    """Runs one command and returns the exit code.
+
+    0 done, 1 failed, 2 bad usage, 130 interrupted, 141 when whoever read the output has gone.
+    """
+    try:
+        try:
+            return _command(*((sys.argv[1:] if argv is None else argv) or ["--help"]))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return PIPE_CLOSED
+
+
+def _command(name: str, *arguments: str) -> int:
     if name in ("-h", "--help"):
         print(overview())
         return DONE
+    if name == "--version":
+        print(f"phi2 {__version__}")
+        return DONE
     if name not in COMMANDS:
         return _fail("phi2", f"command must be one of {', '.join(COMMANDS)}, got {name!r}", BAD_USAGE)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"phi2 {name}: warning: {message}", file=sys.stderr)
+        return _run(f"phi2 {name}", COMMANDS[name], list(arguments))
+
+
+def _run(title: str, command: Command, arguments: list[str]) -> int:
     try:
-        call = parse(name, arguments)
+        parse(title, _about(command), command.run, _config_class(command), arguments)()
     except UsageError as error:
-        return _fail(f"phi2 {name}", str(error), BAD_USAGE)
-    return _run(f"phi2 {name}", call)
-
-
-def _run(command: str, call: Callable[[], None]) -> int:
-    import torch
-
-    try:
-        call()
+        return _fail(title, str(error), BAD_USAGE)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        return _fail(command, str(error), FAILED)
+        return _fail(title, str(error), FAILED)
+    except RuntimeError as error:
+        _, is_memory, reason = str(error).partition("DefaultCPUAllocator: ")
+        if not is_memory:
+            raise
+        return _fail(title, f"out of memory: {reason}", FAILED)
     except KeyboardInterrupt as interrupt:
-        return _fail(command, str(interrupt) or "interrupted", FAILED)
+        return _fail(title, str(interrupt) or "interrupted", INTERRUPTED)
     return DONE
 
 
@@ -280,46 +307,7 @@ def _fail(command: str, message: str, code: int) -> int:
 def overview() -> str:
     """What `phi2 --help` prints."""
     lines = [f"  {name:<12}{command.run.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: phi2 COMMAND [flags]; phi2 COMMAND --help lists the flags", "", *lines])
-
-
-class UsageError(Exception):
-    """The command line does not say something that can be run."""
-
-
-def parse(name: str, arguments: list[str]) -> Callable[[], None]:
-    """The call that a command line asks for.
-
-    Raises:
-        UsageError: one line saying what is wrong.
-        SystemExit: after --help and --print_config.
-    """
-    import jsonargparse
-
-    command = COMMANDS[name]
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=f"phi2 {name}", description=_about(command), exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of flags; flags given beside it win.")
-    target = _config_class(command)
-    if target is None:
-        parser.add_function_arguments(command.run, as_group=False)
-    else:
-        parser.add_class_arguments(target, as_group=False)
-    try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
-        values = {key: value for key, value in vars(parsed).items() if key != "config"}
-        return partial(command.run, **values) if target is None else partial(command.run, target(**values))
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise UsageError(_plain(str(error))) from error
-
-
-def _plain(message: str) -> str:
-    """The parser's message without its account of every type it tried."""
-    reasons = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if "NoneType" not in line]
-    key, given = re.search(r'Parser key "([^"]+)"', message), re.search(r"Given value: (\S+)$", message)
-    if not reasons:
-        return message
-    return f"{key[1] + ': ' if key else ''}{'; '.join(reasons)}{', got ' + given[1] if given else ''}"
+    return "\n".join(["usage: phi2 COMMAND [flags]; phi2 COMMAND --help lists the flags; phi2 --version", "", *lines])
 
 
 def _config_class(command: Command) -> type | None:

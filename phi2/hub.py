@@ -80,6 +80,11 @@ def push(
     return commit.commit_url
 
 
+def of_a_run(folder: Path) -> str:
+    """For an error about a folder that lacks a file: where it is, when the folder is that of a run."""
+    return next((f"; did you mean {folder / name}?" for name in ("adapter", "model") if (folder / name).is_dir()), "")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 

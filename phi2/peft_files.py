@@ -2,6 +2,7 @@
 
 The key of a tensor is `base_model.model.` and the parameter's name. An adapter on `lm_head` brings the head's own
 weight and bias along (`lm_head.base_layer.*`), because peft's users often resize the vocabulary before they train one.
+The metadata of the safetensors file, which peft does not look at, tells the base it was trained on (`same_base.py`).
 Everything else that peft can put in such a folder and that would change the result (DoRA, PiSSA, whole modules, ...) is
 refused by name.
 """
@@ -18,14 +19,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from phi2.hub import one_line, read_json
+from phi2.hub import of_a_run, one_line, read_json
 from phi2.lora import LoraConfig, adapter_state, has_adapter, insert, lora_modules, target_names
+from phi2.same_base import is_same_base, sample_of_base
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+BASE_SAMPLE = "phi2_base_sample"  # key of the metadata
 HEAD = "lm_head"
 HEAD_WEIGHT, HEAD_BIAS = f"{HEAD}.base_layer.weight", f"{HEAD}.base_layer.bias"
 
@@ -82,10 +85,11 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
     if head is not None:
         state |= {HEAD_WEIGHT: head.weight.detach(), HEAD_BIAS: head.bias.detach()}
     tensors = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.items()}
+    metadata = {"format": "pt", BASE_SAMPLE: sample_of_base(model)}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         # Not save_file: it leaves the file unreadable to all but its owner.
-        Path(staging, WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+        Path(staging, WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors, metadata))
         config = _config_to_write(model.lora_config, base_model_name_or_path)
         Path(staging, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -94,6 +98,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
 
 def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) -> None:
     """Freezes the model and puts the adapter of a folder on it; the model is untouched when anything is wrong.
+
+    Warns when the adapter was trained on other weights, where `save_adapter` wrote it.
 
     When the adapter brings its own `lm_head`, that head replaces the model's. If it has another number of rows, the
     vocabulary is resized to it, with a warning. Fewer rows: the last embeddings are dropped, as peft's user did before
@@ -120,6 +126,7 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
     if not names:
         raise ValueError(f"{folder / CONFIG_FILE}: target_modules {raw['target_modules']} match no layer of the model")
     _check_tensors(tensors, _expected_shapes(model, config, names, tensors), folder / WEIGHTS_FILE)
+    _warn_of_another_base(model, folder, raw)
     if HEAD_WEIGHT in tensors:
         _replace_head(model, tensors.pop(HEAD_WEIGHT), tensors.pop(HEAD_BIAS), folder)
     insert(model, config, names)
@@ -164,7 +171,7 @@ def _config_to_write(config: LoraConfig, base_model_name_or_path: str) -> dict[s
 
 def _read_fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file{of_a_run(path.parent)}")
     return read_json(path)
 
 
@@ -179,6 +186,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _warn_of_another_base(model: nn.Module, folder: Path, raw: dict[str, Any]) -> None:
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        sample = (file.metadata() or {}).get(BASE_SAMPLE)
+    if sample is not None and not is_same_base(model, sample):
+        name = raw.get("base_model_name_or_path")
+        warnings.warn(f"{folder}: trained on {name}, whose weights differ from those of this model", stacklevel=3)
 
 
 def _refuse_other_features(raw: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phi2.config import Phi2Config
-from phi2.hub import one_line, read_json, resolve
+from phi2.hub import of_a_run, one_line, read_json, resolve
 from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import load_adapter
@@ -109,7 +109,7 @@ def load_config(folder: str | Path) -> Phi2Config:
         return Phi2Config.from_dict(read_json(path), where=str(path))
     if (path.parent / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is a LoRA adapter: give its base model as the model, and this folder as --adapter")
-    raise FileNotFoundError(f"no config.json in {folder}")
+    raise FileNotFoundError(f"no config.json in {folder}{of_a_run(path.parent)}")
 
 
 def load_model(
@@ -323,7 +323,7 @@ def _complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
     folder = folder.expanduser().resolve()
     occupied = folder.exists() and any(folder.iterdir())
     if occupied and not overwrite:
-        raise ValueError(f"{folder}: not empty; give another folder, or overwrite=True to replace it")
+        raise ValueError(f"{folder}: not empty; give another folder (in Python, overwrite=True replaces it)")
     if occupied and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no model, so it is not replaced")
     unfinished, old = (folder.with_name(f".{folder.name}.{word}") for word in ("unfinished", "old"))

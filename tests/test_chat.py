@@ -311,7 +311,12 @@ def test_save_writes_the_conversation_and_goes_on(monkeypatch, capsys, tmp_path)
     assert json.loads(path.read_text())["messages"] == chat.transcript[:3]
 
 
-@pytest.mark.parametrize("name", ["missing/chat.json", "", "/"])
+def test_save_without_a_name_says_what_is_missing(monkeypatch, capsys):
+    chat, _, err = piped(monkeypatch, capsys, "/save\nHi\n")
+    assert err == "/save needs the name of a file\n" and questions(chat) == ["Hi"]
+
+
+@pytest.mark.parametrize("name", ["missing/chat.json", "/"])
 def test_a_save_that_fails_is_one_line_and_goes_on(monkeypatch, capsys, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     chat, _, err = piped(monkeypatch, capsys, f"/save {name}\nHi\n")

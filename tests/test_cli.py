@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
 
+import phi2
 from phi2.cli import COMMANDS, main
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--device", "cpu", "--lora.r", "4"]
@@ -45,6 +50,7 @@ BAD_USAGE = {
         "best_fit",
     ),
     "a rank below one": (["dpo", "--model", "m", "--data", "d", "--output", "o", "--lora.r", "0"], "r must be"),
+    "a negative count": (["inspect", "--model", "m", "--data", "d", "--rows", "-1"], "rows must not be"),
     "settings at odds": (["sft", "--model", "m", "--data", "d", "--output", "o", "--from_scratch", "true"], "lora"),
 }
 
@@ -71,6 +77,19 @@ def test_failures_are_one_line_and_code_1(tiny_phi, sft_data, pair_data, tmp_pat
         code, _, err = run(capsys, "sft", *where, *SHORT, *arguments)
         last = err.splitlines()[-1]
         assert code == 1 and expected in last and "Traceback" not in err
+
+
+def test_the_folder_of_a_run_is_not_its_model_or_adapter_and_that_is_told(tiny_phi, tmp_path, capsys):
+    base, asked = str(tiny_phi), ["--prompt", "x"]
+    for name in ("adapter", "model"):
+        (tmp_path / name / name).mkdir(parents=True)
+    for arguments, expected in (
+        (["--model", base, "--adapter", str(tmp_path / "adapter")], "adapter/adapter_config.json: no such file"),
+        (["--model", str(tmp_path / "model")], f"no config.json in {tmp_path}/model"),
+    ):
+        code, _, err = run(capsys, "generate", *arguments, *asked)
+        name = arguments[-1]
+        assert code == 1 and f"{expected}; did you mean {name}/{name.rpartition('/')[2]}?" in err
 
 
 def test_an_unknown_loss_lists_those_there_are(tiny_phi, pair_data, tmp_path, capsys):
@@ -135,3 +154,39 @@ def test_a_model_is_graded(capsys):
 def test_a_system_message_needs_the_chat_template(capsys):
     code, _, err = run(capsys, "generate", "--model", "nano", "--prompt", "x", "--system", "y", "--prompt_style", "raw")
     assert code == 1 and "system needs prompt_style chatml (or auto), got 'raw'" in err
+
+
+def test_the_version_is_told(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert (code, out) == (0, f"phi2 {phi2.__version__}\n")
+
+
+def test_an_adapter_merged_onto_another_base_is_one_line_of_warning(tiny_phi, make_phi, sft_data, tmp_path, capsys):
+    adapter, output = str(tmp_path / "run" / "adapter"), str(tmp_path / "merged")
+    run(capsys, "sft", "--model", str(tiny_phi), "--data", sft_data, "--output", str(tmp_path / "run"), *SHORT)
+    code, _, err = run(capsys, "merge", "--model", str(make_phi(seed=1)), "--adapter", adapter, "--output", output)
+    assert code == 0 and err.startswith(f"phi2 merge: warning: {adapter}: trained on {tiny_phi}, whose weights differ")
+    assert err.count("\n") == 1
+
+
+def test_memory_that_is_not_there_is_one_line(tiny_phi, tmp_path, capsys):
+    rows, output = str(10**13), str(tmp_path / "large")
+    code, _, err = run(capsys, "convert", "--model", str(tiny_phi), "--output", output, "--vocab_size", rows)
+    assert code == 1 and err.startswith("phi2 convert: out of memory: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--model", "nano", "--prompt", "x"]], ids=" ".join)
+def test_a_reader_that_has_gone_ends_the_command_in_silence(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "phi2", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ctrl_c_while_the_package_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import phi2_command; sys.exit(phi2_command.main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "phi2: interrupted\n")

@@ -46,7 +46,7 @@ def pins() -> dict[str, str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout, built from a copy so that the build leaves nothing behind here."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "phi2_command.py"):
         shutil.copy(ROOT / name, source)
     for name in ("phi2", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -78,7 +78,7 @@ def test_import_phi2_loads_nothing_heavy_beyond_torch():
     assert HEAVY & (loaded - modules_after("import torch")) == set()
 
 
-def test_wheel_holds_every_file_of_the_two_packages_and_nothing_else(wheel: Path):
+def test_wheel_holds_every_file_of_the_two_packages_the_command_and_nothing_else(wheel: Path):
     packages = {ROOT: ROOT / "phi2", ROOT / "kernels": ROOT / "kernels" / "phi2_kernels"}
     expected = {
         path.relative_to(base).as_posix()
@@ -88,7 +88,12 @@ def test_wheel_holds_every_file_of_the_two_packages_and_nothing_else(wheel: Path
     }
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert shipped == expected
+    assert shipped == expected | {"phi2_command.py"}
+
+
+def test_wheel_is_of_the_version_that_the_package_tells(wheel: Path):
+    told = run(sys.executable, "-c", "import sys; sys.path.insert(0, 'kernels'); import phi2; print(phi2.__version__)")
+    assert wheel.name.split("-")[1] == told.strip()
 
 
 def test_constraints_are_plain_pins():

@@ -103,7 +103,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(nano):
 
 
 def test_fewer_than_one_question_is_refused():
-    with pytest.raises(ValueError, match="n_per_skill must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="questions must be at least 1, got 0"):
         evaluate(None, None, 0)
 
 

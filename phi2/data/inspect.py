@@ -45,6 +45,11 @@ class InspectConfig(EncodeConfig):
     add_chatml: bool = True
     """As in `phi2 sft`: give a base tokenizer the ChatML tokens and template first."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows < 0:
+            raise ValueError(f"rows must not be negative, got {self.rows}")
+
 
 def inspect_data(config: InspectConfig) -> str:
     """What `phi2 inspect` prints.

@@ -68,21 +68,21 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def evaluate(
-    model: Phi2ForCausalLM, tokenizer: Tokenizer, n_per_skill: int = 200, seed: int = 0, split: str = "test"
+    model: Phi2ForCausalLM, tokenizer: Tokenizer, questions: int = 200, seed: int = 0, split: str = "test"
 ) -> dict[str, Score]:
-    """Answers `n_per_skill` questions of every skill greedily and grades the answers.
+    """Answers this many questions of every skill greedily and grades the answers.
 
     The same seed gives every model the same questions. The model sees them through its chat template.
 
     Raises:
         ValueError: for fewer than 1 question, an unknown split, or a tokenizer without a chat template.
     """
-    if n_per_skill < 1:
-        raise ValueError(f"n_per_skill must be at least 1, got {n_per_skill}")
-    questions = {skill: items(skill, split, n_per_skill, seed) for skill in SKILLS}
-    flat = [item for skill in SKILLS for item in questions[skill]]
+    if questions < 1:
+        raise ValueError(f"questions must be at least 1, got {questions}")
+    by_skill = {skill: items(skill, split, questions, seed) for skill in SKILLS}
+    flat = [item for asked in by_skill.values() for item in asked]
     answers = iter(_answers(model, tokenizer, flat))
-    return {skill: _score(asked, [next(answers) for _ in asked]) for skill, asked in questions.items()}
+    return {skill: _score(asked, [next(answers) for _ in asked]) for skill, asked in by_skill.items()}
 
 
 def _answers(model: Phi2ForCausalLM, tokenizer: Tokenizer, asked: Sequence[Item]) -> list[str]:

@@ -1,0 +1,112 @@
+"""From a command line to the call it asks for.
+
+Flags, their help and their checks come from the signature and docstring of a command's function, or from the fields of
+its config class. The parser is jsonargparse; what it says about a mistake is cut down to the one line a user needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+TRIED = re.compile(  # lines of the parser's account of every type it tried
+    r"Does not validate|Subtypes:|Errors:|Given value type:|Given value: Neste|Problem with given|.*<class 'NoneType'>"
+)
+KEY = re.compile(r'Parser key "([^"]+)": ?')
+WORDING = {
+    r"<class '(?:\w+\.)*(\w+)'>": r"\1",
+    r"typing\.Literal\[(.*?)\]": r"one of \1",
+    r"Expected a dot import path string: [^;]*": "expected null or a mapping of settings",
+    r"Expected a ": "expected ",
+    r"/--\w+\+": "",  # the parser's second name of a flag that takes a list
+    r"[.;] (?:Got|Given) value: ": ", got ",
+}
+
+
+class UsageError(Exception):
+    """The command line does not say something that can be run."""
+
+
+def parse(
+    command: str, about: str, run: Callable[..., None], config: type | None, arguments: list[str]
+) -> Callable[[], None]:
+    """The call that a command line asks for.
+
+    Args:
+        command: what stands before the flags.
+        about: what --help says first.
+        run: takes its flags as arguments, or one object of the class `config`.
+        config: whose fields are the flags.
+        arguments: the flags.
+
+    Raises:
+        UsageError: one line saying what is wrong.
+        SystemExit: after --help and --print_config.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=command, description=about, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of flags; flags given beside it win.")
+    if config is None:
+        parser.add_function_arguments(run, as_group=False)
+    else:
+        parser.add_class_arguments(config, as_group=False)
+    try:
+        parsed = parser.instantiate(parser.parse_args(with_lists(arguments, config or run)))
+        values = {key: value for key, value in vars(parsed).items() if key != "config"}
+        return partial(run, **values) if config is None else partial(run, config(**values))
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise UsageError(plain(str(error))) from error
+
+
+def with_lists(arguments: list[str], signature: Callable[..., Any]) -> list[str]:
+    """Makes one `--stop=["A", "B"]`, which is how the parser takes a list, of `--stop A --stop B`."""
+    flags = {f"--{name}" for name, hint in get_type_hints(signature).items() if _takes_a_list_only(hint)}
+    others, lists, left = [], defaultdict(list), iter(arguments)
+    for argument in left:
+        flag, equals, value = argument.partition("=")
+        if flag not in flags:
+            others.append(argument)
+        elif equals or (value := next(left, None)) is not None:
+            lists[flag] += _elements(value)
+        else:
+            others.append(argument)  # without its value: the parser says so
+    return [*others, *(f"{flag}={json.dumps(values)}" for flag, values in lists.items())]
+
+
+def _takes_a_list_only(hint: Any) -> bool:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return str not in kinds and any(get_origin(kind) is list for kind in kinds)
+
+
+def _elements(value: str) -> list[Any]:
+    """A list that is written as one, in JSON or YAML; any other text is its own only element."""
+    try:
+        elements = yaml.safe_load(value) if value.startswith("[") else None
+    except yaml.YAMLError:
+        elements = None
+    return elements if isinstance(elements, list) else [value]
+
+
+def plain(message: str) -> str:
+    """The parser's message in one line: which flag, what it takes, what it got."""
+    keys, reasons = [], []
+    for line in (line.strip(" -") for line in message.splitlines()):
+        if TRIED.match(line):
+            continue
+        if key := KEY.match(line):
+            keys.append(key[1])
+        reasons.append(KEY.sub("", line))
+    text = "; ".join(filter(None, dict.fromkeys(reasons)))
+    for pattern, replacement in WORDING.items():
+        text = re.sub(pattern, replacement, text)
+    text = ", got ".join(text.split(", got ")[:2])  # the value of the innermost key
+    return f"{'.'.join(keys)}: {text}" if keys else text
