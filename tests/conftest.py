@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -202,6 +203,28 @@ def read_metrics(run: Path) -> list[dict]:
 @pytest.fixture(scope="session")
 def metrics_of() -> Callable[[Path], list[dict]]:
     return read_metrics
+
+
+def read_weights(run: Path) -> dict[str, torch.Tensor]:
+    """What a run trained: its adapter, or its model."""
+    name = "adapter/adapter_model.safetensors" if (run / "adapter").exists() else "model/model.safetensors"
+    return load_file(run / name)
+
+
+@pytest.fixture(scope="session")
+def weights_of() -> Callable[[Path], dict[str, torch.Tensor]]:
+    return read_weights
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights() -> Callable[[Path, Path], None]:
+    """Of two runs, bit for bit."""
+
+    def check(run: Path, other: Path) -> None:
+        ours, theirs = read_weights(run), read_weights(other)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    return check
 
 
 class Recording(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Preference runs end to end on a tiny Phi: one gradient however a window is cut, the reference, its cache, resume."""
+"""Preference runs end to end on a tiny Phi: one gradient however a window is cut, their metrics, their losses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
-from safetensors.torch import load_file
+import yaml
 from torch import Tensor
 
 import phi2
 from phi2.data.encode import EncodedPair
 from phi2.data.records import Origin
-from phi2.lora import LoraConfig, disabled, lora_modules, merge
+from phi2.lora import LoraConfig, disabled, lora_modules
 from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
 from phi2.training.optim import Optimizer
 from phi2.training.setup import load_data, load_policy
-from phi2.weights import load_model, save_pretrained
+from phi2.weights import load_model
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
@@ -70,16 +69,6 @@ def pairs_of(config: DPOConfig) -> list[EncodedPair]:
 
 def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights_of(run: Path) -> dict[str, Tensor]:
-    name = "adapter/adapter_model.safetensors" if (run / "adapter").exists() else "model/model.safetensors"
-    return load_file(run / name)
-
-
-def assert_same_weights(run: Path, other: Path) -> None:
-    ours, theirs = weights_of(run), weights_of(other)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- one gradient, however the window is cut ----
@@ -256,6 +245,20 @@ def test_half_precision_runs_begin_at_log_2_and_learn(dpo_config, dtype, lora):
     assert lines[-1]["loss"] < 0.6
 
 
+def test_dropout_is_off_unless_asked_for(dpo_config, tiny_phi_with_dropout, tiny_phi, tmp_path):
+    lora = dataclasses.replace(LORA, lora_dropout=0.2)
+    runs = {
+        name: lines_of(train(dpo_config(**changes, max_steps=2, output=str(tmp_path / name))))
+        for name, changes in {
+            "plain": {},
+            "off": {"model": str(tiny_phi_with_dropout), "lora": lora},
+            "on": {"model": str(tiny_phi_with_dropout), "lora": lora, "disable_dropout": False},
+        }.items()
+    }
+    plain, off, on = ([line["logps/chosen"] for line in runs[name]] for name in ("plain", "off", "on"))
+    assert off == pytest.approx(plain, rel=1e-5) and on[0] != pytest.approx(plain[0], rel=1e-3)
+
+
 def test_columns_of_the_data_reach_a_loss_from_the_users_own_file(dpo_config, registry, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -286,6 +289,27 @@ def test_a_loss_that_cannot_be_used_is_refused_before_anything_is_written(dpo_co
     assert not Path(config.output).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "beta", "loss_args"),
+    [
+        ({"loss": "simpo"}, 2.0, {"gamma": 1.0}),
+        ({"loss": "simpo", "beta": 3.0, "loss_args": {"gamma": 0.5}}, 3.0, {"gamma": 0.5}),
+        ({"loss": "sigmoid_norm"}, 5.0, {}),
+    ],
+)
+def test_the_run_folder_tells_the_knobs_that_were_used(dpo_config, changes, beta, loss_args):
+    run = train(dpo_config(max_steps=1, **changes))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["beta"], settings["loss_args"]) == (beta, loss_args)
+    assert f"| beta | `{beta}` |" in (run / "README.md").read_text()
+
+
+def test_a_pair_longer_than_the_models_context_is_refused_before_the_first_update(dpo_config, write_rows):
+    data = write_rows([{"prompt": "Q", "chosen": "a", "rejected": "b" * 300}])
+    with pytest.raises(ValueError, match="row 1 has .* tokens, more than the model's context of 256"):
+        train(dpo_config(data=data))
+
+
 def test_a_loss_that_is_no_number_stops_the_run(dpo_config, registry):
     @phi2.preference_loss("log_of_margin")
     def log_of_margin(pairs: PairBatch) -> Tensor:
@@ -293,6 +317,16 @@ def test_a_loss_that_is_no_number_stops_the_run(dpo_config, registry):
 
     with pytest.raises(ValueError, match="step 1: loss 'log_of_margin' is -inf"):
         train(dpo_config(loss="log_of_margin"))
+
+
+def test_after_that_the_same_folder_can_be_used_with_better_settings(dpo_config, registry):
+    @phi2.preference_loss("no_number")
+    def no_number(pairs: PairBatch) -> Tensor:
+        return pairs.margin / 0
+
+    with pytest.raises(ValueError, match="step 1"):
+        train(dpo_config(loss="no_number"))
+    assert (train(dpo_config(max_steps=1)) / "adapter").exists()
 
 
 @pytest.mark.parametrize(
@@ -339,226 +373,3 @@ def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}))
     assert all(np.isfinite(value) for value in metrics.values())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())
-
-
-# ---- the reference ----
-
-
-@pytest.fixture
-def counted(monkeypatch) -> list[int]:
-    """Fills up with the number of target tokens of every pass of a reference."""
-    passes, score = [], reference.score
-
-    def count(model: Phi2ForCausalLM, row) -> Tensor:
-        passes.append(len(row.targets))
-        return score(model, row)
-
-    monkeypatch.setattr(reference, "score", count)
-    return passes
-
-
-@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-def test_a_precomputed_reference_gives_the_run_of_a_live_one(dpo_config, tmp_path, lora):
-    settings = dict(lora=lora, eval_steps=2, test_fraction=0.2, learning_rate=1e-3)
-    live = lines_of(train(dpo_config(**settings, output=str(tmp_path / "live"))))
-    cached = lines_of(train(dpo_config(**settings, output=str(tmp_path / "c"), precompute_ref_log_probs=True)))
-    for ours, theirs in zip(cached, live, strict=True):
-        names = ours.keys() - {"type", "tokens_per_second", "rewards/accuracies", "eval_rewards/accuracies"}
-        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3, abs=1e-4)
-
-
-def test_a_reference_cache_serves_runs_of_other_losses_rates_and_batch_sizes(dpo_config, tmp_path, counted):
-    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=2)
-    train(dpo_config(**cache, output=str(tmp_path / "first")))
-    assert sum(counted) == sum(pair.target_tokens for pair in pairs_of(dpo_config()))
-    counted.clear()
-    others = dict(loss="ipo", beta=0.3, learning_rate=1e-4, per_device_train_batch_size=3, seed=1, nll_weight=0.1)
-    train(dpo_config(**cache, **others, output=str(tmp_path / "second")))
-    assert counted == [] and len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_full_training_uses_the_cache_of_lora_over_the_same_weights(dpo_config, tmp_path, counted):
-    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
-    train(dpo_config(**cache, output=str(tmp_path / "first")))
-    counted.clear()
-    train(dpo_config(**cache, lora=None, output=str(tmp_path / "second")))
-    assert counted == []
-
-
-@pytest.mark.parametrize("change", ["weights", "dtype", "autocast", "max_length"])
-def test_a_reference_cache_is_not_used_for_another_reference_or_other_tokens(
-    dpo_config, make_phi, tmp_path, counted, change
-):
-    lora = None if change == "autocast" else LORA
-    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1, lora=lora)
-    train(dpo_config(**cache, output=str(tmp_path / "first")))
-    before = sum(counted)
-    counted.clear()
-    changes = {
-        "weights": {"model": str(make_phi(seed=5))},
-        "dtype": {"dtype": "bfloat16"},
-        "autocast": {"dtype": "bfloat16"},
-        "max_length": {"max_length": 14},
-    }[change]
-    config = dpo_config(**cache, **changes, output=str(tmp_path / "second"))
-    train(config)
-    if change == "max_length":  # rows that are not cut are known already
-        assert 0 < sum(counted) < before and len(list((tmp_path / "cache").iterdir())) == 1
-    else:
-        assert sum(counted) == before and len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_a_damaged_cache_stops_the_run_in_one_line(dpo_config, tmp_path):
-    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
-    train(dpo_config(**cache, output=str(tmp_path / "first")))
-    next((tmp_path / "cache").iterdir()).write_bytes(b"not a cache")
-    with pytest.raises(ValueError, match="not a reference cache .*; delete it to compute it again"):
-        train(dpo_config(**cache, output=str(tmp_path / "second")))
-
-
-def test_a_cache_of_another_model_is_noticed_before_the_first_update(dpo_config, tmp_path):
-    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
-    train(dpo_config(**cache, output=str(tmp_path / "first")))
-    (path,) = (tmp_path / "cache").iterdir()
-    stored = safetensors.numpy.load_file(path)
-    safetensors.numpy.save_file({**stored, "logps": stored["logps"] - 0.1}, path)
-    with pytest.raises(
-        ValueError, match="step 1: policy and reference must agree, but differ by up to 0.1 nats"
-    ) as caught:
-        train(dpo_config(**cache, output=str(tmp_path / "second")))
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "second" / "adapter").exists() and not (tmp_path / "second" / "checkpoints").exists()
-
-
-def test_after_that_the_same_folder_can_be_used_with_better_settings(dpo_config, registry):
-    @phi2.preference_loss("no_number")
-    def no_number(pairs: PairBatch) -> Tensor:
-        return pairs.margin / 0
-
-    with pytest.raises(ValueError, match="step 1"):
-        train(dpo_config(loss="no_number"))
-    assert (train(dpo_config(max_steps=1)) / "adapter").exists()
-
-
-def test_the_reference_of_an_adapter_that_is_trained_further_is_that_adapter(dpo_config, tmp_path):
-    first = train(dpo_config(output=str(tmp_path / "first")))
-    second = lines_of(
-        train(dpo_config(adapter=str(first / "adapter"), lora=LoraConfig(), output=str(tmp_path / "second")))
-    )
-    assert second[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and second[-1]["kl"] != 0
-    model, _ = phi2.load(dpo_config().model, device="cpu", adapter=first / "adapter")
-    pairs = pairs_of(dpo_config(shuffle=False))
-    third = dpo_config(
-        adapter=str(first / "adapter"), lora=LoraConfig(), output=str(tmp_path / "third"), shuffle=False, max_steps=4
-    )
-    expected = sum(answer_logps(model, p.prompt, p.chosen).sum().item() for p in pairs[:4]) / 4
-    lines = lines_of(train(third))
-    assert lines[0]["ref_logps/chosen"] == pytest.approx(expected, rel=1e-4)
-    assert lines[3]["ref_logps/chosen"] == pytest.approx(expected, rel=1e-4)  # the same pairs, three updates later
-
-
-def test_another_checkpoint_can_be_the_reference(dpo_config, make_phi):
-    other = make_phi(seed=9)
-    line = lines_of(train(dpo_config(reference=str(other), shuffle=False, max_steps=1)))[0]
-    model, pairs = load_model(other), pairs_of(dpo_config())[:4]
-    expected = sum(answer_logps(model, p.prompt, p.rejected).sum().item() for p in pairs) / 4
-    assert line["ref_logps/rejected"] == pytest.approx(expected, rel=1e-4)
-    assert line["logps/rejected"] != pytest.approx(expected, rel=1e-2)
-
-
-def test_the_merged_model_as_reference_is_the_reference_of_its_adapter(dpo_config, tmp_path):
-    first = train(dpo_config(output=str(tmp_path / "first")))
-    model, tokenizer = phi2.load(dpo_config().model, device="cpu", adapter=first / "adapter")
-    merge(model)
-    save_pretrained(model, tokenizer, tmp_path / "merged")
-    runs = [
-        train(
-            dpo_config(
-                adapter=str(first / "adapter"),
-                lora=LoraConfig(),
-                reference=kind,
-                output=str(tmp_path / name),
-                max_steps=2,
-            )
-        )
-        for name, kind in (("copy", "frozen_copy"), ("other", str(tmp_path / "merged")))
-    ]
-    for copy, other in zip(*map(lines_of, runs), strict=True):
-        assert copy["ref_logps/chosen"] == pytest.approx(other["ref_logps/chosen"], rel=1e-4)
-
-
-# ---- again, and after an interruption ----
-
-
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(dpo_config, metrics_of, tmp_path):
-    settings = dict(disable_dropout=False, lora=dataclasses.replace(LORA, lora_dropout=0.2))
-    first, again, other = (
-        train(dpo_config(**settings, output=str(tmp_path / str(number)), seed=seed))
-        for number, seed in enumerate((0, 0, 1))
-    )
-    assert metrics_of(first) == metrics_of(again) != metrics_of(other)
-    assert_same_weights(first, again)
-
-
-def test_dropout_is_off_unless_asked_for(dpo_config, tiny_phi_with_dropout, tiny_phi, tmp_path):
-    lora = dataclasses.replace(LORA, lora_dropout=0.2)
-    runs = {
-        name: lines_of(train(dpo_config(**changes, max_steps=2, output=str(tmp_path / name))))
-        for name, changes in {
-            "plain": {},
-            "off": {"model": str(tiny_phi_with_dropout), "lora": lora},
-            "on": {"model": str(tiny_phi_with_dropout), "lora": lora, "disable_dropout": False},
-        }.items()
-    }
-    plain, off, on = ([line["logps/chosen"] for line in runs[name]] for name in ("plain", "off", "on"))
-    assert off == pytest.approx(plain, rel=1e-5) and on[0] != pytest.approx(plain[0], rel=1e-3)
-
-
-def test_a_killed_run_resumes_bit_for_bit(dpo_config, pair_data, train_and_kill, metrics_of, tmp_path):
-    """With an adapter to start from: its frozen copy, the reference, is made again."""
-    lora = dataclasses.replace(LORA, lora_dropout=0.2)
-    start = train(dpo_config(output=str(tmp_path / "start"), max_steps=2, lora=lora)) / "adapter"
-    noise = dict(adapter=str(start), lora=LoraConfig(), disable_dropout=False, nll_weight=0.1)
-    often = dict(eval_data=pair_data, eval_steps=2, save_steps=3)
-    whole = train(dpo_config(**noise, **often))
-    config = dpo_config(**noise, **often, output=str(tmp_path / "killed"))
-    train_and_kill(config, step=5)
-    assert [line["step"] for line in metrics_of(config.output)] == [1, 2, 2, 3, 4, 4]
-    resumed = train(dataclasses.replace(config, resume=True))
-    assert metrics_of(resumed) == metrics_of(whole)
-    assert_same_weights(resumed, whole)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"dtype": "float16"}, {"lora": None}, {"precompute_ref_log_probs": True}, {"loss": "simpo", "dtype": "bfloat16"}],
-    ids=str,
-)
-def test_runs_of_every_kind_resume_bit_for_bit(dpo_config, metrics_of, monkeypatch, tmp_path, changes):
-    class Stop(Exception):
-        pass
-
-    def stop(loss: float, step: int) -> None:
-        if step == 5:
-            raise Stop
-
-    whole = train(dpo_config(**changes, save_steps=3))
-    config = dpo_config(**changes, save_steps=3, output=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(dpo, "require_finite", stop)
-        train(config)
-    resumed = train(dataclasses.replace(config, resume=True))
-    assert metrics_of(resumed) == metrics_of(whole)
-    assert_same_weights(resumed, whole)
-
-
-def test_a_resumed_run_with_another_loss_is_refused(dpo_config):
-    train(dpo_config(max_steps=1))
-    with pytest.raises(ValueError, match="these differ: loss 'sigmoid' -> 'ipo', beta None -> 0.3"):
-        train(dpo_config(max_steps=1, resume=True, loss="ipo", beta=0.3))
-
-
-@pytest.mark.parametrize("setting", [{"reference": "frozen_copy"}, {"precompute_ref_log_probs": True}])
-def test_a_reference_is_refused_where_the_loss_has_none(dpo_config, setting):
-    with pytest.raises(ValueError, match="loss simpo needs no reference"):
-        train(dpo_config(loss="simpo", **setting))

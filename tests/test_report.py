@@ -99,6 +99,21 @@ def test_text_of_others_stays_text(run):
     assert EVIL in parsed(write_report(run)).text
 
 
+def test_the_audit_of_held_out_rows_is_shown(run, tmp_path):
+    assert "Held-out data" not in parsed(write_report(run)).text
+    (run / "eval_audit.json").write_text((run / "data_audit.json").read_text().replace("12", "34"))
+    for path in (write_report(run), write_comparison(tmp_path / "all.html", "Title", scores(), {"The run": run})):
+        assert "Held-out data" in (text := parsed(path).text) and "rows 34" in text
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "told"), [(1, 1.0, "1 update, 1 epoch,"), (2000, 0.5, "2,000 updates, 0.5 epochs,")]
+)
+def test_one_update_is_not_several(run, step, epoch, told):
+    (run / "metrics.jsonl").write_text(json.dumps({"step": step, "type": "train", "loss": 1.0, "epoch": epoch}))
+    assert told in parsed(write_report(run)).text
+
+
 @pytest.mark.parametrize("missing", FILES)
 def test_any_one_file_may_be_missing(run, missing):
     (run / missing).unlink()

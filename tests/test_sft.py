@@ -1,12 +1,8 @@
-"""Supervised runs end to end on a tiny Phi: one gradient however a window is cut, and runs that repeat and resume."""
+"""Supervised runs end to end on a tiny Phi: one gradient however a window is cut, precision, NEFTune, settings."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +17,6 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import sft
 from phi2.training.optim import Optimizer
-from phi2.training.run import Interrupted
 from phi2.training.setup import load_data, load_policy
 from phi2.training.sft import SFTConfig, evaluate, neftune, train
 from phi2.weights import load_model
@@ -51,16 +46,6 @@ def policy_of(config: SFTConfig) -> Phi2ForCausalLM:
 def rows_of(config: SFTConfig) -> list:
     Path(config.output).mkdir(exist_ok=True)
     return load_data(config, Tokenizer.from_folder(config.model), "supervised")[0]
-
-
-def weights_of(run: Path) -> dict[str, Tensor]:
-    name = "adapter/adapter_model.safetensors" if (run / "adapter").exists() else "model/model.safetensors"
-    return load_file(run / name)
-
-
-def assert_same_weights(run: Path, other: Path) -> None:
-    ours, theirs = weights_of(run), weights_of(other)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- one gradient, however the window is cut ----
@@ -205,6 +190,22 @@ def test_a_sample_prompt_that_does_not_fit_is_refused_before_the_first_update(sf
     assert not (Path(sft_config().output) / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("changes", [{}, {"max_length": None}, {"packing": "wrapped", "max_length": 64}], ids=str)
+def test_rows_longer_than_the_models_context_are_refused_before_the_first_update(sft_config, write_rows, changes):
+    data = write_rows([{"text": "a" * 100}] * 9 + [{"text": "b" * 300}])
+    with pytest.raises(ValueError, match=r"row \d+ has \d+ tokens, more than the model's context of 256: "):
+        train(sft_config(data=data, packing_length=300, **changes))
+
+
+def test_a_held_out_row_longer_than_the_models_context_is_refused(sft_config, write_rows):
+    with pytest.raises(ValueError, match="row 1 has 301 tokens, more than the model's context of 256"):
+        train(sft_config(eval_data=write_rows([{"text": "a" * 300}])))
+
+
+def test_a_row_as_long_as_the_models_context_trains(sft_config, write_rows):
+    train(sft_config(data=write_rows([{"text": "a" * 300}]), max_length=256, max_steps=1))
+
+
 def test_lora_settings_beside_an_adapter_are_refused(sft_config):
     with pytest.raises(ValueError, match="adapter brings its own LoRA settings"):
         sft_config(adapter="x", lora=LoraConfig(r=4))
@@ -215,7 +216,9 @@ def test_a_row_longer_than_a_block_is_refused(sft_config):
         train(sft_config(packing="best_fit", packing_length=8))
 
 
-def test_from_scratch_starts_from_the_seed_and_not_from_the_folders_weights(sft_config, tmp_path):
+def test_from_scratch_starts_from_the_seed_and_not_from_the_folders_weights(
+    sft_config, tmp_path, weights_of, assert_same_weights
+):
     settings = dict(lora=None, from_scratch=True, max_steps=1, warmup_steps=1)  # its one update has learning rate 0
     runs = [
         train(sft_config(**settings, output=str(tmp_path / str(number)), seed=seed))
@@ -251,7 +254,7 @@ def test_a_model_without_embeddings_for_the_chatml_tokens_is_refused(sft_config,
         train(sft_config(model=str(base_folder(make_phi, 258))))
 
 
-def test_training_goes_on_from_an_adapter(sft_config, tmp_path):
+def test_training_goes_on_from_an_adapter(sft_config, tmp_path, weights_of):
     first = train(sft_config())
     second = train(sft_config(output=str(tmp_path / "second"), adapter=str(first / "adapter"), lora=LoraConfig()))
     assert metrics_lines(second)[0]["loss"] < metrics_lines(first)[0]["loss"] / 1.2
@@ -263,19 +266,19 @@ def test_training_goes_on_from_an_adapter(sft_config, tmp_path):
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_runs_begin_at_the_float32_loss_and_learn(sft_config, tmp_path, dtype, lora):
+def test_half_precision_runs_begin_at_the_float32_loss_and_learn(sft_config, weights_of, tmp_path, dtype, lora):
     exact = metrics_lines(train(sft_config(lora=lora, output=str(tmp_path / "float32"), max_steps=1)))
     run = train(sft_config(lora=lora, dtype=dtype, max_steps=10, save_steps=10))
     lines = metrics_lines(run)
     assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
     assert min(line["loss"] for line in lines) < 0.9 * lines[0]["loss"]
-    assert run_dtypes(run) == ({torch.float32} if lora else {getattr(torch, dtype)})
-    assert run_dtypes(run / "checkpoints" / "step-10") == {torch.float32}
+    assert dtypes_in(weights_of(run)) == ({torch.float32} if lora else {getattr(torch, dtype)})
+    assert dtypes_in(weights_of(run / "checkpoints" / "step-10")) == {torch.float32}
 
 
-def run_dtypes(folder: Path) -> set[torch.dtype]:
-    """Of the trained weights."""
-    return {tensor.dtype for name, tensor in weights_of(folder).items() if "base_layer" not in name}
+def dtypes_in(weights: dict[str, Tensor]) -> set[torch.dtype]:
+    """Of what was trained."""
+    return {tensor.dtype for name, tensor in weights.items() if "base_layer" not in name}
 
 
 def test_float16_runs_leave_out_updates_that_overflow(sft_config):
@@ -320,119 +323,6 @@ def test_neftune_is_for_training_and_only_where_it_is_asked_for(sft_config):
     assert plain == pytest.approx(plain_eval, rel=1e-5) and noisy_eval == plain_eval and abs(noisy - plain) > 1e-3
 
 
-# ---- again, and after an interruption ----
-
-
-@pytest.fixture(scope="module")
-def random_config(tiny_phi_with_dropout, sft_data) -> Callable[..., SFTConfig]:
-    """A run with everything that is random: dropout in the model and in the adapter, NEFTune, shuffling."""
-    where = dict(model=str(tiny_phi_with_dropout), data=sft_data, eval_data=sft_data, device="cpu")
-    size = dict(max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
-    noise = dict(lora=dataclasses.replace(LORA, lora_dropout=0.2), neftune_noise_alpha=5.0)
-    often = dict(eval_steps=2, save_steps=3, sample_prompts=PROMPTS[:1])
-    return lambda output, **changes: SFTConfig(output=str(output), **{**where, **size, **noise, **often, **changes})
-
-
-@pytest.fixture(scope="module")
-def whole(random_config, tmp_path_factory) -> Path:
-    """That run, not interrupted."""
-    return train(random_config(tmp_path_factory.mktemp("whole") / "run"))
-
-
-def stop_at(step: int, run: Callable[[], Path]) -> None:
-    """Breaks a run off behind update `step`, before anything tells of it."""
-
-    class Stop(Exception):
-        pass
-
-    def stop(loss: float, at: int) -> None:
-        if at == step:
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(sft, "require_finite", stop)
-        run()
-
-
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(random_config, whole, metrics_of, tmp_path):
-    again, other = (train(random_config(tmp_path / str(seed), seed=seed, sample_prompts=[])) for seed in (42, 1))
-    assert metrics_of(whole) == metrics_of(again) != metrics_of(other)
-    assert_same_weights(whole, again)
-
-
-def test_how_often_a_run_evaluates_saves_and_samples_does_not_change_it(random_config, whole, tmp_path):
-    seldom = random_config(tmp_path / "run", eval_data=None, eval_steps=0, save_steps=0, sample_prompts=[])
-    assert_same_weights(train(seldom), whole)
-
-
-def test_a_killed_run_resumes_bit_for_bit(random_config, whole, train_and_kill, metrics_of, tmp_path):
-    config = random_config(tmp_path / "run")
-    train_and_kill(config, step=5)
-    assert [line["step"] for line in metrics_of(config.output)] == [1, 2, 2, 3, 4, 4]
-    resumed = train(dataclasses.replace(config, resume=True))
-    assert metrics_of(resumed) == metrics_of(whole)
-    assert (resumed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    assert_same_weights(resumed, whole)
-
-
-@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"lora": None}, {"lora": None, "dtype": "float16"}], ids=str)
-def test_runs_of_every_kind_resume_bit_for_bit(random_config, metrics_of, tmp_path, changes):
-    configs = [random_config(tmp_path / name, **changes, sample_prompts=[]) for name in ("whole", "stopped")]
-    whole = train(configs[0])
-    stop_at(5, lambda: train(configs[1]))
-    resumed = train(dataclasses.replace(configs[1], resume=True))
-    assert metrics_of(resumed) == metrics_of(whole)
-    assert_same_weights(resumed, whole)
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_over(random_config, whole, metrics_of, tmp_path):
-    config = random_config(tmp_path / "run", sample_prompts=[])
-    stop_at(3, lambda: train(config))
-    assert metrics_of(train(dataclasses.replace(config, resume=True))) == metrics_of(whole)
-
-
-def test_resuming_a_finished_run_changes_nothing(sft_config, metrics_of):
-    run = train(sft_config())
-    lines, weights = metrics_of(run), weights_of(run)
-    assert metrics_of(train(sft_config(resume=True))) == lines
-    assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(run).items())
-
-
-@pytest.mark.parametrize("step", [1, 4])
-def test_ctrl_c_ends_the_update_saves_and_can_be_resumed(random_config, whole, metrics_of, tmp_path, monkeypatch, step):
-    config, update, calls = random_config(tmp_path / "run", sample_prompts=[]), sft.update, []
-
-    def update_meets_ctrl_c(*arguments) -> dict[str, float]:
-        calls.append(None)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"stopped after step {step}; go on with"):
-        patch.setattr(sft, "update", update_meets_ctrl_c)
-        train(config)
-    names = {path.name for path in (Path(config.output) / "checkpoints").iterdir()}
-    assert names == {f"step-{step}"} | ({"step-3"} if step > 3 else set())
-    resumed = train(dataclasses.replace(config, resume=True))
-    assert metrics_of(resumed) == metrics_of(whole)
-    assert_same_weights(resumed, whole)
-
-
-def test_ctrl_c_during_the_last_update_lets_the_run_end(sft_config, monkeypatch):
-    update = sft.update
-    monkeypatch.setattr(sft, "update", lambda *a: (os.kill(os.getpid(), signal.SIGINT), update(*a))[1])
-    assert (train(sft_config(max_steps=1)) / "adapter").exists()
-
-
-def test_another_run_in_the_same_folder_is_refused_and_the_first_stays(sft_config):
-    run = train(sft_config(max_steps=1))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for config in (sft_config(max_steps=1), sft_config(max_steps=1, resume=True, learning_rate=1.0)):
-        with pytest.raises(ValueError, match="holds a run already|these differ: learning_rate 0.01 -> 1.0"):
-            train(config)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
 # ---- settings ----
 
 
@@ -448,6 +338,7 @@ def test_another_run_in_the_same_folder_is_refused_and_the_first_stays(sft_confi
         ({"lora": None, "adapter": "x"}, "adapter goes on training a LoRA adapter"),
         ({"eval_data": "x", "test_fraction": 0.1}, "give eval_data or test_fraction, not both"),
         ({"from_scratch": True}, "from_scratch trains every weight: it needs lora: null"),
+        ({"save_strategy": "no", "save_steps": 5}, "save_steps 5 needs save_strategy steps"),
         ({"packing": "wrapped", "packing_length": 1}, "packing_length must be at least 2, got 1"),
     ],
 )

@@ -49,7 +49,7 @@ def write_report(run_folder: str | Path) -> Path:
     config, metrics = _yaml(run / "config.yaml"), _json_lines(run / "metrics.jsonl")
     sections = {
         "Curves": _curves(metrics),
-        "Data": _data(_json(run / "data_audit.json")),
+        **_audits(run),
         "Samples": _samples(_json_lines(run / "samples.jsonl")),
         "Settings": settings(config),
         "Machine": settings(_json(run / "environment.json")),
@@ -81,7 +81,7 @@ def write_comparison(
     for name, run in (runs or {}).items():
         run = Path(run)
         metrics, config = _json_lines(run / "metrics.jsonl"), _yaml(run / "config.yaml")
-        more = _folded("Data", _data(_json(run / "data_audit.json"))) + _folded("Settings", settings(config))
+        more = "".join(_folded(title, html) for title, html in {**_audits(run), "Settings": settings(config)}.items())
         sections[name] = _note(_summary(metrics)) + _curves(metrics) + more
     lead = f"{' against '.join(scores)}, on held-out questions that code grades."
     write_whole(Path(path), page(title, lead, sections))
@@ -100,12 +100,16 @@ def _summary(metrics: Metrics) -> str:
     train = [line for line in metrics if line.get("type") == "train"]
     if not train:
         return "No update was logged."
-    told = [f"{train[-1].get('step', 0):,} updates"]
+    told = [_counted(train[-1].get("step", 0), "update")]
     if "epoch" in train[-1]:
-        told.append(f"{number(train[-1]['epoch'])} epochs")
+        told.append(_counted(train[-1]["epoch"], "epoch"))
     told += [f"{label} {number(train[-1][key])}" for key, label in (("loss", "last loss"),) if key in train[-1]]
     held_out = [line["eval_loss"] for line in metrics if "eval_loss" in line]
     return ", ".join(told + [f"held-out loss {number(loss)}" for loss in held_out[-1:]]) + "."
+
+
+def _counted(count: float, what: str) -> str:
+    return f"{number(count)} {what}{'' if count == 1 else 's'}"
 
 
 def _curves(metrics: Metrics) -> str:
@@ -117,6 +121,11 @@ def _curves(metrics: Metrics) -> str:
 def _lines(metrics: Metrics, names: Mapping[str, str]) -> list[Line]:
     points = {key: [(line["step"], line[key]) for line in metrics if key in line and "step" in line] for key in names}
     return [Line(names[key], of_key) for key, of_key in points.items() if of_key]
+
+
+def _audits(run: Path) -> dict[str, str]:
+    files = {"Data": "data_audit.json", "Held-out data": "eval_audit.json"}
+    return {title: _data(_json(run / name)) for title, name in files.items()}
 
 
 def _data(audit: Mapping[str, Any]) -> str:

@@ -175,15 +175,24 @@ def load_loss_file(path: str | Path) -> None:
         raise ValueError(f"loss_file {path}: {type(error).__name__}: {error}") from error
 
 
+def find_loss(name: str) -> PreferenceLoss:
+    """The registered loss of that name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if name not in PREFERENCE_LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(sorted(PREFERENCE_LOSSES))}, got {name!r}")
+    return PREFERENCE_LOSSES[name]
+
+
 def bind_loss(name: str, knobs: Mapping[str, float]) -> Callable[[PairBatch], Tensor]:
     """The loss of that name with its knobs set.
 
     Raises:
         ValueError: for an unknown name, a knob this loss does not take, or a value out of its range.
     """
-    if name not in PREFERENCE_LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(sorted(PREFERENCE_LOSSES))}, got {name!r}")
-    loss = PREFERENCE_LOSSES[name]
+    loss = find_loss(name)
     for knob, value in knobs.items():
         if knob not in loss.knobs:
             raise ValueError(f"loss {name!r} does not take {knob!r}; its knobs are {', '.join(loss.knobs) or 'none'}")

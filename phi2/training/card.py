@@ -24,6 +24,7 @@ NOT_HYPERPARAMETERS = (  # said elsewhere in the card, or without influence on t
     "resume",
     "logging_steps",
     "eval_steps",
+    "save_strategy",
     "save_steps",
     "save_total_limit",
     "loss_file",

@@ -70,6 +70,8 @@ class TrainingConfig(EncodeConfig):
     """Optimizer steps between lines of metrics.jsonl."""
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates once, at the end."""
+    save_strategy: Literal["steps", "no"] = "steps"
+    """no writes a checkpoint only when the run is interrupted; the result is always written."""
     save_steps: int = 0
     """Optimizer steps between checkpoints; 0 saves only at the end or when interrupted."""
     save_total_limit: int = 2
@@ -77,7 +79,7 @@ class TrainingConfig(EncodeConfig):
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts answered greedily at every evaluation, into samples.jsonl."""
+    """Prompt answered greedily at every evaluation, into samples.jsonl; give the flag again for another."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +89,8 @@ class TrainingConfig(EncodeConfig):
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_steps", "save_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.save_strategy == "no" and self.save_steps:
+            raise ValueError(f"save_steps {self.save_steps} needs save_strategy steps, got no")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
         if self.max_steps == 0 or self.max_steps < -1 or self.num_train_epochs <= 0:

@@ -21,7 +21,7 @@ from phi2.data.encode import EncodedPair
 from phi2.data.packing import row_of_pairs
 from phi2.hub import resolve
 from phi2.losses.head import target_logps
-from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, load_loss_file
+from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, find_loss, load_loss_file
 from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import restore_adapter
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
@@ -40,8 +40,10 @@ from phi2.training.setup import (
     load_data,
     load_policy,
     policy_tokenizer,
+    require_context,
     require_embeddings,
     require_finite,
+    saves_at,
     total_steps,
     weights_saver,
     windows_of,
@@ -119,6 +121,7 @@ def train(config: DPOConfig) -> Path:
     """
     if config.loss_file is not None:
         load_loss_file(config.loss_file)
+    config = with_all_knobs(config)
     loss = bind_loss(config.loss, config.knobs)
     if PREFERENCE_LOSSES[config.loss].reference_free and (
         config.reference != "auto" or config.precompute_ref_log_probs
@@ -129,6 +132,7 @@ def train(config: DPOConfig) -> Path:
     pairs, eval_pairs = load_data(config, tokenizer, "preference")
     model = load_policy(config, checkpoint)
     require_embeddings(model, tokenizer)
+    require_context(model, [*pairs, *eval_pairs])
     check_sample_prompts(config, model, tokenizer)
     require_same_inputs(run, pairs, model, resumed=checkpoint is not None)
     reference = make_reference(config, model, checkpoint, [*pairs, *eval_pairs])
@@ -152,12 +156,23 @@ def train(config: DPOConfig) -> Path:
                 if eval_pairs:
                     log.write(step, "eval", evaluate(config, model, eval_pairs, reference, loss))
                 write_samples(config, model, tokenizer, step)
-            if interrupted or is_due(config.save_steps, step, total):
+            if interrupted or saves_at(config, step, total):
                 save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
             if interrupted and step < total:
                 raise Interrupted(f"stopped after step {step}; go on with resume: true")
     finish(config, model, tokenizer)
     return run
+
+
+def with_all_knobs(config: DPOConfig) -> DPOConfig:
+    """The config with the loss's own values where it was silent, so that the run folder tells what was used.
+
+    Raises:
+        ValueError: for an unknown loss.
+    """
+    knobs = {**find_loss(config.loss).knobs, **config.knobs}
+    named = {name: knobs.pop(name, None) for name in ("beta", "label_smoothing")}
+    return replace(config, **named, loss_args=knobs)
 
 
 def make_reference(

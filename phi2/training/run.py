@@ -26,7 +26,7 @@ from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 
 FREE_TO_CHANGE = frozenset(
-    "output resume device logging_steps eval_steps save_steps save_total_limit sample_prompts".split()
+    "output resume device logging_steps eval_steps save_strategy save_steps save_total_limit sample_prompts".split()
 )
 
 

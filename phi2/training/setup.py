@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -29,7 +29,9 @@ from phi2.weights import load_config, load_model, load_tokenizer, pick_device, p
 
 def policy_tokenizer(config: TrainingConfig) -> Tokenizer:
     """The tokenizer of the adapter that is trained further, where it brings one, else of the model."""
-    return load_tokenizer(resolve(config.model), None if config.adapter is None else resolve(config.adapter))
+    folder = resolve(config.model)
+    load_config(folder)  # before a tokenizer is missed: this knows what else the folder may be
+    return load_tokenizer(folder, None if config.adapter is None else resolve(config.adapter))
 
 
 def compute_dtype(config: TrainingConfig) -> torch.dtype:
@@ -81,6 +83,20 @@ def require_embeddings(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> None:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab_size} embedding rows")
 
 
+def require_context(model: Phi2ForCausalLM, rows: Sequence[Encoded]) -> None:
+    """Refuses rows that reach beyond the positions the model knows.
+
+    Raises:
+        ValueError: naming the longest row and both lengths.
+    """
+    context, longest = model.config.max_position_embeddings, max(rows, key=lambda row: row.length)
+    if longest.length > context:
+        raise ValueError(
+            f"{longest.origin} has {longest.length} tokens, more than the model's context of {context}: give a"
+            f" max_length (for packing: wrapped, a packing_length) of {context} at most"
+        )
+
+
 def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[list[Encoded], list[Encoded]]:
     """Training and evaluation rows as token ids; their audits are printed and kept in the run folder."""
     loaded = load_records(config.data, kind)
@@ -127,6 +143,11 @@ def total_steps(config: TrainingConfig, windows: Windows) -> int:
 def is_due(every: int, step: int, total: int) -> bool:
     """Whether something done every `every` updates, and after the last, is due after update `step`."""
     return step == total or (every > 0 and step % every == 0)
+
+
+def saves_at(config: TrainingConfig, step: int, total: int) -> bool:
+    """Whether a checkpoint is due after update `step`."""
+    return config.save_strategy == "steps" and is_due(config.save_steps, step, total)
 
 
 def weights_saver(

@@ -33,8 +33,10 @@ from phi2.training.setup import (
     load_data,
     load_policy,
     policy_tokenizer,
+    require_context,
     require_embeddings,
     require_finite,
+    saves_at,
     total_steps,
     weights_saver,
     windows_of,
@@ -82,6 +84,7 @@ def train(config: SFTConfig) -> Path:
     blocks = pack(train_rows, config, tokenizer.eos_id)
     model = load_policy(config, checkpoint, config.from_scratch)
     require_embeddings(model, tokenizer)
+    require_context(model, [*(row for block in blocks for row in block), *eval_rows])
     check_sample_prompts(config, model, tokenizer)
     require_same_inputs(run, train_rows, model, resumed=checkpoint is not None)
     save_weights = weights_saver(config, model, tokenizer)
@@ -102,7 +105,7 @@ def train(config: SFTConfig) -> Path:
                 if eval_rows:
                     log.write(step, "eval", evaluate(config, model, eval_rows))
                 write_samples(config, model, tokenizer, step)
-            if interrupted or is_due(config.save_steps, step, total):
+            if interrupted or saves_at(config, step, total):
                 save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
             if interrupted and step < total:
                 raise Interrupted(f"stopped after step {step}; go on with resume: true")

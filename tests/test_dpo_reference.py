@@ -1,0 +1,177 @@
+"""The reference in whole preference runs: live or from a cache, an adapter, a copy or another checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+import phi2
+from phi2.data.encode import EncodedPair
+from phi2.lora import LoraConfig, merge
+from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import Tokenizer
+from phi2.training import reference
+from phi2.training.dpo import DPOConfig, train
+from phi2.training.setup import load_data
+from phi2.weights import load_model, save_pretrained
+
+LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
+
+
+def pairs_of(config: DPOConfig) -> list[EncodedPair]:
+    Path(config.output).mkdir(exist_ok=True)
+    return load_data(config, Tokenizer.from_folder(config.model), "preference")[0]
+
+
+def mean_logp(model: Phi2ForCausalLM, pairs: list[EncodedPair], answer: str) -> float:
+    """Mean over the pairs of an answer's log-probability: each sequence alone, whole logits."""
+    total = 0.0
+    for pair in pairs:
+        ids = torch.from_numpy(np.concatenate((pair.prompt, getattr(pair, answer))).astype(np.int64))
+        logps = model(ids[None]).log_softmax(-1)[0, len(pair.prompt) - 1 : -1]
+        total += logps.gather(1, ids[len(pair.prompt) :, None]).sum().item()
+    return total / len(pairs)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """Fills up with the number of target tokens of every pass of a reference."""
+    passes, score = [], reference.score
+
+    def count(model: Phi2ForCausalLM, row) -> Tensor:
+        passes.append(len(row.targets))
+        return score(model, row)
+
+    monkeypatch.setattr(reference, "score", count)
+    return passes
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_precomputed_reference_gives_the_run_of_a_live_one(dpo_config, tmp_path, lora, metrics_of):
+    settings = dict(lora=lora, eval_steps=2, test_fraction=0.2, learning_rate=1e-3)
+    live = metrics_of(train(dpo_config(**settings, output=str(tmp_path / "live"))))
+    cached = metrics_of(train(dpo_config(**settings, output=str(tmp_path / "c"), precompute_ref_log_probs=True)))
+    for ours, theirs in zip(cached, live, strict=True):
+        names = ours.keys() - {"type", "tokens_per_second", "rewards/accuracies", "eval_rewards/accuracies"}
+        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3, abs=1e-4)
+
+
+def test_a_reference_cache_serves_runs_of_other_losses_rates_and_batch_sizes(dpo_config, tmp_path, counted):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=2)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    assert sum(counted) == sum(pair.target_tokens for pair in pairs_of(dpo_config()))
+    counted.clear()
+    others = dict(loss="ipo", beta=0.3, learning_rate=1e-4, per_device_train_batch_size=3, seed=1, nll_weight=0.1)
+    train(dpo_config(**cache, **others, output=str(tmp_path / "second")))
+    assert counted == [] and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_full_training_uses_the_cache_of_lora_over_the_same_weights(dpo_config, tmp_path, counted):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    counted.clear()
+    train(dpo_config(**cache, lora=None, output=str(tmp_path / "second")))
+    assert counted == []
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "autocast", "max_length"])
+def test_a_reference_cache_is_not_used_for_another_reference_or_other_tokens(
+    dpo_config, make_phi, tmp_path, counted, change
+):
+    lora = None if change == "autocast" else LORA
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1, lora=lora)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    before = sum(counted)
+    counted.clear()
+    changes = {
+        "weights": {"model": str(make_phi(seed=5))},
+        "dtype": {"dtype": "bfloat16"},
+        "autocast": {"dtype": "bfloat16"},
+        "max_length": {"max_length": 14},
+    }[change]
+    config = dpo_config(**cache, **changes, output=str(tmp_path / "second"))
+    train(config)
+    if change == "max_length":  # rows that are not cut are known already
+        assert 0 < sum(counted) < before and len(list((tmp_path / "cache").iterdir())) == 1
+    else:
+        assert sum(counted) == before and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_damaged_cache_stops_the_run_in_one_line(dpo_config, tmp_path):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    next((tmp_path / "cache").iterdir()).write_bytes(b"not a cache")
+    with pytest.raises(ValueError, match="not a reference cache .*; delete it to compute it again"):
+        train(dpo_config(**cache, output=str(tmp_path / "second")))
+
+
+def test_a_cache_of_another_model_is_noticed_before_the_first_update(dpo_config, tmp_path):
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=1)
+    train(dpo_config(**cache, output=str(tmp_path / "first")))
+    (path,) = (tmp_path / "cache").iterdir()
+    stored = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**stored, "logps": stored["logps"] - 0.1}, path)
+    with pytest.raises(
+        ValueError, match="step 1: policy and reference must agree, but differ by up to 0.1 nats"
+    ) as caught:
+        train(dpo_config(**cache, output=str(tmp_path / "second")))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "second" / "adapter").exists() and not (tmp_path / "second" / "checkpoints").exists()
+
+
+def test_the_reference_of_an_adapter_that_is_trained_further_is_that_adapter(dpo_config, tmp_path, metrics_of):
+    first = train(dpo_config(output=str(tmp_path / "first")))
+    second = metrics_of(
+        train(dpo_config(adapter=str(first / "adapter"), lora=LoraConfig(), output=str(tmp_path / "second")))
+    )
+    assert second[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and second[-1]["kl"] != 0
+    model, _ = phi2.load(dpo_config().model, device="cpu", adapter=first / "adapter")
+    pairs = pairs_of(dpo_config(shuffle=False))
+    third = dpo_config(
+        adapter=str(first / "adapter"), lora=LoraConfig(), output=str(tmp_path / "third"), shuffle=False, max_steps=4
+    )
+    expected = mean_logp(model, pairs[:4], "chosen")
+    lines = metrics_of(train(third))
+    assert lines[0]["ref_logps/chosen"] == pytest.approx(expected, rel=1e-4)
+    assert lines[3]["ref_logps/chosen"] == pytest.approx(expected, rel=1e-4)  # the same pairs, three updates later
+
+
+def test_another_checkpoint_can_be_the_reference(dpo_config, make_phi, metrics_of):
+    other = make_phi(seed=9)
+    line = metrics_of(train(dpo_config(reference=str(other), shuffle=False, max_steps=1)))[0]
+    model, pairs = load_model(other), pairs_of(dpo_config())[:4]
+    expected = mean_logp(model, pairs, "rejected")
+    assert line["ref_logps/rejected"] == pytest.approx(expected, rel=1e-4)
+    assert line["logps/rejected"] != pytest.approx(expected, rel=1e-2)
+
+
+def test_the_merged_model_as_reference_is_the_reference_of_its_adapter(dpo_config, tmp_path, metrics_of):
+    first = train(dpo_config(output=str(tmp_path / "first")))
+    model, tokenizer = phi2.load(dpo_config().model, device="cpu", adapter=first / "adapter")
+    merge(model)
+    save_pretrained(model, tokenizer, tmp_path / "merged")
+    runs = [
+        train(
+            dpo_config(
+                adapter=str(first / "adapter"),
+                lora=LoraConfig(),
+                reference=kind,
+                output=str(tmp_path / name),
+                max_steps=2,
+            )
+        )
+        for name, kind in (("copy", "frozen_copy"), ("other", str(tmp_path / "merged")))
+    ]
+    for copy, other in zip(*map(metrics_of, runs), strict=True):
+        assert copy["ref_logps/chosen"] == pytest.approx(other["ref_logps/chosen"], rel=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"reference": "frozen_copy"}, {"precompute_ref_log_probs": True}])
+def test_a_reference_is_refused_where_the_loss_has_none(dpo_config, setting):
+    with pytest.raises(ValueError, match="loss simpo needs no reference"):
+        train(dpo_config(loss="simpo", **setting))
