@@ -5,7 +5,6 @@ Dims: B batch, T tokens, C hidden, F mlp, r LoRA rank.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,6 +21,7 @@ from phi2.config import Phi2Config
 from phi2.fused import fused_forward
 from phi2.lora import LoraConfig, attach, lora_modules
 from phi2.model import Block
+from phi2_kernels import _dispatch
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
 
@@ -130,15 +130,11 @@ def our_side(
 @contextmanager
 def implementation(impl: str) -> Iterator[None]:
     """Inside it every op that is not told otherwise runs by `impl`."""
-    before = os.environ.get("PHI2_IMPL")
-    os.environ["PHI2_IMPL"] = impl
+    before, _dispatch.default_impl = _dispatch.default_impl, impl
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PHI2_IMPL"]
-        else:
-            os.environ["PHI2_IMPL"] = before
+        _dispatch.default_impl = before
 
 
 def block_side(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Side:

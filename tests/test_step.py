@@ -15,6 +15,7 @@ from phi2.generate import generate, stream
 from phi2.lora import LoraConfig, attach
 from phi2.model import Phi2ForCausalLM
 from phi2.step import RecordedStep, record
+from phi2_kernels import _dispatch
 
 SHAPE = dict(vocab_size=300, hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 PROMPTS = ["a", "What is the capital of France?", "def fib(n):", "12345 67890"]
@@ -28,7 +29,7 @@ def impl(request, monkeypatch) -> str:
     if request.param == "triton":
         if torch.cuda.is_available():
             pytest.skip("compiled kernels take a GPU's tensors")
-    monkeypatch.setenv("PHI2_IMPL", request.param)
+    monkeypatch.setattr(_dispatch, "default_impl", request.param)
     return request.param
 
 

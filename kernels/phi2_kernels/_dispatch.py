@@ -7,6 +7,7 @@ live in `<op>_triton.py`, which is imported then and takes `triton` and `tl` fro
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+default_impl = os.environ.get("PHI2_IMPL", "auto")  # what "auto" stands for
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAZY = {"triton": "triton", "tl": "triton.language"}
 
@@ -26,29 +28,30 @@ def __getattr__(name: str) -> Any:
     return import_module(_LAZY[name])
 
 
-def use_triton(impl: str, x: Tensor, obstacle: str = "") -> bool:
+def use_triton(impl: str, x: Tensor, obstacle: Callable[[], str] = str) -> bool:
     """Whether an op runs its Triton kernels.
 
-    `auto` stands for the environment variable PHI2_IMPL where that is set. Else it means Triton for tensors on a GPU,
-    unless there is an obstacle, and torch everywhere else. Only `auto` may choose: a named implementation runs or
-    raises.
+    `auto` stands for what the environment variable PHI2_IMPL said at the import. Without one it means Triton for
+    tensors on a GPU, unless there is an obstacle, and torch everywhere else. Only `auto` may choose: a named
+    implementation runs or raises.
 
     Args:
         impl: one of `IMPLEMENTATIONS`.
         x: the op's first tensor; its device and dtype count.
-        obstacle: what the kernels cannot do of this call, as the end of a sentence; empty when there is nothing.
+        obstacle: says what the kernels cannot do of this call, as the end of a sentence; empty when there is nothing.
+            It is asked only where the answer counts.
     Raises:
         ValueError: for an unknown name, or when `triton` was named and cannot run.
     """
-    impl = os.environ.get("PHI2_IMPL", "auto") if impl == "auto" else impl
+    impl = default_impl if impl == "auto" else impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl (or PHI2_IMPL) must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "torch" or (impl == "auto" and not x.is_cuda):
         return False
-    obstacle = obstacle or _general_obstacle(x)
-    if obstacle and impl == "triton":
-        raise ValueError(f"impl='triton' cannot run: {obstacle}")
-    return not obstacle
+    reason = obstacle() or _general_obstacle(x)
+    if reason and impl == "triton":
+        raise ValueError(f"impl='triton' cannot run: {reason}")
+    return not reason
 
 
 def _general_obstacle(x: Tensor) -> str:

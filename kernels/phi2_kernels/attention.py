@@ -54,7 +54,7 @@ def attention(
     if visibility.queries == 1 and not (dropout or (torch.is_grad_enabled() and q.requires_grad)):
         return decode_attention(q, k, v, visibility.filled, visibility.until, impl=impl)
     assert visibility.filled is None, "a cache that counts on the device has steps of one token without gradient"
-    if use_triton(impl, q, _obstacle(q, k, v, visibility, dropout)):
+    if use_triton(impl, q, lambda: _obstacle(q, k, v, visibility, dropout)):
         from phi2_kernels.attention_tiles_triton import launch_of
 
         ranges = visibility.key_ranges(launch_of("forward", q).block_m)

@@ -62,7 +62,7 @@ def decode_attention(
         ValueError: when shapes do not agree, or when Triton was named and cannot run.
     """
     _check_attention(q, k, v, lengths, until)
-    if use_triton(impl, q, _attention_obstacle(q, k, v, lengths, until)):
+    if use_triton(impl, q, lambda: _attention_obstacle(q, k, v, lengths, until)):
         return _decode_attention(q, k, v, lengths, until)
     seen = _seen(k.shape[2], lengths, until, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])

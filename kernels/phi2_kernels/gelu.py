@@ -38,7 +38,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, _obstacle(x, bias)):
+    if use_triton(impl, x, lambda: _obstacle(x, bias)):
         return _gelu(x.flatten(0, -2), bias).view(x.shape)
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 

@@ -45,15 +45,14 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "
     """
     N, K = weight.shape
     _check_matmul(x, N, K, bias)
-    obstacle = "" if weight.dtype in FLOATS else f"weight must be floating point, got {weight.dtype}"
-    if use_triton(impl, x, obstacle or _matmul_obstacle(x, weight=weight, bias=bias)):
+    if use_triton(impl, x, lambda: _weight_obstacle(weight) or _matmul_obstacle(x, weight=weight, bias=bias)):
         return _gemv(x.reshape(-1, K), weight, None, bias).view(*x.shape[:-1], N)
     return F.linear(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`; by `gemv` where rows are few and nobody asks for a gradient, as in a decode step."""
-    if torch.is_grad_enabled() or x.shape[:-1].numel() > MAX_ROWS:
+    if torch.is_grad_enabled() or x.numel() > MAX_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
     return gemv(x, weight, bias)
 
@@ -79,7 +78,7 @@ def gemv_int8(
     N, K = weight_int8.shape
     _check_matmul(x, N, K, bias)
     _check_weight(scale=(scale, (N,)))
-    if use_triton(impl, x, _matmul_obstacle(x, weight_int8=weight_int8, scale=scale, bias=bias)):
+    if use_triton(impl, x, lambda: _matmul_obstacle(x, weight_int8=weight_int8, scale=scale, bias=bias)):
         return _gemv(x.reshape(-1, K), weight_int8, scale, bias).view(*x.shape[:-1], N)
     if x.device.type == "cpu" and x.dtype == scale.dtype == torch.bfloat16 and K % 16 == 0:  # all its kernel takes
         y = torch._weight_int8pack_mm(x.reshape(-1, K).contiguous(), weight_int8, scale).view(*x.shape[:-1], N)
@@ -154,8 +153,8 @@ def gemv_int4(
     _check_matmul(x, N, K, bias)
     _check_group(K, group)
     _check_weight(scales=(scales, (N, K // group)), zeros=(zeros, (N, K // group)))
-    obstacle = "" if group in (16, 32, 64, 128, 256) else f"group must be a power of two from 16 to 256, got {group}"
-    if use_triton(impl, x, obstacle or _matmul_obstacle(x, packed=packed, scales=scales, zeros=zeros, bias=bias)):
+    tensors = dict(packed=packed, scales=scales, zeros=zeros, bias=bias)
+    if use_triton(impl, x, lambda: _group_obstacle(group) or _matmul_obstacle(x, **tensors)):
         return _gemv_int4(x.reshape(-1, K), packed, scales, zeros, bias, group).view(*x.shape[:-1], N)
     return F.linear(x, dequantize_int4(packed, scales, zeros, group).to(x.dtype), bias)
 
@@ -191,6 +190,14 @@ def _check_weight(**parts: tuple[Tensor, tuple[int, ...]]) -> None:
 def _check_group(K: int, group: int) -> None:
     if group < 2 or group % 2 or K % group:
         raise ValueError(f"group must be even and divide the {K} columns of the weight, got {group}")
+
+
+def _weight_obstacle(weight: Tensor) -> str:
+    return "" if weight.dtype in FLOATS else f"weight must be floating point, got {weight.dtype}"
+
+
+def _group_obstacle(group: int) -> str:
+    return "" if group in (16, 32, 64, 128, 256) else f"group must be a power of two from 16 to 256, got {group}"
 
 
 def _matmul_obstacle(x: Tensor, **tensors: Tensor | None) -> str:

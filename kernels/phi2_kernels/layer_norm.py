@@ -47,7 +47,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: str
     if not weight.shape == bias.shape == x.shape[-1:]:
         shapes = f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         raise ValueError(f"weight and bias must be of shape {tuple(x.shape[-1:])}, {shapes}")
-    if use_triton(impl, x, _obstacle(x)):
+    if use_triton(impl, x, lambda: _obstacle(x)):
         return _layer_norm(x.flatten(0, -2), weight, bias, eps)[0].view(x.shape)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 

@@ -47,7 +47,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, _obstacle(x, cos)):
+    if use_triton(impl, x, lambda: _obstacle(x, cos)):
         tables = (table.flatten(0, 2) for table in (cos, sin))
         return _rotary(x.flatten(0, 1), *tables, False).view(x.shape)
     return _Rotary.apply(x, cos, sin)
@@ -89,7 +89,7 @@ def rotary_(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, _obstacle(x, cos)):
+    if use_triton(impl, x, lambda: _obstacle(x, cos)):
         _rotary_(x, cos, sin, positions, inverse)
         return
     rows = _table_rows(x, cos, positions)
@@ -121,8 +121,7 @@ def rotary_and_store(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    obstacle = next(filter(None, (_obstacle(x, cos) for x in (q, k, v, keys, values))), "")
-    if use_triton(impl, q, obstacle):
+    if use_triton(impl, q, lambda: next(filter(None, (_obstacle(x, cos) for x in (q, k, v, keys, values))), "")):
         _rotary_and_store(q, k, v, cos, sin, positions, slots, keys, values)
         return
     rotary_(q, cos, sin, positions, impl="torch")

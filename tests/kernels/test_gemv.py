@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phi2_kernels import _dispatch
 from phi2_kernels import gemv as op
 from phi2_kernels.gemv import (
     MAX_ROWS,
@@ -187,7 +188,7 @@ def test_torchs_packed_int8_kernel_takes_our_codes():
 
 @pytest.mark.parametrize("rows", [1, MAX_ROWS, MAX_ROWS + 1])
 def test_a_linear_is_a_gemv_where_rows_are_few_and_no_gradient_is_asked_for(rows, device, monkeypatch):
-    monkeypatch.setenv("PHI2_IMPL", "triton")
+    monkeypatch.setattr(_dispatch, "default_impl", "triton")
     x, weight, bias = (normal(*s, device=device).requires_grad_() for s in ((rows, 64), (7, 64), (7,)))
     calls = []
     monkeypatch.setattr(op, "_gemv", lambda *a, run=op._gemv: calls.append(a) or run(*a))
