@@ -62,8 +62,8 @@ def readings(adapters: tuple[Adapter, ...], first_mask: int) -> list[Reading]:
 
 def add(reading: Reading, x: Tensor, outputs: list[Tensor], seed: Tensor | None) -> None:
     """Adds every adapter to its output (N, out), given the input x (N, in) before dropout."""
-    keep, x = reading.keep(x, seed), x.float()
-    inner = reading.inner(x if keep is None else x * keep)
+    keep = reading.keep(x, seed)
+    inner = reading.inner((x if keep is None else x * keep).float())
     for adapter, u, y in zip(reading.adapters, inner, outputs, strict=True):
         y.add_(u @ adapter.B.T)
 
@@ -75,11 +75,11 @@ def pull_back(reading: Reading, x: Tensor, grads: list[Tensor], dx: Tensor, seed
         x: as given to `add`.
         grads: of the outputs.
     """
-    keep, x = reading.keep(x, seed), x.float()
-    x, parts = x if keep is None else x * keep, [grad.float() for grad in grads]
+    keep = reading.keep(x, seed)
+    x, parts = (x if keep is None else x * keep).float(), [grad.float() for grad in grads]
     dB = [part.T @ u for part, u in zip(parts, reading.inner(x), strict=True)]
     dinner = torch.cat([part @ a.B * a.factor for part, a in zip(parts, reading.adapters, strict=True)], dim=1)
     sent = dinner @ torch.cat([adapter.A for adapter in reading.adapters])  # (N, in)
-    dx.add_(sent if keep is None else sent * keep)
+    dx.add_(sent if keep is None else sent.mul_(keep))
     dA = (dinner.T @ x).split([len(adapter.A) for adapter in reading.adapters])
     return [grad for a, b in zip(dA, dB, strict=True) for grad in (a.clone(), b)]  # outputs of an op share no memory

@@ -18,11 +18,11 @@ def new_seed() -> Tensor:
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor, number: int) -> Tensor:
-    """Zeros and ones of the shape, dtype and device of x.
+    """What is kept of x, as booleans: of one dtype, so that a gradient in another gets the same mask.
 
     Args:
-        p: probability of a zero.
+        p: probability of False.
         number: tells the masks of one seed apart.
     """
     generator = torch.Generator(x.device).manual_seed(int(seed) + number)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
