@@ -236,7 +236,9 @@ def _save(session: ChatSession, name: str) -> None:
     try:
         session.save(Path(name).expanduser())
         _say(f"saved to {name}")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        _say(f"cannot save to {name!r}: {error.strerror}")  # all of it would name the unfinished file
+    except ValueError as error:
         _say(f"cannot save to {name!r}: {error}")
 
 

@@ -270,7 +270,7 @@ def _command(name: str, *arguments: str) -> int:
     if name in ("-h", "--help"):
         print(overview())
         return DONE
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(f"phi2 {__version__}")
         return DONE
     if name not in COMMANDS:

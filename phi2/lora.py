@@ -250,12 +250,14 @@ def _refuse_unmatched(model: nn.Module, config: LoraConfig, names: list[str]) ->
     """Every target and every pattern must choose something: one that does not is a slip of the pen."""
     if isinstance(config.target_modules, str):
         unmatched = [] if names else [config.target_modules]
+        hint = f" (text is a pattern of a whole name; endings go in a list, [{config.target_modules}])"
     else:
+        hint = ""
         unmatched = [t for t in config.target_modules if not any(_ends_with(name, t) for name in names)]
     if unmatched:
         endings = dict.fromkeys(name.rpartition(".")[2] for name in _linear_names(model))
         raise ValueError(
-            f"target_modules {', '.join(unmatched)} match no linear layer; layers end in {', '.join(endings)}"
+            f"target_modules {', '.join(unmatched)} match no linear layer{hint}; layers end in {', '.join(endings)}"
         )
     for field_name in ("rank_pattern", "alpha_pattern"):
         unused = [p for p in getattr(config, field_name) if not any(_pattern_matches(p, name) for name in names)]

@@ -96,6 +96,17 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
             os.replace(Path(staging, name), folder / name)
 
 
+def require_adapter(folder: Path) -> None:
+    """Refuses a folder that holds no adapter, before anything large is read for it.
+
+    Raises:
+        FileNotFoundError: saying where the adapter is, when the folder is that of a run.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file{of_a_run(folder)}")
+
+
 def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) -> None:
     """Freezes the model and puts the adapter of a folder on it; the model is untouched when anything is wrong.
 
@@ -119,7 +130,8 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
     if has_adapter(model):
         raise ValueError("the model has an adapter already: merge it first")
     folder = Path(folder)
-    raw, tensors = _read_fields(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
+    require_adapter(folder)
+    raw, tensors = read_json(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
     _refuse_other_features(raw, tensors, folder)
     config = _config_of(raw, folder / CONFIG_FILE)
     names = target_names(model, config)
@@ -167,12 +179,6 @@ def _config_to_write(config: LoraConfig, base_model_name_or_path: str) -> dict[s
         "modules_to_save": None,
         "use_dora": False,
     }
-
-
-def _read_fields(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file{of_a_run(path.parent)}")
-    return read_json(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

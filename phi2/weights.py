@@ -24,7 +24,7 @@ from phi2.config import Phi2Config
 from phi2.hub import of_a_run, one_line, read_json, resolve
 from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import load_adapter
+from phi2.peft_files import load_adapter, require_adapter
 from phi2.quantize import quantize_model
 from phi2.tokenizer import Tokenizer
 
@@ -92,9 +92,16 @@ def load(
 
 
 def load_tokenizer(folder: Path, adapter: Path | None = None) -> Tokenizer:
-    """The tokenizer an adapter was trained with, where its folder holds one, else the model's."""
-    own = adapter is not None and (adapter / "tokenizer.json").is_file()
-    return Tokenizer.from_folder(adapter if own else folder)
+    """The tokenizer an adapter was trained with, where its folder holds one, else the model's.
+
+    Raises:
+        FileNotFoundError: when there is no tokenizer, or no adapter in its folder.
+        ValueError: naming the file that is damaged.
+    """
+    if adapter is None:
+        return Tokenizer.from_folder(folder)
+    require_adapter(adapter)
+    return Tokenizer.from_folder(adapter if (adapter / "tokenizer.json").is_file() else folder)
 
 
 def load_config(folder: str | Path) -> Phi2Config:

@@ -324,6 +324,11 @@ def test_a_save_that_fails_is_one_line_and_goes_on(monkeypatch, capsys, tmp_path
     assert questions(chat) == ["Hi"] and os.listdir(tmp_path) == []
 
 
+def test_a_save_that_fails_names_no_file_but_the_users(monkeypatch, capsys, tmp_path):
+    _, _, err = piped(monkeypatch, capsys, f"/save {tmp_path}/missing/chat.json\n")
+    assert err == f"cannot save to '{tmp_path}/missing/chat.json': No such file or directory\n"
+
+
 def test_a_message_that_does_not_fit_is_one_line_and_the_chat_goes_on(monkeypatch, capsys):
     chat, _, err = piped(monkeypatch, capsys, "x" * CONTEXT + "\nHi\n")
     assert err.startswith("error: the prompt has") and err.count("\n") == 1

@@ -156,8 +156,9 @@ def test_a_system_message_needs_the_chat_template(capsys):
     assert code == 1 and "system needs prompt_style chatml (or auto), got 'raw'" in err
 
 
-def test_the_version_is_told(capsys):
-    code, out, _ = run(capsys, "--version")
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version_is_told(flag, capsys):
+    code, out, _ = run(capsys, flag)
     assert (code, out) == (0, f"phi2 {phi2.__version__}\n")
 
 

@@ -136,6 +136,11 @@ def test_a_target_that_matches_nothing_is_named_with_what_there_is():
         attach(small_model(), LoraConfig(target_modules=("q_proj", "o_proj", "Wqkv")))
 
 
+def test_a_single_name_that_matches_nothing_is_said_to_be_a_pattern():
+    with pytest.raises(ValueError, match=r"q_proj match no .*is a pattern.*in a list, \[q_proj\]\); layers"):
+        attach(small_model(), LoraConfig(target_modules="q_proj"))
+
+
 def test_an_embedding_is_no_target():
     with pytest.raises(ValueError, match="embed_tokens match no linear layer"):
         attach(small_model(), LoraConfig(target_modules=("embed_tokens",)))

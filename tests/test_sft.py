@@ -254,6 +254,12 @@ def test_a_model_without_embeddings_for_the_chatml_tokens_is_refused(sft_config,
         train(sft_config(model=str(base_folder(make_phi, 258))))
 
 
+def test_a_folder_without_an_adapter_is_refused_before_the_data_is_read(sft_config, tmp_path):
+    run = train(sft_config(max_steps=1))
+    with pytest.raises(FileNotFoundError, match=rf"did you mean {run / 'adapter'}\?"):
+        train(sft_config(data="missing.jsonl", adapter=str(run), lora=LoraConfig(), output=str(tmp_path / "second")))
+
+
 def test_training_goes_on_from_an_adapter(sft_config, tmp_path, weights_of):
     first = train(sft_config())
     second = train(sft_config(output=str(tmp_path / "second"), adapter=str(first / "adapter"), lora=LoraConfig()))
