@@ -36,6 +36,7 @@ from benchmarks.sass import CHIPS, Code
 B, H, S, D, C, F, V = 8, 32, 2048, 80, 2560, 10240, 51200  # a training step of Phi-2
 N = B * S
 STACK = 16  # bytes of a thread that may not fit its registers
+TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
 WARPS = 8  # a multiprocessor should hold, two for each of its schedulers
 
 
@@ -79,7 +80,7 @@ def violations(row: Row) -> list[str]:
         f"{row.stack} bytes of stack": row.stack > STACK,
         f"{row.programs * row.warps} warps on a multiprocessor, {WARPS} wanted": row.programs * row.warps < WARPS,
         f"{row.multiply_adds} multiply-adds a tile, {row.useful} useful": set(row.multiply_adds) != {row.useful} - {0},
-        "no asynchronous copies": row.arch == 80 and row.useful > 0 and row.copies == 0,
+        "no asynchronous copies": row.arch == 80 and row.useful > 0 and row.copies == 0 and row.kernel in TILED,
     }
     return [text for text, is_broken in found.items() if is_broken]
 
@@ -110,6 +111,14 @@ WORK: dict[str, Callable[..., Work]] = {  # of a launch's constants and the type
         dram_bytes=BLOCK_N * BLOCK_K * {"*i8": 1, "*bf16": 2}[weight_ptr]
     ),
     "gemv gemv_int4": lambda BLOCK_N, BLOCK_G, HALF, **_: Work(dram_bytes=BLOCK_N * BLOCK_G * (HALF + 4)),
+    "gemv_rows gemv": lambda PARTS, BLOCK_N, BLOCK_K, BLOCK_M, weight_ptr, **_: Work(
+        multiply_adds=PARTS * BLOCK_N * BLOCK_K * BLOCK_M,
+        dram_bytes=PARTS * BLOCK_N * BLOCK_K * {"*i8": 1, "*bf16": 2}[weight_ptr],
+    ),
+    "gemv_rows gemv_int4": lambda BLOCK_N, BLOCK_G, BLOCK_M, HALF, **_: Work(
+        multiply_adds=4 * BLOCK_N * BLOCK_G * HALF * BLOCK_M,  # codes by x, and ones by x
+        dram_bytes=BLOCK_N * BLOCK_G * (HALF + 4),
+    ),
 }
 
 
@@ -180,16 +189,16 @@ def linear_logprob() -> None:
 
 
 def decode() -> None:
-    from phi2_kernels import decode_attention_triton, gemv_triton
+    from phi2_kernels import decode_attention_triton, gemv_rows_triton, gemv_triton
 
     q, cache, bias = empty(1, H, 1, D), empty(1, H, S, D), empty(3 * C + F)
     decode_attention_triton.attend(q, cache, cache, whole(1), whole(1, S), q)
-    for M in (1, 8):
+    for M, kernels in ((1, gemv_triton), (8, gemv_rows_triton)):
         x, y = empty(M, C), empty(M, 3 * C + F)
-        gemv_triton.gemv(x, empty(3 * C + F, C), None, bias, y)
-        gemv_triton.gemv(x, empty(3 * C + F, C, dtype=torch.int8), empty(3 * C + F), bias, y)
+        kernels.gemv(x, empty(3 * C + F, C), None, bias, y)
+        kernels.gemv(x, empty(3 * C + F, C, dtype=torch.int8), empty(3 * C + F), bias, y)
         scales = empty(3 * C + F, C // 32)
-        gemv_triton.gemv_int4(x, empty(3 * C + F, C // 2, dtype=torch.uint8), scales, scales, bias, 32, y)
+        kernels.gemv_int4(x, empty(3 * C + F, C // 2, dtype=torch.uint8), scales, scales, bias, 32, y)
 
 
 def padded() -> None:
@@ -303,7 +312,7 @@ def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
     code = Code.read(compiled.asm["cubin"], arch, warps, shared)
     work = WORK[name](**compiled.src.signature | constants)
     clocks = code.clocks(code.main_loop, work.dram_bytes)
-    needed = work.multiply_adds / CHIPS[arch].tensor or clocks["dram"]
+    needed = max(work.multiply_adds / CHIPS[arch].tensor, clocks["dram"])
     bound = max(clocks, key=clocks.get)
     return Row(
         kernel=name,

@@ -5,6 +5,8 @@ A function of inputs takes a device and a seed. A call writes into new memory, o
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from phi2_kernels import (
     attention_forward_triton,
     decode_attention_triton,
     gelu_triton,
+    gemv_rows_triton,
     gemv_triton,
     layer_norm_triton,
     linear_logprob_triton,
@@ -80,11 +83,11 @@ def query_inputs(device: torch.device, seed: int) -> Inputs:
     return *(normal(1, H, n, D, dtype=HALF) for n in (1, S, S)), torch.full((1,), S, device=device, dtype=torch.int32)
 
 
-def weight_inputs(form: str, device: torch.device, seed: int) -> Inputs:
-    """x (1, C), the bias and the weight of the matmul into a layer."""
-    normal, rows = gpu.random(seed, device), 3 * C + F
-    weight = FORMS[form][0](normal(rows, C, dtype=HALF, scale=C**-0.5))
-    return normal(1, C, dtype=HALF), normal(rows, dtype=HALF), *weight
+def weight_inputs(form: str, device: torch.device, seed: int, rows: int = 1) -> Inputs:
+    """x (rows, C), the bias and the weight of the matmul into a layer."""
+    normal, outputs = gpu.random(seed, device), 3 * C + F
+    weight = FORMS[form][0](normal(outputs, C, dtype=HALF, scale=C**-0.5))
+    return normal(rows, C, dtype=HALF), normal(outputs, dtype=HALF), *weight
 
 
 def attention_forward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> Outputs:
@@ -153,12 +156,16 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
 
 
 def gemv(x: Tensor, bias: Tensor, weight: Tensor, *scale: Tensor) -> Outputs:
-    y = x.new_empty(1, len(weight))
-    gemv_triton.gemv(x, weight, *(scale or [None]), bias, y)
+    y = x.new_empty(len(x), len(weight))
+    _gemv_kernels(x).gemv(x, weight, *(scale or [None]), bias, y)
     return {"output": y}
 
 
 def gemv_int4(x: Tensor, bias: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Outputs:
-    y = x.new_empty(1, len(packed))
-    gemv_triton.gemv_int4(x, packed, scales, zeros, bias, GROUP, y)
+    y = x.new_empty(len(x), len(packed))
+    _gemv_kernels(x).gemv_int4(x, packed, scales, zeros, bias, GROUP, y)
     return {"output": y}
+
+
+def _gemv_kernels(x: Tensor) -> ModuleType:
+    return gemv_triton if len(x) == 1 else gemv_rows_triton

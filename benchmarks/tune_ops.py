@@ -231,4 +231,24 @@ OPS = {
             ("int4", "gemv gemv_int4", "int4", calls.gemv_int4, ""),
         )
     },
+    # columns, rows, warps, stages
+    **{
+        f"gemv_rows_{entry}": Op(
+            ("gemv_rows_triton", entry),
+            kernel,
+            on_both(
+                (256, 16, 4, 3), (256, 16, 4, 4), (512, 16, 4, 3), (512, 16, 8, 3), (256, 16, 8, 1), (256, 32, 8, 1)
+            ),
+            aot.decode,
+            partial(calls.weight_inputs, form, rows=8),
+            call,
+            flag,
+            in_graph=True,
+        )
+        for entry, kernel, form, call, flag in (
+            ("half", "gemv_rows gemv", "bf16", calls.gemv, "no scale"),
+            ("int8", "gemv_rows gemv", "int8", calls.gemv, "scale"),
+            ("int4", "gemv_rows gemv_int4", "int4", calls.gemv_int4, ""),
+        )
+    },
 }

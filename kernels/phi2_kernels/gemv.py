@@ -89,10 +89,11 @@ def gemv_int8(
 @custom_op("phi2::gemv", mutates_args=())
 def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N)."""
-    from phi2_kernels import gemv_triton
+    from phi2_kernels import gemv_rows_triton, gemv_triton
 
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    gemv_triton.gemv(x, weight, scale, bias, y)
+    kernels = gemv_rows_triton if gemv_rows_triton.takes(x, weight) else gemv_triton
+    kernels.gemv(x, weight, scale, bias, y)
     return y
 
 
@@ -162,10 +163,11 @@ def gemv_int4(
 @custom_op("phi2::gemv_int4", mutates_args=())
 def _gemv_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int) -> Tensor:
     """x (M, K) -> (M, N)."""
-    from phi2_kernels import gemv_triton
+    from phi2_kernels import gemv_rows_triton, gemv_triton
 
     y = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype, device=x.device)
-    gemv_triton.gemv_int4(x, packed, scales, zeros, bias, group, y)
+    kernels = gemv_rows_triton if gemv_rows_triton.takes(x, packed, group) else gemv_triton
+    kernels.gemv_int4(x, packed, scales, zeros, bias, group, y)
     return y
 
 

@@ -23,6 +23,7 @@ from phi2_kernels.gemv import (
     quantize_int4,
     quantize_int8,
 )
+from phi2_kernels.gemv_rows_triton import takes
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -66,7 +67,7 @@ def exact_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("form", ["float", "int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 17, 1056), (3, 9, 96), (8, 5, 544)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 17, 1056), (2, 7, 512), (3, 9, 96), (8, 5, 544), (5, 35, 1056)])
 def test_a_matmul_of_few_rows_equals_the_formula(form, M, N, K, dtype, device):
     x, weight, bias = (normal(*s, dtype=dtype, device=device) for s in ((M, K), (N, K), (N,)))
     op, used = matmul(form, weight / 32)
@@ -80,17 +81,25 @@ def test_torch_and_triton_are_one_op(form, device):
     torch.testing.assert_close(op(x, None, impl="triton"), op(x, None, impl="torch"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (4, torch.float16)])
 @pytest.mark.parametrize("group", [16, 64, 256])
-def test_a_group_may_be_any_power_of_two_from_16_to_256(group, device):
-    x, weight = normal(1, 768, device=device), normal(3, 768, device=device)
+def test_a_group_may_be_any_power_of_two_from_16_to_256(group, rows, dtype, device):
+    x, weight = normal(rows, 768, dtype=dtype, device=device), normal(3, 768, device=device)
     op, used = matmul("int4", weight, group)
-    assert largest_error(op(x, None, impl="triton"), exact_matmul(x, used, None)) <= 1e-4
+    assert_exact_but_for_rounding(op(x, None, impl="triton"), exact_matmul(x, used, None), 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("K", [1, 31, 517])
-def test_rows_and_widths_of_any_view_are_taken(K, device):
-    x, weight = normal(3, K + 5, device=device)[:, 2 : 2 + K], normal(7, K + 3, device=device)[:, 3:]
-    assert largest_error(gemv(x, weight, impl="triton"), exact_matmul(x, weight.double(), None)) <= 1e-4
+def test_rows_and_widths_of_any_view_are_taken(K, dtype, device):
+    x, weight = (normal(n, K + 5, dtype=dtype, device=device)[:, 2 : 2 + K] for n in (3, 7))
+    assert_exact_but_for_rounding(gemv(x, weight, impl="triton"), exact_matmul(x, weight.double(), None), 1e-4)
+
+
+def test_tensor_cores_take_several_rows_of_half_precision_that_they_multiply_exactly(device):
+    half, wide = normal(3, 32, dtype=torch.float16, device=device), normal(3, 32, device=device)
+    assert takes(half, half) and takes(half, quantize_int8(wide)[0]) and takes(half, quantize_int4(wide)[0])
+    assert not takes(half[:2], half) and not takes(wide, wide) and not takes(half, wide) and not takes(half, half, 16)
 
 
 def test_leading_dims_are_kept(device):
