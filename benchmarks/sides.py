@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from math import prod
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ class Turns:
             sys.exit()
         self._counting = ExitStack()
         if self._count == 0:
-            self._counter = self._counting.enter_context(_flop_counter())
+            self._counter = self._counting.enter_context(flop_counter())
         if self._count == 1:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         self._start = time.perf_counter(), time.process_time()
@@ -86,10 +87,30 @@ class Turns:
         self._line.send(Turn(*self._took, self._flops, self._resident, _memory("VmHWM"), outcome))
 
 
-def _flop_counter():
+def flop_counter():
+    """torch's, which cannot look into our log-prob head."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    return FlopCounterMode(display=False)
+    import phi2_kernels.linear_logprob  # noqa: F401  registers the ops
+
+    ops = torch.ops.phi2
+    formulas = {ops.linear_logprob: _head_flops, ops.linear_logprob_backward: _head_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _head_flops(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, unit, triton, **_) -> int:
+    """Logits, and with `unit` the gradient of what they are made of. Shapes stand for tensors."""
+    adapter = prod(adapter_hidden) if adapter_hidden else 0
+    return (1 + unit) * 2 * weight[0] * (prod(hidden) + adapter)
+
+
+def _head_backward_flops(
+    grad, hidden, weight, bias, targets, adapter_hidden, adapter_weight, lse, needs, triton, **_
+) -> int:
+    """Logits once more, and a matmul for each gradient that is needed."""
+    adapter = prod(adapter_hidden) if adapter_hidden else 0
+    whole, low_rank = 1 + needs[0] + needs[1], 1 + needs[3] + needs[4]
+    return 2 * weight[0] * (whole * prod(hidden) + low_rank * adapter)
 
 
 def _memory(name: str) -> int:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import run
 from benchmarks.registry import CASES, Case, GateError, Measure, Report, Spread
-from benchmarks.sides import WARM_UP, duel
+from benchmarks.sides import WARM_UP, duel, flop_counter
+from phi2_kernels.linear_logprob import linear_logprob
 
 SIDES = """
 import time
@@ -124,3 +126,13 @@ def test_without_the_real_data_it_says_what_is_needed(results, monkeypatch, caps
 def test_a_target_is_met_on_its_side_of_the_ratio(ratio, more_is_better, met):
     measure = Measure("x", "relative", Spread(0, ratio, 1), EVEN, target=0.5, more_is_better=more_is_better)
     assert measure.is_met is met
+
+
+@pytest.mark.parametrize(("trainable", "products"), [(False, 2), (True, 4)])
+def test_the_matmuls_of_the_head_are_counted_though_it_is_one_op(trainable, products):
+    """Frozen: logits, and the gradient of the hidden states. Trainable: logits twice, and two gradients."""
+    hidden, weight, bias = torch.randn(6, 8).requires_grad_(), torch.randn(10, 8), torch.randn(10)
+    with flop_counter() as counter:
+        logp, _ = linear_logprob(hidden, weight.requires_grad_(trainable), bias, torch.arange(6))
+        logp.sum().backward()
+    assert counter.get_total_flops() == products * 2 * 6 * 8 * 10
