@@ -215,8 +215,9 @@ def test_dropout_is_the_same_checkpointed_and_compiled(way):
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
-def test_dropout_is_another_one_in_every_pass_and_every_block():
-    _, fused = twins(adapted(make(), lora_dropout=0.3).train())
+@pytest.mark.parametrize("rates", [(0.3, 0.0), (0.0, 0.3)], ids=["adapters", "residual stream"])
+def test_dropout_is_another_one_in_every_pass_and_every_block(rates):
+    _, fused = twins(adapted(make(resid_pdrop=rates[1]), lora_dropout=rates[0]).train())
     assert not torch.allclose(fused(IDS), fused(IDS), atol=1e-3)
     fused.model.layers[1].load_state_dict(fused.model.layers[0].state_dict())
     x = fused.model.embed_tokens(IDS)

@@ -79,7 +79,8 @@ def pull_back(reading: Reading, x: Tensor, grads: list[Tensor], dx: Tensor, seed
     x, parts = (x if keep is None else x * keep).float(), [grad.float() for grad in grads]
     dB = [part.T @ u for part, u in zip(parts, reading.inner(x), strict=True)]
     dinner = torch.cat([part @ a.B * a.factor for part, a in zip(parts, reading.adapters, strict=True)], dim=1)
+    dA = (dinner.T @ x).split([len(adapter.A) for adapter in reading.adapters])
+    del x  # as large as what comes
     sent = dinner @ torch.cat([adapter.A for adapter in reading.adapters])  # (N, in)
     dx.add_(sent if keep is None else sent.mul_(keep))
-    dA = (dinner.T @ x).split([len(adapter.A) for adapter in reading.adapters])
     return [grad for a, b in zip(dA, dB, strict=True) for grad in (a.clone(), b)]  # outputs of an op share no memory

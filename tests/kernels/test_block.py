@@ -8,6 +8,7 @@ import torch.nn.functional as fn
 from torch import Tensor
 
 from phi2_kernels import block as block_file
+from phi2_kernels import block_adapters
 from phi2_kernels.attention import attention_ref
 from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, block, follow
 from phi2_kernels.block_adapters import Adapter
@@ -29,8 +30,15 @@ def draw(shape: Shape, trainable: bool, adapters: bool) -> tuple[Tensor, Weights
 
     attended, kv = shape.attended, shape.kv_heads * shape.head_dim
     into, out = (attended, kv, kv, F), (attended, F)
-    low_rank = [Adapter(0, attended, new(3, C, leaf=True), new(attended, 3, leaf=True), 2.0)]
-    reading = [Adapter(attended, attended + F, new(2, F, leaf=True), new(C, 2, leaf=True), 0.5)]
+    on_fc1 = attended + 2 * kv, attended + 2 * kv + F
+    low_rank = [
+        Adapter(0, attended, new(3, C, leaf=True), new(attended, 3, leaf=True), 2.0),
+        Adapter(*on_fc1, new(2, C, leaf=True), new(F, 2, leaf=True), 0.7),
+    ]
+    reading = [
+        Adapter(0, attended, new(4, attended, leaf=True), new(C, 4, leaf=True), 1.5),
+        Adapter(attended, attended + F, new(2, F, leaf=True), new(C, 2, leaf=True), 0.5),
+    ]
     weights = Weights(
         *(new(C), new(C)),
         1e-5,
@@ -144,6 +152,21 @@ def test_a_mask_that_the_backward_pass_makes_otherwise_is_seen(rates, monkeypatc
         y = block(x, dropping(weights, *rates), SHAPES["grouped"], angles, visibility)
         gradients.append(torch.autograd.grad(y.sum(), x)[0])
     assert not torch.allclose(*gradients, rtol=1e-2, atol=1e-3)
+
+
+def test_no_two_masks_of_a_block_have_a_number_in_common(monkeypatch):
+    numbers = []
+
+    def recorded(x: Tensor, p: float, seed: Tensor, number: int) -> Tensor:
+        numbers.append(number)
+        return keep_mask(x, p, seed, number)
+
+    for file in (block_file, block_adapters):
+        monkeypatch.setattr(file, "keep_mask", recorded)
+    x, weights = draw(SHAPES["grouped"], trainable=False, adapters=True)
+    angles, visibility = rotary_angles(torch.arange(T)[None], 8, 10000.0), Visibility(T, T, None, x.device)
+    block(x, dropping(weights, 0.4, 0.3), SHAPES["grouped"], angles, visibility)
+    assert len(numbers) == len(set(numbers)) == 6  # four adapters and two halves of the residual stream
 
 
 def test_the_mean_of_many_draws_is_the_output_without_dropout():
