@@ -48,15 +48,16 @@ def step_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, cont
         with implementation("torch"):
             return passes_side(model(format).float(), cache(torch.float32)).run(ids)
 
-    peers = {"ours, kernel by kernel": lambda: passes_side(model(format), cache())}
+    whole = model(format)
+    peers = {"ours, kernel by kernel": lambda: passes_side(whole, cache())}
     if format is None:
-        peers["transformers"] = lambda: transformers_side(model(), cache())
+        peers["transformers"] = lambda: transformers_side(whole, cache())
     return Task(
         name=f"step {format or str(dtype).removeprefix('torch.')}",
         inputs=lambda seed: (torch.full((1, 1), seed % config.vocab_size, device=device),),
         reference=reference,
-        ours=our_side(model(), cache(), format),
-        plain=passes_side(model(format), cache()),
+        ours=our_side(model() if format else whole, cache(), format),
+        plain=passes_side(whole, cache()),
         peers=peers,
         work=step_work(config, context, *BITS[format]),
         rounding=2 * ROUNDING[dtype],  # of some two hundred matmuls, one behind the other
