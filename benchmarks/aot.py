@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from tempfile import TemporaryDirectory
@@ -140,7 +140,7 @@ def attention() -> None:
 
     q, o, lse = heads(3 * H * D), heads(H * D), floats(B, H, S)
     until, blocks = whole(B, S), [attention_tiles_triton.launch_of(kernel, q) for kernel in ("forward", "dkdv")]
-    ranges, ends = whole(B, S // blocks[0].block_m, 6), whole(B, S // blocks[1].block_n, 4)
+    ranges, ends = whole(B, S // blocks[0].block_m, 6), whole(B, S // blocks[1].block_n, 2)
     attention_forward_triton.forward(q, q, q, o, lse)
     attention_backward_triton.backward(o, q, q, q, o, lse, q, q, q)
     attention_forward_triton.forward(q, q, q, o, lse, until, ranges)
@@ -277,8 +277,8 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
             launched.append((self, run(self, *args, grid=grid, warmup=True, **constants), constants))
 
     driver.set_active(_Driver(arch))
-    capability = mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
-    with mock.patch.object(JITFunction, "run", compile_), capability, _PretendGPU():
+    pretended = {"get_device_capability": lambda device: divmod(arch, 10), "device": lambda device: nullcontext()}
+    with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended), _PretendGPU():
         yield launched
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -73,6 +75,17 @@ def layout_obstacle(first: Tensor, **tensors: Tensor | None) -> str:
         if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
             return f"the last dim of {name} must be contiguous, got stride {x.stride(-1)}"
     return ""
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """A launcher that runs on the GPU of its first tensor: by itself Triton takes torch's current one."""
+
+    @wraps(launcher)
+    def run(first: Tensor, *arguments, **options):
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return launcher(first, *arguments, **options)
+
+    return run
 
 
 def architecture(device: torch.device) -> int:

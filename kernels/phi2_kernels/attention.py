@@ -23,6 +23,8 @@ from phi2_kernels._dispatch import use_triton
 from phi2_kernels.decode_attention import decode_attention
 from phi2_kernels.visibility import Run, Visibility
 
+MAX_HEADS = 65535  # of all batch rows: how far the second dim of a grid goes
+
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
     """The formula above, in float32. Shapes as in `attention`."""
@@ -80,6 +82,8 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: 
         )
     if H % k.shape[1]:
         return f"the number of query heads must be a multiple of {k.shape[1]} key-value heads, got {H}"
+    if B * H > MAX_HEADS:
+        return f"batch rows times query heads must be at most {MAX_HEADS}, got {B * H}"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     if not q.device == k.device == v.device == visibility.device:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import tl, triton
+from phi2_kernels._dispatch import on_its_device, tl, triton
 from phi2_kernels.attention_tiles_triton import (
     LOG2E,
     add_product,
@@ -213,6 +213,7 @@ def _dq_kernel(
     store_rows(dq_ptr, dq_strides[2], rows, exists, scaled(dq, scale), PIECES)
 
 
+@on_its_device
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     until: Tensor | None = None, ranges: Tensor | None = None, ends: Tensor | None = None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from phi2_kernels._dispatch import tl, triton
+from phi2_kernels._dispatch import on_its_device, tl, triton
 from phi2_kernels.attention_tiles_triton import (
     LOG2E,
     LOWEST,
@@ -98,6 +98,7 @@ def _forward_kernel(
     tl.store(lse_ptr + (b * H + h) * T + row + rows, lse, mask=exists)
 
 
+@on_its_device
 def forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, until: Tensor | None = None, ranges: Tensor | None = None
 ) -> None:

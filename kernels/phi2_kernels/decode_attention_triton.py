@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 from phi2_kernels.attention_tiles_triton import first_column, piece, pieces_of
 
 KEYS_PER_SPLIT, MIN_SPLITS, MAX_SPLITS = 256, 4, 64
@@ -139,6 +139,7 @@ def splits_of(S: int) -> int:
     return min(max(triton.cdiv(S, KEYS_PER_SPLIT), MIN_SPLITS), MAX_SPLITS)
 
 
+@on_its_device
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tensor | None, o: Tensor) -> None:
     """Writes o (B, H, 1, D). Shapes as in `decode_attention`; only the last dims must be contiguous."""
     B, H, _, D = q.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 
 _TILE = {"BLOCK_N": 4, "BLOCK_F": 1024, "num_warps": 4}  # a thread holds 8 columns of 4 rows, and their bias
 # A program's share of the bias gradient is 2% of the bytes it moves when it takes 64 rows; from 4 it would be 33%.
@@ -77,6 +77,7 @@ def _backward_kernel(
         tl.store(partial_ptr + program * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
 
 
+@on_its_device
 def forward(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Writes y (N, F), which like x may be a view with wider rows."""
     N, F = x.shape
@@ -88,6 +89,7 @@ def forward(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     _forward_kernel[grid](x, bias, y, x.stride(0), y.stride(0), N, F, **flags, **launch)
 
 
+@on_its_device
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None, dx: Tensor, *, sums: bool) -> Tensor:
     """Writes dx (N, F) and returns dbias (F,) float32, empty unless `sums` asks for it."""
     N, F = x.shape

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 
 ROWS = 8  # of x, in a matrix instruction; what there are less is 0
 
@@ -119,6 +119,7 @@ def _gemv_int4_kernel(
     _store(acc, bias_ptr, y_ptr, y_stride, n, m, M, N)
 
 
+@on_its_device
 def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     """As `gemv_triton.gemv`."""
     (M, K), N = x.shape, weight.shape[0]
@@ -132,6 +133,7 @@ def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, y
     )  # fmt: skip
 
 
+@on_its_device
 def gemv_int4(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int, y: Tensor
 ) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 
 
 class Launch(NamedTuple):
@@ -102,6 +102,7 @@ def _gemv_int4_kernel(
         _store_row(tl.sum(acc[m], axis=1), bias_ptr, y_ptr + m * y_stride, n, N)
 
 
+@on_its_device
 def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     """Writes y (M, N), which like x (M, K) and weight (N, K) may be a view with wider rows.
 
@@ -124,6 +125,7 @@ def _rows(M: int, rows: int) -> int:
     return max(2, rows // triton.next_power_of_2(M))
 
 
+@on_its_device
 def gemv_int4(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int, y: Tensor
 ) -> None:

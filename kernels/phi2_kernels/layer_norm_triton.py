@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 
 PROGRAMS = {80: 432, 90: 528}  # of a backward pass that sums over rows: four for every multiprocessor
 # For rows of up to 4096 columns, and twice the warps for wider ones. With two warps a thread reads 16 bytes at a time
@@ -113,6 +113,7 @@ def _launch(x: Tensor, kernel: str) -> dict[str, int | bool]:
     return _pieces(C) | {"num_warps": warps, "enable_fp_fusion": True}
 
 
+@on_its_device
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
     """Writes y (N, C), which like x may be a view with wider rows, and mean and rstd (N,)."""
     if len(x):
@@ -120,6 +121,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, y: Tensor, mean
         _forward_kernel[(len(x),)](*pointers, x.stride(0), y.stride(0), eps, STATISTICS=True, **_launch(x, "forward"))
 
 
+@on_its_device
 def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
     """Writes the y of `forward` again, bit for bit, from x and its statistics."""
     if len(x):
@@ -127,6 +129,7 @@ def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tens
         _forward_kernel[(len(x),)](*pointers, x.stride(0), y.stride(0), 0.0, STATISTICS=False, **_launch(x, "forward"))
 
 
+@on_its_device
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor,
     skip: Tensor | None = None, *, sums: bool,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 
 _STATS = {"BLOCK_V": 8192, "num_warps": 32}  # one program fills a multiprocessor
 _GRADIENT = {"BLOCK_V": 4096, "num_warps": 8}  # reads each logit once: the cache does not matter
@@ -115,6 +115,7 @@ def _flags(logits: Tensor, bias: Tensor | None, grad: Tensor | None, kernel: str
     return launch | {"BLOCK_V": block, "HAS_BIAS": bias is not None, "BARRIER": barrier}
 
 
+@on_its_device
 def stats(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logp: Tensor, lse: Tensor, entropies: Tensor | None,
     grad_dtype: torch.dtype | None,
@@ -139,6 +140,7 @@ def stats(
     return grad
 
 
+@on_its_device
 def gradient(
     logits: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, scale: Tensor, grad_dtype: torch.dtype
 ) -> Tensor:

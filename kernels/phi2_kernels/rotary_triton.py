@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 
 _TURN = {"BLOCK_H": 32, "num_warps": 1}
 _STORE = {"BLOCK_H": 16, "num_warps": 1}  # few tokens: the fewest heads that still read 16 bytes at a time
@@ -99,6 +99,7 @@ def _dims(cos: Tensor, D: int) -> dict[str, int]:
     return {"HALF": half, "D": D, "BLOCK_R": triton.next_power_of_2(half)}
 
 
+@on_its_device
 def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, y: Tensor | None = None) -> None:
     """Turns x (N, H, D), a view with any strides but the last, where it lies, or into y.
 
@@ -119,6 +120,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse:
     _turn_kernel[grid](*pointers, *strides, len(cos), H, **flags, **blocks, enable_fp_fusion=True)
 
 
+@on_its_device
 def turn_and_store(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
     keys: Tensor, values: Tensor,

@@ -454,6 +454,7 @@ def strided(x):
         (lambda q, k, v, s: (strided(q), k, v, s), r"must be contiguous, got strides \[2, 1, 1\]"),
         (lambda q, k, v, s: (q, k[:, :3], v[:, :3], s), "multiple of 3 key-value heads, got 4"),
         (lambda q, k, v, s: (q, k[:, :, 1:], v[:, :, 1:], s), r"twice \(B, H_kv, 20, D\), got"),
+        (lambda q, k, v, s: (*(x.expand(16384, -1, -1, -1) for x in (q, k, v)), s), "must be at most 65535, got 65536"),
         (lambda q, k, v, s: (q, k.half(), v, s), "must have one dtype"),
         (lambda q, k, v, s: (q.double(), k.double(), v.double(), s), "dtype must be one of"),
         (lambda q, k, v, s: (q, k, v, make_visibility(20, 20, [20] * 20, [20] * 20)), "until must have 1 rows, got 2"),

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from importlib import import_module
+from inspect import getmembers, getsource, isfunction
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from phi2_kernels import _dispatch
-from phi2_kernels._dispatch import architecture, use_triton
+from phi2_kernels._dispatch import architecture, on_its_device, use_triton
 
 CPU = torch.zeros(1)
 
@@ -40,6 +45,33 @@ def test_the_environment_sets_it():
     environment = {**os.environ, "PHI2_IMPL": "cuda"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert "impl (or PHI2_IMPL) must be one of auto, torch, triton, got 'cuda'" in done.stderr
+
+
+def test_a_launcher_runs_on_the_device_of_its_first_tensor(monkeypatch):
+    current = ["cuda:0"]
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    assert on_its_device(lambda x: current[-1])(SimpleNamespace(is_cuda=True, device="cuda:1")) == "cuda:1"
+    assert on_its_device(lambda x: current[-1])(CPU) == "cuda:0" == current[-1]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(_dispatch.__file__).parent.glob("*_triton.py")), ids=lambda file: file.stem
+)
+def test_every_launcher_is_one_of_these(file):
+    launchers = [f for _, f in getmembers(import_module(f"phi2_kernels.{file.stem}"), isfunction) if is_launcher(f)]
+    assert all(hasattr(f, "__wrapped__") for f in launchers)
+    assert bool(launchers) == ("_kernel[" in file.read_text())
+
+
+def is_launcher(function) -> bool:
+    return "_kernel[" in getsource(function)
 
 
 def test_an_interpreted_kernel_is_launched_like_an_a100s():

@@ -73,7 +73,8 @@ def test_logits_and_gradients_equal_peft(variant):
     grads = peft_gradients(theirs)
     assert grads.keys() == adapter_state(ours).keys()
     for name, parameter in zip(adapter_state(ours), adapter_parameters(ours), strict=True):
-        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-6, msg=name)
+        error = (parameter.grad - grads[name]).abs().max() / grads[name].abs().max()
+        assert error <= 1e-5, f"{name}: {error:.1e} of its largest"
 
 
 @pytest.mark.parametrize("autocast", [False, True])
