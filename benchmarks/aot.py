@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -107,19 +108,20 @@ WORK: dict[str, Callable[..., Work]] = {  # of a launch's constants and the type
     "linear_logprob gradient": lambda BLOCK_V, **_: Work(dram_bytes=BLOCK_V * 6),
     "decode_attention attend": lambda BLOCK_S, **_: Work(dram_bytes=BLOCK_S * D * 4),
     "decode_attention join": lambda BLOCK_SPLITS, **_: Work(dram_bytes=BLOCK_SPLITS * D * 4),
-    "gemv gemv": lambda BLOCK_N, BLOCK_K, weight_ptr, **_: Work(
-        dram_bytes=BLOCK_N * BLOCK_K * {"*i8": 1, "*bf16": 2}[weight_ptr]
-    ),
-    "gemv gemv_int4": lambda BLOCK_N, BLOCK_G, HALF, **_: Work(dram_bytes=BLOCK_N * BLOCK_G * (HALF + 4)),
-    "gemv_rows gemv": lambda PARTS, BLOCK_N, BLOCK_K, BLOCK_M, weight_ptr, **_: Work(
-        multiply_adds=PARTS * BLOCK_N * BLOCK_K * BLOCK_M,
-        dram_bytes=PARTS * BLOCK_N * BLOCK_K * {"*i8": 1, "*bf16": 2}[weight_ptr],
-    ),
-    "gemv_rows gemv_int4": lambda BLOCK_N, BLOCK_G, BLOCK_M, HALF, **_: Work(
-        multiply_adds=4 * BLOCK_N * BLOCK_G * HALF * BLOCK_M,  # codes by x, and ones by x
-        dram_bytes=BLOCK_N * BLOCK_G * (HALF + 4),
-    ),
+    "gemv each": lambda codes, **constants: product_work(codes, **constants),
+    "gemv sum": lambda codes, **constants: product_work(codes, **constants),
 }
+
+
+def product_work(codes: tuple[str, ...], BLOCK_N: int, BLOCK_K: int, GROUP: int, PARTS: int, **_) -> Work:
+    """One round of a product's loop: codes and, for int4, scales and zeros; on tensor cores eight rows of x.
+
+    Args:
+        codes: the types of their pointers.
+    """
+    bits = {"*bf16": 16, "*i8": 8, "*u8": 4 + 32 // max(1, GROUP)}[codes[0]]
+    matmuls = 0 if PARTS == 0 else 2 if GROUP else 1  # int4: codes by x, and ones by x
+    return Work(8 * matmuls * BLOCK_N * BLOCK_K, BLOCK_N * BLOCK_K * bits // 8)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -189,16 +191,30 @@ def linear_logprob() -> None:
 
 
 def decode() -> None:
-    from phi2_kernels import decode_attention_triton, gemv_rows_triton, gemv_triton
+    from phi2_kernels import decode_attention_triton
 
-    q, cache, bias = empty(1, H, 1, D), empty(1, H, S, D), empty(3 * C + F)
+    q, cache = empty(1, H, 1, D), empty(1, H, S, D)
     decode_attention_triton.attend(q, cache, cache, whole(1), whole(1, S), q)
-    for M, kernels in ((1, gemv_triton), (8, gemv_rows_triton)):
-        x, y = empty(M, C), empty(M, 3 * C + F)
-        kernels.gemv(x, empty(3 * C + F, C), None, bias, y)
-        kernels.gemv(x, empty(3 * C + F, C, dtype=torch.int8), empty(3 * C + F), bias, y)
-        scales = empty(3 * C + F, C // 32)
-        kernels.gemv_int4(x, empty(3 * C + F, C // 2, dtype=torch.uint8), scales, scales, bias, 32, y)
+
+
+def gemv(form: str, M: int) -> None:
+    """M rows into a layer and out of it."""
+    from phi2_kernels import gemv_triton
+
+    x, m = empty(M, C), empty(M, F)
+    gemv_triton.each(x, *weights(form, (C, C), (C, C), (C, C), (F, C)), True, [empty(M, N) for N in (C, C, C, F)])
+    gemv_triton.summed(x, [x, m], *weights(form, (C, C), (C, F)), x)
+
+
+def weights(form: str, *sizes: tuple[int, int]) -> list[list[Tensor]]:
+    """Codes, scales, zeros and biases of weights (N, K)."""
+    biases = [empty(N) for N, _ in sizes]
+    if form == "half":
+        return [[empty(*size) for size in sizes], [], [], biases]
+    if form == "int8":
+        return [[empty(*size, dtype=torch.int8) for size in sizes], [empty(N) for N, _ in sizes], [], biases]
+    groups = [empty(N, K // 32) for N, K in sizes]
+    return [[empty(N, K // 2, dtype=torch.uint8) for N, K in sizes], groups, groups, biases]
 
 
 def padded() -> None:
@@ -220,8 +236,9 @@ def unaligned() -> None:
 
 
 PADDED, UNALIGNED = "padded", "unaligned"
+GEMVS = [partial(gemv, form, M) for M in (1, 8) for form in ("half", "int8", "int4")]
 FORMS = {
-    "shipped": (attention, gelu, layer_norm, rotary, linear_logprob, decode),
+    "shipped": (attention, gelu, layer_norm, rotary, linear_logprob, decode, *GEMVS),
     PADDED: (padded,),
     UNALIGNED: (unaligned,),
 }
@@ -340,7 +357,7 @@ def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
         if name.startswith("BLOCK_") or name == "M"
     ]
     flags = [name.lower() for name, value in constants.items() if value is True and name.isupper()]
-    given = [name for name in ("until", "scale") if signature.get(f"{name}_ptr", "constexpr") != "constexpr"]
+    given = [name for name in ("until_ptr", "scales", "zeros") if signature.get(name, "constexpr") != "constexpr"]
     return " ".join([*tile, *flags, *given])
 
 

@@ -18,18 +18,11 @@ from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_b
 from benchmarks.registry import Report, case
 from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
 from phi2_kernels.gelu import gelu, gelu_ref
-from phi2_kernels.gemv import (
-    dequantize_int4,
-    dequantize_int8,
-    gemv,
-    gemv_int4,
-    gemv_int8,
-    quantize_int4,
-    quantize_int8,
-)
+from phi2_kernels.gemv import gemv
 from phi2_kernels.layer_norm import layer_norm, layer_norm_ref
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from phi2_kernels.rotary import rotary, rotary_angles
+from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
 
 GROUP = 32  # columns of an int4 weight that share a scale
 EPS = 1e-5
@@ -235,30 +228,27 @@ def decode_attention_work(B: int, H: int, S: int, D: int) -> Work:
     return Work(4 * B * H * S * D, 2 * B * H * D * (2 * S + 2))
 
 
-FORMS: dict[str, tuple[Callable, Callable, Callable]] = {  # weight -> inputs, ours, inputs -> weight in float32
-    "bf16": (lambda w: (w,), gemv, lambda w: w.float()),
-    "int8": (quantize_int8, gemv_int8, dequantize_int8),
-    "int4": (
-        lambda w: quantize_int4(w, GROUP),
-        lambda x, *w, impl: gemv_int4(x, *w, group=GROUP, impl=impl),
-        lambda *w: dequantize_int4(*w, GROUP),
-    ),
+FORMS: dict[str, Callable[[Tensor], Weight]] = {
+    "bf16": Weight,
+    "int8": quantize_int8,
+    "int4": partial(quantize_int4, group=GROUP),
 }
 
 
 def gemv_task(device: torch.device, dtype: torch.dtype, form: str, M: int, N: int, K: int) -> Task:
     """M rows times a weight (N, K); the peers multiply the half-precision weight that a small one stands for."""
-    quantize, ours, dequantize = FORMS[form]
 
     def inputs(seed: int) -> Inputs:
         normal = gpu.random(seed, device)
-        return normal(M, K, dtype=dtype), *quantize(normal(N, K, dtype=dtype, scale=K**-0.5))
+        return normal(M, K, dtype=dtype), *_present(FORMS[form](normal(N, K, dtype=dtype, scale=K**-0.5)))
 
     def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         return (F.linear(x, codes.to(x.dtype)) * scale).to(x.dtype)
 
     peers = {
-        "F.linear": Side(lambda x, w: {"output": F.linear(x, w)}, prepare=lambda x, *w: (x, dequantize(*w).to(dtype)))
+        "F.linear": Side(
+            lambda x, w: {"output": F.linear(x, w)}, prepare=lambda x, *parts: (x, Weight(*parts).dense().to(dtype))
+        )
     }
     if form == "int8":
         fast = gpu.compiled(int8_linear, device)
@@ -266,12 +256,17 @@ def gemv_task(device: torch.device, dtype: torch.dtype, form: str, M: int, N: in
     return short_task(
         f"gemv {form} {N}x{K}",
         inputs,
-        Side(lambda *inputs: {"output": ours(*inputs, impl="triton")}),
-        lambda x, *w: x.float() @ dequantize(*w).T,
+        Side(lambda x, *parts: {"output": gemv(x, Weight(*parts), impl="triton")}),
+        lambda x, *parts: x.float() @ Weight(*parts).dense().float().T,
         peers,
         gemv_work(form, M, N, K),
         dtype,
     )
+
+
+def _present(weight: Weight) -> list[Tensor]:
+    """Its tensors, in the order of `Weight`."""
+    return [part for part in weight if part is not None]
 
 
 def gemv_work(form: str, M: int, N: int, K: int) -> Work:

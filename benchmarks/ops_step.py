@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from benchmarks import gpu
 from benchmarks.gpu import ROUNDING, Outputs, Side, Task, Work
 from benchmarks.ops_block import implementation
 from benchmarks.registry import Report, case
+from phi2 import step
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
 from phi2.model import Phi2ForCausalLM
 from phi2.quantize import GROUP, quantize_model
 from phi2.step import RecordedStep
-from phi2_kernels.gemv import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from phi2_kernels.weight_forms import quantize_int4, quantize_int8
 
 BITS = {None: (16, 16), "int8": (8, 8), "int4": (4 + 2 * 16 / GROUP, 8)}  # of a weight in the blocks, and in the head
 BEFORE = (1, 2)  # tokens before the one that is compared: our step is launched at the first, recorded at the second
@@ -49,7 +51,10 @@ def step_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, cont
             return passes_side(model(format).float(), cache(torch.float32)).run(ids)
 
     whole = model(format)
-    peers = {"ours, kernel by kernel": lambda: passes_side(whole, cache())}
+    peers = {
+        "ours, kernel by kernel": lambda: passes_side(whole, cache()),
+        "ours, blocks as written": lambda: written_side(model() if format else whole, cache(), format),
+    }
     if format is None:
         peers["transformers"] = lambda: transformers_side(whole, cache())
     return Task(
@@ -90,9 +95,7 @@ def new_model(
 
 
 def _rounded(weight: Tensor, format: str) -> Tensor:
-    if format == "int8":
-        return dequantize_int8(*quantize_int8(weight))
-    return dequantize_int4(*quantize_int4(weight, GROUP), GROUP)
+    return (quantize_int8(weight) if format == "int8" else quantize_int4(weight, GROUP)).dense()
 
 
 def random_cache(
@@ -122,6 +125,12 @@ def our_side(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Side
     if format:
         quantize_model(model, format)
     return going_on(RecordedStep(model, cache, None, None), model.device)
+
+
+def written_side(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Side:
+    """Our side without `block_step`: a recording of six products a block, and of all that lies between them."""
+    with mock.patch.object(step, "block_step", lambda block, *inputs: block(*inputs)):
+        return our_side(model, cache, format)
 
 
 def passes_side(model: Phi2ForCausalLM, cache: KVCache) -> Side:

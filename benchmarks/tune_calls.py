@@ -5,27 +5,25 @@ A function of inputs takes a device and a seed. A call writes into new memory, o
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from benchmarks import gpu, ops_attention
 from benchmarks.aot import B, C, D, F, H, N, S, V
 from benchmarks.gpu import Inputs, Outputs
-from benchmarks.ops import FORMS, GROUP
+from benchmarks.ops import FORMS
 from phi2_kernels import (
     attention_backward_triton,
     attention_forward_triton,
     decode_attention_triton,
     gelu_triton,
-    gemv_rows_triton,
-    gemv_triton,
     layer_norm_triton,
     linear_logprob_triton,
     rotary_triton,
 )
+from phi2_kernels.gemv import gemv_each, gemv_sum
 from phi2_kernels.rotary import rotary_angles
+from phi2_kernels.weight_forms import Weight
 
 HALF = torch.bfloat16
 CHUNK = 2048  # rows of logits
@@ -83,11 +81,15 @@ def query_inputs(device: torch.device, seed: int) -> Inputs:
     return *(normal(1, H, n, D, dtype=HALF) for n in (1, S, S)), torch.full((1,), S, device=device, dtype=torch.int32)
 
 
-def weight_inputs(form: str, device: torch.device, seed: int, rows: int = 1) -> Inputs:
-    """x (rows, C), the bias and the weight of the matmul into a layer."""
-    normal, outputs = gpu.random(seed, device), 3 * C + F
-    weight = FORMS[form][0](normal(outputs, C, dtype=HALF, scale=C**-0.5))
-    return normal(rows, C, dtype=HALF), normal(outputs, dtype=HALF), *weight
+def layer_inputs(form: str, M: int, device: torch.device, seed: int) -> Inputs:
+    """x (M, C), and the weights of q, k, v, fc1, dense and fc2."""
+    normal = gpu.random(seed, device)
+
+    def weight(N: int, K: int) -> Weight:
+        bias = normal(N, dtype=HALF)
+        return FORMS["bf16" if form == "half" else form](normal(N, K, dtype=HALF, scale=K**-0.5))._replace(bias=bias)
+
+    return normal(M, C, dtype=HALF), *(weight(*size) for size in ((C, C), (C, C), (C, C), (F, C), (C, C), (C, F)))
 
 
 def attention_forward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> Outputs:
@@ -155,17 +157,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     return {"output": o}
 
 
-def gemv(x: Tensor, bias: Tensor, weight: Tensor, *scale: Tensor) -> Outputs:
-    y = x.new_empty(len(x), len(weight))
-    _gemv_kernels(x).gemv(x, weight, *(scale or [None]), bias, y)
-    return {"output": y}
-
-
-def gemv_int4(x: Tensor, bias: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Outputs:
-    y = x.new_empty(len(x), len(packed))
-    _gemv_kernels(x).gemv_int4(x, packed, scales, zeros, bias, GROUP, y)
-    return {"output": y}
-
-
-def _gemv_kernels(x: Tensor) -> ModuleType:
-    return gemv_triton if len(x) == 1 else gemv_rows_triton
+def layer(x: Tensor, *weights: Weight) -> Outputs:
+    """The products of a decode step's layer."""
+    q, k, v, f = gemv_each(x, weights[:4], gelu_last=True, impl="triton")
+    return {"q": q, "k": k, "v": v, "output": gemv_sum([q, f], weights[4:], x, impl="triton")}

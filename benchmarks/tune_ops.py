@@ -94,6 +94,15 @@ def gelu(entry: str, kernel: str, candidates: dict[int, list[tuple]], call: Call
     return Op(("gelu_triton", entry), f"gelu {kernel}", candidates, aot.gelu, calls.gelu_inputs, call, flag)
 
 
+def gemv(form: str, M: int, candidates: dict[int, list[tuple]]) -> Op:
+    """Into a layer and out of it, by one entry."""
+    entry = form if M == 1 else f"{form} rows"
+    inputs = partial(calls.layer_inputs, form, M)
+    return Op(
+        ("gemv_triton", entry), "gemv each", candidates, partial(aot.gemv, form, M), inputs, calls.layer, in_graph=True
+    )
+
+
 OPS = {
     # block_m queries, block_n keys, warps, stages. With 16 rows a warp, shared memory binds; with 32, registers do.
     "attention_forward": Op(
@@ -213,42 +222,23 @@ OPS = {
         calls.decode_attention,
         in_graph=True,
     ),
-    # columns, rows, warps
-    **{
-        f"gemv_{entry}": Op(
-            ("gemv_triton", entry),
-            kernel,
-            on_both((512, 8, 4), (512, 4, 4), (1024, 4, 4), (1024, 8, 8), (512, 16, 8), (256, 8, 4)),
-            aot.decode,
-            partial(calls.weight_inputs, form),
-            call,
-            flag,
-            in_graph=True,
-        )
-        for entry, kernel, form, call, flag in (
-            ("half", "gemv gemv", "bf16", calls.gemv, "no scale"),
-            ("int8", "gemv gemv", "int8", calls.gemv, "scale"),
-            ("int4", "gemv gemv_int4", "int4", calls.gemv_int4, ""),
-        )
-    },
     # columns, rows, warps, stages
     **{
-        f"gemv_rows_{entry}": Op(
-            ("gemv_rows_triton", entry),
-            kernel,
+        f"gemv_{form}": gemv(
+            form,
+            1,
+            on_both((512, 8, 4, 1), (512, 4, 4, 1), (1024, 4, 4, 1), (1024, 8, 8, 1), (512, 16, 8, 1), (256, 8, 4, 1)),
+        )
+        for form in ("half", "int8", "int4")
+    },
+    **{
+        f"gemv_{form}_rows": gemv(
+            form,
+            8,
             on_both(
                 (256, 16, 4, 3), (256, 16, 4, 4), (512, 16, 4, 3), (512, 16, 8, 3), (256, 16, 8, 1), (256, 32, 8, 1)
             ),
-            aot.decode,
-            partial(calls.weight_inputs, form, rows=8),
-            call,
-            flag,
-            in_graph=True,
         )
-        for entry, kernel, form, call, flag in (
-            ("half", "gemv_rows gemv", "bf16", calls.gemv, "no scale"),
-            ("int8", "gemv_rows gemv", "int8", calls.gemv, "scale"),
-            ("int4", "gemv_rows gemv_int4", "int4", calls.gemv_int4, ""),
-        )
+        for form in ("half", "int8", "int4")
     },
 }

@@ -96,7 +96,7 @@ class LoraLinear(nn.Linear):
         self.lora_A = skip_init(nn.Linear, base.in_features, r, bias=False, **where)
         self.lora_B = skip_init(nn.Linear, r, base.out_features, bias=False, **where)
         self.lora_dropout = nn.Dropout(dropout)
-        self.scaling, self.enabled = scaling, True
+        self.scaling, self.enabled, self._plain = scaling, True, type(base)
         self.train(base.training)
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class LoraLinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer of the same parameters, whose weight has taken up s * B A: added in float32, rounded once.
+        """The layer that it replaced, whose weight has taken up s * B A: added in float32, rounded once.
 
         Raises:
             ValueError: when the sum is not finite in the dtype of the weight, which then stays as it was.
@@ -129,7 +129,7 @@ class LoraLinear(nn.Linear):
         if not total.isfinite().all():
             raise ValueError(f"weight and adapter add up to numbers that are not finite in {total.dtype}")
         self.weight.copy_(total)
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain = self._plain(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         plain.weight, plain.bias = self.weight, self.bias
         return plain.train(self.training)
 

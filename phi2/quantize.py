@@ -5,9 +5,9 @@ A decode step reads every weight for every token and computes little with it: fe
     int8    each row of a weight has a scale
     int4    32 neighbours of a row share a scale and a zero point; the head, whose errors nothing averages, stays int8
 
-Weights are rounded to nearest, without data. Embeddings, LayerNorms, biases and activations keep their dtype. The
-formats, and the products on a GPU, are those of `phi2_kernels.gemv`. On a CPU torch's packed kernels multiply, which
-take bfloat16 only; in another dtype a CPU makes the whole weight again in every pass.
+Embeddings, LayerNorms, biases and activations keep their dtype. The forms of a weight are `phi2_kernels.weight_forms`,
+the products on a GPU `phi2_kernels.gemv`. On a CPU torch's packed kernels multiply, which take bfloat16 only; with
+another dtype a CPU makes the whole weight again in every pass.
 
 Dims: N outputs, K inputs, G neighbours that share a scale.
 """
@@ -19,46 +19,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from phi2_kernels.gemv import gemv_int4, gemv_int8, quantize_int4, quantize_int8, unpack_int4
+from phi2_kernels.gemv import gemv
+from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8, unpack_int4
 
 GROUP = 32
 
 
-class Int8Linear(nn.Module):
-    """A linear whose weight is int8 codes (N, K) and scales (N,)."""
+class QuantizedLinear(nn.Module):
+    """A linear whose weight is int8 or int4."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Weight, bias: Tensor) -> None:
         super().__init__()
-        codes, scale = quantize_int8(linear.weight.detach())
-        self.register_buffer("weight", codes)
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.register_buffer("weight", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("zeros", weight.zeros)
+        self.bias = bias
+
+    @property
+    def form(self) -> Weight:
+        return Weight(self.weight, self.scales, self.zeros, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gemv_int8(x, self.weight, self.scale, self.bias)
-
-
-class Int4Linear(nn.Module):
-    """A linear whose weight is 4-bit codes (N, K/2), scales and zero points (N, K/G)."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        packed, scales, zeros = quantize_int4(linear.weight.detach(), GROUP)
-        self.register_buffer("weight", packed)
-        self.register_buffer("scales", scales)
-        self.register_buffer("zeros", zeros)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gemv_int4(x, self.weight, self.scales, self.zeros, self.bias, GROUP)
+        return gemv(x, self.form)
 
 
 class Int4LinearOnCPU(nn.Module):
-    """`Int4Linear` with its codes in the order in which torch's kernel reads them on this CPU; bfloat16."""
+    """An int4 linear with its codes in the order in which torch's kernel reads them on this CPU; bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        packed, scales, zeros = quantize_int4(linear.weight.detach(), GROUP)
+        packed, scales, zeros, _ = quantize_int4(linear.weight.detach(), GROUP)
         codes = unpack_int4(packed, GROUP).flatten(1).int()  # (N, K)
         offsets = (8 - zeros.float()) * scales.float()  # torch counts from the middle of the codes
         self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
@@ -71,17 +61,21 @@ class Int4LinearOnCPU(nn.Module):
         return (y + self.bias).view(*x.shape[:-1], -1)
 
 
+def _int8(linear: nn.Linear) -> nn.Module:
+    return QuantizedLinear(quantize_int8(linear.weight.detach()), linear.bias)
+
+
 def _int4(linear: nn.Linear) -> nn.Module:
     weight = linear.weight
-    N, K = weight.shape
-    packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and N % 16 == 0
-    return Int4LinearOnCPU(linear) if packs else Int4Linear(linear)
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and len(weight) % 16 == 0:
+        return Int4LinearOnCPU(linear)
+    return QuantizedLinear(quantize_int4(weight.detach(), GROUP), linear.bias)
 
 
 # name -> how a linear of the blocks, and how the head is kept
 FORMATS: dict[str, tuple[Callable[[nn.Linear], nn.Module], Callable[[nn.Linear], nn.Module]]] = {
-    "int8": (Int8Linear, Int8Linear),
-    "int4": (_int4, Int8Linear),
+    "int8": (_int8, _int8),
+    "int4": (_int4, _int8),
 }
 
 

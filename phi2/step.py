@@ -1,10 +1,11 @@
 """The decode step of a GPU: launched once kernel by kernel, then recorded as a CUDA graph and replayed.
 
-A step is some four hundred kernels of a few microseconds each, and launching them one by one takes longer than running
-them. A replay launches them all at once, with the very arguments of the recording: what changes from step to step lies
-in device memory that the step itself reads and moves on, the tokens and `StepCache.slots`.
+A step is some two hundred kernels, six a block, of a few microseconds each, and launching them one by one takes longer
+than running them. A replay launches them all at once, with the very arguments of the recording: what changes from step
+to step lies in device memory that the step itself reads and moves on, the tokens and `StepCache.slots`.
 
-Dims: B rows, S tokens there is room for, V vocabulary.
+Dims: B rows, C hidden, H heads, H_kv key-value heads, D head dim, R rotary dims, S tokens there is room for,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phi2.cache import KVCache, StepCache
-from phi2.model import Phi2ForCausalLM
+from phi2.model import Block, Linear, Phi2ForCausalLM
+from phi2.quantize import QuantizedLinear
+from phi2_kernels.attention import attention
+from phi2_kernels.gemv import gemv_each, gemv_sum
+from phi2_kernels.rotary import rotary_angles
+from phi2_kernels.visibility import Visibility
+from phi2_kernels.weight_forms import Weight
 
 
 class RecordedStep:
@@ -33,6 +40,8 @@ class RecordedStep:
         self.model, self.cache, self.pads, self.visible_until = model, cache, pads, visible_until
         self._device_cache = StepCache(cache)
         self._input_ids = torch.zeros((cache.keys.shape[1], 1), dtype=torch.int64, device=cache.keys.device)
+        every = torch.arange(cache.max_length, device=cache.keys.device)[None]
+        self._tables = rotary_angles(every, model.config.rotary_dim, model.config.rope_theta)  # (1, S, 1, R/2) twice
         self._logits: Tensor | None = None
         self._replay: Callable[[], None] | None = None
 
@@ -54,12 +63,42 @@ class RecordedStep:
         return self._logits
 
     def _launch(self) -> Tensor:
-        slots = self._device_cache.positions(1)  # (B, 1)
+        model, slots = self.model.model, self._device_cache.positions(1)  # (B, 1)
         positions = slots if self.pads is None else slots - self.pads
-        hidden = self.model.model(
-            self._input_ids, positions=positions, visible_until=self.visible_until, cache=self._device_cache
-        )
-        return self.model.lm_head(hidden[:, -1]).float()
+        angles = tuple(table[0, positions] for table in self._tables)  # (B, 1, 1, R/2) twice
+        visibility = self._device_cache.visibility(1, self.visible_until)
+        x = model.embed_tokens(self._input_ids)  # (B, 1, C)
+        for block in model.layers:
+            x = block_step(block, x, angles, visibility, self._device_cache)
+        self._device_cache.advance(1)
+        return self.model.lm_head(model.final_layernorm(x)[:, -1]).float()
+
+
+def block_step(
+    block: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: StepCache
+) -> Tensor:
+    """What `Block.forward` computes for one token a row, (B, 1, C) to (B, 1, C), in as few kernels as there can be.
+
+    The six products are two, which take the GELU and both additions with them. A block with adapters, or with
+    LayerNorms of its queries and keys, runs as it is written.
+    """
+    own, mlp = block.self_attn, block.mlp
+    linears = own.q_proj, own.k_proj, own.v_proj, mlp.fc1, own.dense, mlp.fc2
+    weights = [weight for weight in map(weight_of, linears) if weight is not None]
+    if len(weights) < len(linears) or own.config.qk_layernorm:
+        return block(x, angles, visibility, cache)
+    *qkv, f = gemv_each(block.input_layernorm(x), weights[:4], gelu_last=True)
+    q, k, v = (z.unflatten(-1, (-1, own.config.head_dim)) for z in qkv)  # (B, 1, H, D), (B, 1, H_kv, D) twice
+    q, k, v = (z.transpose(1, 2) for z in cache.turn_and_store(own.layer, q, k, v, angles))
+    attended = attention(q, k, v, visibility).transpose(1, 2).flatten(2)  # (B, 1, H D)
+    return gemv_sum([attended, f], weights[4:], x)
+
+
+def weight_of(linear: nn.Module) -> Weight | None:
+    """None for a layer that is more than a product with a weight."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.form
+    return Weight(linear.weight, bias=linear.bias) if type(linear) in (Linear, nn.Linear) else None
 
 
 def can_record(device: torch.device) -> bool:

@@ -97,7 +97,7 @@ def test_another_launch_runs_only_within_and_is_gone_after_an_error(monkeypatch)
 @pytest.fixture
 def small(monkeypatch) -> None:
     """The calls of the tuner at shapes that the interpreter takes, where this machine can run them."""
-    shapes = {"B": 1, "C": 64, "F": 40, "H": 1, "N": 9, "S": 70, "V": 300, "CHUNK": 3}
+    shapes = {"B": 1, "C": 64, "F": 96, "H": 1, "N": 9, "S": 70, "V": 300, "CHUNK": 3}
     for name, size in shapes.items():
         monkeypatch.setattr(tune_calls, name, size)
     if not torch.cuda.is_available():

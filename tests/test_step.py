@@ -6,16 +6,19 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import phi2.step
-from phi2.cache import KVCache
+from phi2.cache import KVCache, StepCache
 from phi2.chat import ChatSession
 from phi2.config import Phi2Config
 from phi2.generate import generate, stream
 from phi2.lora import LoraConfig, attach
-from phi2.model import Phi2ForCausalLM
-from phi2.step import RecordedStep, record
+from phi2.model import Block, Phi2ForCausalLM
+from phi2.quantize import FORMATS, quantize_model
+from phi2.step import RecordedStep, block_step, record
 from phi2_kernels import _dispatch
+from phi2_kernels.rotary import rotary_angles
 
 SHAPE = dict(vocab_size=300, hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 PROMPTS = ["a", "What is the capital of France?", "def fib(n):", "12345 67890"]
@@ -59,6 +62,46 @@ def test_replays_equal_passes_that_the_host_counts(recordings, impl):
     torch.testing.assert_close(caches[0].keys, caches[1].keys, atol=2e-5, rtol=2e-5)
 
 
+class Launches(TorchDispatchMode):
+    """Names of the ops that were called, but for those that only look at memory another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function).removesuffix(".default"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("rows, dtype", [(1, torch.float32), (3, torch.float16)])
+@torch.no_grad()
+def test_a_block_is_five_ops_that_say_what_it_says(format, rows, dtype, monkeypatch):
+    monkeypatch.setattr(_dispatch, "default_impl", "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model().to(device, dtype)
+    if format:
+        quantize_model(model, format)
+    block, x = model.model.layers[1], torch.randn(rows, 1, 160, device=device).to(dtype)
+    angles = rotary_angles(torch.full((rows, 1), 5, device=device), 32, 10000.0)
+    outputs, caches = [], [KVCache(model.config, rows, 8, dtype, device) for _ in range(2)]
+    for cache, run in zip(caches, (block_step, Block.__call__), strict=True):
+        cache.keys.copy_(torch.arange(8.0)[:, None] / 8), cache.values.copy_(torch.arange(80.0) / 80)
+        cache.advance(5)
+        step = StepCache(cache)
+        visibility = step.visibility(1, None)
+        with Launches() as launches:
+            outputs.append(run(block, x, angles, visibility, step))
+        if run is block_step:
+            ops = ["layer_norm", "gemv_each", "rotary_and_store", "decode_attention", "gemv_sum"]
+            assert launches.names == [f"phi2.{op}" for op in ops]
+    for ours, plain in (outputs, (caches[0].keys, caches[1].keys), (caches[0].values, caches[1].values)):
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
+
+
 @torch.no_grad()
 def test_a_recording_that_froze_the_count_is_noticed(recordings):
     """Passes with a KVCache, which the host counts, must not survive being recorded: else the test above is blind."""
@@ -83,7 +126,7 @@ def test_a_batch_says_the_same_recorded_or_not_also_when_rows_leave(recordings, 
     assert count >= 1
 
 
-@pytest.mark.parametrize("change", ["adapter", "qk_layernorm", "grouped"])
+@pytest.mark.parametrize("change", ["adapter", "qk_layernorm", "grouped", "int8", "int4"])
 def test_every_kind_of_model_can_be_recorded(recordings, tiny_tokenizer, monkeypatch, change):
     shape = dict(qk_layernorm=dict(qk_layernorm=True), grouped=dict(num_key_value_heads=1))
     model = tiny_model(**shape.get(change, {}))
@@ -91,6 +134,8 @@ def test_every_kind_of_model_can_be_recorded(recordings, tiny_tokenizer, monkeyp
         attach(model, LoraConfig(r=4))
         for parameter in model.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
+    if change in FORMATS:
+        quantize_model(model, change)
     said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
     monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
     assert said.token_ids == generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12).token_ids

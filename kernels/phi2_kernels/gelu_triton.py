@@ -23,6 +23,11 @@ def _two_u(z):
 
 
 @triton.jit
+def gelu_tanh(z):
+    return z * tl.sigmoid(_two_u(z))
+
+
+@triton.jit
 def _load_z(x_ptr, bias_ptr, rows, cols, stride, mask, F, HAS_BIAS: tl.constexpr):
     """x + bias in float32.  # [BLOCK_N, BLOCK_F]"""
     z = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -40,7 +45,7 @@ def _forward_kernel(
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < N)[:, None] & (cols < F)[None, :]
     z = _load_z(x_ptr, bias_ptr, rows, cols, x_stride, mask, F, HAS_BIAS)
-    tl.store(y_ptr + rows[:, None] * y_stride + cols[None, :], z * tl.sigmoid(_two_u(z)), mask=mask)
+    tl.store(y_ptr + rows[:, None] * y_stride + cols[None, :], gelu_tanh(z), mask=mask)
 
 
 @triton.jit

@@ -1,142 +1,202 @@
-"""The Triton kernels of `gemv.py`. No tensor cores: every byte of a weight is read once and meets few numbers.
+"""The Triton kernels of `gemv.py`: one x by several weights, and several products added up.
 
-Products are spread over a block and summed into float32 accumulators of the block's own shape; what is summed across
-threads is summed once, at the end.
+A program makes some outputs of one weight, for all rows of x. Between layers of a decode step nothing but the reading
+of weights takes time, so that the fewer launches there are, the fewer beginnings and ends leave the memory idle.
+
+`gemv_lanes_triton.py` multiplies one or two rows, `gemv_rows_triton.py` up to eight on tensor cores.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels.gelu_triton import gelu_tanh
+from phi2_kernels.gemv_lanes_triton import lane_sums
+from phi2_kernels.gemv_rows_triton import ROWS, row_sums
 
 
 class Launch(NamedTuple):
-    """Columns and rows of the weight that a program with one row of x reads at a time, and its warps."""
+    """Columns and rows of the weight that a program reads at a time, its warps, and how far it reads ahead."""
 
     columns: int
     rows: int
     num_warps: int
+    num_stages: int
 
 
-_FORMS = dict.fromkeys(("half", "int8", "int4"), Launch(512, 8, num_warps=4))
-LAUNCH = {80: dict(_FORMS), 90: dict(_FORMS)}
+# With one row of x: rows of the weight become fewer with more, that accumulators fit.
+_LANES = dict.fromkeys(("half", "int8", "int4"), Launch(512, 8, num_warps=4, num_stages=1))
+_ROWS = {
+    "half rows": Launch(256, 16, num_warps=4, num_stages=3),
+    "int8 rows": Launch(256, 16, num_warps=4, num_stages=3),
+    "int4 rows": Launch(256, 16, num_warps=8, num_stages=1),
+}
+LAUNCH = {80: _LANES | _ROWS, 90: _LANES | _ROWS}
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
-    """Accumulators, one for each row of x."""
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros(SHAPE, tl.float32),)
-    return tiles
-
-
-@triton.jit
-def _gemv_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, x_stride, weight_stride, y_stride, N, K,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _sums(
+    x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K,
+    M: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_ptrs = weight_ptr + n.to(tl.int64)[:, None] * weight_stride
-    acc = _zeros(M, (BLOCK_N, BLOCK_K))
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        mask = (n < N)[:, None] & (k < K)
-        w = tl.load(weight_ptrs + k, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
-        added = ()
-        for m in tl.static_range(M):  # x is read in the shape of w: by the thread that needs it, out of the L1 cache
-            x = tl.load(x_ptr + m * x_stride + k + tl.zeros_like(n)[:, None], mask=mask, other=0.0)
-            added = added + (acc[m] + x.to(tl.float32) * w,)
-        acc = added
-    for m in tl.static_range(M):
-        y = tl.sum(acc[m], axis=1)
-        if scale_ptr is not None:
-            y *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        _store_row(y, bias_ptr, y_ptr + m * y_stride, n, N)
+    """Rows n of a weight times all rows of x, in one tile of ROWS or in M of one.  # [BLOCK_N, ROWS or 1]"""
+    if PARTS > 0:
+        sums = row_sums(
+            x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K, M,
+            GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
+        )  # fmt: skip
+    else:
+        sums = lane_sums(
+            x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K, M, GROUP, BLOCK_N, BLOCK_K
+        )
+    return sums
 
 
 @triton.jit
-def _store_row(y, bias_ptr, y_ptr, n, N):
+def _at(pointers, i: tl.constexpr):
+    """The i-th of what may be missing altogether."""
+    if pointers is None:
+        pointer = None
+    else:
+        pointer = pointers[i]
+    return pointer
+
+
+@triton.jit
+def _add_row(sums, bias_ptr, n, N):
+    """The same number to all rows of x."""
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + n, y, mask=n < N)
-
-
-@triton.jit
-def _one_and_sixteenths(code_at_top_of_mantissa):
-    """1 + code / 16 as a float32, put together from its bits: much cheaper than a conversion."""
-    return (code_at_top_of_mantissa | 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _gemv_int4_kernel(
-    x_ptr, packed_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
-    x_stride, packed_stride, scales_stride, zeros_stride, y_stride, N, GROUPS,
-    M: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """Group by group, sum scale (code - zero) x = scale (16 sum (1 + code / 16) x - (16 + zero) sum x)."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows, i = n.to(tl.int64)[:, None], tl.arange(0, HALF)[None, None, :]
-    acc = _zeros(M, (BLOCK_N, BLOCK_G))
-    for start in range(0, GROUPS, BLOCK_G):
-        g = start + tl.arange(0, BLOCK_G)[None, :]
-        mask = (n < N)[:, None] & (g < GROUPS)
-        mask3 = mask[:, :, None]
-        packed_ptrs = packed_ptr + (rows * packed_stride)[:, :, None] + g[:, :, None] * HALF + i
-        byte = tl.load(packed_ptrs, mask=mask3, other=0, eviction_policy="evict_first").to(tl.int32)
-        low, high = _one_and_sixteenths((byte & 0x0F) << 19), _one_and_sixteenths((byte & 0xF0) << 15)
-        scales = tl.load(scales_ptr + rows * scales_stride + g, mask=mask, other=0.0).to(tl.float32)
-        zeros = tl.load(zeros_ptr + rows * zeros_stride + g, mask=mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         added = ()
-        for m in tl.static_range(M):
-            x_ptrs = x_ptr + m * x_stride + g[:, :, None] * (2 * HALF) + i + tl.zeros_like(n)[:, None, None]
-            x_low = tl.load(x_ptrs, mask=mask3, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_G, HALF]
-            x_high = tl.load(x_ptrs + HALF, mask=mask3, other=0.0).to(tl.float32)
-            codes_x, sum_x = tl.sum(x_low * low + x_high * high, axis=2), tl.sum(x_low + x_high, axis=2)
-            added = added + (acc[m] + scales * (16.0 * codes_x - (16.0 + zeros) * sum_x),)
-        acc = added
-    for m in tl.static_range(M):
-        _store_row(tl.sum(acc[m], axis=1), bias_ptr, y_ptr + m * y_stride, n, N)
+        for i in tl.static_range(len(sums)):
+            added = added + (sums[i] + bias,)
+        sums = added
+    return sums
+
+
+@triton.jit
+def _each_kernel(
+    x_ptr, codes, scales, zeros, biases, ys, x_stride, codes_strides, y_strides, sizes, K,
+    GELU: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Programs are dealt out to the weights in turn."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(codes)):
+        N = sizes[i]
+        blocks = tl.cdiv(N, BLOCK_N)
+        if (block >= 0) & (block < blocks):
+            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            sums = _sums(
+                x_ptr, x_stride, codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, K,
+                M, GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
+            )  # fmt: skip
+            sums = _add_row(sums, _at(biases, i), n, N)
+            for j in tl.static_range(len(sums)):
+                y = sums[j]
+                if GELU and i == len(codes) - 1:
+                    y = gelu_tanh(y)
+                m = j + tl.arange(0, y.shape[1])
+                mask = (n < N)[:, None] & (m < M)[None, :]
+                tl.store(ys[i] + m[None, :] * y_strides[i] + n[:, None], y, mask=mask)
+        block -= blocks
+
+
+@triton.jit
+def _sum_kernel(
+    xs, codes, scales, zeros, biases, skip_ptr, y_ptr, x_strides, codes_strides, skip_stride, y_stride, depths, N,
+    M: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = ()
+    for i in tl.static_range(len(codes)):
+        sums = _sums(
+            xs[i], x_strides[i], codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, depths[i],
+            M, GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
+        )  # fmt: skip
+        sums = _add_row(sums, _at(biases, i), n, N)
+        added = ()
+        for j in tl.static_range(len(sums)):
+            added = added + (sums[j] if i == 0 else sums[j] + total[j],)
+        total = added
+    for j in tl.static_range(len(total)):
+        m = j + tl.arange(0, total[j].shape[1])
+        mask = (n < N)[:, None] & (m < M)[None, :]
+        skip = tl.load(skip_ptr + m[None, :] * skip_stride + n[:, None], mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + m[None, :] * y_stride + n[:, None], total[j] + skip, mask=mask)
+
+
+def takes_tensor_cores(x: Tensor, codes: Tensor, group: int) -> bool:
+    """Whether they multiply x (M, K) by a weight exactly, and are worth it; a group must fill an instruction."""
+    is_exact = codes.dtype in (x.dtype, torch.int8, torch.uint8)
+    return 2 < x.shape[0] <= ROWS and x.dtype != torch.float32 and is_exact and (group == 0 or group >= 32)
 
 
 @on_its_device
-def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
-    """Writes y (M, N), which like x (M, K) and weight (N, K) may be a view with wider rows.
+def each(
+    x: Tensor, codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor], biases: list[Tensor], gelu_last: bool,
+    ys: list[Tensor],
+) -> None:  # fmt: skip
+    """Writes each y (M, N), which like x (M, K) and the codes may be a view with wider rows.
 
     Args:
-        scale: (N,), each the factor of a row of the weight; None: no factors.
+        codes, scales, zeros, biases: see `gemv.Weight`; a list is empty where the weights have none of it.
+        gelu_last: the last y goes through GELU.
     """
-    (M, K), N = x.shape, weight.shape[0]
-    if y.numel() == 0:
+    (M, K), sizes = x.shape, [len(code) for code in codes]
+    if M == 0:
         return
-    launch = LAUNCH[architecture(x.device)]["half" if scale is None else "int8"]
-    blocks = {"M": M, "BLOCK_N": _rows(M, launch.rows), "BLOCK_K": launch.columns}
-    strides = x.stride(0), weight.stride(0), y.stride(0)
-    grid = (triton.cdiv(N, blocks["BLOCK_N"]),)
-    arguments = x, weight, scale, bias, y, *strides, N, K
-    _gemv_kernel[grid](*arguments, **blocks, num_warps=launch.num_warps, enable_fp_fusion=True)
-
-
-def _rows(M: int, rows: int) -> int:
-    """Rows of the weight that a program takes: the more rows x has, the fewer, that the accumulators fit."""
-    return max(2, rows // triton.next_power_of_2(M))
+    options = _options(x, codes[0], scales, zeros)
+    programs = sum(triton.cdiv(N, options["BLOCK_N"]) for N in sizes)
+    if programs:
+        tensors = x, tuple(codes), *map(_given, (scales, zeros, biases)), tuple(ys)
+        strides = x.stride(0), _strides(codes), _strides(ys)
+        _each_kernel[(programs,)](*tensors, *strides, tuple(sizes), K, GELU=gelu_last, **options)
 
 
 @on_its_device
-def gemv_int4(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int, y: Tensor
-) -> None:
-    """Writes y (M, N), which like x (M, K) may be a view with wider rows. The weight as in `quantize_int4`."""
-    (M, K), N = x.shape, packed.shape[0]
+def summed(
+    skip: Tensor, xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor],
+    biases: list[Tensor], y: Tensor,
+) -> None:  # fmt: skip
+    """Writes y = skip + the products (M, N), which like skip, the xs and the codes may be a view with wider rows."""
     if y.numel() == 0:
         return
-    launch = LAUNCH[architecture(x.device)]["int4"]
-    groups = max(1, launch.columns // group)
-    blocks = {"M": M, "HALF": group // 2, "BLOCK_N": _rows(M, launch.rows), "BLOCK_G": groups}
-    strides = x.stride(0), packed.stride(0), scales.stride(0), zeros.stride(0), y.stride(0)
-    grid = (triton.cdiv(N, blocks["BLOCK_N"]),)
-    arguments = x, packed, scales, zeros, bias, y, *strides, N, K // group
-    _gemv_int4_kernel[grid](*arguments, **blocks, num_warps=launch.num_warps, enable_fp_fusion=True)
+    options = _options(xs[0], codes[0], scales, zeros)
+    tensors = tuple(xs), tuple(codes), *map(_given, (scales, zeros, biases)), skip, y
+    strides = _strides(xs), _strides(codes), skip.stride(0), y.stride(0)
+    depths, N = tuple(x.shape[1] for x in xs), y.shape[1]
+    _sum_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](*tensors, *strides, depths, N, **options)
+
+
+def _given(tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
+    return tuple(tensors) or None
+
+
+def _strides(tensors: list[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.stride(0) for tensor in tensors)
+
+
+def _options(x: Tensor, codes: Tensor, scales: list[Tensor], zeros: list[Tensor]) -> dict[str, Any]:
+    """Of a launch: all its weights have one form."""
+    group = 2 * codes.shape[1] // scales[0].shape[1] if zeros else 0
+    form = "int4" if zeros else "int8" if scales else "half"
+    on_tensor_cores, M = takes_tensor_cores(x, codes, group), x.shape[0]
+    launch = LAUNCH[architecture(x.device)][f"{form} rows" if on_tensor_cores else form]
+    return {
+        "M": M,
+        "GROUP": group,
+        "BLOCK_N": launch.rows if on_tensor_cores else max(2, launch.rows // triton.next_power_of_2(M)),
+        "BLOCK_K": launch.columns,
+        "PARTS": launch.num_warps if on_tensor_cores else 0,
+        "UPCAST": not x.is_cuda,  # the interpreter multiplies bfloat16's bits as integers
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": True,
+    }

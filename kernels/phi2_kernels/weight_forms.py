@@ -1,0 +1,91 @@
+"""The three forms in which a weight W (N, K) is kept, for products whose time is that of reading it.
+
+    floating point    W[n, k]
+    int8              W[n, k] = scale[n] code[n, k]                             code in -127..127
+    int4              W[n, k] = scale[n, g] (code[n, k] - zero[n, g])           g = k // G, code in 0..15
+                      packed[n, g G/2 + i] = code[n, g G + i] + 16 code[n, g G + G/2 + i]       i < G/2
+
+A byte of the last holds columns half a group apart, so that both nibbles of neighbouring bytes meet neighbouring x.
+Weights are rounded to nearest, without data.
+
+Dims: N outputs, K inputs, G neighbouring columns of a row that share a scale.
+Source: arXiv:2210.17323 section 4 for grouped 4-bit weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Weight(NamedTuple):
+    """A weight in one of the forms, and its bias.
+
+    Attributes:
+        codes: (N, K) floating point or int8, or (N, K/2) uint8.
+        scales: (N,) of int8, (N, K/G) of int4.
+        zeros: (N, K/G) of int4.
+        bias: (N,) or None.
+    """
+
+    codes: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+        N, columns = self.codes.shape
+        return N, columns if self.zeros is None else 2 * columns
+
+    @property
+    def group(self) -> int:
+        """G of int4; 0 of the others."""
+        return 0 if self.zeros is None else self.shape[1] // self.scales.shape[1]
+
+    def dense(self) -> Tensor:
+        """W (N, K), in float32 where it has scales."""
+        if self.scales is None:
+            return self.codes
+        if self.zeros is None:
+            return self.codes.float() * self.scales.float()[:, None]
+        codes = unpack_int4(self.codes, self.group).float()
+        return (self.scales.float()[..., None] * (codes - self.zeros.float()[..., None])).flatten(1)
+
+
+def quantize_int8(weight: Tensor) -> Weight:
+    """W (N, K) in 8 bits; a scale has the dtype of the weight."""
+    w = weight.to(torch.float32, copy=True)
+    largest = torch.linalg.vector_norm(w, ord=torch.inf, dim=1)
+    scales = torch.where(largest > 0, largest / 127, 1.0).to(weight.dtype)
+    # Codes are found with the scales as they are kept, so that their rounding is not an error of the weight.
+    return Weight(w.div_(scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales)
+
+
+def quantize_int4(weight: Tensor, group: int = 32) -> Weight:
+    """W (N, K) in 4 bits, each group of a row over its own range; scales and zeros have the dtype of the weight.
+
+    Raises:
+        ValueError: unless the group, G, is even and divides K.
+    """
+    N, K = weight.shape
+    if group < 2 or group % 2 or K % group:
+        raise ValueError(f"group must be even and divide the {K} columns of the weight, got {group}")
+    w = weight.to(torch.float32, copy=True).view(N, K // group, group)
+    low, high = w.amin(dim=-1).clamp(max=0.0), w.amax(dim=-1).clamp(min=0.0)
+    scales = ((high - low) / 15).to(weight.dtype)
+    scales = torch.where(scales > 0, scales, 1.0)
+    zeros = (-low / scales.float()).to(weight.dtype)
+    # Codes are found with the scales and zeros as they are kept, so that their rounding is not an error of the weight.
+    w.div_(scales.float()[..., None]).add_(zeros.float()[..., None])
+    first, second = w.round_().clamp_(0, 15).to(torch.uint8).chunk(2, dim=-1)
+    return Weight((first | second << 4).view(N, K // 2), scales, zeros)
+
+
+def unpack_int4(packed: Tensor, group: int = 32) -> Tensor:
+    """The codes (N, K/G, G) uint8, in the order of the weight's columns."""
+    halves = packed.view(packed.shape[0], -1, group // 2)
+    return torch.cat((halves & 15, halves >> 4), dim=-1)
