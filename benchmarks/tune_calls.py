@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu, ops_attention
-from benchmarks.aot import B, C, D, F, H, N, S, V
+from benchmarks.aot_launches import B, C, D, F, H, N, S, V
 from benchmarks.gpu import Inputs, Outputs
 from benchmarks.ops import FORMS
 from phi2_kernels import (

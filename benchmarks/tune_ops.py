@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import aot
+from benchmarks import aot_launches
 from benchmarks import tune_calls as calls
 from benchmarks.gpu import Inputs, Outputs
 
@@ -29,7 +29,7 @@ class Op:
 
     Attributes:
         entry: the file in `phi2_kernels` whose LAUNCH is meant, and the key in LAUNCH[architecture].
-        kernel: what it launches, by its name in `aot.WORK`.
+        kernel: what it launches, by its name in `aot_launches.WORK`.
         candidates: by architecture, the values of a launch in the order of its fields. The shipped one may be missing.
         compiles: launches the kernel, among others, in all its forms; for `aot.compile_only`.
         inputs: of a device and a seed.
@@ -91,7 +91,7 @@ def on_both(*candidates: tuple) -> dict[int, list[tuple]]:
 
 
 def gelu(entry: str, kernel: str, candidates: dict[int, list[tuple]], call: Callable[..., Outputs], flag: str) -> Op:
-    return Op(("gelu_triton", entry), f"gelu {kernel}", candidates, aot.gelu, calls.gelu_inputs, call, flag)
+    return Op(("gelu_triton", entry), f"gelu {kernel}", candidates, aot_launches.gelu, calls.gelu_inputs, call, flag)
 
 
 def gemv(form: str, M: int, candidates: dict[int, list[tuple]]) -> Op:
@@ -99,7 +99,13 @@ def gemv(form: str, M: int, candidates: dict[int, list[tuple]]) -> Op:
     entry = form if M == 1 else f"{form} rows"
     inputs = partial(calls.layer_inputs, form, M)
     return Op(
-        ("gemv_triton", entry), "gemv each", candidates, partial(aot.gemv, form, M), inputs, calls.layer, in_graph=True
+        ("gemv_triton", entry),
+        "gemv each",
+        candidates,
+        partial(aot_launches.gemv, form, M),
+        inputs,
+        calls.layer,
+        in_graph=True,
     )
 
 
@@ -112,7 +118,7 @@ OPS = {
             80: [(128, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3)],
             90: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)],
         },
-        aot.attention,
+        aot_launches.attention,
         calls.attention_inputs,
         calls.attention_forward,
     ),
@@ -123,7 +129,7 @@ OPS = {
             80: [(32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)],
             90: [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
         },
-        aot.attention,
+        aot_launches.attention,
         calls.attention_inputs,
         calls.attention_backward,
     ),
@@ -134,7 +140,7 @@ OPS = {
             80: [(128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)],
             90: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
         },
-        aot.attention,
+        aot_launches.attention,
         calls.attention_inputs,
         calls.attention_backward,
     ),
@@ -144,7 +150,7 @@ OPS = {
             ("layer_norm_triton", entry),
             f"layer_norm {entry.removesuffix('_sums')}",
             on_both((1,), (2,), (4,), (8,)),
-            aot.layer_norm,
+            aot_launches.layer_norm,
             calls.norm_inputs,
             call,
             flag,
@@ -182,7 +188,7 @@ OPS = {
         ("rotary_triton", "turn"),
         "rotary turn",
         on_both((32, 1), (16, 1), (64, 1), (32, 2), (64, 2)),
-        aot.rotary,
+        aot_launches.rotary,
         calls.turn_inputs,
         calls.turn,
     ),
@@ -190,7 +196,7 @@ OPS = {
         ("rotary_triton", "turn_and_store"),
         "rotary turn_and_store",
         on_both((16, 1), (8, 1), (32, 1), (16, 2), (32, 2)),
-        aot.rotary,
+        aot_launches.rotary,
         calls.token_inputs,
         calls.turn_and_store,
         in_graph=True,
@@ -200,7 +206,7 @@ OPS = {
         ("linear_logprob_triton", "stats"),
         "linear_logprob stats",
         on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8)),
-        aot.linear_logprob,
+        aot_launches.linear_logprob,
         calls.logits_inputs,
         calls.stats,
     ),
@@ -208,7 +214,7 @@ OPS = {
         ("linear_logprob_triton", "gradient"),
         "linear_logprob gradient",
         on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16)),
-        aot.linear_logprob,
+        aot_launches.linear_logprob,
         calls.logits_inputs,
         calls.gradient,
     ),
@@ -217,7 +223,7 @@ OPS = {
         ("decode_attention_triton", "attend"),
         "decode_attention attend",
         on_both((32, 3, 4), (16, 3, 4), (32, 2, 4), (32, 4, 4), (64, 3, 4), (64, 3, 8)),
-        aot.decode,
+        aot_launches.decode,
         calls.query_inputs,
         calls.decode_attention,
         in_graph=True,

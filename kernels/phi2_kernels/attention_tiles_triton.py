@@ -39,9 +39,16 @@ LAUNCH = {
         "dq": Launch(128, 64, num_warps=8, num_stages=2),
     },
 }
-WIDE = {  # for heads of more than 80 dims, which no Phi has: sure to fit, not tuned
+NARROW = {80: {"dq": Launch(128, 64, num_warps=8, num_stages=2)}}  # heads up to 64: where the tile above would spill
+# Heads of more than 80 dims, which no Phi has: what fits, not tuned.
+WIDE = {  # up to 128
+    "forward": Launch(64, 64, num_warps=4, num_stages=2),
+    "dkdv": Launch(32, 64, num_warps=4, num_stages=2),
+    "dq": Launch(64, 32, num_warps=4, num_stages=2),
+}
+WIDEST = {  # up to 256: these spill registers, from 192 dims on many
     "forward": Launch(64, 32, num_warps=4, num_stages=2),
-    "dkdv": Launch(16, 32, num_warps=4, num_stages=2),
+    "dkdv": Launch(16, 32, num_warps=2, num_stages=2),
     "dq": Launch(64, 32, num_warps=4, num_stages=2),
 }
 FLOAT32 = {  # exact products, without tensor cores
@@ -49,6 +56,7 @@ FLOAT32 = {  # exact products, without tensor cores
     "dkdv": Launch(16, 32, num_warps=4, num_stages=2),
     "dq": Launch(32, 32, num_warps=4, num_stages=2),
 }
+WIDE_FLOAT32 = dict.fromkeys(FLOAT32, Launch(16, 16, num_warps=4, num_stages=1))
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the largest score of none: -inf - -inf would be NaN
 
@@ -191,9 +199,13 @@ def seen_keys(queries, rows, begin, inside, until_ptr):
 
 def launch_of(kernel: str, x: Tensor) -> Launch:
     """How "forward", "dkdv" or "dq" runs on the device of x, with its dtype and head dim."""
+    D = x.shape[-1]
     if x.dtype == torch.float32:
-        return FLOAT32[kernel]
-    return WIDE[kernel] if x.shape[-1] > 80 else LAUNCH[architecture(x.device)][kernel]
+        return (FLOAT32 if D <= 80 else WIDE_FLOAT32)[kernel]
+    if D > 80:
+        return (WIDE if D <= 128 else WIDEST)[kernel]
+    arch = architecture(x.device)
+    return (LAUNCH[arch] | (NARROW.get(arch, {}) if D <= 64 else {}))[kernel]
 
 
 def options(launch: Launch, q: Tensor, k: Tensor) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import aot, run, sass
-from benchmarks.aot import PADDED, UNALIGNED, Row, violations
+from benchmarks.aot import Row, violations
+from benchmarks.aot_launches import PADDED, UNALIGNED
 from benchmarks.registry import GateError
 from benchmarks.sass import Code
 
@@ -89,7 +90,7 @@ def test_the_report_shows_our_split_beside_the_padded_form(rows, monkeypatch, ca
 
 def test_there_is_no_report_of_a_broken_budget(forward, monkeypatch):
     monkeypatch.setattr(aot, "measure", lambda: [replace(forward, stack=64)])
-    with pytest.raises(GateError, match="attention forward m128 n64 for sm_80: 64 bytes of stack"):
+    with pytest.raises(GateError, match="attention forward d80 m128 n64 for sm_80: 64 bytes of stack"):
         aot.aot_report(1)
 
 

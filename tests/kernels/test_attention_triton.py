@@ -436,8 +436,11 @@ def test_checkpointing_changes_nothing(device):
 def test_forward_and_dq_read_the_same_table():
     for launches in (
         *attention_tiles_triton.LAUNCH.values(),
+        attention_tiles_triton.LAUNCH[80] | attention_tiles_triton.NARROW[80],
         attention_tiles_triton.WIDE,
+        attention_tiles_triton.WIDEST,
         attention_tiles_triton.FLOAT32,
+        attention_tiles_triton.WIDE_FLOAT32,
     ):
         assert launches["forward"].block_m == launches["dq"].block_m
 
