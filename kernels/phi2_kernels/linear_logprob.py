@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
+from phi2_kernels.products import matmul
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on a CPU
 GPU_CHUNK_BYTES = 400 * 2**20  # 2048 rows of 51200: smaller matmuls leave a GPU idle at their ends
@@ -93,7 +94,7 @@ class _Head:
 
     def logits(self, hidden: Tensor, adapter_hidden: Tensor | None) -> Tensor:
         """(n, V) float32. Triton adds the bias itself, in the walk it takes over them anyway."""
-        logits = _matmul(hidden, self.weight.T, None if self.triton else self.bias.float())
+        logits = matmul(hidden, self.weight.T, None if self.triton else self.bias.float())
         if adapter_hidden is not None:
             logits.addmm_(adapter_hidden, self.adapter_weight.T)
         return logits
@@ -123,11 +124,11 @@ class _Head:
 
     def pull_back(self, grad: Tensor) -> Tensor:
         """Gradient of the hidden states, (n, C) float32, from that of the logits."""
-        return _matmul(grad, self.weight)
+        return matmul(grad, self.weight)
 
     def pull_back_adapter(self, grad: Tensor) -> Tensor:
         """Gradient of the adapter's hidden states, (n, r) float32, from that of the logits."""
-        return _matmul(grad, self.adapter_weight.to(self.dtype))
+        return matmul(grad, self.adapter_weight.to(self.dtype))
 
 
 def _stats(
@@ -149,14 +150,6 @@ def _stats(
 
 def _add_onehot_(grad: Tensor, targets: Tensor) -> Tensor:
     return grad.scatter_add_(1, targets[:, None], torch.ones_like(grad[:, :1]))
-
-
-def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b, plus a bias, with float32 accumulation and result; half precision operands stay half on a GPU."""
-    if b.is_cuda and b.dtype != torch.float32:
-        product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-        return product if bias is None else product.add_(bias)
-    return a.float() @ b if bias is None else torch.addmm(bias, a.float(), b)
 
 
 def _chunk_rows(vocabulary: int, on_gpu: bool) -> int:
@@ -228,13 +221,13 @@ def _linear_logprob_backward(
         if needs[0]:
             grad_hidden[chunk] = head.pull_back(grad)
         if needs[1]:
-            grad_weight += _matmul(grad.T, hidden[chunk].to(head.dtype))
+            grad_weight += matmul(grad.T, hidden[chunk].to(head.dtype))
         if needs[2]:
             grad_bias += grad.sum(dim=0, dtype=torch.float32)
         if needs[3]:
             grad_adapter_hidden[chunk] = head.pull_back_adapter(grad)
         if needs[4]:
-            grad_adapter_weight += _matmul(grad.T, adapter_hidden[chunk].to(head.dtype))
+            grad_adapter_weight += matmul(grad.T, adapter_hidden[chunk].to(head.dtype))
         logits = grad = None  # one tensor: it goes before the next one comes
     return grads
 
