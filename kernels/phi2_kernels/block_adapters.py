@@ -3,7 +3,8 @@
     y += s / (1 - p) (keep x) A^T B^T
 
 Adapters that read the same x without dropout share one matmul with all their A; with dropout each has a mask, and so an
-input, of its own. Masks are made again in the backward pass (`dropout.py`). Products are float32.
+input, of its own. Masks are made again in the backward pass (`dropout.py`). A and B are float32; x and the gradients
+stay in the dtype of the matmuls, and nothing of their size is float32 (`products.py`).
 
 Dims: N rows, r LoRA rank.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from phi2_kernels.dropout import keep_mask
+from phi2_kernels.products import add_product_, product
 
 
 class Adapter(NamedTuple):
@@ -49,7 +51,7 @@ class Reading(NamedTuple):
 
     def inner(self, x: Tensor) -> tuple[Tensor, ...]:
         """s / (1 - p) x A^T of each adapter, (N, r)."""
-        together = x @ torch.cat([adapter.A * adapter.factor for adapter in self.adapters]).T
+        together = product(x, torch.cat([adapter.A * adapter.factor for adapter in self.adapters]).T)
         return together.split([len(adapter.A) for adapter in self.adapters], dim=1)
 
 
@@ -63,9 +65,9 @@ def readings(adapters: tuple[Adapter, ...], first_mask: int) -> list[Reading]:
 def add(reading: Reading, x: Tensor, outputs: list[Tensor], seed: Tensor | None) -> None:
     """Adds every adapter to its output (N, out), given the input x (N, in) before dropout."""
     keep = reading.keep(x, seed)
-    inner = reading.inner((x if keep is None else x * keep).float())
+    inner = reading.inner(x if keep is None else x * keep)
     for adapter, u, y in zip(reading.adapters, inner, outputs, strict=True):
-        y.add_(u @ adapter.B.T)
+        add_product_(y, u, adapter.B.T)
 
 
 def pull_back(reading: Reading, x: Tensor, grads: list[Tensor], dx: Tensor, seed: Tensor | None) -> list[Tensor]:
@@ -76,11 +78,21 @@ def pull_back(reading: Reading, x: Tensor, grads: list[Tensor], dx: Tensor, seed
         grads: of the outputs.
     """
     keep = reading.keep(x, seed)
-    x, parts = (x if keep is None else x * keep).float(), [grad.float() for grad in grads]
-    dB = [part.T @ u for part, u in zip(parts, reading.inner(x), strict=True)]
-    dinner = torch.cat([part @ a.B * a.factor for part, a in zip(parts, reading.adapters, strict=True)], dim=1)
-    dA = (dinner.T @ x).split([len(adapter.A) for adapter in reading.adapters])
+    x = x if keep is None else x * keep
+    dB = [product(grad.T, u) for grad, u in zip(grads, reading.inner(x), strict=True)]
+    dinner = torch.cat([product(grad, a.B) * a.factor for grad, a in zip(grads, reading.adapters, strict=True)], dim=1)
+    dA = product(x.T, dinner).split([len(adapter.A) for adapter in reading.adapters], dim=1)  # (in, r) each
     del x  # as large as what comes
-    sent = dinner @ torch.cat([adapter.A for adapter in reading.adapters])  # (N, in)
-    dx.add_(sent if keep is None else sent.mul_(keep))
-    return [grad for a, b in zip(dA, dB, strict=True) for grad in (a.clone(), b)]  # outputs of an op share no memory
+    _add_kept(dx, dinner, torch.cat([adapter.A for adapter in reading.adapters]), keep)
+    dA = [a.T.clone(memory_format=torch.contiguous_format) for a in dA]  # outputs of an op share no memory
+    return [grad for pair in zip(dA, dB, strict=True) for grad in pair]
+
+
+def _add_kept(dx: Tensor, dinner: Tensor, A: Tensor, keep: Tensor | None) -> None:
+    """dx += keep (dinner A): what is not kept is put back, so that no product of the size of dx is float32."""
+    if keep is None:
+        add_product_(dx, dinner, A)
+    else:
+        whole = dx.clone()
+        add_product_(whole, dinner, A)
+        torch.where(keep, whole, dx, out=dx)

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as fn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from phi2_kernels import block as block_file
-from phi2_kernels import block_adapters
+from phi2_kernels import block_adapters, products
 from phi2_kernels.attention import attention_ref
 from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, block, follow
-from phi2_kernels.block_adapters import Adapter
+from phi2_kernels.block_adapters import Adapter, Reading, add, pull_back
 from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.rotary import rotary, rotary_angles
 from phi2_kernels.visibility import Visibility
@@ -30,10 +32,10 @@ def draw(shape: Shape, trainable: bool, adapters: bool) -> tuple[Tensor, Weights
 
     attended, kv = shape.attended, shape.kv_heads * shape.head_dim
     into, out = (attended, kv, kv, F), (attended, F)
-    on_fc1 = attended + 2 * kv, attended + 2 * kv + F
+    edges = [sum(into[:i]) for i in range(5)]
     low_rank = [
-        Adapter(0, attended, new(3, C, leaf=True), new(attended, 3, leaf=True), 2.0),
-        Adapter(*on_fc1, new(2, C, leaf=True), new(F, 2, leaf=True), 0.7),
+        Adapter(start, end, new(r, C, leaf=True), new(end - start, r, leaf=True), scaling)
+        for start, end, r, scaling in zip(edges, edges[1:], (3, 1, 5, 2), (2.0, 1.0, 0.4, 0.7), strict=False)
     ]
     reading = [
         Adapter(0, attended, new(4, attended, leaf=True), new(C, 4, leaf=True), 1.5),
@@ -166,7 +168,7 @@ def test_no_two_masks_of_a_block_have_a_number_in_common(monkeypatch):
     x, weights = draw(SHAPES["grouped"], trainable=False, adapters=True)
     angles, visibility = rotary_angles(torch.arange(T)[None], 8, 10000.0), Visibility(T, T, None, x.device)
     block(x, dropping(weights, 0.4, 0.3), SHAPES["grouped"], angles, visibility)
-    assert len(numbers) == len(set(numbers)) == 6  # four adapters and two halves of the residual stream
+    assert len(numbers) == len(set(numbers)) == 8  # six adapters and two halves of the residual stream
 
 
 def test_the_mean_of_many_draws_is_the_output_without_dropout():
@@ -195,6 +197,81 @@ def test_seeds_follow_the_global_one():
     first = new_seed(), new_seed()
     torch.manual_seed(5)
     assert first == (new_seed(), new_seed()) and first[0] != first[1]
+
+
+# Half precision
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The base in `dtype`; adapters stay float32."""
+    groups = (tuple(w.to(dtype) for w in group) for group in (weights.w_in, weights.b_in, weights.w_out, weights.b_out))
+    norm = weights.norm_weight.to(dtype), weights.norm_bias.to(dtype)
+    return Weights(*norm, weights.eps, *groups, *weights[7:])
+
+
+def outcome_in(dtype: torch.dtype, rounded: torch.dtype, rates: tuple[float, float]) -> list[Tensor]:
+    """The output, and the gradients of x and adapters, in `dtype`, of a base that has been rounded to `rounded`."""
+    x, weights = draw(SHAPES["heads 80"], trainable=False, adapters=True)
+    x, weights = x.detach().to(rounded).to(dtype).requires_grad_(), cast(cast(weights, rounded), dtype)
+    angles = rotary_angles(torch.arange(T)[None], 8, 10000.0)
+    y = block(x, dropping(weights, *rates), SHAPES["heads 80"], angles, Visibility(T, T, PACKED, x.device))
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(rounded).to(dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves(x, weights), upstream)]
+
+
+@HALF
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_half_precision_is_no_worse_than_with_float32_products(rate, dtype, monkeypatch):
+    monkeypatch.setattr(block_file, "new_seed", lambda: SEED)
+    exact, actual = (outcome_in(kind, dtype, (0.0, rate)) for kind in (torch.float32, dtype))
+    monkeypatch.setattr(block_adapters, "product", lambda a, b: a.float() @ b)
+    monkeypatch.setattr(block_adapters, "add_product_", lambda y, a, b: y.add_(a @ b))
+    widened = outcome_in(dtype, dtype, (0.0, rate))
+    assert all(grad.dtype == torch.float32 for grad in actual[2:])
+    for ours, theirs, truth in zip(actual, widened, exact, strict=True):
+        errors = [(result.float() - truth).norm() / truth.norm() for result in (ours, theirs)]
+        assert errors[0] <= 1.1 * errors[1] < 0.1
+
+
+class Calls(TorchDispatchMode):
+    """Collects operators and what they return; not those inside of a function that is `hidden`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.tensors = set(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operators.add(func)
+        self.tensors += [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
+
+    @staticmethod
+    def hidden(function):
+        def unseen(*args):
+            with _disable_current_modes():
+                return function(*args)
+
+        return unseen
+
+
+@HALF
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_adapters_make_nothing_large_in_float32_and_ask_no_gpu(rate, dtype, monkeypatch):
+    """`matmul` is hidden: on a GPU it takes halves, on a CPU it widens them."""
+    N, wide, out, r = 40, 64, 96, 4
+    x, grad, y, dx = (torch.randn(N, n).to(dtype) for n in (wide, out, out, wide))
+    reading = Reading((Adapter(0, out, torch.randn(r, wide), torch.randn(out, r), 2.0, rate),))
+    monkeypatch.setattr(products, "matmul", Calls.hidden(products.matmul))
+    with Calls() as calls:
+        add(reading, x, [y], SEED)
+        pull_back(reading, x, [grad], dx, SEED)
+    sizes = {kind: max(t.numel() for t in calls.tensors if t.dtype == kind) for kind in (dtype, torch.float32)}
+    assert sizes[dtype] == N * out and sizes[torch.float32] < N * wide
+    assert rate or torch.ops.aten._local_scalar_dense.default not in calls.operators  # a seed lies on the CPU
 
 
 @pytest.mark.parametrize("impl", ["cuda", "cudnn"])
