@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
 from phi2_kernels._dispatch import tl, triton
 from phi2_kernels.attention import _attention, attention
 from phi2_kernels.attention_tiles_triton import Launch
-from phi2_kernels.visibility import WORTHWHILE_GAP, Visibility
+from phi2_kernels.visibility import Visibility
 
 LAYOUTS = {
     "left padded": [0] * 19 + [70] * 51,
@@ -243,81 +241,6 @@ def test_no_queries_and_no_rows_are_fine(device):
 
 
 # What is skipped
-
-
-@st.composite
-def untils(draw) -> list[int]:
-    """Rows of documents, groups of answers to one prompt, and pads."""
-    until: list[int] = []
-    for kind in draw(st.lists(st.sampled_from(["document", "group", "pad"]), min_size=1, max_size=5)):
-        start = len(until)
-        n = draw(st.integers(1, 120))
-        if kind == "pad":
-            until += [0] * n
-        elif kind == "document":
-            until += [start + n] * n
-        else:
-            answers = draw(st.lists(st.integers(0, 120), min_size=1, max_size=4))
-            until += [start + n + sum(answers)] * n
-            for answer in answers:
-                until += [len(until) + answer] * answer
-    return until
-
-
-def seen_by_blocks(until: list[int], T: int, block: int) -> list[torch.Tensor]:
-    """For each block of queries (n, S) which key each of its queries sees."""
-    S = len(until)
-    i, j = torch.arange(S - T, S)[:, None], torch.arange(S)
-    return list(((j <= i) & (i < torch.tensor(until))).split(block))
-
-
-@given(untils(), st.sampled_from([16, 32, 128]), st.data())
-@settings(deadline=None)
-def test_key_ranges_cover_exactly_what_a_block_may_see(until, block, data):
-    S = len(until)
-    T = data.draw(st.integers(1, S))
-    ranges = make_visibility(T, S, until).key_ranges(block)[0]
-    for seen, row in zip(seen_by_blocks(until, T, block), ranges.tolist(), strict=True):
-        begin1, full1, end1, begin2, full2, end2 = row
-        assert 0 <= begin1 <= full1 <= end1 <= begin2 <= full2 <= end2 <= S
-        inside = torch.zeros(S, dtype=torch.bool)
-        inside[begin1:end1] = inside[begin2:end2] = True
-        some = seen.any(dim=0)
-        assert not (some & ~inside).any()
-        assert seen[:, begin1:full1].all() and seen[:, begin2:full2].all()
-        holes = [run for run in "".join("s" if s else "h" for s in some.tolist()).strip("h").split("s") if run]
-        widest = max(map(len, holes), default=0)
-        skipped = widest if widest >= WORTHWHILE_GAP else 0
-        assert inside.sum() == (some.nonzero().max() - some.nonzero().min() + 1 - skipped if some.any() else 0)
-
-
-@given(untils(), st.sampled_from([16, 32, 128]))
-@settings(deadline=None)
-def test_query_ends_are_the_bounds_of_a_block_of_keys(until, block):
-    ends = make_visibility(len(until), len(until), until).query_ends(block)[0].tolist()
-    assert ends == [
-        [min(until[start : start + block]), max(until[start : start + block])] for start in range(0, len(until), block)
-    ]
-
-
-def test_key_ranges_made_block_by_block_are_those_made_at_once(monkeypatch):
-    layout = LAYOUTS["four answers, one empty"]
-    at_once = make_visibility(70, 70, layout).key_ranges(16)
-    monkeypatch.setattr("phi2_kernels.visibility.CELLS_AT_ONCE", 1)
-    assert torch.equal(make_visibility(70, 70, layout).key_ranges(16), at_once)
-
-
-def test_skipping_skips_nearly_all_that_a_mask_would_hide():
-    M, N = 128, 64
-    until = [1500] * 300 + [1100] * 800 + [1500] * 400 + [2048] * 548
-    visited = causal = useful = 0
-    for block, row in enumerate(make_visibility(2048, 2048, until).key_ranges(M)[0].tolist()):
-        begin1, _, end1, begin2, _, end2 = row
-        visited += -(-(end1 - begin1) // N) - (-(end2 - begin2) // N)
-        causal += (block + 1) * M // N
-        seen = seen_by_blocks(until, 2048, M)[block].any(dim=0)
-        useful += sum(bool(tile.any()) for tile in seen.split(N))
-    assert useful <= visited <= 1.1 * useful and visited < 0.6 * causal
 
 
 def test_other_documents_are_not_even_read(device, poison):
