@@ -36,6 +36,7 @@ from benchmarks.sass import CHIPS, Code
 
 STACK = 16  # bytes of a thread that may not fit its registers
 TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
+IN_PLACE = ("linear_logprob stats", "linear_logprob gradient")  # a half-precision gradient over its own logits
 WARPS = 8  # a multiprocessor should hold, two for each of its schedulers
 
 
@@ -47,7 +48,8 @@ class Row:
         launch: the tile, and what is switched on.
         form: "shipped", or which control it is.
         programs: how many of them a multiprocessor holds at a time.
-        copies: instructions that copy from global to shared memory past the registers.
+        copies: instructions that copy from global to shared memory past the registers, of the loop with the fewest.
+        is_written_behind: every loop that reads and writes does so with a barrier between.
         multiply_adds: of one round of each loop with matrix instructions.
         useful: multiply-adds that the round of such a loop needs; 0 for kernels without.
         clocks: of each unit for one round of the main loop, by the static model.
@@ -65,6 +67,7 @@ class Row:
     shared: int
     programs: int
     copies: int
+    is_written_behind: bool
     multiply_adds: list[int]
     useful: int
     clocks: dict[str, float]
@@ -79,6 +82,7 @@ def violations(row: Row) -> list[str]:
         f"{row.stack} bytes of stack": row.stack > STACK,
         f"{row.programs * row.warps} warps on a multiprocessor, {WARPS} wanted": row.programs * row.warps < WARPS,
         f"{row.multiply_adds} multiply-adds a tile, {row.useful} useful": set(row.multiply_adds) != {row.useful} - {0},
+        "writes that may overtake reads": row.kernel in IN_PLACE and not row.is_written_behind,
         "no asynchronous copies": row.arch == 80 and row.useful > 0 and row.copies == 0 and row.kernel in TILED,
     }
     return [text for text, is_broken in found.items() if is_broken]
@@ -182,6 +186,7 @@ def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
         shared=shared,
         programs=code.programs,
         copies=code.async_copies,
+        is_written_behind=code.is_written_behind,
         multiply_adds=[code.multiply_adds(loop) for loop in code.matrix_loops],
         useful=work.multiply_adds,
         clocks={unit: round(clock, 1) for unit, clock in clocks.items()},

@@ -176,11 +176,21 @@ def unaligned() -> None:
     attention_forward_triton.forward(q, q, q, heads(H * D), floats(B, H, S))
 
 
-PADDED, UNALIGNED = "padded", "unaligned"
+def unordered() -> None:
+    """The head's gradients without a barrier between reading logits and writing over them."""
+    from phi2_kernels import linear_logprob_triton
+
+    flags = linear_logprob_triton._flags
+    with mock.patch.object(linear_logprob_triton, "_flags", lambda *call: flags(*call) | {"BARRIER": False}):
+        linear_logprob()
+
+
+PADDED, UNALIGNED, UNORDERED = "padded", "unaligned", "unordered"
 GEMVS = [partial(gemv, form, M) for M in (1, 8) for form in ("half", "int8", "int4")]
 ATTENTIONS = [partial(attention, *each) for each in ((), (64,), (112,), (80, torch.float32))]
 FORMS = {
     "shipped": (*ATTENTIONS, gelu, layer_norm, rotary, linear_logprob, decode, *GEMVS),
     PADDED: (padded,),
     UNALIGNED: (unaligned,),
+    UNORDERED: (unordered,),
 }

@@ -25,6 +25,7 @@ from phi2_kernels import _dispatch
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
 
+TRANSFORMERS = ("transformers", "transformers, torch.compile")
 NEARLY_ZERO = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
@@ -42,13 +43,16 @@ def block_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, B: 
     layer = partial(new_layer, device, dtype, config, rank)
     work = block_work(config, B * T, B * T * (T + 1) // 2, rank)
 
-    def peer(compile_: bool) -> Side:
+    def peer(compile_: bool, autocast: bool = False) -> Side:
         theirs = _transformers_layer(layer(), config, rank)
         forward = gpu.compiled(theirs, device) if compile_ else theirs
+        forward = torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32)(forward)
         angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
         cos, sin = (torch.cat((table, table), dim=-1).squeeze(2).to(dtype) for table in angles)  # (1, T, R)
         return block_side(lambda x: forward(x, position_embeddings=(cos, sin)), theirs)
 
+    # As trl trains adapters: its float32 ones are multiplied in half precision.
+    autocast = {f"{name}, autocast": partial(peer, "compile" in name, True) for name in TRANSFORMERS}
     return Task(
         name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
         inputs=partial(block_inputs, device, dtype, B, T, config.hidden_size),
@@ -56,13 +60,13 @@ def block_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, B: 
         ours=our_side(layer(), config, positions, None, fused=True),
         plain=our_side(layer(), config, positions, None, fused=False, impl="torch"),
         peers={
-            "transformers": partial(peer, False),
-            "transformers, torch.compile": partial(peer, True),
+            **{name: partial(peer, "compile" in name) for name in TRANSFORMERS},
+            **(autocast if rank else {}),
             "ours unfused": lambda: our_side(layer(), config, positions, None, fused=False),
         },
         work=work,
         rounding=ROUNDING[dtype],
-        targets={"transformers": 1.25, "transformers, torch.compile": 1.1},
+        targets=dict(zip(TRANSFORMERS, (1.25, 1.1), strict=True)),
         per_second=(work.flops / 1e12, "TFLOP/s"),
     )
 

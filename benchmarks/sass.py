@@ -37,6 +37,7 @@ _FP32 = ("FFMA", "FADD", "FMUL", "FMNMX", "FSETP", "FSEL")
 _SPECIAL = ("MUFU", "I2F", "F2I")  # 16 lanes a clock
 _MATRIX = re.compile(r"HG?MMA\.(?:(\d+)x(\d+)x(\d+)|16816|1688)\b")
 _NARROW = {"HMMA.16816": 16 * 8 * 16, "HMMA.1688": 16 * 8 * 8}
+_ASYNC_COPY = re.compile(r"LDGSTS\..*\b128\b")
 _WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
@@ -78,8 +79,18 @@ class Code:
 
     @property
     def async_copies(self) -> int:
-        """Copies of 16 bytes a lane from global to shared memory that pass by the registers (cp.async)."""
-        return sum(bool(re.match(r"LDGSTS\..*\b128\b", line)) for line in self.instructions)
+        """Copies of 16 bytes a lane from global to shared memory that pass by the registers (cp.async).
+
+        Of the loop with matrix instructions that has the fewest, or of a kernel without such loops.
+        """
+        loops = self.matrix_loops or [range(len(self.instructions))]
+        return min(sum(bool(_ASYNC_COPY.match(self.instructions[i])) for i in loop) for loop in loops)
+
+    @property
+    def is_written_behind(self) -> bool:
+        """Whether every loop that reads and writes global memory reads all, then waits for all warps, then writes."""
+        orders = ["".join(_traffic(self.instructions[i]) for i in loop) for loop in self.loops]
+        return all(re.fullmatch("L+BS+", order) for order in orders if "L" in order and "S" in order)
 
     @property
     def matrix_loops(self) -> list[range]:
@@ -138,6 +149,11 @@ def parse(listing: str) -> tuple[list[str], list[range]]:
             if target and labels.get(target[1], len(instructions)) < len(instructions) - 1:
                 loops.append(range(labels[target[1]], len(instructions)))
     return instructions, [a for a in loops if not any(a != b and b[0] >= a[0] and b[-1] <= a[-1] for b in loops)]
+
+
+def _traffic(line: str) -> str:
+    """L for a load from global memory, S for a store to it, B for a barrier of a program, else nothing."""
+    return {"LDG": "L", "STG": "S", "BAR": "B"}.get(re.split(r"[.\s]", line, maxsplit=1)[0], "")
 
 
 def _count(lines: list[str], opcodes: tuple[str, ...]) -> int:

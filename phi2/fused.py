@@ -99,6 +99,7 @@ def _join_block(layer: Block) -> None:
     _join([linear.weight for linear in out], transposed=True)
 
 
+@torch.inference_mode(False)  # what is made within would be of no use to training
 @torch.no_grad()
 def _join(parameters: list[nn.Parameter], transposed: bool = False) -> None:
     """Lays parameters one behind the other; `transposed`: the rows of their transposes."""

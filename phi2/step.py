@@ -57,7 +57,7 @@ class RecordedStep:
             self._logits = self._launch()  # compiles kernels and makes workspaces, which a recording may not
         else:
             if self._replay is None:
-                self._replay, self._logits = record(self._launch)
+                self._replay, self._logits = record(self._launch, self._input_ids.device)
             self._replay()
         self.cache.advance(1)
         return self._logits
@@ -105,9 +105,13 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def record(launch: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Records what `launch` puts on the GPU without running it: a function that runs it, and its result's memory."""
+def record(launch: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Records what `launch` puts on a GPU without running it: a function that runs it, and its result's memory.
+
+    The GPU need not be torch's current one, and other threads may go on allocating.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = launch()
+    with torch.cuda.device(device):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            result = launch()
     return graph.replay, result

@@ -261,7 +261,7 @@ def recordings(monkeypatch) -> list[Recording]:
 
     made = []
 
-    def record(launch):
+    def record(launch, device=None):
         with Recording() as recording:
             result = launch()
         made.append(recording)

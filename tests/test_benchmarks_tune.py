@@ -50,7 +50,7 @@ def rows(monkeypatch) -> list[Row]:
 def row(efficiency: float, stack: int = 0, issue: float = 50) -> Row:
     """Bound by memory, which is busy for 100 clocks."""
     clocks = {"dram": 100.0, "issue": issue}
-    return Row("gelu forward", "", "candidate", 80, 4, 64, stack, 0, 8, 0, [], 0, clocks, "dram", efficiency)
+    return Row("gelu forward", "", "candidate", 80, 4, 64, stack, 0, 8, 0, True, [], 0, clocks, "dram", efficiency)
 
 
 def test_the_sieve_ranks_by_efficiency_then_by_what_else_is_busy_and_puts_dropped_ones_last(rows):

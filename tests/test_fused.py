@@ -175,6 +175,16 @@ def test_weights_that_were_moved_are_joined_again_at_the_next_pass(move):
     assert is_fused(moved)
 
 
+def test_a_first_pass_without_inference_tensors_leaves_the_model_trainable():
+    model = make()
+    fuse(model)
+    model = model.double().float()
+    with torch.inference_mode():
+        model(IDS)
+    assert is_fused(model) and not any(p.is_inference() for p in model.parameters())
+    model(IDS).sum().backward()
+
+
 def test_a_merged_model_stays_fused_and_right():
     plain, fused = twins(adapted(make(), EVERY[:-1]))
     merge(plain)

@@ -190,6 +190,6 @@ def test_a_cuda_graph_says_what_its_kernels_say_one_by_one(dtype):
 @needs_gpu
 def test_a_gpu_records_once_for_a_reply(monkeypatch, tiny_tokenizer):
     made = []
-    monkeypatch.setattr(phi2.step, "record", lambda launch: made.append(launch) or record(launch))
+    monkeypatch.setattr(phi2.step, "record", lambda *launch: made.append(launch) or record(*launch))
     generate(tiny_model().cuda(), tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
     assert len(made) == 1

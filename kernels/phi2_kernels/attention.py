@@ -53,7 +53,8 @@ def attention(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if visibility.queries == 1 and not (dropout or (torch.is_grad_enabled() and q.requires_grad)):
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if visibility.queries == 1 and not dropout and not has_gradient:
         return decode_attention(q, k, v, visibility.filled, visibility.until, impl=impl)
     assert visibility.filled is None, "a cache that counts on the device has steps of one token without gradient"
     if use_triton(impl, q, lambda: _obstacle(q, k, v, visibility, dropout)):
@@ -73,17 +74,11 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: 
     B, H, T, D = q.shape
     if dropout > 0:
         return f"dropout must be 0, got {dropout}"
-    if D % 16 or D > 256 or D.bit_count() > 3:
-        return f"the head dim must be a sum of at most three powers of two from 16 to 256, got {D}"
     if k.shape != (B, k.shape[1], visibility.keys, D) or v.shape != k.shape or T != visibility.queries:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         return (
             f"q, k, v must be (B, H, {visibility.queries}, D) and twice (B, H_kv, {visibility.keys}, D), got {shapes}"
         )
-    if H % k.shape[1]:
-        return f"the number of query heads must be a multiple of {k.shape[1]} key-value heads, got {H}"
-    if B * H > MAX_HEADS:
-        return f"batch rows times query heads must be at most {MAX_HEADS}, got {B * H}"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     if not q.device == k.device == v.device == visibility.device:
@@ -91,6 +86,17 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: 
         return f"q, k, v and the visibility must be on one device, got {', '.join(map(str, devices))}"
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return f"the last dim of q, k and v must be contiguous, got strides {[x.stride(-1) for x in (q, k, v)]}"
+    return heads_obstacle(B, H, k.shape[1], D, visibility)
+
+
+def heads_obstacle(B: int, H: int, H_kv: int, D: int, visibility: Visibility) -> str:
+    """What keeps the kernels from so many heads of so many dims."""
+    if D % 16 or D > 256 or D.bit_count() > 3:
+        return f"the head dim must be a sum of at most three powers of two from 16 to 256, got {D}"
+    if H % H_kv:
+        return f"the number of query heads must be a multiple of {H_kv} key-value heads, got {H}"
+    if B * H > MAX_HEADS:
+        return f"batch rows times query heads must be at most {MAX_HEADS}, got {B * H}"
     if visibility.until is not None and visibility.until.shape[0] != B:
         return f"until must have {B} rows, got {visibility.until.shape[0]}"
     return ""

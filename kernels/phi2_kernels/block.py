@@ -30,8 +30,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
+from phi2_kernels.attention import heads_obstacle
 from phi2_kernels.block_adapters import Adapter, Reading, add, pull_back, readings
 from phi2_kernels.dropout import keep_mask, new_seed
+from phi2_kernels.layer_norm import MAX_COLUMNS
 from phi2_kernels.visibility import Visibility
 
 PLAIN = 14  # tensors of a block without adapters
@@ -118,7 +120,8 @@ def block(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    triton = use_triton(impl, x)
+    triton = use_triton(impl, x, lambda: _obstacle(x, shape, visibility))
+    x = x.contiguous()
     plain = weights.norm_weight, weights.norm_bias, *weights.w_in, *weights.b_in, *weights.w_out, *weights.b_out
     adapters = weights.adapters_in + weights.adapters_out
     matrices = [matrix for adapter in adapters for matrix in (adapter.A, adapter.B)]
@@ -130,6 +133,18 @@ def block(
     tables = [table.flatten(0, 2).contiguous() for table in angles]  # (L, R/2)
     masks = _ops(triton).masks(visibility, x.new_empty(0, dtype=dtype or x.dtype))
     return _Block.apply(x, tables, masks, seeds, layout, *plain, *matrices)
+
+
+def _obstacle(x: Tensor, shape: Shape, visibility: Visibility) -> str:
+    """What keeps the kernels from a stream x."""
+    B, T, C = x.shape
+    if (visibility.queries, visibility.keys) != (T, T):
+        return f"the visibility must be of {T} queries and keys, got {visibility.queries} and {visibility.keys}"
+    if x.device != visibility.device:
+        return f"the visibility must be on {x.device}, got {visibility.device}"
+    if C > MAX_COLUMNS:
+        return f"x must have at most {MAX_COLUMNS} columns, got {C}"
+    return heads_obstacle(B, *shape, visibility)
 
 
 def _ops(triton: bool):
@@ -291,7 +306,7 @@ def _backward(
     grads = [grad.to(dtype) for grad in grads]
 
     dm = _side_by_side([grad @ w.w_out[o.columns].T for grad, o in zip(grads, outputs, strict=True)], dim=1)  # (N, M)
-    dw_out, adapters_out = x.new_empty(0), []
+    dw_out, adapters_out = x.new_empty(0, dtype=dtype), []
     if need_w_out or w.adapters_out:
         m = torch.empty_like(dm)
         m[:, : shape.attended] = attended
@@ -302,6 +317,7 @@ def _backward(
         if need_w_out:
             products = [m[:, o.columns].T @ grad for grad, o in zip(grads, outputs, strict=True)]
             dw_out = _side_by_side(products, dim=0)  # (M, C)
+        del m  # before attention needs room
 
     dh = torch.empty_like(h)  # (B, T, E)
     o, do = (shape.attention_columns(z.unflatten(0, x.shape[:2])) for z in (attended, dm))
@@ -310,15 +326,16 @@ def _backward(
     dh = dh.flatten(0, 1)  # (N, E)
     ops.gelu_backward(dm[:, shape.attended :], f, dh[:, shape.qkv :])
 
-    dn, dw_in, adapters_in = dh @ w.w_in, x.new_empty(0), []  # (N, C)
+    dn, dw_in, adapters_in = dh @ w.w_in, x.new_empty(0, dtype=dtype), []  # (N, C)
     if need_w_in or w.adapters_in:
         n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
         dw_in = dh.T @ n if need_w_in else dw_in  # (E, C)
         for reading in readings(w.adapters_in, IN_MASKS):
             adapters_in += pull_back(reading, n, [dh[:, a.start : a.end] for a in reading.adapters], dn, seed)
     dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=need_norm)
-    db_in = dh.sum(dim=0, dtype=torch.float32) if need_b_in else x.new_empty(0)
-    db_out = torch.stack((db_out[0], db_out[-1])) if need_b_out else x.new_empty(0)  # (2, C)
+    no_sums = x.new_empty(0, dtype=torch.float32)
+    db_in = dh.sum(dim=0, dtype=torch.float32) if need_b_in else no_sums
+    db_out = torch.stack((db_out[0], db_out[-1])) if need_b_out else no_sums.clone()  # (2, C)
     return [dx.view(x.shape), dnorm, dw_in, db_in, dw_out, db_out, *adapters_in, *adapters_out]
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import use_triton
+from phi2_kernels._dispatch import layout_obstacle, use_triton
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,16 +39,14 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor
         ValueError: when Triton was named and cannot run.
     """
     if use_triton(impl, x, lambda: _obstacle(x, bias)):
-        return _gelu(x.flatten(0, -2), bias).view(x.shape)
+        return _gelu(x.reshape(-1, x.shape[-1]), bias).view(x.shape)
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
 def _obstacle(x: Tensor, bias: Tensor | None) -> str:
-    if x.stride(-1) != 1:
-        return f"the last dim of x must be contiguous, got stride {x.stride(-1)}"
     if bias is not None and bias.shape != x.shape[-1:]:
         return f"bias must be of shape {tuple(x.shape[-1:])}, got {tuple(bias.shape)}"
-    return ""
+    return layout_obstacle(x, x=x, bias=bias)
 
 
 @custom_op("phi2::gelu", mutates_args=())

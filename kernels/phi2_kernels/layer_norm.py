@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import use_triton
+from phi2_kernels._dispatch import layout_obstacle, use_triton
 
 MAX_COLUMNS = 8192  # a program of the kernels holds a whole row in its registers
 
@@ -47,17 +47,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: str
     if not weight.shape == bias.shape == x.shape[-1:]:
         shapes = f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         raise ValueError(f"weight and bias must be of shape {tuple(x.shape[-1:])}, {shapes}")
-    if use_triton(impl, x, lambda: _obstacle(x)):
-        return _layer_norm(x.flatten(0, -2), weight, bias, eps)[0].view(x.shape)
+    if use_triton(impl, x, lambda: _obstacle(x, weight, bias)):
+        return _layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, eps)[0].view(x.shape)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _obstacle(x: Tensor) -> str:
-    if x.stride(-1) != 1:
-        return f"the last dim of x must be contiguous, got stride {x.stride(-1)}"
+def _obstacle(x: Tensor, weight: Tensor, bias: Tensor) -> str:
     if not 0 < x.shape[-1] <= MAX_COLUMNS:
         return f"x must have 1 to {MAX_COLUMNS} columns, got {x.shape[-1]}"
-    return ""
+    return layout_obstacle(x, x=x, weight=weight, bias=bias)
 
 
 @custom_op("phi2::layer_norm", mutates_args=())

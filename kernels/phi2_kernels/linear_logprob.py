@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import use_triton
+from phi2_kernels._dispatch import layout_obstacle, use_triton
 from phi2_kernels.products import matmul
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on a CPU
@@ -71,7 +71,9 @@ def linear_logprob(
     """
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, targets has {targets.shape[0]}; they must be equal")
-    triton = use_triton(impl, hidden)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be of shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    triton = use_triton(impl, hidden, lambda: layout_obstacle(hidden, bias=bias, targets=targets[:, None]))
     moves = [x is not None and x.requires_grad for x in (hidden, weight, bias, adapter_hidden, adapter_weight)]
     head_moves = moves[1] or moves[2] or moves[4]
     unit = torch.is_grad_enabled() and any(moves) and not head_moves
@@ -96,7 +98,7 @@ class _Head:
         """(n, V) float32. Triton adds the bias itself, in the walk it takes over them anyway."""
         logits = matmul(hidden, self.weight.T, None if self.triton else self.bias.float())
         if adapter_hidden is not None:
-            logits.addmm_(adapter_hidden, self.adapter_weight.T)
+            logits.addmm_(adapter_hidden.float(), self.adapter_weight.float().T)
         return logits
 
     def stats(
@@ -251,6 +253,20 @@ def _new_gradients(
     return rows[0], grad_weight, grad_bias, rows[1], grad_adapter_weight
 
 
+@custom_op("phi2::times_rows", mutates_args=())
+def _times_rows(unit: Tensor, factors: Tensor) -> Tensor:
+    """Rows of unit (N, C) times their factors (N,).
+
+    An op without a gradient, so that differentiating twice is refused: unit depends on the hidden states, too.
+    """
+    return (unit * factors[:, None]).to(unit.dtype)
+
+
+@_times_rows.register_fake
+def _(unit, factors):
+    return torch.empty_like(unit)
+
+
 def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, adapter_hidden, adapter_weight, _, ctx.head_is_frozen, ctx.triton = inputs
     _, lse, entropies, unit_hidden, unit_adapter = output
@@ -265,7 +281,7 @@ def _pull_back(ctx, grad_logp: Tensor, *_) -> tuple[Tensor | None, ...]:
     if ctx.head_is_frozen:
         units = zip(ctx.saved_tensors, (0, 4), strict=True)
         hidden, adapter_hidden = (
-            (unit * grad_logp[:, None]).to(unit.dtype) if ctx.needs_input_grad[i] else None for unit, i in units
+            _times_rows(unit, grad_logp) if ctx.needs_input_grad[i] else None for unit, i in units
         )
         return hidden, None, None, None, adapter_hidden, None, None, None, None
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]

@@ -47,7 +47,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, lambda: _obstacle(x, cos)):
+    if cos.shape[:2] not in ((1, x.shape[1]), x.shape[:2]):
+        raise ValueError(f"angles must be of (1 or {x.shape[0]}, {x.shape[1]}) tokens, got {tuple(cos.shape[:2])}")
+    if use_triton(impl, x, lambda: _obstacle(x, cos, sin)):
         tables = (table.flatten(0, 2) for table in (cos, sin))
         return _rotary(x.flatten(0, 1), *tables, False).view(x.shape)
     return _Rotary.apply(x, cos, sin)
@@ -89,7 +91,7 @@ def rotary_(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, lambda: _obstacle(x, cos)):
+    if use_triton(impl, x, lambda: _obstacle(x, cos, sin, positions)):
         _rotary_(x, cos, sin, positions, inverse)
         return
     rows = _table_rows(x, cos, positions)
@@ -121,7 +123,8 @@ def rotary_and_store(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, q, lambda: next(filter(None, (_obstacle(x, cos) for x in (q, k, v, keys, values))), "")):
+    tables = cos, sin, positions, slots
+    if use_triton(impl, q, lambda: next(filter(None, (_obstacle(x, *tables) for x in (q, k, v, keys, values))), "")):
         _rotary_and_store(q, k, v, cos, sin, positions, slots, keys, values)
         return
     rotary_(q, cos, sin, positions, impl="torch")
@@ -131,11 +134,13 @@ def rotary_and_store(
     keys[rows], values[rows] = _turned(k, *turn).to(keys.dtype), v.to(values.dtype)
 
 
-def _obstacle(x: Tensor, cos: Tensor) -> str:
+def _obstacle(x: Tensor, cos: Tensor, sin: Tensor, *indices: Tensor | None) -> str:
     if x.stride(-1) != 1:
         return f"the last dim must be contiguous, got stride {x.stride(-1)}"
-    if not cos.is_contiguous():
-        return f"the tables must be contiguous, got strides {cos.stride()}"
+    if not (cos.is_contiguous() and sin.is_contiguous() and cos.shape == sin.shape):
+        return f"the tables must be contiguous and alike, got strides {cos.stride()} and {sin.stride()}"
+    if any(index is not None and not (index.is_contiguous() and index.dtype == torch.int32) for index in indices):
+        return "positions and slots must be int32 and contiguous"
     if 2 * cos.shape[-1] > x.shape[-1]:
         return f"cannot turn {2 * cos.shape[-1]} of {x.shape[-1]} dims"
     return ""

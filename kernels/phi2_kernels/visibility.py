@@ -94,6 +94,8 @@ class Visibility:
     ) -> None:
         if until is not None and until.shape[-1] != keys:
             raise ValueError(f"visible_until must say something of each of the {keys} keys, got {until.shape[-1]}")
+        if queries > keys:
+            raise ValueError(f"queries are the last of the keys: at most {keys}, got {queries}")
         assert filled is None or queries == 1
         self.queries, self.keys, self.device, self.filled = queries, keys, device, filled
         self.until = None if until is None else until.contiguous()
@@ -153,8 +155,9 @@ class Visibility:
             number, none is from the second on.
         """
         if self.until is not None and block not in self._query_ends:
-            key = torch.arange(-(-self.keys // block) * block, device=self.device).clamp(max=self.keys - 1)
-            until = self.until[:, key].unflatten(1, (-1, block)).clamp(max=self.keys)  # (B, n, block)
+            blocks = -(-self.keys // block)
+            key = torch.arange(blocks * block, device=self.device).clamp(max=self.keys - 1)
+            until = self.until[:, key].unflatten(1, (blocks, block)).clamp(max=self.keys)  # (B, blocks, block)
             self._query_ends[block] = torch.stack([until.amin(-1), until.amax(-1)], dim=-1).int()
         return self._query_ends.get(block)
 
@@ -163,7 +166,7 @@ def _key_ranges(until: Tensor, queries: int, block: int) -> Tensor:
     """The table of `Visibility.key_ranges`, some blocks at a time."""
     keys = until.shape[1]
     first = torch.arange(keys - queries, keys, block, device=until.device)  # the first query of each block
-    at_once = -(-CELLS_AT_ONCE // until.numel())
+    at_once = -(-CELLS_AT_ONCE // max(1, until.numel()))
     return torch.cat([_ranges_of(some, until, block) for some in first.split(at_once)], dim=1)
 
 

@@ -58,7 +58,7 @@ class Weight(NamedTuple):
 
 def quantize_int8(weight: Tensor) -> Weight:
     """W (N, K) in 8 bits; a scale has the dtype of the weight."""
-    w = weight.to(torch.float32, copy=True)
+    w = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     largest = torch.linalg.vector_norm(w, ord=torch.inf, dim=1)
     scales = torch.where(largest > 0, largest / 127, 1.0).to(weight.dtype)
     # Codes are found with the scales as they are kept, so that their rounding is not an error of the weight.
@@ -74,7 +74,7 @@ def quantize_int4(weight: Tensor, group: int = 32) -> Weight:
     N, K = weight.shape
     if group < 2 or group % 2 or K % group:
         raise ValueError(f"group must be even and divide the {K} columns of the weight, got {group}")
-    w = weight.to(torch.float32, copy=True).view(N, K // group, group)
+    w = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(N, K // group, group)
     low, high = w.amin(dim=-1).clamp(max=0.0), w.amax(dim=-1).clamp(min=0.0)
     scales = ((high - low) / 15).to(weight.dtype)
     scales = torch.where(scales > 0, scales, 1.0)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import aot, run, sass
 from benchmarks.aot import Row, violations
-from benchmarks.aot_launches import PADDED, UNALIGNED
+from benchmarks.aot_launches import PADDED, UNALIGNED, UNORDERED
 from benchmarks.registry import GateError
 from benchmarks.sass import Code
 
@@ -59,6 +59,12 @@ def test_padding_80_dims_to_128_breaks_the_budget_of_multiply_adds(rows, arch, k
 def test_strides_that_nothing_is_known_of_lose_the_asynchronous_copies(rows, forward):
     assert "no asynchronous copies" in violations(of(rows, UNALIGNED, 80))
     assert forward.copies > 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", aot.IN_PLACE)
+def test_a_gradient_that_nothing_holds_back_from_unread_logits_is_seen(rows, arch, kernel):
+    assert "writes that may overtake reads" in violations(of(rows, UNORDERED, arch, kernel))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,24 @@ def test_clocks_of_a_loop_are_those_of_each_unit():
 
 
 def test_only_wide_copies_count():
-    assert code().async_copies == 1
+    copies = ["LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "LDGSTS.E [R1], desc[UR4][R2.64]"]
+    assert Code(80, 4, 128, 0, 0, copies, []).async_copies == 1
+
+
+def test_the_loop_with_the_fewest_copies_counts():
+    matrix, copy = "HMMA.16816.F32.BF16 R4, R4, R8, R4", "LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]"
+    lines = [matrix, copy, copy, matrix, copy, matrix]
+    assert Code(80, 4, 128, 0, 0, lines, [range(3), range(3, 6)]).async_copies == 1
+    assert Code(80, 4, 128, 0, 0, lines, [range(3), range(5, 6)]).async_copies == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "is_behind"),
+    [("LLBSS", True), ("LBS", True), ("LSB", False), ("LBLS", False), ("LS", False), ("LL", True)],
+)
+def test_writes_come_behind_reads_and_a_barrier(order, is_behind):
+    lines = [{"L": "LDG.E.128 R4, [R2]", "B": "BAR.SYNC.DEFER_BLOCKING 0x0", "S": "STG.E [R2], R4"}[c] for c in order]
+    assert Code(80, 4, 128, 0, 0, lines, [range(len(lines))]).is_written_behind == is_behind
 
 
 def test_matrix_instructions_of_hopper_name_their_size():

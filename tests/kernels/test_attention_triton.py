@@ -233,6 +233,18 @@ def test_the_same_input_gives_the_same_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("leaf", [0, 1, 2])
+def test_a_single_query_has_gradients_too(leaf, device):
+    """Decoding has a kernel of its own, without a gradient."""
+    inputs = [x.detach() for x in make_qkv(1, 9, device=device)]
+    inputs[leaf].requires_grad_()
+    seen = make_visibility(1, 9, device=device)
+    grads = [
+        torch.autograd.grad(attention(*inputs, seen, impl=impl).sum(), inputs[leaf])[0] for impl in ("triton", "torch")
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
 def test_no_queries_and_no_rows_are_fine(device):
     for B, T in ((0, 5), (1, 0)):
         q, k, v = (torch.randn(B, 2, n, 80, device=device, requires_grad=True) for n in (T, 5, 5))

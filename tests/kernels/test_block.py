@@ -278,3 +278,35 @@ def test_adapters_make_nothing_large_in_float32_and_ask_no_gpu(rate, dtype, monk
 def test_an_unknown_implementation_is_refused(impl):
     with pytest.raises(ValueError, match=f"must be one of auto, torch, triton, got '{impl}'"):
         outcome(impl, SHAPES["grouped"], None, **KINDS["trainable"])
+
+
+WIDE = torch.zeros(1, T, 8208)
+
+
+@pytest.mark.parametrize(
+    ("x", "shape", "visibility", "complaint"),
+    [
+        (torch.zeros(3, T, C), SHAPES["grouped"], (T, T, PACKED[:1]), "until must have 3 rows, got 1"),
+        (torch.zeros(2, T, C), SHAPES["grouped"], (8, 8, None), "must be of 21 queries and keys, got 8 and 8"),
+        (torch.zeros(2, T, C), Shape(2, 2, 40), (T, T, None), "powers of two from 16 to 256, got 40"),
+        (torch.zeros(2, T, C), Shape(3, 2, 16), (T, T, None), "multiple of 2 key-value heads, got 3"),
+        (torch.zeros(1, T, C).expand(32768, -1, -1), SHAPES["heads 80"], (T, T, None), "at most 65535, got 65536"),
+        (WIDE, SHAPES["heads 80"], (T, T, None), "at most 8192 columns, got 8208"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused_in_one_line(x, shape, visibility, complaint):
+    _, weights = draw(SHAPES["heads 80"], trainable=False, adapters=False)
+    angles, seen = rotary_angles(torch.arange(T)[None], 8, 10000.0), Visibility(*visibility, x.device)
+    with pytest.raises(ValueError, match=complaint) as refused:
+        block(x, weights, shape, angles, seen, impl="triton")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_stream_in_another_order_is_read_right(impl, poison):
+    shape = SHAPES["heads 80"]
+    x, weights = draw(shape, trainable=False, adapters=False)
+    angles, seen = rotary_angles(torch.arange(T)[None], 8, 10000.0), Visibility(T, T, None, x.device)
+    turned = x[:1].mT.contiguous().mT  # the same numbers, columns far apart
+    ours, expected = (block(each, weights, shape, angles, seen, impl=impl) for each in (turned, x[:1]))
+    assert not turned.is_contiguous() and torch.equal(ours, expected)

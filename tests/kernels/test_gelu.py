@@ -121,12 +121,14 @@ def test_no_rows_give_no_rows_and_a_zero_bias_gradient(device):
 def test_batches_of_rows_keep_their_shape(device):
     x, bias, _ = inputs(6, 17, device=device)
     assert torch.equal(triton(x.unflatten(0, (2, 3)), bias).flatten(0, 1), triton(x, bias))
+    assert torch.equal(triton(x[0], bias), triton(x, bias)[0])
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: (torch.zeros(17, 2).T, None), "last dim of x must be contiguous, got stride 2"),
+        (lambda: (torch.zeros(2, 17), torch.zeros(34)[::2]), "last dim of bias must be contiguous, got stride 2"),
         (lambda: (torch.zeros(2, 17), torch.zeros(16)), r"bias must be of shape \(17,\), got \(16,\)"),
         (lambda: (torch.zeros(2, 17).double(), None), "got torch.float64"),
     ],

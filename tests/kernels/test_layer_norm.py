@@ -141,6 +141,13 @@ def test_batches_of_rows_keep_their_shape(device):
     x, weight, bias, _ = inputs(6, 80, device=device)
     y = layer_norm(x.unflatten(0, (2, 3)), weight, bias, EPS, impl="triton")
     assert torch.equal(y.flatten(0, 1), layer_norm(x, weight, bias, EPS, impl="triton"))
+    assert torch.equal(layer_norm(x[0], weight, bias, EPS, impl="triton"), y[0, 0])
+
+
+def test_a_weight_that_is_not_contiguous_is_refused(device):
+    x, weight = torch.zeros(2, 80, device=device), torch.ones(160, device=device)[::2]
+    with pytest.raises(ValueError, match="the last dim of weight must be contiguous, got stride 2"):
+        layer_norm(x, weight, x[0], EPS, impl="triton")
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,14 @@ def test_rows_and_targets_must_agree():
     hidden, weight, bias, targets, *_ = inputs(5, 8, 11)
     with pytest.raises(ValueError, match="hidden has 5 rows, targets has 4"):
         linear_logprob(hidden, weight, bias, targets[:4])
+    with pytest.raises(ValueError, match=r"bias must be of shape \(11,\), got \(5,\)"):
+        linear_logprob(hidden, weight, bias[:5], targets)
+
+
+@pytest.mark.parametrize("trainable", [{HIDDEN}, {HIDDEN, WEIGHT}], ids=["frozen head", "trainable head"])
+def test_differentiating_twice_is_refused(trainable):
+    arguments = with_grads(inputs(5, 8, 11), trainable)
+    loss = -torch.nn.functional.logsigmoid(linear_logprob(*arguments)[0]).sum()
+    (grad,) = torch.autograd.grad(loss, arguments[HIDDEN], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.square().sum().backward()

@@ -184,6 +184,19 @@ def test_a_kernel_that_forgets_the_bias_is_caught(monkeypatch, device):
         test_values_equal_the_formula(SHAPES[1], False, device)
 
 
+def test_a_bias_that_is_not_contiguous_is_refused(device):
+    hidden, weight, bias, targets, *_ = inputs(5, 8, 11, device=device)
+    with pytest.raises(ValueError, match="the last dim of bias must be contiguous, got stride 2"):
+        linear_logprob(hidden, weight, bias.repeat_interleave(2)[::2], targets, impl="triton")
+
+
+def test_an_adapter_in_half_precision_is_read_as_it_is(device):
+    arguments = inputs(13, 32, 101, torch.bfloat16, device)
+    arguments[4:] = (x.bfloat16() for x in arguments[4:])
+    logp, _ = linear_logprob(*arguments, impl="triton")
+    torch.testing.assert_close(logp.double(), in_float64(*arguments)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_frozen_head_computes_its_logits_once(monkeypatch, device):
     calls = []
     real = op._Head.logits

@@ -144,15 +144,27 @@ def test_an_expanded_gradient_is_understood(device):
         (lambda: (torch.zeros(3, 2, 24), torch.zeros(3, 16)), "cannot turn 32 of 24 dims"),
         (
             lambda: (torch.zeros(3, 2, 80), torch.zeros(3, 32)[:, ::2]),
-            r"tables must be contiguous, got strides \(32, 2\)",
+            r"tables must be contiguous and alike, got strides \(32, 2\)",
         ),
+        (
+            lambda: (torch.zeros(3, 2, 80), torch.zeros(3, 16), torch.zeros(6, dtype=torch.int32)[::2]),
+            "must be int32 and contiguous",
+        ),
+        (lambda: (torch.zeros(3, 2, 80), torch.zeros(3, 16), torch.zeros(3).long()), "must be int32 and contiguous"),
     ],
 )
 def test_what_the_kernels_cannot_take_is_refused_in_one_line(make, message, device):
-    x, cos = (z.to(device) for z in make())
+    x, cos, *positions = (z.to(device) for z in make())
     with pytest.raises(ValueError, match=message) as refused:
-        rotary_(x, cos, cos, impl="triton")
+        rotary_(x, cos, cos, *positions, impl="triton")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_angles_must_be_of_every_token(impl, device):
+    cos = torch.zeros(1, 7, 1, 16, device=device)
+    with pytest.raises(ValueError, match=r"angles must be of \(1 or 2, 10\) tokens, got \(1, 7\)"):
+        rotary(torch.zeros(2, 10, 3, 80, device=device), cos, cos, impl=impl)
 
 
 def test_a_turn_the_wrong_way_is_caught(monkeypatch, device):

@@ -77,6 +77,16 @@ def test_key_ranges_made_block_by_block_are_those_made_at_once(monkeypatch):
     assert torch.equal(visibility(70, 70, layout).key_ranges(16), at_once)
 
 
+def test_tables_of_no_rows_are_empty():
+    nothing = Visibility(70, 70, torch.zeros((0, 70), dtype=torch.int32), torch.device("cpu"))
+    assert nothing.key_ranges(32).shape == (0, 3, 6) and nothing.query_ends(32).shape == (0, 3, 2)
+
+
+def test_there_are_no_more_queries_than_keys():
+    with pytest.raises(ValueError, match="queries are the last of the keys: at most 5, got 6"):
+        Visibility(6, 5, None, torch.device("cpu"))
+
+
 def test_skipping_skips_nearly_all_that_a_mask_would_hide():
     M, N = 128, 64
     until = [1500] * 300 + [1100] * 800 + [1500] * 400 + [2048] * 548

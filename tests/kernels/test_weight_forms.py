@@ -44,6 +44,13 @@ def test_a_weight_knows_its_shape_in_every_form():
         assert form.shape == (3, 64) == form.dense().shape and form.group == group
 
 
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+def test_codes_of_a_transposed_weight_lie_in_rows(quantize):
+    weight = normal(6, 64)
+    for ours, plain in zip(quantize(weight.T.contiguous().T), quantize(weight), strict=True):
+        assert ours is plain is None or (ours.is_contiguous() and torch.equal(ours, plain))
+
+
 def test_a_group_that_does_not_divide_a_row_is_refused():
     with pytest.raises(ValueError, match="group must be even and divide the 32 columns of the weight, got 24"):
         quantize_int4(normal(3, 32), 24)
