@@ -52,7 +52,7 @@ def block_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, B: 
         return block_side(lambda x: forward(x, position_embeddings=(cos, sin)), theirs)
 
     # As trl trains adapters: its float32 ones are multiplied in half precision.
-    autocast = {f"{name}, autocast": partial(peer, "compile" in name, True) for name in TRANSFORMERS}
+    as_trl = {f"{name}, autocast": partial(peer, "compile" in name, True) for name in TRANSFORMERS}
     return Task(
         name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
         inputs=partial(block_inputs, device, dtype, B, T, config.hidden_size),
@@ -61,7 +61,7 @@ def block_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, B: 
         plain=our_side(layer(), config, positions, None, fused=False, impl="torch"),
         peers={
             **{name: partial(peer, "compile" in name) for name in TRANSFORMERS},
-            **(autocast if rank else {}),
+            **(as_trl if rank else {}),
             "ours unfused": lambda: our_side(layer(), config, positions, None, fused=False),
         },
         work=work,
