@@ -10,7 +10,7 @@ from phi2.config import Phi2Config
 
 CONFIG = Phi2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 
-UNTURNED = torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 1, 4)  # angles of zero
+UNTURNED = torch.ones(1, 5, 1, 4), torch.zeros(1, 5, 1, 4)  # angles of zero
 
 
 def test_stored_keys_and_values_come_back_behind_the_earlier_ones():
@@ -18,7 +18,7 @@ def test_stored_keys_and_values_come_back_behind_the_earlier_ones():
     for start, end in ((0, 3), (3, 5)):
         for layer in range(2):
             new = (x[:, :, start:end].transpose(1, 2) for x in (q, k + layer, v))
-            _, keys, values = cache.turn_and_store(layer, *new, UNTURNED)
+            _, keys, values = cache.turn_and_store(layer, *new, tuple(x[:, start:end] for x in UNTURNED))
         cache.advance(end - start)
     assert torch.equal(keys.transpose(1, 2), k + 1) and torch.equal(values.transpose(1, 2), v)
 

@@ -68,7 +68,7 @@ def _at(pointers, i: tl.constexpr):
 
 
 @triton.jit
-def _add_row(sums, bias_ptr, n, N):
+def _add_bias(sums, bias_ptr, n, N):
     """The same number to all rows of x."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -96,7 +96,7 @@ def _each_kernel(
                 x_ptr, x_stride, codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, K,
                 M, GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
             )  # fmt: skip
-            sums = _add_row(sums, _at(biases, i), n, N)
+            sums = _add_bias(sums, _at(biases, i), n, N)
             for j in tl.static_range(len(sums)):
                 y = sums[j]
                 if GELU and i == len(codes) - 1:
@@ -120,7 +120,7 @@ def _sum_kernel(
             xs[i], x_strides[i], codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, depths[i],
             M, GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
         )  # fmt: skip
-        sums = _add_row(sums, _at(biases, i), n, N)
+        sums = _add_bias(sums, _at(biases, i), n, N)
         added = ()
         for j in tl.static_range(len(sums)):
             added = added + (sums[j] if i == 0 else sums[j] + total[j],)
