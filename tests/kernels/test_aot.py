@@ -32,9 +32,20 @@ def forward(rows) -> Row:
     return of(rows, "shipped", 80)
 
 
-def test_every_shipped_launch_is_within_its_budgets(rows):
+def faults(rows: list[Row]) -> list[tuple[int, str, str, str]]:
     shipped = [row for row in rows if row.form == "shipped"]
-    assert not [(row.arch, row.kernel, row.launch, text) for row in shipped for text in violations(row)]
+    return [(row.arch, row.kernel, row.launch, text) for row in shipped for text in violations(row)]
+
+
+def test_every_shipped_launch_is_within_its_budgets(rows):
+    assert not faults(rows)
+
+
+def test_under_every_triton_all_that_phi2_launches_in_half_precision_is_within_its_budgets(rows):
+    """Compilers differ by a few spilled registers in attention of other widths, and in float32."""
+    others = [fault for fault in faults(rows) if fault[2].startswith(("d64", "d112", "d80 float32"))]
+    assert faults(rows) == others
+    assert all(re.fullmatch("[1-6]?[0-9] bytes of stack", text) for *_, text in others)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
