@@ -1,4 +1,6 @@
-"""Every kernel's shipped launches, compiled for an A100 and an H100 where there is neither, and held to their budgets.
+"""Shipped launches of every kernel, compiled for an A100 and an H100 where there is neither, and held to their budgets.
+
+`benchmarks/aot_launches.py` lists them.
 
 The launchers run as they do in training, on tensors that have a shape and a dtype but no memory and say they are on a
 GPU; Triton specialises and compiles what they launch, and the launch itself is left out. So what is read here is the
@@ -6,8 +8,8 @@ code that a GPU would run, down to the divisibility of strides. `benchmarks/sass
 
     python -m benchmarks.run --case aot_report
 
-Beside the shipped launches there are two that must not pass: attention padded from 80 to 128 dims, and attention on
-strides that Triton knows nothing of.
+Beside the shipped launches there are three that must not pass: attention padded from 80 to 128 dims, attention on
+strides that Triton knows nothing of, and the head's gradients without their barrier.
 """
 
 from __future__ import annotations
