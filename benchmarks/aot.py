@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.aot_launches import FORMS, PADDED, WORK, D
+from benchmarks.aot_launches import FORMS, OTHER_WIDTHS, PADDED, SHIPPED, WORK, D
 from benchmarks.registry import GateError, Measure, Report, Spread, case
 from benchmarks.sass import CHIPS, Code
 
@@ -48,7 +48,7 @@ class Row:
 
     Attributes:
         launch: the tile, and what is switched on.
-        form: "shipped", or which control it is.
+        form: "shipped", "other widths", or which control it is.
         programs: how many of them a multiprocessor holds at a time.
         copies: instructions that copy from global to shared memory past the registers, of the loop with the fewest.
         is_written_behind: every loop that reads and writes does so with a barrier between.
@@ -145,13 +145,13 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
         yield launched
 
 
-def compiled_rows(arch: int) -> list[Row]:
-    """Compiles every form for an architecture. Triton must have been imported without TRITON_INTERPRET."""
+def compiled_rows(arch: int, forms: Iterable[str]) -> list[Row]:
+    """Compiles forms for an architecture. Triton must have been imported without TRITON_INTERPRET."""
     pending: list[Future[Row]] = []
     with ThreadPoolExecutor(1) as reader:  # the disassembler works while Triton compiles what comes next
-        for form, launches in FORMS.items():
+        for form in forms:
             with compile_only(arch) as launched:
-                for launch in launches:
+                for launch in FORMS[form]:
                     launch()
             pending += [reader.submit(row_of, *launch, form, arch) for launch in distinct(launched)]
     return [row.result() for row in pending]
@@ -210,10 +210,10 @@ def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
     return " ".join([*pieces, *exact, *tile, *flags, *given])
 
 
-def measure() -> list[Row]:
+def measure(forms: Iterable[str] = tuple(FORMS)) -> list[Row]:
     """`compiled_rows` of all architectures, each in a process of its own."""
     with ThreadPoolExecutor(len(CHIPS)) as pool:
-        printed = pool.map(lambda arch: printed_by("benchmarks.aot", str(arch)), CHIPS)
+        printed = pool.map(lambda arch: printed_by("benchmarks.aot", str(arch), *forms), CHIPS)
         return [Row(**row) for rows in printed for row in json.loads(rows)]
 
 
@@ -232,7 +232,7 @@ def printed_by(module: str, *arguments: str) -> str:
 @case("aot_report", turns=1, summary="what the shipped kernels occupy and issue, compiled for sm_80 and sm_90")
 def aot_report(turns: int) -> Report:
     rows = measure()
-    shipped = [row for row in rows if row.form == "shipped"]
+    shipped = [row for row in rows if row.form in (SHIPPED, OTHER_WIDTHS)]
     broken = [f"{row.kernel} {row.launch} for sm_{row.arch}: {text}" for row in shipped for text in violations(row)]
     if broken:
         raise GateError("; ".join(broken))
@@ -281,4 +281,4 @@ def _cells(row: Row) -> dict[str, str | int | float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in compiled_rows(int(sys.argv[1]))]))
+    print(json.dumps([asdict(row) for row in compiled_rows(int(sys.argv[1]), sys.argv[2:])]))

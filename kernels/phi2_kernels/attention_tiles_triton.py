@@ -40,17 +40,13 @@ LAUNCH = {
     },
 }
 NARROW = {80: {"dq": Launch(128, 64, num_warps=8, num_stages=2)}}  # heads up to 64: where the tile above would spill
-# Heads of more than 80 dims, which no Phi has: what fits, not tuned.
+# Heads of more than 80 dims, which neither Phi-2 nor phi-1.5 has: what fits, not tuned.
 WIDE = {  # up to 128
     "forward": Launch(64, 64, num_warps=4, num_stages=2),
     "dkdv": Launch(32, 64, num_warps=4, num_stages=2),
     "dq": Launch(64, 32, num_warps=4, num_stages=2),
 }
-WIDEST = {  # up to 256: these spill registers, from 192 dims on many
-    "forward": Launch(64, 32, num_warps=4, num_stages=2),
-    "dkdv": Launch(16, 32, num_warps=2, num_stages=2),
-    "dq": Launch(64, 32, num_warps=4, num_stages=2),
-}
+WIDEST = dict.fromkeys(WIDE, Launch(32, 32, num_warps=4, num_stages=2))  # up to 256
 FLOAT32 = {  # exact products, without tensor cores
     "forward": Launch(32, 32, num_warps=4, num_stages=2),
     "dkdv": Launch(16, 32, num_warps=4, num_stages=2),
@@ -62,8 +58,14 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the largest score of no
 
 
 def pieces_of(D: int) -> tuple[int, ...]:
-    """The powers of two that sum up to a head dim, largest first."""
-    return tuple(1 << bit for bit in reversed(range(D.bit_length())) if D >> bit & 1)
+    """The powers of two that sum up to a head dim.
+
+    Triton lays the warps of a loop's matmuls one way, which the last of them decides: along the rows of its tile, or
+    along the columns where these are more. Beyond 128 dims a row's sums are too long for the registers of one warp, so
+    the largest piece goes last.
+    """
+    pieces = [1 << bit for bit in range(D.bit_length()) if D >> bit & 1]
+    return tuple(pieces if D > 128 else reversed(pieces))
 
 
 @triton.constexpr_function

@@ -91,7 +91,7 @@ def test_causal_equals_a_dense_mask_at_every_length(T, device, poison):
     check(*make_qkv(T, H=2, H_kv=2, device=device), make_visibility(T, T, device=device))
 
 
-@pytest.mark.parametrize("D", [16, 48, 64, 96, 112, 144])
+@pytest.mark.parametrize("D", [16, 48, 64, 96, 112, 144, 224])
 def test_every_sum_of_three_powers_of_two_is_a_head_dim(D, device, poison):
     check(*make_qkv(35, D=D, device=device), make_visibility(35, 35, device=device))
 
@@ -110,7 +110,7 @@ def test_blocks_need_not_be_square(M, N, rows, device, poison, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("D, H", [(80, 2), (112, 1)])
+@pytest.mark.parametrize("D, H", [(80, 2), (112, 1), (224, 1)])
 @pytest.mark.parametrize("rows", [[], [[140] * 70 + [105] * 35 + [140] * 35]], ids=["causal", "pair"])
 def test_half_precision_is_as_good_as_torchs(dtype, D, H, rows, device, poison):
     q, k, v = make_qkv(140, D=D, H=H, H_kv=H, dtype=dtype, device=device)
