@@ -28,13 +28,18 @@ MAX_HEADS = 65535  # of all batch rows: how far the second dim of a grid goes
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
     """The formula above, in float32. Shapes as in `attention`."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = q.float() @ k.mT / q.shape[-1] ** 0.5  # (B, H, T, S)
-    if visibility.mask is not None:
-        scores = scores.masked_fill(~visibility.mask, float("-inf"))
-    weights = scores.softmax(dim=-1).nan_to_num(0.0)
-    return (weights @ v).to(q.dtype)
+    weights = _scores_ref(q, k, visibility).softmax(dim=-1).nan_to_num(0.0)
+    return (weights @ _to_query_heads(v, q)).to(q.dtype)
+
+
+def _scores_ref(q: Tensor, k: Tensor, visibility: Visibility) -> Tensor:
+    """(B, H, T, S) float32, -inf where a query does not see a key."""
+    scores = q.float() @ _to_query_heads(k, q).mT / q.shape[-1] ** 0.5
+    return scores if visibility.mask is None else scores.masked_fill(~visibility.mask, float("-inf"))
+
+
+def _to_query_heads(x: Tensor, q: Tensor) -> Tensor:
+    return x.float().repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def attention(
@@ -58,15 +63,39 @@ def attention(
         return decode_attention(q, k, v, visibility.filled, visibility.until, impl=impl)
     assert visibility.filled is None, "a cache that counts on the device has steps of one token without gradient"
     if use_triton(impl, q, lambda: _obstacle(q, k, v, visibility, dropout)):
-        from phi2_kernels.attention_tiles_triton import launch_of
-
-        ranges = visibility.key_ranges(launch_of("forward", q).block_m)
-        ends = visibility.query_ends(launch_of("dkdv", q).block_n)
-        return _attention(q, k, v, visibility.until, ranges, ends)[0]
+        return _attention_on_triton(q, k, v, visibility)[0]
     if visibility.until is not None and visibility.queries == visibility.keys:
         return _attention_by_runs(q, k, v, visibility, dropout)
     mask = None if visibility.is_causal else visibility.mask
     return _sdpa(q, k, v, mask, visibility.is_causal, dropout)
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the logsumexp of each query's scores: with both, results over disjoint keys can be joined.
+
+    Args:
+        q, k, v, visibility, impl: as in `attention`. "torch" makes all scores for lse: (B, H, T, S) float32.
+    Returns:
+        o (B, H, T, D) in the dtype of q; lse (B, H, T), float32, natural, without gradient; -inf for a query that sees
+        nothing.
+    Raises:
+        ValueError: when Triton was named and cannot run.
+    """
+    if use_triton(impl, q, lambda: _obstacle(q, k, v, visibility, 0.0)):
+        return _attention_on_triton(q, k, v, visibility)
+    with torch.no_grad():
+        lse = _scores_ref(q, k, visibility).logsumexp(dim=-1)
+    return attention(q, k, v, visibility, impl="torch"), lse
+
+
+def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    from phi2_kernels.attention_tiles_triton import launch_of
+
+    ranges = visibility.key_ranges(launch_of("forward", q).block_m)
+    ends = visibility.query_ends(launch_of("dkdv", q).block_n)
+    return _attention(q, k, v, visibility.until, ranges, ends)
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> str:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from phi2_kernels.attention import attention, attention_ref
+from phi2_kernels.attention import attention, attention_ref, attention_with_lse
 from phi2_kernels.visibility import Visibility
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -85,3 +85,18 @@ def test_half_precision_is_within_its_rounding_of_the_formula(dtype):
     exact = attention_ref(q.float(), k.float(), v.float(), visibility)
     rounding = (exact.to(dtype).float() - exact).abs().max()
     assert (attention(q, k, v, visibility).float() - exact).abs().max() <= 4 * rounding
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("T", [1, 20])
+def test_results_over_disjoint_keys_are_joined_by_their_lse(impl, T):
+    q, k, v = (x[:, :, -n:] for x, n in zip(qkv(1, 48, H=4, H_kv=2), (T, 48, 48), strict=True))
+    whole = Visibility(T, 48, None, q.device)
+    first = Visibility(T, 48, torch.tensor([[48] * 17 + [0] * 31]).int(), q.device)
+    second = Visibility(T, 48, torch.tensor([[0] * 17 + [48] * 31]).int(), q.device)
+    (o1, lse1), (o2, lse2) = (attention_with_lse(q, k, v, part, impl=impl) for part in (first, second))
+    o, lse = attention_with_lse(q, k, v, whole, impl=impl)
+    joined = torch.logaddexp(lse1, lse2)
+    torch.testing.assert_close(lse, joined)
+    torch.testing.assert_close(o, o1 * (lse1 - joined).exp()[..., None] + o2 * (lse2 - joined).exp()[..., None])
+    assert not lse.requires_grad

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
 from phi2_kernels._dispatch import tl, triton
-from phi2_kernels.attention import _attention, attention
+from phi2_kernels.attention import _attention, attention, attention_with_lse
 from phi2_kernels.attention_tiles_triton import Launch
 from phi2_kernels.visibility import Visibility
 
@@ -170,10 +170,11 @@ def test_a_shared_prompt_equals_its_answers_apart(device, poison):
 
 
 @pytest.mark.parametrize("rows", [[], [LAYOUTS["documents with pads between"]]], ids=["causal", "pads"])
-def test_lse_is_the_natural_logsumexp(rows, device, poison):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_lse_is_the_natural_logsumexp(impl, rows, device, poison):
     q, k, v = make_qkv(70, device=device)
     visibility = make_visibility(70, 70, *rows, device=device)
-    lse = _attention(q, k, v, *tables(visibility, q))[1]
+    lse = attention_with_lse(q, k, v, visibility, impl=impl)[1]
     torch.testing.assert_close(lse.double(), exact(q, k, v, visibility)[1].detach(), rtol=1e-6, atol=1e-6)
 
 
