@@ -81,8 +81,10 @@ def attention_with_lse(
         o (B, H, T, D) in the dtype of q; lse (B, H, T), float32, natural, without gradient; -inf for a query that sees
         nothing.
     Raises:
-        ValueError: when Triton was named and cannot run.
+        ValueError: when Triton was named and cannot run, or the cache counts its tokens on the device.
     """
+    if visibility.filled is not None:
+        raise ValueError("attention_with_lse must know its number of keys, got a cache that counts on the device")
     if use_triton(impl, q, lambda: _obstacle(q, k, v, visibility, 0.0)):
         return _attention_on_triton(q, k, v, visibility)
     with torch.no_grad():
