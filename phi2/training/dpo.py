@@ -15,22 +15,33 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from phi2.data.encode import EncodedPair
 from phi2.data.packing import row_of_pairs
 from phi2.hub import resolve
 from phi2.losses.head import target_logps
-from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, find_loss, load_loss_file
+from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, find_loss, load_loss_file
+from phi2.losses.source import source_of_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import restore_adapter
+from phi2.training.batch import pair_batch
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
-from phi2.training.inputs import require_same_inputs
+from phi2.training.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
+from phi2.training.look import look_at_loss
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
-from phi2.training.reference import Reference, adapters_off, another_model, fingerprint, frozen_copy, precomputed
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
+from phi2.training.reference import (
+    Reference,
+    adapters_off,
+    another_model,
+    fingerprint,
+    frozen_copy,
+    precomputed,
+    require_fit,
+    warn_of_another_vocabulary,
+)
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_whole
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -123,30 +134,32 @@ def train(config: DPOConfig) -> Path:
         load_loss_file(config.loss_file)
     config = with_all_knobs(config)
     loss = bind_loss(config.loss, config.knobs)
-    if PREFERENCE_LOSSES[config.loss].reference_free and (
-        config.reference != "auto" or config.precompute_ref_log_probs
-    ):
+    if is_reference_free(config) and (config.reference != "auto" or config.precompute_ref_log_probs):
         raise ValueError(f"loss {config.loss} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer = policy_tokenizer(config)
     pairs, eval_pairs = load_data(config, tokenizer, "preference")
+    windows = windows_of(config, len(pairs))
+    total = total_steps(config, windows)
+    inputs = inputs_of(config, tokenizer, pairs, eval_pairs) | preference_inputs(config)
+    require_same_inputs(run, inputs, resumed=checkpoint is not None)
+    keep_loss_file(config, run)
+    look_at_loss(config.loss, loss, pairs, eval_pairs, windows, is_reference_free(config))
     model = load_policy(config, checkpoint)
     require_embeddings(model, tokenizer)
     require_context(model, [*pairs, *eval_pairs])
     check_sample_prompts(config, model, tokenizer)
-    require_same_inputs(run, pairs, model, resumed=checkpoint is not None)
-    reference = make_reference(config, model, checkpoint, [*pairs, *eval_pairs])
+    warn_of_another_vocabulary(other_reference(config), tokenizer)
+    reference = make_reference(config, model, checkpoint, [*(pairs[i] for i in windows.until(total)), *eval_pairs])
     save_weights = weights_saver(config, model, tokenizer)
 
-    windows = windows_of(config, len(pairs))
-    total = total_steps(config, windows)
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
     done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
     model.train(not config.disable_dropout)
     with closing(Log(run, done, total, f"dpo {config.loss}")) as log, delayed_interrupt() as interrupted:
         for step in log.steps():
             batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
-            if step == 1 and reference is not None and starts_at_reference(config):
+            if step == 1:
                 check_start(config, model, reference, batches[0], loss)
             metrics = update(config, model, optimizer, batches, reference, loss)
             require_finite(metrics["loss"], step)
@@ -179,7 +192,7 @@ def make_reference(
     config: DPOConfig, model: Phi2ForCausalLM, checkpoint: Path | None, pairs: Sequence[EncodedPair]
 ) -> Reference | None:
     """The reference that `config.reference` names; None for a loss that needs none."""
-    if PREFERENCE_LOSSES[config.loss].reference_free:
+    if is_reference_free(config):
         return None
     kind = reference_kind(config)
     if kind == "adapters_off":
@@ -189,6 +202,7 @@ def make_reference(
         live = another_model(scorer)
     else:
         scorer = load_model(resolve(kind), model.device, model.dtype).requires_grad_(False)
+        require_fit(kind, scorer.config, pairs)
         live = another_model(scorer)
     if not config.precompute_ref_log_probs:
         return live
@@ -205,6 +219,31 @@ def start_of_run(config: DPOConfig, model: Phi2ForCausalLM) -> Phi2ForCausalLM:
     start = frozen_copy(model)  # shares the base
     restore_adapter(start, resolve(config.adapter))
     return start
+
+
+def is_reference_free(config: DPOConfig) -> bool:
+    return PREFERENCE_LOSSES[config.loss].reference_free
+
+
+def other_reference(config: DPOConfig) -> Path | None:
+    """Folder of the reference where it is another checkpoint than the policy's."""
+    kind = reference_kind(config)
+    return None if is_reference_free(config) or kind in ("adapters_off", "frozen_copy") else resolve(kind)
+
+
+def preference_inputs(config: DPOConfig) -> Inputs:
+    """Digests of what only a preference run depends on."""
+    source, folder = source_of_loss(PREFERENCE_LOSSES[config.loss].function, config.loss_file), other_reference(config)
+    reference = {} if folder is None else {"reference": digest_of_model(folder)}
+    return {"loss": None if source is None else digest_of_texts([source]), **reference}
+
+
+def keep_loss_file(config: DPOConfig, run: Path) -> None:
+    """Copies the user's file of losses into the run folder, so that it tells what was trained on."""
+    if config.loss_file is None:
+        (run / "loss.py").unlink(missing_ok=True)  # of a run that failed before its first update
+    else:
+        write_whole(run / "loss.py", Path(config.loss_file).read_text(encoding="utf-8"))
 
 
 def reference_kind(config: DPOConfig) -> str:
@@ -230,44 +269,40 @@ def score_pairs(
     return pair_batch(batch, policy, ref)
 
 
-def pair_batch(batch: Sequence[EncodedPair], policy: Tensor, ref: Tensor | None) -> PairBatch:
-    """Splits the (N,) log-probabilities of `row_of_pairs` into chosen and rejected ones, padded with zeros.
-
-    Args:
-        batch: B pairs.
-        policy, ref: (N,) float32.
-    """
-    lengths = [n for pair in batch for n in (len(pair.chosen), len(pair.rejected))]
-    chosen, rejected = _both_answers(policy, lengths)
-    chosen_mask, rejected_mask = _both_answers(torch.ones_like(policy, dtype=torch.bool), lengths)
-    ref_chosen, ref_rejected = (None, None) if ref is None else _both_answers(ref, lengths)
-    columns = _numeric_columns(batch, policy.device)
-    return PairBatch(chosen, rejected, chosen_mask, rejected_mask, ref_chosen, ref_rejected, columns)
-
-
-def _both_answers(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    answers = values.split(lengths)
-    return pad_sequence(answers[::2], batch_first=True), pad_sequence(answers[1::2], batch_first=True)
-
-
-def _numeric_columns(batch: Sequence[EncodedPair], device: torch.device) -> Columns:
-    """(B,) float32 of every column that is a number in each row."""
-    names = [k for k in batch[0].columns if all(isinstance(p.columns.get(k), int | float) for p in batch)]
-    return Columns({k: torch.tensor([float(p.columns[k]) for p in batch], device=device) for k in names})
-
-
 @torch.no_grad()
 def check_start(
-    config: DPOConfig, model: Phi2ForCausalLM, reference: Reference, batch: Sequence[EncodedPair], loss: Loss
+    config: DPOConfig, model: Phi2ForCausalLM, reference: Reference | None, batch: Sequence[EncodedPair], loss: Loss
 ) -> None:
-    """Before the first update the policy is the reference: their log-probabilities agree and the loss is known.
+    """Before the first update loss and gradient are numbers; if the policy is the reference then, the loss is known.
 
     Raises:
-        ValueError: when they do not: training would start from a wrong reward.
+        ValueError: when they are not, or policy and reference do not agree: training would start from a wrong reward.
     """
+    training = model.training
+    model.eval()
+    pairs = score_pairs(model, batch, reference, autocast(config))
+    model.train(training)
+    if reference is not None and starts_at_reference(config):
+        require_agreement(config, pairs, loss)
+    require_numbers(config.loss, loss, pairs)
+
+
+def require_numbers(name: str, loss: Loss, pairs: PairBatch) -> None:
+    """Refuses a loss that is no finite number for a pair, or whose gradient is none."""
+    policy = [logps.detach().requires_grad_() for logps in (pairs.policy_chosen_logps, pairs.policy_rejected_logps)]
+    with torch.enable_grad():
+        losses = loss(replace(pairs, policy_chosen_logps=policy[0], policy_rejected_logps=policy[1]))
+        gradients = torch.autograd.grad(losses.sum(), policy, allow_unused=True, materialize_grads=True)
+    if not losses.isfinite().all():
+        raise ValueError(f"step 1: loss {name!r} is {losses[~losses.isfinite()][0].item()} for a pair")
+    if not all(gradient.isfinite().all() for gradient in gradients):
+        raise ValueError(f"step 1: loss {name!r} is {losses.mean().item():.4g}, but its gradient is no number")
+
+
+def require_agreement(config: DPOConfig, pairs: PairBatch, loss: Loss) -> None:
+    """Refuses a start at which policy and reference, the same weights, do not give the same log-probabilities."""
     cached = config.precompute_ref_log_probs
     tolerance = CACHED_TOLERANCE[compute_dtype(config)] if cached else STEP_0_TOLERANCE
-    pairs = score_pairs(model, batch, reference, autocast(config))
     chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
     rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
     apart = torch.cat((chosen, rejected), dim=1).abs().max().item()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
 from phi2.data.packing import TokenRow, row_of_pairs
 from phi2.lora import disabled, lora_modules
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import Tokenizer
 
 # The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_pairs`.
 Reference = Callable[[Sequence[EncodedPair], TokenRow], Tensor]
@@ -61,6 +64,48 @@ def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     """(N,) log-probabilities of a row's targets."""
     hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
     return target_logps(model, hidden, row.rows, row.targets)[0]
+
+
+def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPair]) -> None:
+    """Refuses a reference that cannot read the pairs: too few vocabulary rows, or too short a context.
+
+    Args:
+        name: of the reference, for the error.
+        config: of the reference.
+    Raises:
+        ValueError: naming both numbers and a row.
+    """
+    if not pairs:
+        return
+    longest, highest = max(pairs, key=lambda pair: pair.length), max(pairs, key=_highest_id)
+    if _highest_id(highest) >= config.vocab_size:
+        raise ValueError(
+            f"reference {name} has {config.vocab_size} vocabulary rows, but {highest.origin} holds the token id"
+            f" {_highest_id(highest)}: it must know the tokens of the policy"
+        )
+    if longest.length > config.max_position_embeddings:
+        raise ValueError(
+            f"reference {name} has a context of {config.max_position_embeddings}, but {longest.origin} has"
+            f" {longest.length} tokens: give a max_length of {config.max_position_embeddings} at most"
+        )
+
+
+def _highest_id(pair: EncodedPair) -> int:
+    return max(int(part.max(initial=0)) for part in (pair.prompt, pair.chosen, pair.rejected))
+
+
+def warn_of_another_vocabulary(folder: Path | None, tokenizer: Tokenizer) -> None:
+    """Tells of a reference whose own tokenizer would read the rows as other tokens."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return
+    own, others = tokenizer.backend.get_vocab(), Tokenizer.from_folder(folder).backend.get_vocab()
+    if own != others:
+        token = min(own.items() ^ others.items(), key=lambda entry: entry[1])[0]
+        warnings.warn(
+            f"reference {folder}: its tokenizer has another vocabulary than the policy's ({len(others)} tokens and"
+            f" {len(own)}; {token!r} is {others.get(token)} and {own.get(token)})",
+            stacklevel=2,
+        )
 
 
 def precomputed(

@@ -26,7 +26,8 @@ from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 
 FREE_TO_CHANGE = frozenset(
-    "output resume device logging_steps eval_steps save_strategy save_steps save_total_limit sample_prompts".split()
+    "output resume device logging_steps eval_steps save_strategy save_steps save_total_limit sample_prompts"
+    " loss_file".split()  # what stands in that file may not change: inputs.json
 )
 
 
