@@ -247,6 +247,35 @@ def test_a_start_model_that_is_gone_is_not_needed_and_told(sft_config, own):
         resumed(sft, config)
 
 
+def shift_cache(path: Path) -> None:
+    stored = load_file(path)
+    path.unlink()
+    save_file({**stored, "logps": stored["logps"] - 0.1}, path)
+
+
+@pytest.mark.parametrize("place", ["run", "shared"])
+def test_a_reference_cache_that_changed_is_noticed(dpo_config, tmp_path, place):
+    shared = {"reference_cache": str(tmp_path / "cache")} if place == "shared" else {}
+    config = dpo_config(precompute_ref_log_probs=True, max_steps=1, **shared)
+    folder = (tmp_path / "cache") if shared else dpo.train(config) / "reference"
+    if shared:
+        dpo.train(dataclasses.replace(config, output=str(tmp_path / "first")))
+        dpo.train(config)
+    resumed(dpo, config)
+    shift_cache(next(folder.iterdir()))
+    with pytest.raises(ValueError, match=": the reference cache changed since this run began; it cannot be resumed"):
+        resumed(dpo, config)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_reference_cache_that_is_gone_is_made_again(dpo_config):
+    config = dpo_config(precompute_ref_log_probs=True, max_steps=1)
+    shutil.rmtree(dpo.train(config) / "reference")
+    for _ in range(2):
+        resumed(dpo, config)
+    assert "tokenizer" in json.loads((Path(config.output) / "inputs.json").read_text())
+
+
 # ---- digests ----
 
 

@@ -27,11 +27,12 @@ from phi2.peft_files import restore_adapter
 from phi2.training.batch import pair_batch
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
-from phi2.training.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
+from phi2.training.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
 from phi2.training.look import look_at_loss
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
 from phi2.training.reference import (
+    Precomputed,
     Reference,
     adapters_off,
     another_model,
@@ -150,7 +151,13 @@ def train(config: DPOConfig) -> Path:
     require_context(model, [*pairs, *eval_pairs])
     check_sample_prompts(config, model, tokenizer)
     warn_of_another_vocabulary(other_reference(config), tokenizer)
-    reference = make_reference(config, model, checkpoint, [*(pairs[i] for i in windows.until(total)), *eval_pairs])
+    scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
+    reference = make_reference(config, model, checkpoint, scored)
+    if isinstance(reference, Precomputed):
+        cache = {"reference cache": reference.digest(scored)}
+        if checkpoint is not None and reference.complete:  # what was scored again is that of the same reference
+            require_same_inputs(run, cache, resumed=True)
+        note_inputs(run, cache)
     save_weights = weights_saver(config, model, tokenizer)
 
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)

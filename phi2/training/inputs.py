@@ -25,6 +25,7 @@ from phi2.training.config import TrainingConfig
 from phi2.training.run import write_whole
 from phi2.training.setup import compute_dtype
 
+FILE = "inputs.json"
 SAMPLED = 1024  # numbers of a weight that its digest reads at least; of a matrix one in every row
 
 Inputs = dict[str, str | None]  # what a person calls it -> its digest, None where it cannot be known
@@ -62,23 +63,32 @@ def require_same_inputs(run: Path, now: Inputs, resumed: bool) -> None:
     Raises:
         ValueError: naming what has changed since.
     """
-    path = run / "inputs.json"
-    before = (read_json(path) if path.exists() else {}) if resumed else now
-    unknown = [name for name in now if _scheme(now[name]) is None or _scheme(before.get(name)) != _scheme(now[name])]
+    before = _read(run) if resumed else {}
+    unknown = [name for name in now if None in (before.get(name), now[name]) or not _alike(before[name], now[name])]
     changed = [name for name in now if name not in unknown and before[name] != now[name]]
     if changed:
         raise ValueError(f"{run}: the {' and the '.join(changed)} changed since this run began; it cannot be resumed")
     if resumed and unknown:
-        warnings.warn(
-            f"{run}: whether the {' and the '.join(unknown)} changed since this run began is not known", stacklevel=2
-        )
-    kept = {name: before[name] for name in now if now[name] is None and name in before}
-    write_whole(path, json.dumps({**before, **now, **kept}, indent=1))
+        what = " and the ".join(unknown)
+        warnings.warn(f"{run}: whether the {what} changed since this run began is not known", stacklevel=2)
+    if not resumed:
+        (run / FILE).unlink(missing_ok=True)
+    note_inputs(run, now)
 
 
-def _scheme(digest: str | None) -> str | None:
-    """How a digest was made: digests of different makes do not tell a change."""
-    return None if digest is None else digest.rpartition(":")[0]
+def note_inputs(run: Path, inputs: Inputs) -> None:
+    """Puts those of the digests that are known into inputs.json."""
+    known = {name: digest for name, digest in inputs.items() if digest is not None}
+    write_whole(run / FILE, json.dumps(_read(run) | known, indent=1))
+
+
+def _read(run: Path) -> Inputs:
+    return read_json(run / FILE) if (run / FILE).exists() else {}
+
+
+def _alike(digest: str, other: str) -> bool:
+    """Whether both were made in the same way, which stands before the colon: others do not tell a change."""
+    return digest.rpartition(":")[0] == other.rpartition(":")[0]
 
 
 def digest_of_texts(texts: Iterable[str]) -> str:

@@ -108,9 +108,31 @@ def warn_of_another_vocabulary(folder: Path | None, tokenizer: Tokenizer) -> Non
         )
 
 
+class Precomputed:
+    """A reference whose log-probabilities are known.
+
+    Args:
+        known: those of each pair by its key.
+        complete: whether none had to be scored for this run.
+    """
+
+    def __init__(self, known: dict[bytes, np.ndarray], complete: bool, device: torch.device) -> None:
+        self.known, self.complete, self.device = known, complete, device
+
+    def __call__(self, batch: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+        return torch.from_numpy(np.concatenate([self.known[pair_key(pair)] for pair in batch])).to(self.device)
+
+    def digest(self, pairs: Sequence[EncodedPair]) -> str:
+        """Of what it says about these pairs."""
+        digest = hashlib.sha256()
+        for pair in pairs:
+            digest.update(self.known[pair_key(pair)].tobytes())
+        return digest.hexdigest()
+
+
 def precomputed(
     live: Reference, fingerprint: str, pairs: Sequence[EncodedPair], batch_size: int, folder: Path, device: torch.device
-) -> Reference:
+) -> Precomputed:
     """The same reference from a cache file in `folder`, which is completed first with the pairs it lacks.
 
     What was scored before Ctrl-C or a failure is kept.
@@ -128,7 +150,7 @@ def precomputed(
     finally:
         if len(known) > before:
             _write_cache(path, known)
-    return lambda batch, row: torch.from_numpy(np.concatenate([known[pair_key(p)] for p in batch])).to(device)
+    return Precomputed(known, not missing, device)
 
 
 def pair_key(pair: EncodedPair) -> bytes:

@@ -63,11 +63,21 @@ def _require_same(path: Path, config: TrainingConfig) -> None:
         before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read, so the run cannot go on: {error}") from error
-    before = defaults | before
+    before = _completed(before, defaults)
     changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
     if changed:
         told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
         raise ValueError(f"{path}: a resumed run keeps its settings, but these differ: {told}")
+
+
+def _completed(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the defaults of those that are missing, within groups of settings too."""
+    nested = {
+        name: _completed(settings[name], default)
+        for name, default in defaults.items()
+        if isinstance(default, dict) and isinstance(settings.get(name), dict)
+    }
+    return defaults | settings | nested
 
 
 def environment() -> dict[str, Any]:
