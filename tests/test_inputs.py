@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phi2.lora import LoraConfig
-from phi2.losses.preference import PREFERENCE_LOSSES
+from phi2.losses.preference import PREFERENCE_LOSSES, preference_loss
 from phi2.losses.source import source_of_loss
 from phi2.training import dpo, sft
 from phi2.training.inputs import digest_of_adapter, digest_of_model
@@ -245,6 +245,16 @@ def test_a_start_model_that_is_gone_is_not_needed_and_told(sft_config, own):
     (own["model"] / "model.safetensors").unlink()
     with pytest.warns(UserWarning, match="whether the start model changed since this run began is not known"):
         resumed(sft, config)
+
+
+def test_a_loss_without_a_source_cannot_be_compared_and_this_is_told(dpo_config):
+    names: dict = {}
+    exec("def typed(pairs): return -pairs.margin", names)
+    preference_loss("typed")(names["typed"])
+    config = dpo_config(loss="typed", max_steps=1)
+    dpo.train(config)
+    with pytest.warns(UserWarning, match="whether the loss changed since this run began is not known"):
+        resumed(dpo, config)
 
 
 def shift_cache(path: Path) -> None:

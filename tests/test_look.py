@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from phi2.data.encode import EncodedPair
 from phi2.data.loader import Windows
 from phi2.data.records import Origin
-from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, preference_loss
+from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, preference_loss
 from phi2.losses.properties import made_up_pairs, only, require_pure, uses_batch
 from phi2.training.dpo import train
 from phi2.training.look import look_at_loss, varied
@@ -44,16 +46,20 @@ def look(loss: Callable[[PairBatch], Tensor], pairs: list = PAIRS, eval_pairs: l
     look_at_loss("mine", loss, pairs, eval_pairs, Windows(len(pairs), batch, cut, seed=0), reference_free=False)
 
 
-@pytest.mark.parametrize("lengths", [([400, 2, 31], [7, 900, 1]), ([1, 1], [0, 0]), ([5], [5])], ids=str)
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_every_built_in_loss_passes_whatever_the_lengths(name, lengths):
-    pairs = made_up_pairs(*lengths, columns=PairBatch(*[None] * 4).columns, reference_free=name in ("simpo", "orpo"))
-    require_pure(name, bind_loss(name, {}), pairs)
-    assert not uses_batch(bind_loss(name, {}), pairs)
+LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(0, 900)), min_size=1, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(BUILT_IN), lengths=LENGTHS, beta=st.floats(1e-3, 50))
+def test_every_built_in_loss_passes_whatever_the_lengths_and_beta(name, lengths, beta):
+    loss, reference_free = bind_loss(name, {"beta": beta}), PREFERENCE_LOSSES[name].reference_free
+    pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), Columns(), reference_free)
+    require_pure(name, loss, pairs)
+    assert not uses_batch(loss, pairs)
 
 
 def test_made_up_pairs_are_log_probabilities_of_a_policy_that_moved():
-    pairs = made_up_pairs([3, 5], [2, 0], PairBatch(*[None] * 4).columns, reference_free=False)
+    pairs = made_up_pairs([3, 5], [2, 0], Columns(), reference_free=False)
     assert pairs.chosen_mask.sum(-1).tolist() == [3, 5] and pairs.rejected_mask.sum(-1).tolist() == [2, 0]
     for logps in (pairs.policy_chosen_logps, pairs.ref_chosen_logps):
         assert (logps <= 0).all() and (logps[~pairs.chosen_mask] == 0).all() and logps.dtype == torch.float32
@@ -61,7 +67,7 @@ def test_made_up_pairs_are_log_probabilities_of_a_policy_that_moved():
 
 
 def test_a_pair_alone_has_no_padding():
-    alone = only(made_up_pairs([3, 5], [2, 0], PairBatch(*[None] * 4).columns, reference_free=False), 0)
+    alone = only(made_up_pairs([3, 5], [2, 0], Columns(), reference_free=False), 0)
     assert alone.chosen_mask.tolist() == [[True] * 3] and alone.rejected_mask.tolist() == [[True] * 2]
 
 

@@ -18,7 +18,7 @@ from phi2.losses.preference import Columns, PairBatch
 
 Loss = Callable[[PairBatch], Tensor]
 STEPS = 64  # of the made-up log-probabilities in a nat
-CLOSE = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}  # what the rounding of one formula may differ by
+CLOSE = 1e-4  # by how much of the largest number of a batch the rounding of one formula may differ
 
 
 class Outcome(NamedTuple):
@@ -90,6 +90,19 @@ def _is_changed(value: Tensor | Columns | None, untouched: Tensor | Columns | No
     return False
 
 
+def require_numbers(name: str, loss: Loss, pairs: PairBatch) -> None:
+    """Refuses a loss that is no finite number for a pair, or whose gradient is none, where a run begins.
+
+    Raises:
+        ValueError: with its value.
+    """
+    values, *gradients = _outcome(loss, pairs)
+    if not values.isfinite().all():
+        raise ValueError(f"step 1: loss {name!r} is {values[~values.isfinite()][0].item()} for a pair")
+    if not all(gradient.isfinite().all() for gradient in gradients):
+        raise ValueError(f"step 1: loss {name!r} is {values.mean().item():.4g}, but its gradient is no number")
+
+
 def uses_batch(loss: Loss, pairs: PairBatch) -> bool:
     """Whether a pair's value or gradient differs when the pair stands alone."""
     whole = _outcome(loss, pairs)
@@ -98,11 +111,16 @@ def uses_batch(loss: Loss, pairs: PairBatch) -> bool:
             alone = _outcome(loss, only(pairs, index))
         except (RuntimeError, IndexError, ValueError):  # it cannot do with one pair
             return True
-        for together, by_itself in zip(whole, alone, strict=True):
-            expected = together[index, : by_itself.shape[-1]] if together.ndim == 2 else together[index]
-            if not torch.allclose(by_itself[0], expected, **CLOSE):
-                return True
+        if not all(_is_part(by_itself[0], together, index) for by_itself, together in zip(alone, whole, strict=True)):
+            return True
     return False
+
+
+def _is_part(part: Tensor, whole: Tensor, index: int) -> bool:
+    """Whether `part` is what stands at that place of `whole`, but for rounding; padding does not count."""
+    expected = whole[index, : len(part)] if part.ndim else whole[index]
+    largest = whole.nan_to_num(0, 0, 0).abs().amax().item() if whole.numel() else 0.0
+    return torch.allclose(part, expected, rtol=CLOSE, atol=CLOSE * largest, equal_nan=True)
 
 
 def only(pairs: PairBatch, index: int) -> PairBatch:
@@ -117,9 +135,9 @@ def only(pairs: PairBatch, index: int) -> PairBatch:
 
 def _outcome(loss: Loss, pairs: PairBatch) -> Outcome:
     policy = [logps.detach().requires_grad_() for logps in (pairs.policy_chosen_logps, pairs.policy_rejected_logps)]
-    chosen, rejected = (logps.clone() for logps in policy)  # a loss is never given a leaf
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of statistics over a single pair
+        chosen, rejected = (logps.clone() for logps in policy)  # in training too a loss is given no leaves
         values = loss(replace(pairs, policy_chosen_logps=chosen, policy_rejected_logps=rejected))
         gradients = torch.autograd.grad(values.sum(), policy, allow_unused=True, materialize_grads=True)
     return Outcome(values.detach(), *gradients)

@@ -21,6 +21,7 @@ from phi2.data.packing import row_of_pairs
 from phi2.hub import resolve
 from phi2.losses.head import target_logps
 from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, find_loss, load_loss_file
+from phi2.losses.properties import require_numbers
 from phi2.losses.source import source_of_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import restore_adapter
@@ -84,14 +85,14 @@ class DPOConfig(TrainingConfig):
     loss_args: dict[str, float] = field(default_factory=dict)
     """Other knobs of the loss by name."""
     loss_file: str | None = None
-    """Python file of yours that registers losses with @phi2.preference_loss; it is run."""
+    """Python file of yours that registers losses with @phi2.preference_loss; it is run, and kept as loss.py."""
     nll_weight: float = 0.0
     """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss (trl's rpo_alpha)."""
     reference: str = "auto"
     """adapters_off, frozen_copy, or another checkpoint by folder or hub id; auto is adapters_off for a new adapter,
     else frozen_copy."""
     precompute_ref_log_probs: bool = False
-    """Score all pairs with the reference once, before training, into reference_cache."""
+    """Score the pairs that the run will see with the reference once, before training, into reference_cache."""
     reference_cache: str | None = None
     """Folder of precomputed reference log-probabilities, shared between runs; unset, inside the run folder."""
     disable_dropout: bool = True
@@ -154,10 +155,7 @@ def train(config: DPOConfig) -> Path:
     scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
     reference = make_reference(config, model, checkpoint, scored)
     if isinstance(reference, Precomputed):
-        cache = {"reference cache": reference.digest(scored)}
-        if checkpoint is not None and reference.complete:  # what was scored again is that of the same reference
-            require_same_inputs(run, cache, resumed=True)
-        note_inputs(run, cache)
+        require_same_cache(run, reference, scored, resumed=checkpoint is not None)
     save_weights = weights_saver(config, model, tokenizer)
 
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
@@ -245,11 +243,17 @@ def preference_inputs(config: DPOConfig) -> Inputs:
     return {"loss": None if source is None else digest_of_texts([source]), **reference}
 
 
+def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPair], resumed: bool) -> None:
+    """Refuses a reference cache that has other numbers than it had; what was scored again is the same reference's."""
+    cache = {"reference cache": reference.digest(pairs)}
+    if resumed and reference.complete:
+        require_same_inputs(run, cache, resumed)
+    note_inputs(run, cache)
+
+
 def keep_loss_file(config: DPOConfig, run: Path) -> None:
     """Copies the user's file of losses into the run folder, so that it tells what was trained on."""
-    if config.loss_file is None:
-        (run / "loss.py").unlink(missing_ok=True)  # of a run that failed before its first update
-    else:
+    if config.loss_file is not None:
         write_whole(run / "loss.py", Path(config.loss_file).read_text(encoding="utf-8"))
 
 
@@ -292,18 +296,6 @@ def check_start(
     if reference is not None and starts_at_reference(config):
         require_agreement(config, pairs, loss)
     require_numbers(config.loss, loss, pairs)
-
-
-def require_numbers(name: str, loss: Loss, pairs: PairBatch) -> None:
-    """Refuses a loss that is no finite number for a pair, or whose gradient is none."""
-    policy = [logps.detach().requires_grad_() for logps in (pairs.policy_chosen_logps, pairs.policy_rejected_logps)]
-    with torch.enable_grad():
-        losses = loss(replace(pairs, policy_chosen_logps=policy[0], policy_rejected_logps=policy[1]))
-        gradients = torch.autograd.grad(losses.sum(), policy, allow_unused=True, materialize_grads=True)
-    if not losses.isfinite().all():
-        raise ValueError(f"step 1: loss {name!r} is {losses[~losses.isfinite()][0].item()} for a pair")
-    if not all(gradient.isfinite().all() for gradient in gradients):
-        raise ValueError(f"step 1: loss {name!r} is {losses.mean().item():.4g}, but its gradient is no number")
 
 
 def require_agreement(config: DPOConfig, pairs: PairBatch, loss: Loss) -> None:

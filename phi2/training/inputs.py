@@ -32,7 +32,11 @@ Inputs = dict[str, str | None]  # what a person calls it -> its digest, None whe
 
 
 def inputs_of(
-    config: TrainingConfig, tokenizer: Tokenizer, rows: Sequence[Encoded], eval_rows: Sequence[Encoded]
+    config: TrainingConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[Encoded],
+    eval_rows: Sequence[Encoded],
+    from_scratch: bool = False,
 ) -> Inputs:
     """Digests of what every run depends on."""
     evaluation = {"evaluation data": digest_of_rows(eval_rows) + digest_of_columns(eval_rows)} if eval_rows else {}
@@ -41,7 +45,7 @@ def inputs_of(
         "data": digest_of_rows(rows),
         "columns of the data": digest_of_columns(rows),
         **evaluation,
-        **start_of(config),
+        **start_of(config, from_scratch),
         **adapter,
         "tokenizer": digest_of_tokenizer(config, tokenizer),
         "chat template": digest_of_texts([tokenizer.chat_template or ""]),
@@ -49,10 +53,10 @@ def inputs_of(
     }
 
 
-def start_of(config: TrainingConfig) -> Inputs:
+def start_of(config: TrainingConfig, from_scratch: bool) -> Inputs:
     """The weights a run begins with, whether or not they train; a run from random ones has only their shapes."""
     folder = resolve(config.model)
-    if getattr(config, "from_scratch", False):
+    if from_scratch:
         return {"start model": digest_of_texts([_content(folder / "config.json")])}
     return {"start model" if config.lora is None else "base model": digest_of_model(folder)}
 

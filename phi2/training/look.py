@@ -42,7 +42,7 @@ def look_at_loss(
     require_pure(name, loss, shown)
     if not uses_batch(loss, shown):
         return
-    sizes, size = [len(batch) for batch in windows.at(0)], windows.batch_size
+    sizes = [len(batch) for batch in windows.at(0)]
     if len(sizes) > 1:
         raise ValueError(
             f"loss {name!r} gives a pair another value when other pairs stand beside it (it uses the batch): that is"
@@ -51,7 +51,7 @@ def look_at_loss(
         )
     last = len(windows.at(windows.per_epoch - 1)[0])
     warnings.warn(
-        f"loss {name!r} uses the batch: a pair's value depends on the pairs beside it, {size} at a time"
+        f"loss {name!r} uses the batch: a pair's value depends on the pairs beside it, {sizes[0]} at a time"
         f" ({last} in the last update of an epoch){', in evaluation too' if eval_pairs else ''}",
         stacklevel=2,
     )

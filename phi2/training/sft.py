@@ -82,7 +82,7 @@ def train(config: SFTConfig) -> Path:
         tokenizer = tokenizer.with_chatml()
     train_rows, eval_rows = load_data(config, tokenizer, "supervised")
     blocks = pack(train_rows, config, tokenizer.eos_id)
-    inputs = inputs_of(config, tokenizer, train_rows, eval_rows)
+    inputs = inputs_of(config, tokenizer, train_rows, eval_rows, config.from_scratch)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     model = load_policy(config, checkpoint, config.from_scratch)
     require_embeddings(model, tokenizer)
