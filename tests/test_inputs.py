@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,20 @@ def test_all_that_changed_is_named_at_once(preference_run, own):
     edit_text(own["loss"], "SHIFT = 1.0", "SHIFT = 2.0")
     with pytest.raises(ValueError, match=": the evaluation data and the loss changed since this run began"):
         resumed(dpo, preference_run)
+
+
+def test_a_run_that_cannot_be_resumed_stays_as_it_was(preference_run, own):
+    run = Path(preference_run.output)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    own["pairs"].write_text(own["pairs"].read_text() * 2)
+    with pytest.raises(ValueError, match="the data and the columns of the data changed"):
+        resumed(dpo, dataclasses.replace(preference_run, logging_steps=2))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_may_change_is_written_down_when_a_run_goes_on(preference_run):
+    resumed(dpo, dataclasses.replace(preference_run, logging_steps=2))
+    assert "logging_steps: 2" in (Path(preference_run.output) / "config.yaml").read_text()
 
 
 def test_the_loss_file_is_kept_in_the_run_and_can_be_resumed_from_there(preference_run, own):
@@ -325,6 +340,19 @@ def test_the_source_of_a_loss_has_what_it_took_from_around_it():
         return lambda pairs: pairs.margin - shift
 
     assert source_of_loss(with_shift(1.0)) == source_of_loss(with_shift(1.0)) != source_of_loss(with_shift(2.0))
+
+
+@pytest.mark.parametrize("use", ["from own_helper import push", "import own_helper"])
+def test_the_source_of_a_loss_has_that_of_a_module_of_ones_own(tmp_path, monkeypatch, use):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_helper", raising=False)
+    (tmp_path / "own_helper.py").write_text("def push(x):\n    return x + 12345\n")
+    path, push = tmp_path / "uses_it.py", "own_helper.push" if use.startswith("import") else "push"
+    path.write_text(f"import torch\n{use}\ndef loss(pairs):\n    return torch.relu({push}(pairs.margin))\n")
+    names: dict = {"__name__": "uses_it"}
+    exec(compile(path.read_text(), str(path), "exec"), names)
+    source = source_of_loss(names["loss"])
+    assert "x + 12345" in source and "def relu" not in source
 
 
 def test_a_loss_that_was_typed_in_has_no_source():

@@ -6,16 +6,17 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}  # packages whose functions are not part of a loss
+FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}  # packages that are not part of a loss
 
 
 def source_of_loss(function: Callable, loss_file: str | Path | None = None) -> str | None:
-    """The text of a loss, of every function and constant that it names, and of the file it is in if that is the user's.
+    """The text of a loss, of what it names, and of the file it is in if that is the user's.
 
-    None where Python does not know it, as for a loss that was typed at its prompt.
+    Named are functions, as far as they name others, numbers and texts, and the user's own modules. None where Python
+    does not know the source, as for a loss that was typed at its prompt.
     """
     file = [] if loss_file is None else [Path(loss_file).read_text(encoding="utf-8")]
     try:
@@ -24,24 +25,34 @@ def source_of_loss(function: Callable, loss_file: str | Path | None = None) -> s
         return None
 
 
-def _texts(function: Callable, seen: set[int]) -> Iterator[str]:
-    """The source of a function, and of those that it calls by name, each once, with the constants they use."""
-    seen.add(id(function))
-    yield inspect.getsource(function)
-    for name, value in _named_values(inspect.unwrap(function)):
+def _texts(source: Callable | ModuleType, seen: set[int]) -> Iterator[str]:
+    """The text of a function or module, and of what a function names, each once."""
+    seen.add(id(source))
+    yield inspect.getsource(source)
+    for name, value in _named_values(inspect.unwrap(source)):
         if isinstance(value, int | float | str):
             yield f"{name} = {value!r}"
-        elif isinstance(value, FunctionType) and id(value) not in seen:
-            if value.__module__.partition(".")[0] not in FOREIGN:
-                yield from _texts(value, seen)
+        elif id(value) not in seen and _is_part(value):
+            yield from _texts(value, seen)
 
 
-def _named_values(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _is_part(value: Any) -> bool:
+    """Whether a loss that names this value changes with it."""
+    if isinstance(value, FunctionType):
+        return (value.__module__ or "").partition(".")[0] not in FOREIGN
+    if isinstance(value, ModuleType):
+        installed = "site-packages" in Path(getattr(value, "__file__", None) or "").parts
+        return not installed and value.__name__.partition(".")[0] not in {*FOREIGN, "phi2"}
+    return False
+
+
+def _named_values(source: Any) -> Iterator[tuple[str, Any]]:
     """Globals and variables of enclosing functions that a function's code names."""
-    code = function.__code__
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    values = function.__globals__ | {name: cell.cell_contents for name, cell in cells}
-    yield from ((name, values[name]) for name in dict.fromkeys(_names(code)) if name in values)
+    if not isinstance(source, FunctionType):
+        return
+    cells = zip(source.__code__.co_freevars, source.__closure__ or (), strict=True)
+    values = source.__globals__ | {name: cell.cell_contents for name, cell in cells}
+    yield from ((name, values[name]) for name in dict.fromkeys(_names(source.__code__)) if name in values)
 
 
 def _names(code: CodeType) -> Iterator[str]:

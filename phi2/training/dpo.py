@@ -43,7 +43,7 @@ from phi2.training.reference import (
     require_fit,
     warn_of_another_vocabulary,
 )
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_whole
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings, write_whole
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -128,8 +128,8 @@ def train(config: DPOConfig) -> Path:
     """Runs, or resumes, a preference run and returns its folder.
 
     Raises:
-        ValueError: for settings, data or an output folder that cannot be used; when policy and reference do not agree
-            at the first step; when the loss is no number any more.
+        ValueError: for settings, data, a loss or an output folder that cannot be used; when a resumed run began with
+            other inputs; when policy and reference do not agree at the first step; when the loss is no number any more.
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
     if config.loss_file is not None:
@@ -145,6 +145,7 @@ def train(config: DPOConfig) -> Path:
     total = total_steps(config, windows)
     inputs = inputs_of(config, tokenizer, pairs, eval_pairs) | preference_inputs(config)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
+    write_settings(run, config)
     keep_loss_file(config, run)
     look_at_loss(config.loss, loss, pairs, eval_pairs, windows, is_reference_free(config))
     model = load_policy(config, checkpoint)

@@ -34,20 +34,28 @@ FREE_TO_CHANGE = frozenset(
 def open_run(config: TrainingConfig) -> Path | None:
     """Makes the run folder, or checks that the run in it can go on, and returns the checkpoint to go on from.
 
+    A run that goes on is left as it is, until its inputs have been compared too.
+
     Raises:
         ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
     """
-    run, settings = Path(config.output), to_plain(config)
-    if last_checkpoint(run) or _lines(run / "metrics.jsonl"):
+    run, checkpoint = Path(config.output), last_checkpoint(Path(config.output))
+    if checkpoint or _lines(run / "metrics.jsonl"):
         if not config.resume:
             raise ValueError(f"{run} holds a run already; give another output, or resume: true to go on with it")
         _require_same(run / "config.yaml", config)
     elif run.exists() and not (run / "config.yaml").exists() and any(run.iterdir()):
         raise ValueError(f"{run} exists and holds no run of ours; give another output")
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    if checkpoint is None:
+        write_settings(run, config)
+    return checkpoint
+
+
+def write_settings(run: Path, config: TrainingConfig) -> None:
+    """config.yaml and environment.json: what was asked for, and where."""
+    write_whole(run / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     write_whole(run / "environment.json", json.dumps(environment(), indent=1))
-    return last_checkpoint(run)
 
 
 def to_plain(config: TrainingConfig) -> dict[str, Any]:

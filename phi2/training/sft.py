@@ -23,7 +23,7 @@ from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
 from phi2.training.inputs import inputs_of, require_same_inputs
 from phi2.training.optim import Optimizer
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -84,6 +84,7 @@ def train(config: SFTConfig) -> Path:
     blocks = pack(train_rows, config, tokenizer.eos_id)
     inputs = inputs_of(config, tokenizer, train_rows, eval_rows, config.from_scratch)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
+    write_settings(run, config)
     model = load_policy(config, checkpoint, config.from_scratch)
     require_embeddings(model, tokenizer)
     require_context(model, [*(row for block in blocks for row in block), *eval_rows])
