@@ -356,7 +356,7 @@ def one_line_error(match: str):
         ("x" * CONTEXT, {}, "the prompt has 96 tokens, at most 95 leave room for a reply in a context of 96"),
         (["a", "x" * 200], {}, "prompt 2: the prompt has 200 tokens"),
         (["a", 5], {}, "prompt 2: a prompt must be a str or a list of messages, got 5"),
-        ("a", {"prompt_style": "alpaca"}, "prompt style must be one of raw, instruct, chatml, got 'alpaca'"),
+        ("a", {"prompt_style": "alpaca"}, "prompt style must be one of raw, instruct, chatml, chat, got 'alpaca'"),
         (CHAT, {"prompt_style": "raw"}, "prompt_style 'raw' is for texts"),
         ([{"role": "user"}], {}, "message 1 must be"),
         ("a", {"temperature": -1.0}, "temperature must be"),

@@ -239,7 +239,7 @@ def test_prompt_styles(style, expected):
 
 
 def test_an_unknown_prompt_style_lists_the_known_ones():
-    with one_line_error("raw, instruct, chatml, got 'alpaca'"):
+    with one_line_error("raw, instruct, chatml, chat, got 'alpaca'"):
         BYTES.render_prompt("2+2?", "alpaca")
 
 
