@@ -20,7 +20,6 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from phi2 import template
 from phi2.hub import read_json
 from phi2.special_text import SpecialText
 from phi2.tokenizer_files import (
@@ -206,6 +205,8 @@ class Tokenizer:
             raise ValueError(
                 "this tokenizer has no chat template; use prompt style 'raw' or 'instruct', or with_chatml()"
             )
+        from phi2 import template  # here and below: jinja2 is loaded for those who render
+
         unnamed = unnamed_special_tokens(self._config)
         special = self._special | ({"additional_special_tokens": unnamed} if unnamed else {})
         return template.render(self.chat_template, messages, **{**special, **variables})
@@ -216,6 +217,8 @@ class Tokenizer:
         Raises:
             ValueError: for a template that is not one.
         """
+        from phi2 import template
+
         return self.chat_template is not None and template.uses(self.chat_template, name)
 
     def encode_chat(
@@ -287,6 +290,8 @@ class Tokenizer:
         return changed
 
     def _with_template_file(self, path: Path) -> Tokenizer:
+        from phi2 import template
+
         source = read_text(path)
         spelled = set(LOOKS_SPECIAL.findall(template.literals(source)))
         changed = Tokenizer(self.backend, self._config, source, str(path), self._ends)
@@ -400,6 +405,8 @@ def _added_token(tokenizer: Tokenizer) -> re.Pattern:
 @lru_cache(maxsize=8)
 def _special_text(tokenizer: Tokenizer, chat_template: str | None) -> SpecialText:
     """Knows the special tokens, and what else of the added ones ends a text or is written by the template."""
+    from phi2 import template
+
     written = "" if chat_template is None else template.literals(chat_template)
     added = tokenizer.backend.get_added_tokens_decoder().items()
     tokens = [

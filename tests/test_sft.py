@@ -240,6 +240,9 @@ def base_folder(make_phi, vocab_size: int) -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(backend))
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "chat_template.jinja").unlink()
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 257, "eos_token_id": 257}))
     return folder
 
 
