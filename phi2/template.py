@@ -35,7 +35,7 @@ FAILURES = (  # what a template that is wrong, or too greedy, ends in
 Span = tuple[int, int]
 
 
-def render(source: str, messages: Iterable[Mapping[str, Any]], **variables: Any) -> tuple[str, list[Span]]:
+def render(source: str, messages: Iterable[Mapping[str, Any]], /, **variables: Any) -> tuple[str, list[Span]]:
     """The text a template makes of `messages`, and the characters of it that `{% generation %}` marks.
 
     Args:

@@ -25,7 +25,7 @@ MAX_CHARACTERS = 2**24  # of a rendered text, and of any value on the way to it
 MAX_BYTES = 2**30  # of everything that is built on the way
 MAX_STEPS = 10**6  # rounds of all loops, and calls of macros, methods and filters
 MAX_INT_BITS = 2**20
-ITEM = 8  # what an item of a list counts, in characters
+ITEM = 32  # what an item of a list counts, in characters
 
 
 class Meter:
