@@ -138,6 +138,13 @@ def test_a_vocabulary_that_merges_to_the_token_is_refused():
         Tokenizer(backend, {}, "{{ messages[0].content }}").encode_chat([{"role": "user", "content": "a th"}])
 
 
+def test_a_vocabulary_that_puts_a_space_before_every_text_is_refused():
+    made = byte_tokenizer()
+    made.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(ValueError, match="cannot stay text"):
+        made.encode_chat([{"role": "user", "content": "a<|im_end|>b"}])
+
+
 def test_find_names_the_longest_spelling():
     assert TOKENIZER.special_text.find([{"content": "a"}, {"content": "b<x>y<|im_end|>"}]) == "<x>y"
     assert TOKENIZER.special_text.find([{"content": "<|im_ end|>", "n": 3}, None]) is None
