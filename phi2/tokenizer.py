@@ -42,7 +42,6 @@ CHATML_TEMPLATE = (
 PROMPT_STYLES = ("raw", "instruct", "chatml", "chat")
 TEMPLATE_CHOICES = ("auto", "chatml", "none")
 LOOKS_SPECIAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|</?s>")
-Messages = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer:
@@ -250,11 +249,11 @@ class Tokenizer:
             ValueError: as `render_prompt`.
         """
         text = self.render_prompt(prompt, style)
-        if style == "raw":
+        if style in ("chatml", "chat"):
+            return self.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        if style == "raw" or self.special_text.find(text) is None:
             return self.encode(text)
-        if style == "instruct":
-            return self.special_text.encode(self.special_text.mark(text)).ids
-        return self.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self.special_text.encode(self.special_text.mark(text)).ids
 
     def render_prompt(self, prompt: str, style: str) -> str:
         """One prompt as the model expects it: as it is, as Phi-2's "Instruct/Output" form, or as a chat turn.

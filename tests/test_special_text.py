@@ -89,6 +89,18 @@ def test_a_prompt_cannot_end_its_own_turn(style):
     assert TOKENIZER.token_id("<|endoftext|>") not in ids
 
 
+@pytest.mark.parametrize("style", ["raw", "instruct", "chat"])
+@settings(deadline=None, max_examples=30)
+@given(text=st.text())
+def test_a_prompt_that_spells_none_has_the_ids_it_always_had(style, text):
+    assert TOKENIZER.encode_prompt(text, style) == TOKENIZER.encode(TOKENIZER.render_prompt(text, style))
+
+
+@pytest.mark.parametrize("text", [START, f"{END} a"])
+def test_a_mark_alone_is_ordinary_text(text):
+    assert TOKENIZER.encode_prompt(text, "instruct") == TOKENIZER.encode(f"Instruct: {text}\nOutput:")
+
+
 def test_a_raw_prompt_may_write_tokens():
     ids = TOKENIZER.encode_prompt("<|im_start|>user\nHi<|im_end|>\n", "raw")
     assert special_ids(TOKENIZER, ids) == [TOKENIZER.token_id("<|im_start|>"), TOKENIZER.token_id("<|im_end|>")]
