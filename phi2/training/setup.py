@@ -22,6 +22,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import load_adapter, save_adapter
 from phi2.tokenizer import Tokenizer
 from phi2.training.card import write_card
+from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 from phi2.training.run import last_metrics, write_whole
 from phi2.weights import load_config, load_model, load_tokenizer, pick_device, pick_dtype, save_pretrained
@@ -116,8 +117,11 @@ def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[
 
 
 def keep_audit(config: TrainingConfig, name: str, audit: Audit) -> None:
+    """Prints an audit, and keeps it in the run folder, where a run that goes on has it already."""
     print(f"\n{name}\n{audit.table()}")
-    write_whole(Path(config.output) / name, json.dumps(audit.to_dict(), indent=1))
+    path = Path(config.output) / name
+    if not path.exists() or last_checkpoint(path.parent) is None:
+        write_whole(path, json.dumps(audit.to_dict(), indent=1))
 
 
 def check_sample_prompts(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer) -> None:

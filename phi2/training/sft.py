@@ -22,9 +22,9 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import require_template_choice
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
-from phi2.training.inputs import require_same_inputs
+from phi2.training.inputs import inputs_of, require_same_inputs
 from phi2.training.optim import Optimizer
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -83,11 +83,13 @@ def train(config: SFTConfig) -> Path:
     print(f"chat template: {tokenizer.template_origin}")
     train_rows, eval_rows = load_data(config, tokenizer, "supervised")
     blocks = pack(train_rows, config, tokenizer.eos_id)
+    inputs = inputs_of(config, tokenizer, train_rows, eval_rows, config.from_scratch)
+    require_same_inputs(run, inputs, resumed=checkpoint is not None)
+    write_settings(run, config)
     model = load_policy(config, checkpoint, config.from_scratch)
     require_embeddings(model, tokenizer)
     require_context(model, [*(row for block in blocks for row in block), *eval_rows])
     check_sample_prompts(config, model, tokenizer)
-    require_same_inputs(run, train_rows, model, resumed=checkpoint is not None)
     save_weights = weights_saver(config, model, tokenizer)
 
     windows = windows_of(config, len(blocks))
