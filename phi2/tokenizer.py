@@ -1,24 +1,37 @@
 """Text to token ids and back, and a conversation to the one string the model was trained on.
 
 Byte-pair encoding itself is the `tokenizers` library reading `tokenizer.json`. What is added here is the little that
-decides whether a Phi behaves: which id ends a reply, the chat template, and text that streams out in whole characters.
-Phi-2's vocabulary is GPT-2's 50257 entries and 38 runs of spaces and tabs; ChatML adds two more at the next free ids.
+decides whether a Phi behaves: which ids end a reply, the chat template, what a person typed against what the template
+wrote, and text that streams out in whole characters. Phi-2's vocabulary is GPT-2's 50257 entries and 38 runs of spaces
+and tabs; ChatML adds two more at the next free ids.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
-from phi2.hub import one_line, read_json
+from phi2.hub import read_json
+from phi2.special_text import SpecialText
+from phi2.stream_decoder import StreamDecoder
+from phi2.tokenizer_files import (
+    read_backend,
+    read_config,
+    read_stop_ids,
+    read_template,
+    read_text,
+    special_tokens,
+    unnamed_special_tokens,
+    write_whole,
+)
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHATML_TEMPLATE = (
@@ -26,7 +39,9 @@ CHATML_TEMPLATE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PROMPT_STYLES = ("raw", "instruct", "chatml")
+PROMPT_STYLES = ("raw", "instruct", "chatml", "chat")
+TEMPLATE_CHOICES = ("auto", "chatml", "none")
+LOOKS_SPECIAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|</?s>")
 
 
 class Tokenizer:
@@ -38,6 +53,8 @@ class Tokenizer:
             `<|endoftext|>` ends a text; without a `pad_token`, the end token pads.
         chat_template: jinja source; None takes ChatML when the vocabulary has its two tokens.
         where: what error messages call this tokenizer.
+        stop_ids: ids that end a text besides the tokenizer's own, such as those a checkpoint's `generation_config.json`
+            lists.
 
     Raises:
         ValueError: when a special token is not in the vocabulary, or nothing ends a text.
@@ -46,9 +63,8 @@ class Tokenizer:
     eos_id: int
     bos_id: int | None
     pad_id: int
-    stop_ids: frozenset[int]  # any of them ends a reply
     chat_template: str | None
-    prompt_style: str  # the style of `render_prompt` this model was trained on: "chatml" or "instruct"
+    template_origin: str  # where the template comes from, in words
 
     def __init__(
         self,
@@ -56,47 +72,64 @@ class Tokenizer:
         config: Mapping[str, Any],
         chat_template: str | None = None,
         where: str = "tokenizer",
+        stop_ids: Iterable[int] = (),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self._config = dict(config)
         self._length = 1 + max(backend.get_vocab().values(), default=-1)
-        self._special = _special_tokens(config, where)
-        ids = {}
-        for name, token in self._special.items():
-            ids[name] = self.token_id(token)
-            if ids[name] is None:
-                raise ValueError(f"{where}: {name} {token!r} is not in the vocabulary")
+        self._special = {"eos_token": END_OF_TEXT, **special_tokens(config, where)}
+        ids = {name: self.token_id(token) for name, token in self._special.items()}
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if name in ids and ids[name] is None:
+                raise ValueError(f"{where}: {name} {self._special[name]!r} is not in the vocabulary")
         self.eos_id, self.bos_id = ids["eos_token"], ids.get("bos_token")
         self.pad_id = ids.get("pad_token", self.eos_id)
-        self.stop_ids = frozenset({self.eos_id, self.token_id(END_OF_TEXT), self.token_id(IM_END)} - {None})
-        self.prompt_style = "instruct" if None in (self.token_id(IM_START), self.token_id(IM_END)) else "chatml"
-        self.chat_template = chat_template or (CHATML_TEMPLATE if self.prompt_style == "chatml" else None)
+        self._ends = frozenset({self.eos_id, self.token_id(END_OF_TEXT), self.token_id(IM_END), *stop_ids} - {None})
+        has_chatml = None not in (self.token_id(IM_START), self.token_id(IM_END))
+        self.chat_template = chat_template or (CHATML_TEMPLATE if has_chatml else None)
+        self.template_origin = "the model's own" if chat_template else "ChatML" if has_chatml else "none"
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Reads `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` where they are.
+        """Reads `tokenizer.json`, and where they are the files that say more about it.
+
+        These are `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`; and, for the ids that
+        end a text, `generation_config.json` and `config.json`.
 
         Raises:
             FileNotFoundError: without a `tokenizer.json`.
             ValueError: when a file is damaged; the message names it.
         """
         folder = Path(folder)
-        path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no tokenizer.json in {folder}; transformers' save_pretrained of a tokenizer writes one"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # `tokenizers` raises nothing more precise, whatever is wrong with the file
-            raise ValueError(f"{path}: not a readable tokenizer ({one_line(error)})") from error
-        config = read_json(config_path) if config_path.exists() else {}
-        return cls(backend, config, _read_template(folder, config), where=str(config_path))
+        backend = read_backend(folder)
+        config = read_config(folder, backend)
+        chat_template = read_template(folder, config)
+        size = 1 + max(backend.get_vocab().values(), default=-1)
+        stop_ids = read_stop_ids(folder, size)
+        return cls(backend, config, chat_template, where=str(folder / "tokenizer_config.json"), stop_ids=stop_ids)
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Any of these ends a reply: the end tokens, the ids the checkpoint lists, and what ends a turn in a chat."""
+        turn_end = _turn_end(self, self.chat_template)
+        return self._ends if turn_end is None else self._ends | {turn_end}
+
+    @property
+    def prompt_style(self) -> str:
+        """The style of `render_prompt` that this model knows: "chatml", "chat" (another template) or "instruct"."""
+        if self.chat_template is None:
+            return "instruct"
+        return "chatml" if IM_START in self.chat_template else "chat"
+
+    @property
+    def special_text(self) -> SpecialText:
+        """What marks and encodes text that spells a special token and is to stay text."""
+        return _special_text(self, self.chat_template)
 
     def token_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
@@ -127,35 +160,164 @@ class Tokenizer:
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         return StreamDecoder(self.backend, skip_special_tokens)
 
-    def render(self, messages: Iterable[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
-        """The chat template applied to `messages`, each `{"role": ..., "content": ...}`.
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The chat template applied to `messages`, each `{"role": ..., "content": ...}` and any further keys.
+
+        Args:
+            messages: `content` may be None or missing beside `tool_calls`.
+            variables: further names for the template; they win over the special tokens.
 
         Raises:
             ValueError: without a template, for a malformed message, or when the template itself fails.
         """
+        return self.render_with_spans(messages, add_generation_prompt, tools=tools, documents=documents, **variables)[0]
+
+    def render_with_spans(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        **variables: Any,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """What `render` gives, and the ranges of its characters that the template marks by `{% generation %}`.
+
+        Raises:
+            ValueError: as `render`.
+        """
+        from phi2 import template  # here and below: jinja2 is loaded for those who render
+
         if self.chat_template is None:
             raise ValueError(
                 "this tokenizer has no chat template; use prompt style 'raw' or 'instruct', or with_chatml()"
             )
-        messages = list(messages)
-        for number, message in enumerate(messages, start=1):
-            texts = [message.get("role"), message.get("content")] if isinstance(message, Mapping) else [None]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"message {number} must be a role and a content, both str, got {short_repr(message)}")
-        variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **self._special}
-        return _run_template(self.chat_template, messages=messages, **variables)
+        unnamed = unnamed_special_tokens(self._config)
+        special = self._special | ({"additional_special_tokens": unnamed} if unnamed else {})
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        return template.render(self.chat_template, messages, **{**special, **given, **variables})
+
+    def template_uses(self, name: str) -> bool:
+        """Whether the chat template reads a variable, a message's key or an attribute of this name.
+
+        Raises:
+            ValueError: for a template that is not one.
+        """
+        from phi2 import template
+
+        return self.chat_template is not None and template.uses(self.chat_template, name)
+
+    def encode_chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """The ids of the rendered conversation; a special token that a message spells stays text.
+
+        Raises:
+            ValueError: as `render`, and when the template changes a message so that this text cannot be found again.
+        """
+
+        def rendered(messages: Any, tools: Any, documents: Any) -> str:
+            return self.render(messages, add_generation_prompt, tools=tools, documents=documents, **variables)
+
+        given = [list(messages), tools, documents]
+        text, spelled = rendered(*given), self.special_text.find(given)
+        if spelled is None:
+            return self.encode(text)
+        marked = rendered(*self.special_text.mark(given))
+        if self.special_text.unmark(marked) != text:
+            raise ValueError(f"a message spells {spelled!r}, which the chat template changes: it cannot stay text")
+        return self.special_text.encode(marked).ids
+
+    def encode_prompt(self, prompt: str, style: str) -> list[int]:
+        """The ids of `render_prompt`; a special token that the prompt spells stays text, unless the style is raw.
+
+        Raises:
+            ValueError: as `render_prompt`.
+        """
+        text = self.render_prompt(prompt, style)
+        if style in ("chatml", "chat"):
+            return self.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        if style == "raw" or self.special_text.find(text) is None:
+            return self.encode(text)
+        return self.special_text.encode(self.special_text.mark(text)).ids
 
     def render_prompt(self, prompt: str, style: str) -> str:
         """One prompt as the model expects it: as it is, as Phi-2's "Instruct/Output" form, or as a chat turn.
 
         Raises:
-            ValueError: for a style that is not one of `PROMPT_STYLES`.
+            ValueError: for a style that is not one of `PROMPT_STYLES`, or not this tokenizer's.
         """
         if style not in PROMPT_STYLES:
             raise ValueError(f"prompt style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
-        if style == "chatml":
+        if style == "chatml" and self.prompt_style == "chat":
+            raise ValueError("prompt style 'chatml' is not this tokenizer's: it has a chat template of its own, 'chat'")
+        if style in ("chatml", "chat"):
             return self.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         return prompt if style == "raw" else f"Instruct: {prompt}\nOutput:"
+
+    def with_chat_template(self, choice: str) -> Tokenizer:
+        """The tokenizer that a run's setting `chat_template` asks for.
+
+        Args:
+            choice: "auto" keeps the model's own template and gives ChatML to a base model without one; "chatml" puts
+                ChatML in its place; "none" leaves a base model without; else the path of a .jinja file.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: for another choice, or a file that is no template.
+        """
+        require_template_choice(choice)
+        if choice == "none" and self.chat_template is not None:
+            raise ValueError("chat_template none is for a tokenizer without one, and this one brings one: use auto")
+        if choice == "none" or (choice == "auto" and self.chat_template is not None):
+            return self
+        if choice == "chatml" and self.chat_template == CHATML_TEMPLATE:
+            return self
+        changed = self.with_chatml() if choice in TEMPLATE_CHOICES else self._with_template_file(Path(choice))
+        replaced = "given to a base model without one" if self.chat_template is None else "in place of the model's own"
+        changed.template_origin = f"{changed.template_origin}, {replaced}"
+        return changed
+
+    def _with_template_file(self, path: Path) -> Tokenizer:
+        from phi2 import template
+
+        source = read_text(path)
+        if not source.strip():
+            raise ValueError(f"{path}: an empty chat template")
+        try:
+            spelled = set(LOOKS_SPECIAL.findall(template.literals(source)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        changed = Tokenizer(self.backend, self._config, source, str(path), self._ends)
+        changed.template_origin = str(path)
+        for token in sorted(spelled):
+            if self.token_id(token) is None:
+                warnings.warn(
+                    f"{path} writes {token!r}, which is no token of this vocabulary: the model reads it as"
+                    f" {len(self.encode(token))} tokens of text",
+                    stacklevel=3,
+                )
+        return changed
+
+    def with_stop_ids(self, stop_ids: Iterable[int]) -> Tokenizer:
+        """A copy that ends a reply at these ids too."""
+        copy = Tokenizer(self.backend, self._config, self.chat_template, stop_ids=self._ends.union(stop_ids))
+        copy.template_origin = self.template_origin
+        return copy
 
     def with_chatml(self) -> Tokenizer:
         """A copy that speaks ChatML: `<|im_start|>` opens a turn, `<|im_end|>` ends it and pads, at the next free ids.
@@ -165,12 +327,15 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens([IM_START, IM_END])
         config = {**self._config, "bos_token": IM_START, "eos_token": IM_END, "pad_token": IM_END}
-        return Tokenizer(backend, config, CHATML_TEMPLATE)
+        tokenizer = Tokenizer(backend, config, CHATML_TEMPLATE, stop_ids=self._ends)
+        tokenizer.template_origin = "ChatML"
+        return tokenizer
 
     def save(self, folder: str | Path) -> None:
         """Writes the files `from_folder` and transformers' AutoTokenizer read, each whole or not at all.
 
-        The template is written twice: transformers 5 looks for `chat_template.jinja`, early 4.x in the config.
+        The template is written twice: transformers 5 looks for `chat_template.jinja`, early 4.x in the config. Ids that
+        end a text and that no file of a tokenizer can tell stand in `generation_config.json`, whose other keys stay.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,110 +346,56 @@ class Tokenizer:
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         else:
             config["chat_template"] = self.chat_template
-            _write_whole(folder / "chat_template.jinja", self.chat_template)
-        _write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        _write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+            write_whole(folder / "chat_template.jinja", self.chat_template)
+        write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)  # an older one would win over the config
+        self._save_stop_ids(folder / "generation_config.json")
 
-
-class StreamDecoder:
-    """Turns ids that arrive one at a time into text that never ends inside a character.
-
-    The pieces of `step` and the one of `flush`, joined, are what `decode` makes of all the ids.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
-        self.backend, self._skip = backend, skip_special_tokens
-        self._restart()
-
-    def _restart(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=self._skip)
-        self._held: list[int] = []  # ids since the last text that came out
-
-    def step(self, token_id: int) -> str:
-        """The text that `token_id` completes; "" while a character is still missing bytes."""
-        self._held.append(token_id)
-        text = self._stream.step(self.backend, token_id)
-        if text is None:
-            return ""
-        self._held.clear()
-        return text
-
-    def flush(self) -> str:
-        """What is still held, an unfinished character as U+FFFD; the decoder then starts afresh."""
-        text = self.backend.decode(self._held, skip_special_tokens=self._skip)
-        self._restart()
-        return text
-
-
-def _special_tokens(config: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The special tokens that are set; transformers writes each as plain text or as the fields of an added token."""
-    special = {"eos_token": END_OF_TEXT}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(text, str):
-            raise ValueError(f"{where}: {name} must be text or hold it under 'content', got {short_repr(value)}")
-        if text is not None:
-            special[name] = text
-    return special
-
-
-def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """`chat_template.jinja`, else the config's template, which is one string or a list of named ones."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({one_line(error)})") from error
-    template = config.get("chat_template")
-    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default", template)
-    if template is not None and not isinstance(template, str):
-        rule = "chat_template must be text or a list with one named 'default'"
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: {rule}, got {short_repr(template)}")
-    return template
-
-
-def _run_template(source: str, **variables: Any) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return _compile_template(source).render(**variables)
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"chat template: {one_line(error)}") from error
+    def _save_stop_ids(self, path: Path) -> None:
+        told = {self.eos_id, self.token_id(END_OF_TEXT), self.token_id(IM_END)}
+        if path.exists() or not self.stop_ids <= told:
+            ids = sorted(token_id for token_id in self.stop_ids if token_id < len(self))
+            content = (read_json(path) if path.exists() else {}) | {"eos_token_id": ids}
+            write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 @lru_cache(maxsize=8)
-def _compile_template(source: str):
-    """The template in jinja2's sandbox, with the names and tags transformers gives to chat templates."""
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for a loss mask; rendering leaves its content as it is."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str):
-        raise TemplateError(message)
-
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
+def _turn_end(tokenizer: Tokenizer, chat_template: str | None) -> int | None:
+    """The token that a template puts behind the assistant's words, if it is one."""
+    if chat_template is None:
+        return None
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        _, found, rest = tokenizer.render([question, answer]).rpartition("answer")
+    except ValueError:  # it wants another conversation; rendering one says what is wrong
+        return None
+    end = _added_token(tokenizer).match(rest.lstrip()) if found else None
+    return tokenizer.token_id(end[0]) if end else None
+
+
+def _added_token(tokenizer: Tokenizer) -> re.Pattern:
+    added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+    visible = sorted((text for text in added if text.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, visible)) or "(?!)")
+
+
+@lru_cache(maxsize=8)
+def _special_text(tokenizer: Tokenizer, chat_template: str | None) -> SpecialText:
+    """Knows the special tokens, and what else of the added ones ends a text or is written by the template."""
+    from phi2 import template
+
+    written = "" if chat_template is None else template.literals(chat_template)
+    added = tokenizer.backend.get_added_tokens_decoder().items()
+    tokens = [
+        token.content
+        for token_id, token in added
+        if token.special or (token.content.strip() and (token.content in written or token_id in tokenizer.stop_ids))
+    ]
+    return SpecialText(tokenizer.backend, tokens)
+
+
+def require_template_choice(choice: str) -> None:
+    """Raises ValueError unless `choice` may stand after `chat_template`."""
+    if choice not in TEMPLATE_CHOICES and not choice.endswith(".jinja"):
+        raise ValueError(f"chat_template must be auto, chatml, none or the path of a .jinja file, got {choice!r}")

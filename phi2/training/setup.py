@@ -131,7 +131,7 @@ def check_sample_prompts(config: TrainingConfig, model: Phi2ForCausalLM, tokeniz
         ValueError: for a prompt that is empty or longer than the context.
     """
     for prompt in config.sample_prompts:
-        check_prompt(tokenizer.encode(tokenizer.render_prompt(prompt, tokenizer.prompt_style)), model.config)
+        check_prompt(tokenizer.encode_prompt(prompt, tokenizer.prompt_style), model.config)
 
 
 def windows_of(config: TrainingConfig, samples: int) -> Windows:
@@ -173,7 +173,7 @@ def finish(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer)
     """Writes the result of the run, in the compute dtype, and its model card."""
     run = Path(config.output)
     weights_saver(config, model, tokenizer, compute_dtype(config))(run)
-    write_card(run, config, last_metrics(run))
+    write_card(run, config, last_metrics(run), tokenizer.template_origin)
 
 
 def write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, step: int) -> None:

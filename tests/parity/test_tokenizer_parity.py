@@ -93,6 +93,39 @@ def test_other_templates_render_equally(shared, conversations, template):
     assert [ours.render(c) for c in conversations[:3]] == expected
 
 
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("told", [{"pad_token": "!"}, {"pad_token": {"content": "!"}, "eos_token": "a"}, {}])
+def test_a_special_tokens_map_decides_as_in_transformers(shared, tmp_path, described, told):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((shared / "tokenizer/phi-2" / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    decoder = config.pop("added_tokens_decoder", {})
+    config |= {"eos_token": "<|endoftext|>", "pad_token": "#"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | ({"added_tokens_decoder": decoder} if described else {}))
+    )
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(told))
+    ours, theirs = twins(tmp_path)
+    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
+def test_added_tokens_that_only_the_config_describes_are_added_as_in_transformers(shared, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((shared / "tokenizer/phi-2/tokenizer.json").read_bytes())
+    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    described = {"50295": {"content": "<|im_start|>", **plain}, "50296": {"content": "<|im_end|>", **plain}}
+    described["50297"] = {"content": "<tool>", **plain, "normalized": True, "special": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": described,
+        "eos_token": "<|im_end|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = twins(tmp_path)
+    text = "<|im_start|>user\na <tool> b<|im_end|>"
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert (ours.eos_id, len(ours)) == (theirs.eos_token_id, len(theirs)) == (50296, 50298)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Twins:
     """Phi-2's tokenizer after `with_chatml`, and what transformers reads from the folder it was saved in."""
