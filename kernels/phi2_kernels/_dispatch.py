@@ -21,7 +21,7 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 default_impl = os.environ.get("PHI2_IMPL", "auto")  # what "auto" stands for
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAZY = {"triton": "triton", "tl": "triton.language"}
-_HAS_TRITON = find_spec("triton") is not None  # looked up here: torch.compile of torch 2.11 cannot trace a search for it
+_HAS_TRITON = find_spec("triton") is not None  # here: torch.compile of torch 2.11 traces no search
 
 
 def __getattr__(name: str) -> Any:
