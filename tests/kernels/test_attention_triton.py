@@ -104,6 +104,8 @@ def test_layouts_equal_a_dense_mask(layout, device, poison):
 @pytest.mark.parametrize("rows", [[], [LAYOUTS["two pairs"]]], ids=["causal", "pairs"])
 @pytest.mark.parametrize("M, N", [(16, 64), (64, 16), (32, 128), (128, 32)])
 def test_blocks_need_not_be_square(M, N, rows, device, poison, monkeypatch):
+    if device == "cuda" and M * N > 1024:
+        pytest.skip("a float32 tile of this size spills, and takes a minute to compile")
     launch = Launch(M, N, num_warps=4, num_stages=1)
     monkeypatch.setattr(attention_tiles_triton, "FLOAT32", {"forward": launch, "dkdv": launch, "dq": launch})
     check(*make_qkv(70, device=device), make_visibility(70, 70, *rows, device=device))
