@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from phi2.hub import resolve
 from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
-from phi2.weights import load, load_config, save_pretrained
+from phi2.peft_files import resized
+from phi2.weights import load, save_pretrained
 
 
 def merge_adapter(model: str, adapter: str, output: str, dtype: str | None = None) -> Path:
@@ -23,14 +23,14 @@ def merge_adapter(model: str, adapter: str, output: str, dtype: str | None = Non
         model: folder or hub id of the base the adapter was trained on.
         adapter: folder or hub id of the adapter, in PEFT's format.
         output: folder to write; it must be empty or new.
-        dtype: float32, bfloat16 or float16; unset, that of the base.
+        dtype: float32, bfloat16 or float16; unset, each weight keeps that of the base's file.
 
     Raises:
         FileNotFoundError, ValueError: when something cannot be read, does not fit, or `output` is not empty.
     """
-    merged, tokenizer = load(model, "cpu", torch.float32, adapter=adapter)
+    merged, tokenizer = load(model, "cpu", None if dtype is None else torch.float32, adapter=adapter)
     merge(merged)
-    save_pretrained(merged, tokenizer, output, dtype=dtype or load_config(resolve(model)).dtype)
+    save_pretrained(merged, tokenizer, output, dtype=dtype)
     return Path(output)
 
 
@@ -42,7 +42,7 @@ def convert(
     Args:
         model: folder or hub id.
         output: folder to write; it must be empty or new.
-        dtype: float32, bfloat16 or float16; unset, as it is.
+        dtype: float32, bfloat16 or float16; unset, each weight as it is in the file.
         vocab_size: rows of the embedding and of the head; new ones are the mean of the others. Unset, as it is.
         add_chatml: give the tokenizer <|im_start|>, <|im_end|> and the ChatML template, in rows that are free.
 
@@ -50,7 +50,7 @@ def convert(
         FileNotFoundError, ValueError: when something cannot be read, the vocabulary would not hold the tokenizer's ids,
             or `output` is not empty.
     """
-    converted, tokenizer = load(model, "cpu", dtype or load_config(resolve(model)).dtype)
+    converted, tokenizer = load(model, "cpu", dtype)
     if add_chatml:
         tokenizer = tokenizer.with_chatml()
     rows = converted.config.vocab_size if vocab_size is None else vocab_size
@@ -66,12 +66,7 @@ def resize_vocabulary(model: Phi2ForCausalLM, rows: int) -> None:
     """Gives the embedding and the head this many rows, dropping the last ones or adding means of the others."""
     embedding, head = model.model.embed_tokens, model.lm_head
     embedding.weight, head.weight, head.bias = (
-        nn.Parameter(_with_rows(tensor, rows)) for tensor in (embedding.weight, head.weight, head.bias)
+        nn.Parameter(resized(tensor, rows)) for tensor in (embedding.weight, head.weight, head.bias)
     )
     embedding.num_embeddings = head.out_features = rows
     model.config = model.model.config = replace(model.config, vocab_size=rows)
-
-
-def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    added = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
-    return torch.cat([tensor[:rows], added.expand(max(rows - len(tensor), 0), *tensor.shape[1:])])

@@ -23,6 +23,7 @@ NEEDED_FILES = {
         "model.safetensors.index.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "special_tokens_map.json",
         "chat_template.jinja",
         "adapter_config.json",
         "adapter_model.safetensors",

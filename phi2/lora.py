@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from phi2_kernels.gemv import linear
+
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,33 @@ class LoraConfig:
     """Other ranks for some layers: regular expression for the end of a name -> r; the first that matches counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other lora_alpha for some layers, chosen like rank_pattern."""
+    exclude_modules: tuple[str, ...] | str | None = None
+    """Of the targeted layers these are left alone: endings of names, or one regular expression for whole names."""
+    layers_to_transform: tuple[int, ...] | int | None = None
+    """Only blocks of these numbers, counted from 0, are adapted; null for all."""
+    layers_pattern: tuple[str, ...] | str | None = None
+    """Name of the list of blocks that layers_to_transform counts; null for the first number in a name."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         whole, positive = "a positive whole number", "a positive number"
         _check("r", self.r, _is_rank, whole)
         _check("lora_alpha", self.lora_alpha, _is_alpha, positive)
         _check("lora_dropout", self.lora_dropout, lambda p: _is_number(p) and 0 <= p < 1, "a probability in [0, 1)")
         _check("target_modules", self.target_modules, _are_targets, "a list of names or one regular expression")
         _check("use_rslora", self.use_rslora, lambda v: isinstance(v, bool), "true or false")
+        names = "a list of names or one regular expression"
+        _check("exclude_modules", self.exclude_modules, lambda v: not v or _are_targets(v), names)
+        _check("layers_pattern", self.layers_pattern, lambda v: not v or _are_targets(v), names)
+        _check("layers_to_transform", self.layers_to_transform, _are_layers, "a number of a block, or a list of them")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern {self.layers_pattern} needs layers_to_transform, got none")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform needs target_modules as a list of names, got {self.target_modules!r}"
+            )
         for name, is_value, rule in (("rank_pattern", _is_rank, whole), ("alpha_pattern", _is_alpha, positive)):
             patterns = getattr(self, name)
             _check(name, patterns, lambda v: isinstance(v, Mapping), "a mapping from patterns to numbers")
@@ -124,7 +143,7 @@ class LoraLinear(nn.Linear):
         Raises:
             ValueError: when the sum is not finite in the dtype of the weight, which then stays as it was.
         """
-        total = (self.lora_B.weight.float() @ self.lora_A.weight.float()).mul_(self.scaling).add_(self.weight)
+        total = (self.lora_B.weight.float() @ self.lora_A.weight.float()).mul_(self.scaling) + self.weight
         total = total.to(self.weight.dtype)
         if not total.isfinite().all():
             raise ValueError(f"weight and adapter add up to numbers that are not finite in {total.dtype}")
@@ -169,13 +188,37 @@ def insert(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the layers that `config.target_modules` chooses, in the model's order."""
+    """Names of the layers that a config chooses, in the model's order.
+
+    Source: peft 0.21, `tuners_utils.check_target_module_exists`.
+    """
+    excluded = config.exclude_modules or ()
+    return [n for n in _targeted(model, config) if not _is_named(n, excluded) and _is_in_chosen_block(n, config)]
+
+
+def _targeted(model: nn.Module, config: LoraConfig) -> list[str]:
+    """What `target_modules` alone chooses."""
     targets, linears = config.target_modules, _linear_names(model)
-    if not isinstance(targets, str):
-        return [name for name in linears if any(_ends_with(name, target) for target in targets)]
-    if targets.lower() == "all-linear":
-        return [name for name in linears if name != "lm_head"]
-    return [name for name in linears if re.fullmatch(targets, name)]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return [name for name in linears if name != HEAD]
+    return [name for name in linears if _is_named(name, targets)]
+
+
+def _is_named(name: str, names: tuple[str, ...] | str) -> bool:
+    """By one regular expression for the whole name, or by endings of it."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(_ends_with(name, ending) for ending in names)
+
+
+def _is_in_chosen_block(name: str, config: LoraConfig) -> bool:
+    """Whether layers_to_transform lets a layer pass; a layer that is targeted by its whole name always does."""
+    chosen, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]*"
+    if chosen is None or chosen == () or name in config.target_modules:
+        return True
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    found = next(filter(None, (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)), None)
+    return found is not None and int(found[1]) in ((chosen,) if isinstance(chosen, int) else chosen)
 
 
 @contextmanager
@@ -259,10 +302,29 @@ def _refuse_unmatched(model: nn.Module, config: LoraConfig, names: list[str]) ->
         raise ValueError(
             f"target_modules {', '.join(unmatched)} match no linear layer{hint}; layers end in {', '.join(endings)}"
         )
+    _refuse_unused_restrictions(model, config)
     for field_name in ("rank_pattern", "alpha_pattern"):
         unused = [p for p in getattr(config, field_name) if not any(_pattern_matches(p, name) for name in names)]
         if unused:
             raise ValueError(f"{field_name} {', '.join(unused)} match no targeted layer, such as {names[0]}")
+
+
+def _refuse_unused_restrictions(model: nn.Module, config: LoraConfig) -> None:
+    """Likewise every name that is left alone, and every block that is chosen."""
+    targeted, excluded = _targeted(model, config), config.exclude_modules or ()
+    for pattern in _as_tuple(excluded):
+        if not any(_is_named(name, pattern if isinstance(excluded, str) else (pattern,)) for name in targeted):
+            raise ValueError(f"exclude_modules {pattern} match no targeted layer, such as {targeted[0]}")
+    for layer in _as_tuple(config.layers_to_transform):
+        alone = replace(config, layers_to_transform=layer)
+        if not any(
+            _is_in_chosen_block(name, alone) for name in targeted if name not in _as_tuple(config.target_modules)
+        ):
+            raise ValueError(f"layers_to_transform {layer} match no targeted layer, such as {targeted[0]}")
+
+
+def _as_tuple(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -296,6 +358,10 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     return _is_number(value) and value > 0
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int and layer >= 0 for layer in _as_tuple(value))
 
 
 def _are_targets(value: Any) -> bool:

@@ -3,14 +3,16 @@
 The key of a tensor is `base_model.model.` and the parameter's name. An adapter on `lm_head` brings the head's own
 weight and bias along (`lm_head.base_layer.*`), because peft's users often resize the vocabulary before they train one.
 The metadata of the safetensors file, which peft does not look at, tells the base it was trained on (`same_base.py`).
-Everything else that peft can put in such a folder and that would change the result (DoRA, PiSSA, whole modules, ...) is
-refused by name.
+A whole embedding or head (peft's `modules_to_save`, or what a resized vocabulary leaves) takes the place of the
+model's. Everything else that peft can put in such a folder and that would change the result (DoRA, PiSSA, ...) is
+refused by name, and what we do not know is named.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from phi2.same_base import is_same_base, sample_of_base
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+_SAVED_COPY = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.(weight|bias)$)")  # beside it stands what it was copied from
 BASE_SAMPLE = "phi2_base_sample"  # key of the metadata
 HEAD = "lm_head"
 HEAD_WEIGHT, HEAD_BIAS = f"{HEAD}.base_layer.weight", f"{HEAD}.base_layer.bias"
@@ -37,17 +40,14 @@ ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     # Other ways to begin (pissa, olora, corda, loftq, lora_ga) change the base weight too, which is not in the folder.
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
 MUST_BE_OFF = (
     "use_dora",
     "lora_bias",
     "fan_in_fan_out",
-    "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
-    "exclude_modules",
-    "layers_to_transform",
     "layer_replication",
     "alora_invocation_tokens",
     "use_qalora",
@@ -58,10 +58,14 @@ MUST_BE_OFF = (
     "monteclora_config",
     "megatron_config",
 )
-OTHER_TENSORS = {  # features that only show in the weights
-    "model.embed_tokens.lora_embedding_A": "LoRA on embed_tokens",
-    "model.embed_tokens.weight": "a whole embed_tokens, saved because the vocabulary was resized",
-}
+WITHOUT_EFFECT = (  # on what an adapter computes, unless a field above is on
+    "alora_invocation_tokens auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config"
+    " inference_mode loftq_config lora_ga_config megatron_core modules_to_save peft_version qalora_group_size revision"
+    " runtime_config task_type"
+).split()
+OTHER_TENSORS = {"model.embed_tokens.lora_embedding_A": "LoRA on embed_tokens"}  # a feature that only shows here
+EMBEDDING = "model.embed_tokens.weight"
+WHOLE = {"lm_head": (f"{HEAD}.weight", f"{HEAD}.bias"), "embed_tokens": (EMBEDDING,)}  # what peft may save as it is
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: str) -> None:
@@ -73,10 +77,12 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
         base_model_name_or_path: what the adapter was trained on, for whoever loads it.
 
     Raises:
-        ValueError: when the model has no adapter, or `folder` is a file.
+        ValueError: when the model has no adapter, or one that brought parts of its own; or `folder` is a file.
     """
     if not has_adapter(model):
         raise ValueError("the model has no adapter to save")
+    if getattr(model, "brought_by_adapter", ()):
+        raise ValueError(f"the adapter brought its own {', '.join(model.brought_by_adapter)}: merge it into its base")
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder}: must be a folder, and is a file")
@@ -112,10 +118,10 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
 
     Warns when the adapter was trained on other weights, where `save_adapter` wrote it.
 
-    When the adapter brings its own `lm_head`, that head replaces the model's. If it has another number of rows, the
-    vocabulary is resized to it, with a warning. Fewer rows: the last embeddings are dropped, as peft's user did before
-    training (51200 to 50297 for ChatML on Phi-2). More rows: the added embeddings become the mean of the others, as
-    transformers starts them; their exact values are not in the folder.
+    When the adapter brings its own `lm_head` or `embed_tokens`, they replace the model's. If they have another number
+    of rows, the vocabulary is resized to it, with a warning where one of the two is not in the folder. Fewer rows: its
+    last rows are dropped, as peft's user did before training (51200 to 50297 for ChatML on Phi-2). More rows: the added
+    ones become the mean of the others, as transformers starts them; their exact values are not in the folder.
 
     Args:
         model: the `Phi2ForCausalLM` that the adapter was trained on, without an adapter.
@@ -134,13 +140,18 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
     raw, tensors = read_json(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
     _refuse_other_features(raw, tensors, folder)
     config = _config_of(raw, folder / CONFIG_FILE)
-    names = target_names(model, config)
+    names = [name for name in target_names(model, config) if name.rpartition(".")[2] not in _saved(raw)]
     if not names:
         raise ValueError(f"{folder / CONFIG_FILE}: target_modules {raw['target_modules']} match no layer of the model")
-    _check_tensors(tensors, _expected_shapes(model, config, names, tensors), folder / WEIGHTS_FILE)
+    whole = [name for part, group in WHOLE.items() for name in group if name in tensors or part in _saved(raw)]
+    if whole and trainable:
+        raise ValueError(f"{folder}: brings its own {', '.join(whole)}, not to be trained on: merge it into its base")
+    _check_tensors(tensors, _expected_shapes(model, config, names, tensors, whole), folder / WEIGHTS_FILE)
     _warn_of_another_base(model, folder, raw)
-    if HEAD_WEIGHT in tensors:
-        _replace_head(model, tensors.pop(HEAD_WEIGHT), tensors.pop(HEAD_BIAS), folder)
+    given = {n.replace(".base_layer", ""): tensors.pop(n) for n in (*whole, HEAD_WEIGHT, HEAD_BIAS) if n in tensors}
+    if given:
+        _replace_vocabulary(model, given, folder)
+    model.brought_by_adapter = tuple(whole)
     insert(model, config, names)
     for name, parameter in adapter_state(model).items():
         parameter.copy_(tensors[name])
@@ -191,7 +202,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    tensors = {key: tensor for key, tensor in tensors.items() if ".original_module." not in key}
+    return {_SAVED_COPY.sub("", key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
 
 
 def _warn_of_another_base(model: nn.Module, folder: Path, raw: dict[str, Any]) -> None:
@@ -203,13 +215,23 @@ def _warn_of_another_base(model: nn.Module, folder: Path, raw: dict[str, Any]) -
 
 
 def _refuse_other_features(raw: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Whatever we would compute otherwise than peft does, all of it in one line; unknown fields pass."""
+    """Whatever we would compute otherwise than peft does, all of it in one line; what we do not know is named."""
     refused = [f"{key} {raw[key]!r}" for key, allowed in ALLOWED.items() if raw.get(key, allowed[0]) not in allowed]
     refused += [f"{key} {raw[key]!r}" for key in MUST_BE_OFF if raw.get(key)]
+    refused += [f"modules_to_save {name!r}" for name in _saved(raw) if name not in WHOLE]
     for name, feature in OTHER_TENSORS.items():
         refused += [feature] if name in tensors else []
     if refused:
         raise ValueError(f"{folder}: not supported: {'; '.join(refused)} (merge this adapter into its base with peft)")
+    known = {*ALLOWED, *MUST_BE_OFF, *WITHOUT_EFFECT, *(f.name for f in fields(LoraConfig))}
+    unknown = [f"{key} {value!r}"[:80] for key, value in raw.items() if value and key not in known]
+    if unknown:
+        warnings.warn(f"{folder / CONFIG_FILE}: not read: {', '.join(unknown)}", stacklevel=3)
+
+
+def _saved(raw: dict[str, Any]) -> list[str]:
+    """The last parts of the names under `modules_to_save`."""
+    return [str(name).rpartition(".")[2] for name in raw.get("modules_to_save") or ()]
 
 
 def _config_of(raw: dict[str, Any], path: Path) -> LoraConfig:
@@ -223,15 +245,17 @@ def _config_of(raw: dict[str, Any], path: Path) -> LoraConfig:
 
 
 def _expected_shapes(
-    model: nn.Module, config: LoraConfig, names: list[str], tensors: dict[str, Tensor]
+    model: nn.Module, config: LoraConfig, names: list[str], tensors: dict[str, Tensor], whole: list[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of everything the weights file must hold."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    """Name and shape of everything the weights file must hold; the file decides how large the vocabulary is."""
+    given = next((tensors[name] for name in (*whole, HEAD_WEIGHT) if name in tensors), None)
+    vocabulary = model.lm_head.weight.shape[:1] if given is None else given.shape[:1]
+    columns = model.lm_head.in_features
+    shapes = {name: (*vocabulary,) if name.endswith("bias") else (*vocabulary, columns) for name in whole}
     for name in names:
         linear, r = model.get_submodule(name), config.rank(name)
-        rows = (linear.out_features,)
+        rows = vocabulary if name == HEAD else (linear.out_features,)
         if name == HEAD and HEAD_WEIGHT in tensors:
-            rows = tensors[HEAD_WEIGHT].shape[:1]  # the head in the file decides how large the vocabulary is
             shapes |= {HEAD_WEIGHT: (*rows, linear.in_features), HEAD_BIAS: (*rows,)}
         shapes |= {f"{name}.lora_A.weight": (r, linear.in_features), f"{name}.lora_B.weight": (*rows, r)}
     return shapes
@@ -256,22 +280,29 @@ def _some(items: list[str], most: int = 4) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _replace_head(model: nn.Module, weight: Tensor, bias: Tensor, folder: Path) -> None:
-    """Gives the model this `lm_head`, and the embedding as many rows."""
-    head = model.lm_head
-    if len(weight) != model.config.vocab_size:
-        _resize_embedding(model, len(weight), folder)
-    head.out_features = len(weight)
-    head.weight = nn.Parameter(weight.to(head.weight, copy=True))
-    head.bias = nn.Parameter(bias.to(head.bias, copy=True))
-
-
-def _resize_embedding(model: nn.Module, rows: int, folder: Path) -> None:
-    had, embedding = model.config.vocab_size, model.model.embed_tokens
+def _replace_vocabulary(model: nn.Module, given: dict[str, Tensor], folder: Path) -> None:
+    """Gives the model this embedding or head or both, and as many rows to what is not given."""
+    rows, had = len(next(iter(given.values()))), model.config.vocab_size
+    for name in (EMBEDDING, f"{HEAD}.weight", f"{HEAD}.bias"):
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        old = getattr(module, attribute).detach()
+        if name in given:
+            setattr(module, attribute, nn.Parameter(given[name].to(old, copy=True)))
+        elif rows != had:
+            setattr(module, attribute, nn.Parameter(resized(old, rows)))
+            if attribute == "weight":
+                _warn_of_resizing(folder, "embeddings" if name == EMBEDDING else "rows of the head", rows, had)
+    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = rows
     model.config = model.model.config = replace(model.config, vocab_size=rows)
-    what = "the last embeddings are dropped" if rows < had else "the added embeddings are the mean of the others"
-    warnings.warn(f"{folder}: trained with {rows} vocabulary rows, the model has {had}: {what}", stacklevel=4)
-    old = embedding.weight.detach()
-    added = old.float().mean(0, keepdim=True).to(old).expand(max(rows - had, 0), -1)
-    embedding.weight = nn.Parameter(torch.cat((old[:rows], added)))  # (rows, C)
-    embedding.num_embeddings = rows
+
+
+def resized(old: Tensor, rows: int) -> Tensor:
+    """The first `rows` rows; those that are new are the mean of all the old ones."""
+    added = old.float().mean(0, keepdim=True).to(old).expand(max(rows - len(old), 0), *old.shape[1:])
+    return torch.cat((old[:rows], added))
+
+
+def _warn_of_resizing(folder: Path, what: str, rows: int, had: int) -> None:
+    told = f"the last {what} are dropped" if rows < had else f"the added {what} are the mean of the others"
+    warnings.warn(f"{folder}: trained with {rows} vocabulary rows, the model has {had}: {told}", stacklevel=5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import load_adapter, require_adapter
 from phi2.quantize import quantize_model
 from phi2.tokenizer import Tokenizer
+from phi2.tokenizer_files import read_stop_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT_FORMATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
@@ -50,7 +52,7 @@ class StoredTensor(NamedTuple):
 def load(
     path_or_id: str | Path,
     device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
     revision: str | None = None,
     adapter: str | Path | None = None,
     quantize: str | None = None,
@@ -60,7 +62,7 @@ def load(
     Args:
         path_or_id: folder, hub id, or "nano".
         device: "auto" (CUDA where there is one, else the CPU) or a torch device.
-        dtype: see `pick_dtype`.
+        dtype: see `pick_dtype`; None keeps every tensor as it is stored, for a model that is only saved again.
         revision: branch, tag or commit of a hub repository.
         adapter: folder or hub id of a LoRA adapter in PEFT's format, attached to the model. A tokenizer beside it is
             the one it was trained with, and is used in place of the model's.
@@ -92,7 +94,7 @@ def load(
 
 
 def load_tokenizer(folder: Path, adapter: Path | None = None) -> Tokenizer:
-    """The tokenizer an adapter was trained with, where its folder holds one, else the model's.
+    """The tokenizer an adapter was trained with, where its folder holds one, else the model's. All ends of both count.
 
     Raises:
         FileNotFoundError: when there is no tokenizer, or no adapter in its folder.
@@ -101,7 +103,10 @@ def load_tokenizer(folder: Path, adapter: Path | None = None) -> Tokenizer:
     if adapter is None:
         return Tokenizer.from_folder(folder)
     require_adapter(adapter)
-    return Tokenizer.from_folder(adapter if (adapter / "tokenizer.json").is_file() else folder)
+    if not (adapter / "tokenizer.json").is_file():
+        return Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(adapter)
+    return tokenizer.with_stop_ids(read_stop_ids(folder, len(tokenizer)))
 
 
 def load_config(folder: str | Path) -> Phi2Config:
@@ -120,20 +125,20 @@ def load_config(folder: str | Path) -> Phi2Config:
 
 
 def load_model(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+    folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = "auto"
 ) -> Phi2ForCausalLM:
     """Loads the weights of a folder into a new model in eval mode, every parameter trainable.
 
     The vocabulary size is the number of embedding rows (Phi-2 has 51200, ChatML fine-tunes often 50297), whatever
     `config.json` says. Parameters are copies, never views of the file, so the file may be replaced while the model
-    lives. Peak memory is the weights and one tensor.
+    lives. Peak memory is the weights and one tensor. A dtype of None keeps that of each tensor.
 
     Raises:
         FileNotFoundError: when a file is missing.
         ValueError: when a file is damaged, of an older layout, or its tensors are not this model's.
     """
     folder, device = Path(folder), pick_device(device)
-    dtype = pick_dtype(dtype, device)
+    dtype = None if dtype is None else pick_dtype(dtype, device)
     config = load_config(folder)
     stored = _stored_tensors(folder)
     _refuse_older_layouts(folder, stored)
@@ -161,7 +166,7 @@ def save_pretrained(
 
     Args:
         max_shard_size: bytes, or text such as "5GB"; a larger model becomes several files and an index.
-        dtype: of the stored weights; None keeps the model's.
+        dtype: of the stored weights; None keeps that of each.
         overwrite: replace a folder that already holds a model, once the new one is complete.
 
     Raises:
@@ -175,15 +180,15 @@ def save_pretrained(
         raise ValueError(
             "the model is quantised: this layout holds floating-point weights only, save it before quantising"
         )
-    dtype = model.dtype if dtype is None else _named_dtype(dtype)
+    dtypes = {name: tensor.dtype if dtype is None else _named_dtype(dtype) for name, tensor in state.items()}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    config = replace(model.config, **ids, dtype=str(dtype).removeprefix("torch."))
+    config = replace(model.config, **ids, dtype=str(_most_common(state, dtypes)).removeprefix("torch."))
     generation = {**ids, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     with _complete_or_absent(Path(folder), overwrite) as unfinished:
         _write_json(unfinished / "config.json", config.to_dict())
-        _save_tensors(state, unfinished, max_shard_size, dtype)
-        _write_json(unfinished / "generation_config.json", generation)
+        _save_tensors(state, unfinished, max_shard_size, dtypes)
         tokenizer.save(unfinished)
+        _write_json(unfinished / "generation_config.json", generation)  # with ends that the tokenizer has no token for
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -259,7 +264,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         return {name: StoredTensor(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def _read(name: str, path: Path, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read(name: str, path: Path, device: torch.device, dtype: torch.dtype | None) -> Tensor:
     """One tensor, copied. The file is opened anew for each: pages of a mapping count as ours until it is closed."""
     with _damage_named(path), safe_open(path, framework="pt") as file:
         return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
@@ -304,13 +309,23 @@ def _listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _save_tensors(state: dict[str, Tensor], folder: Path, max_shard_size: int | str, dtype: torch.dtype) -> None:
+def _most_common(state: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The dtype that most of the numbers have."""
+    numbers = Counter[torch.dtype]()
+    for name, tensor in state.items():
+        numbers[dtypes[name]] += tensor.numel()
+    return numbers.most_common(1)[0][0]
+
+
+def _save_tensors(
+    state: dict[str, Tensor], folder: Path, max_shard_size: int | str, dtypes: dict[str, torch.dtype]
+) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
+    sizes = {name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta") for name, tensor in state.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
-        shard = {name: state[name].to(device="cpu", dtype=dtype).contiguous() for name in names}
+        shard = {name: state[name].to(device="cpu", dtype=dtypes[name]).contiguous() for name in names}
         try:
             save_file(shard, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from phi2.convert import convert, merge_adapter
 from phi2.lora import LoraConfig, attach, lora_modules
@@ -46,6 +50,51 @@ def test_a_dtype_is_what_is_stored(tiny_phi, tmp_path):
     converted, _ = load(convert(str(tiny_phi), str(tmp_path / "half"), dtype="bfloat16"))
     assert converted.config.dtype == "bfloat16"
     assert torch.equal(converted.lm_head.weight, load(tiny_phi)[0].lm_head.weight.bfloat16().float())
+
+
+@pytest.fixture
+def mixed(make_phi, tmp_path):
+    """A checkpoint whose tensors have several dtypes, under a config.json that names another."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(make_phi(), folder)
+    file = folder / "model.safetensors"
+    dtypes = {"embed_tokens": torch.float16, "layernorm": torch.float32, "fc1": torch.float64}
+    state = {
+        name: tensor.to(next((dtype for part, dtype in dtypes.items() if part in name), torch.bfloat16))
+        for name, tensor in load_file(file).items()
+    }
+    save_file(state, file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32", "torch_dtype": "float32"}))
+    return folder, state
+
+
+def test_each_tensor_keeps_the_dtype_it_has_in_the_file(mixed, tmp_path):
+    folder, state = mixed
+    written = load_file(convert(str(folder), str(tmp_path / "again")) / "model.safetensors")
+    assert written.keys() == state.keys()
+    assert all(written[name].dtype == state[name].dtype and torch.equal(written[name], state[name]) for name in state)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"  # that of most numbers
+
+
+def test_other_rows_keep_the_dtypes_too(mixed, tmp_path):
+    folder, state = mixed
+    written = load_file(convert(str(folder), str(tmp_path / "again"), vocab_size=300) / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in written.items()} == {n: tensor.dtype for n, tensor in state.items()}
+
+
+def test_merging_rounds_once_to_each_dtype_and_leaves_the_other_tensors_alone(mixed, adapter, tmp_path):
+    folder, state = mixed
+    written = load_file(merge_adapter(str(folder), str(adapter[0]), str(tmp_path / "merged")) / "model.safetensors")
+    model, _ = load(folder, "cpu", None, adapter=adapter[0])
+    layers = lora_modules(model)
+    for name, tensor in written.items():
+        layer = layers.get(name.removesuffix(".weight"))
+        expected = state[name] if "lm_head" not in name else model.state_dict()[name]  # the adapter brings its own head
+        if layer is not None:
+            change = layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+            expected = (expected.float() + change).to(state[name].dtype)
+        assert tensor.dtype == state[name].dtype and torch.equal(tensor, expected), name
 
 
 @pytest.mark.parametrize("rows", [300, 259])

@@ -69,7 +69,8 @@ def reach(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty hub cache, and no hub."""
+    """An empty hub cache, and no hub; whatever the caller's environment says of being offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     reach(monkeypatch, "http://127.0.0.1:1")
     return tmp_path / "hub"

@@ -125,8 +125,8 @@ def test_every_unsupported_feature_is_named_in_one_line(saved, tmp_path):
         "use_dora": True,
         "bias": "lora_only",
         "init_lora_weights": "pissa_niter_4",
-        "modules_to_save": ["lm_head"],
-        "layers_to_transform": [0],
+        "modules_to_save": ["final_layernorm"],
+        "layer_replication": [[0, 1]],
         "trainable_token_indices": [1],
     }
     tensors = {**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(1)}
@@ -143,7 +143,7 @@ def test_every_unsupported_feature_is_named_in_one_line(saved, tmp_path):
         ("peft_type", "ADALORA"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
-        ("exclude_modules", ["fc1"]),
+        ("modules_to_save", ["input_layernorm"]),
         ("layer_replication", [[0, 1]]),
         ("alora_invocation_tokens", [1]),
         ("target_parameters", ["fc1.weight"]),
@@ -154,6 +154,12 @@ def test_every_unsupported_feature_is_named_in_one_line(saved, tmp_path):
 def test_each_unsupported_feature_is_refused(saved, tmp_path, key, value):
     folder = write_folder(tmp_path / "x", {**saved[1], key: value}, saved[2])
     with pytest.raises(ValueError, match=f"not supported: {key}"):
+        load_adapter(small_model(), folder)
+
+
+def test_a_field_that_nobody_knows_is_named(saved, tmp_path):
+    folder = write_folder(tmp_path / "x", {**saved[1], "use_whatever": True, "and_this": None}, saved[2])
+    with pytest.warns(UserWarning, match="not read: use_whatever True$"):
         load_adapter(small_model(), folder)
 
 

@@ -204,12 +204,87 @@ def test_what_peft_computes_otherwise_is_refused_by_name(also, tmp_path):
         load_adapter(base_pair()[0], tmp_path)
 
 
-def test_a_whole_embedding_beside_the_adapter_is_refused_by_name(tmp_path):
-    """What peft saves when the vocabulary was resized and lm_head is no target."""
+def resized_base(folder, rows):
+    """A base of 80 rows on disk, and peft's user's model: the same one with another number of rows."""
     _, hf = base_pair(vocab_size=80)
-    hf.save_pretrained(tmp_path / "base")
-    hf = PhiForCausalLM.from_pretrained(tmp_path / "base")
-    hf.resize_token_embeddings(67)
-    peft.get_peft_model(hf, peft.LoraConfig(r=2, target_modules=SIX)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="not supported: a whole embed_tokens"):
-        load_adapter(base_pair(vocab_size=80)[0], tmp_path / "adapter")
+    hf.save_pretrained(folder)
+    hf = PhiForCausalLM.from_pretrained(folder)
+    hf.resize_token_embeddings(rows, mean_resizing=False)
+    return hf
+
+
+def assert_loads_and_merges(ours, theirs, folder, ids=IDS):
+    load_adapter(ours, folder)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(ours(ids), expected, rtol=1e-5, atol=1e-5)
+        merge(ours)
+        torch.testing.assert_close(ours(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def trained(config, hf):
+    """peft's model with adapters, and modules that are saved whole, away from where they start."""
+    theirs = peft.get_peft_model(hf, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **config))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    return theirs.eval()
+
+
+RESTRICTED = {
+    "excluded by ending": dict(target_modules=SIX, exclude_modules=["layers.1.mlp.fc1", "layers.0.mlp.fc2"]),
+    "excluded by expression": dict(target_modules="all-linear", exclude_modules=r".*layers\.0\..*|.*fc2"),
+    "one block": dict(target_modules=SIX, layers_to_transform=1),
+    "blocks of a pattern": dict(target_modules=SIX, layers_to_transform=[0], layers_pattern="layers"),
+    "a whole name, and blocks": dict(target_modules=["lm_head", "fc1"], layers_to_transform=[1]),
+}
+
+
+@pytest.mark.parametrize("config", RESTRICTED.values(), ids=RESTRICTED)
+def test_restricted_adapters_go_both_ways(config, tmp_path):
+    ours, hf = base_pair()
+    theirs = trained(config, hf)
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(ours, tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours", "base")
+    back = peft.PeftModel.from_pretrained(base_pair()[1], tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert_loads_and_merges(base_pair()[0], theirs, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("config", RESTRICTED.values(), ids=RESTRICTED)
+def test_the_layers_chosen_are_pefts(config):
+    ours, hf = base_pair()
+    attach(ours, LoraConfig(**config))
+    theirs = peft.get_peft_model(hf, peft.LoraConfig(**config))
+    names = {name.removeprefix("base_model.model.") for name, _ in theirs.named_parameters() if "lora_A" in name}
+    assert {name.replace(".default", "") for name in names} == {
+        name for name in adapter_state(ours) if "lora_A" in name
+    }
+
+
+@pytest.mark.parametrize("rows", [80, 67, 91])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
+def test_modules_saved_whole_load_and_merge(saved, rows, tmp_path):
+    theirs = trained(dict(target_modules=SIX, modules_to_save=saved), resized_base(tmp_path / "base", rows))
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert_loads_and_merges(base_pair(vocab_size=80)[0], theirs, tmp_path / "adapter")
+
+
+def test_a_whole_embedding_that_a_resized_vocabulary_leaves_loads_and_merges(tmp_path):
+    theirs = trained(dict(target_modules=SIX), resized_base(tmp_path / "base", 67))
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert_loads_and_merges(base_pair(vocab_size=80)[0], theirs, tmp_path / "adapter")
+
+
+def test_a_part_saved_whole_is_not_trained_further_nor_lost_in_silence(tmp_path):
+    theirs = trained(dict(target_modules=SIX, modules_to_save=["lm_head"]), base_pair()[1])
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="brings its own lm_head.weight, lm_head.bias, not to be trained on"):
+        load_adapter(base_pair()[0], tmp_path, trainable=True)
+    ours = base_pair()[0]
+    load_adapter(ours, tmp_path)
+    with pytest.raises(ValueError, match="brought its own lm_head.weight, lm_head.bias: merge it"):
+        save_adapter(ours, tmp_path / "again", "base")
