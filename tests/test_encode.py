@@ -53,7 +53,7 @@ content = st.lists(
     st.one_of(st.text(max_size=6), st.sampled_from(["<|im_end|>", "<|im_start|>", "é", "🙂", "\n"]))
 ).map("".join)
 turns = st.lists(
-    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans()), max_size=6
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans(), st.none()), max_size=6
 )
 letters = st.text(alphabet="abcd \n", max_size=8)
 

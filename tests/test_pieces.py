@@ -57,7 +57,7 @@ def letters(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 content = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([IM_END, "<|im_start|>", "\n", " "]))).map("".join)
 messages = st.lists(
-    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans()), max_size=6
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans(), st.none()), max_size=6
 )
 
 

@@ -6,19 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi2.data.records import (
-    FORMATS,
-    KINDS,
-    Chat,
-    Message,
-    Origin,
-    Pair,
-    Plain,
-    RowError,
-    Unpaired,
-    detect_format,
-    parse_row,
-)
+from phi2.data.formats import FORMATS, detect_format, parse_row
+from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, RowError, Unpaired
 
 ORIGIN = Origin("data.jsonl", 17)
 ASK, YES, NO = Message("user", "Is 7 prime?"), Message("assistant", "Yes."), Message("assistant", "No.")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from phi2.data.encode import EncodeConfig, EncodedPair, EncodedSequence, encode_records
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record, parse_row
+from phi2.data.formats import parse_row
+from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record
 from phi2.tokenizer import CHATML_TEMPLATE, Tokenizer
 
 pytest.importorskip("trl")
