@@ -13,6 +13,7 @@ from typing import Any
 
 from phi2.data.records import Origin, RowError
 
+MAX_DEPTH = 50  # of what a row gives to the chat template; parameters of a tool are about ten deep
 NOT_READ, KEPT, IGNORED = "not read", "kept for the loss and reports", "ignored as asked"
 FATES = (NOT_READ, KEPT, IGNORED)  # of what a format does not read, in rows that are used
 
@@ -81,9 +82,9 @@ class Reading:
     def refused(self, rule: str, reason: str) -> RowError:
         return RowError(self.origin, rule, reason)
 
-    def unread(self, name: str, meaning: str) -> RowError:
+    def unread(self, name: str, meaning: str, where: str) -> RowError:
         """The error for a column or key that matters and is not read."""
-        reason = f"{name!r} ({meaning}) is not read here; a run that may do without it names it in ignore_columns"
+        reason = f"{name!r} ({meaning}) is not read {where}; a run that may do without it names it in ignore_columns"
         return RowError(self.origin, "not-read", reason)
 
     def left(self, row: Mapping[str, Any], prefix: str = "") -> Mapping[str, Any]:
@@ -114,7 +115,8 @@ def account(
         if name in read or not is_set(value):
             continue
         if name in COLUMNS and not _is_harmless(name, value, kept):
-            raise reading.unread(prefix + name, COLUMNS[name])
+            beside_texts = name in SYSTEM or name in VARIABLES
+            raise reading.unread(name, COLUMNS[name], "beside texts, only beside messages" if beside_texts else "here")
         reading.fates[prefix + name] = KEPT if name in kept else NOT_READ
 
 
@@ -135,12 +137,11 @@ def template_variables(row: Mapping[str, Any], reading: Reading) -> dict[str, An
     variables = {name: from_json(value, name, reading) for name, value in variables.items()}
     kwargs = variables.pop("chat_template_kwargs", {})
     if not isinstance(kwargs, Mapping):
-        raise reading.refused("bad-variables", f"chat_template_kwargs must be an object, got {type(kwargs).__name__}")
+        raise bad_value("chat_template_kwargs", "an object", kwargs, reading)
     for name, value in variables.items():
-        if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
-            raise reading.refused(f"bad-{name}", f"{name} must be a list of objects, got {str(value)[:40]!r}")
-    given = {**kwargs, **variables}
-    return {name: value for name, value in given.items() if is_set(value)} or None
+        require_objects(value, name, reading)
+    given = {**reading.left(kwargs, "chat_template_kwargs."), **variables}
+    return {name: require_plain(value, name, reading) for name, value in given.items() if is_set(value)} or None
 
 
 def from_json(value: Any, name: str, reading: Reading) -> Any:
@@ -150,4 +151,33 @@ def from_json(value: Any, name: str, reading: Reading) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise reading.refused(f"bad-{name.replace('_', '-')}", f"{name} is no JSON: {value[:40]!r}") from None
+        raise bad_value(name, "JSON", value, reading) from None
+
+
+def require_objects(value: Any, name: str, reading: Reading) -> None:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
+        raise bad_value(name, "a list of objects", value, reading)
+
+
+def bad_value(name: str, allowed: str, value: Any, reading: Reading) -> RowError:
+    return reading.refused(f"bad-{name.replace('_', '-')}", f"{name} must be {allowed}, got {str(value)[:40]!r}")
+
+
+def require_unicode(text: str, name: str, reading: Reading) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise reading.refused("bad-unicode", f"{name} holds half of a surrogate pair") from None
+    return text
+
+
+def require_plain(value: Any, name: str, reading: Reading, depth: int = 0) -> Any:
+    """A value for the chat template, unless no tokenizer could read its texts, or no template so deep a nesting."""
+    if depth > MAX_DEPTH:
+        raise reading.refused("too-deep", f"{name} holds lists and objects more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return require_unicode(value, name, reading)
+    parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    for part in parts if isinstance(parts, list | tuple) else ():
+        require_plain(part, name, reading, depth + 1)
+    return value

@@ -146,7 +146,7 @@ def _divided(
     if chosen == rejected:
         raise reading.refused("same-answers", "chosen and rejected are equal")
     if chosen[0].role == "assistant":
-        prompt += chosen[:shared]
+        prompt = _without_answer(prompt, (chosen, rejected)) + chosen[:shared]
     elif {_spoken(turn) for turn in prompt} <= {_spoken(turn) for turn in chosen[:shared]}:
         prompt = chosen[:shared]  # the answers carry the prompt in front, and the prompt's own column only repeats it
     elif prompt in (chosen, rejected):  # a column of messages that is one of the two dialogues
@@ -158,6 +158,14 @@ def _divided(
     for turns, name in zip((chosen, rejected), answers, strict=True):
         require_answers(turns[shared:], name, reading)
     return Pair(prompt, chosen[shared:], rejected[shared:], reading.origin, {})
+
+
+def _without_answer(prompt: Turns, answers: tuple[Turns, Turns]) -> Turns:
+    """The prompt alone, where its column holds one of the two dialogues whole."""
+    for answer in answers:
+        if [*map(_spoken, prompt[-len(answer) :])] == [*map(_spoken, answer)]:
+            return prompt[: -len(answer)]
+    return prompt
 
 
 def _shared_prefix(first: Turns, second: Turns) -> int:

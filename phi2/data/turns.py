@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from phi2.data.columns import IGNORED, KEYS, NOT_READ, TEMPLATE_KEYS, Reading, from_json, is_set
+from phi2.data.columns import (
+    IGNORED,
+    KEYS,
+    NOT_READ,
+    TEMPLATE_KEYS,
+    Reading,
+    bad_value,
+    from_json,
+    is_set,
+    require_objects,
+    require_plain,
+    require_unicode,
+)
 from phi2.data.records import Message, Turns
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
@@ -24,11 +36,7 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 def read_text(value: Any, name: str, reading: Reading) -> str:
     if not isinstance(value, str):
         raise reading.refused("not-text", f"{name} must be text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise reading.refused("bad-unicode", f"{name} holds half of a surrogate pair") from None
-    return value
+    return require_unicode(value, name, reading)
 
 
 def read_turns(value: Any, name: str, reading: Reading, speaker: str = "") -> Turns:
@@ -79,7 +87,7 @@ def _part(part: Any, name: str, reading: Reading) -> str:
         )
     for key, value in part.items():
         if key not in ("type", "text") and is_set(value):
-            _count(f"{name}.content.{key}", key, reading)
+            _count(key, f"{name}.content", reading)
     return read_text(part.get("text"), f"the content of a turn of {name}", reading)
 
 
@@ -96,16 +104,16 @@ def _further_keys(
         elif key in ("weight", "train"):
             train &= _is_learnt(key, item, reading)
         elif key in TEMPLATE_KEYS:
-            keys[key] = _tool_calls(item, reading) if key == "tool_calls" else item
+            keys[key] = _tool_calls(item, reading) if key == "tool_calls" else require_plain(item, key, reading)
         else:
-            _count(f"{name}.{key}", key, reading)
+            _count(key, name, reading)
     return train, keys or None
 
 
-def _count(name: str, key: str, reading: Reading) -> None:
+def _count(key: str, where: str, reading: Reading) -> None:
     if key in KEYS and key not in reading.ignore:
-        raise reading.unread(name, KEYS[key])
-    reading.fates[name] = IGNORED if key in reading.ignore else NOT_READ
+        raise reading.unread(key, KEYS[key], f"in {where}")
+    reading.fates[f"{where}.{key}"] = IGNORED if key in reading.ignore else NOT_READ
 
 
 def _is_learnt(key: str, value: Any, reading: Reading) -> bool:
@@ -117,20 +125,18 @@ def _is_learnt(key: str, value: Any, reading: Reading) -> bool:
 
 def _tool_calls(value: Any, reading: Reading) -> Any:
     calls = from_json(value, "tool_calls", reading)
-    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
-        raise reading.refused("bad-tool-calls", f"tool_calls must be a list of objects, got {str(value)[:40]!r}")
-    return calls
+    require_objects(calls, "tool_calls", reading)
+    return require_plain(calls, "tool_calls", reading)
 
 
 def read_history(value: Any, reading: Reading) -> Turns:
     """Earlier questions with their answers, [[question, answer], ...], as turns."""
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in value
-    ):
-        raise reading.refused("bad-history", f"history must be [question, answer] pairs, got {str(value)[:40]!r}")
+    pairs = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise bad_value("history", "[question, answer] pairs", value, reading)
     return tuple(
         Message(role, read_text(text, "history", reading))
-        for pair in value
+        for pair in pairs
         for role, text in zip(("user", "assistant"), pair, strict=True)
     )
 
