@@ -119,7 +119,7 @@ class ChatSession:
         dropped = 0
         while True:
             shown = [*self._system_turn(), *self.messages[dropped:], turn]
-            ids = self.tokenizer.encode(self.tokenizer.render(shown, add_generation_prompt=True))
+            ids = self.tokenizer.encode_chat(shown, add_generation_prompt=True)
             if len(ids) <= longest or dropped == len(self.messages):
                 check_prompt(ids, self.model.config)
                 return ids, dropped

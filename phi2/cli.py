@@ -29,7 +29,7 @@ def generate(
     prompt: str,
     adapter: str | None = None,
     system: str | None = None,
-    prompt_style: Literal["auto", "raw", "instruct", "chatml"] = "auto",
+    prompt_style: Literal["auto", "raw", "instruct", "chatml", "chat"] = "auto",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -49,7 +49,7 @@ def generate(
         prompt: The text; "-" reads it from standard input.
         adapter: Folder or hub id of a LoRA adapter.
         system: System message; the prompt is then a user's turn.
-        prompt_style: How the model sees the prompt; auto is chatml for a chat model, else raw.
+        prompt_style: How the model sees the prompt; auto is its chat template (chat) if it has one, else raw.
         max_new_tokens: Tokens to generate at most.
         temperature: 0 is greedy.
         top_k: Keep the k most likely tokens; 0 keeps all.
@@ -66,9 +66,9 @@ def generate(
 
     loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
     text = sys.stdin.read() if prompt == "-" else prompt
-    style = ("chatml" if tokenizer.prompt_style == "chatml" else "raw") if prompt_style == "auto" else prompt_style
+    style = ("raw" if tokenizer.chat_template is None else "chat") if prompt_style == "auto" else prompt_style
     if system is not None:
-        if prompt_style not in ("auto", "chatml"):
+        if prompt_style not in ("auto", "chatml", "chat"):
             raise ValueError(f"system needs prompt_style chatml (or auto), got {prompt_style!r}")
         text, style = [{"role": "system", "content": system}, {"role": "user", "content": text}], None
     chunk = None

@@ -27,6 +27,8 @@ WORDING = {
     r"Expected a ": "expected ",
     r"/--\w+\+": "",  # the parser's second name of a flag that takes a list
     r"[.;] (?:Got|Given) value: ": ", got ",
+    r"Option 'add_chatml' is not accepted|unrecognized arguments: --add_chatml.*": "add_chatml is now chat_template, in"
+    " phi2 sft and inspect: auto, chatml, none or the path of a .jinja file",
 }
 
 

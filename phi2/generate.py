@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from reprlib import repr as short_repr
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from phi2.sampling import Sampler, SamplingParams
 from phi2.step import RecordedStep, can_record
 from phi2.tokenizer import Tokenizer
 
-Conversation = Sequence[Mapping[str, str]]  # messages {"role": ..., "content": ...}
+Conversation = Sequence[Mapping[str, Any]]  # messages {"role": ..., "content": ...}
 Prompt = str | Conversation
 
 
@@ -90,7 +91,8 @@ def generate(
 
     Args:
         prompts: a text, a conversation (a list of messages), or a list of either.
-        prompt_style: how a text is shown to the model: "raw" (default), "instruct" or "chatml".
+        prompt_style: how a text is shown to the model: "raw" (default), "instruct", or as a user's turn, "chat"
+            ("chatml" where the template is ChatML). A raw text may spell special tokens; in any other they stay text.
         sampling: the fields of `SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
             repetition_penalty, seed, stop.
     Returns:
@@ -100,7 +102,7 @@ def generate(
             not finite.
     """
     params = SamplingParams(**sampling)
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+    single = _is_one_prompt(prompts)
     ids = encode_prompts(tokenizer, [prompts] if single else prompts, prompt_style, model.config)
     chunks: list[list[Chunk]] = [[] for _ in ids]
     for row, chunk in decode(model, tokenizer, ids, params):
@@ -129,7 +131,7 @@ def encode_prompts(
     batch = []
     for number, prompt in enumerate(prompts, start=1):
         try:
-            ids = tokenizer.encode(_prompt_text(tokenizer, prompt, prompt_style))
+            ids = _encode_prompt(tokenizer, prompt, prompt_style)
             check_prompt(ids, config)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
@@ -137,14 +139,20 @@ def encode_prompts(
     return batch
 
 
-def _prompt_text(tokenizer: Tokenizer, prompt: Prompt, prompt_style: str | None) -> str:
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        return True  # of whatever kind it is
+    return len(prompts) > 0 and isinstance(prompts[0], Mapping)
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, prompt_style: str | None) -> list[int]:
     if isinstance(prompt, str):
-        return tokenizer.render_prompt(prompt, prompt_style or "raw")
+        return tokenizer.encode_prompt(prompt, prompt_style or "raw")
     if not isinstance(prompt, Sequence):
         raise ValueError(f"a prompt must be a str or a list of messages, got {short_repr(prompt)}")
     if prompt_style is not None:
         raise ValueError(f"prompt_style {prompt_style!r} is for texts; a conversation takes the tokenizer's template")
-    return tokenizer.render(prompt, add_generation_prompt=True)
+    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
 
 
 def check_prompt(ids: list[int], config: Phi2Config) -> None:

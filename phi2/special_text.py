@@ -44,7 +44,7 @@ class SpecialText:
         self._marked = re.compile(f"{START}({spelled}){END}|[{START}{END}]")
 
     def find(self, value: Any) -> str | None:
-        """The first special token that a text, or any text in a list or mapping, spells; a role is not looked at."""
+        """The first special token that a text, or any text in a list or mapping, spells."""
         return next((match[0] for text in _texts(value) if (match := self.pattern.search(text))), None)
 
     def mark(self, value: Any) -> Any:
@@ -58,7 +58,7 @@ class SpecialText:
                 raise ValueError("text that spells a special token must not hold the noncharacters U+FDD0 and U+FDD1")
             return self.pattern.sub(f"{START}\\g<0>{END}", value)
         if isinstance(value, Mapping):
-            return {key: item if key == "role" else self.mark(item) for key, item in value.items()}
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def unmark(self, text: str) -> str:
@@ -101,9 +101,6 @@ class SpecialText:
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from () if key == "role" else _texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in [*value.keys(), *value.values()] if isinstance(value, Mapping) else value:
             yield from _texts(item)

@@ -35,7 +35,7 @@ FAILURES = (  # what a template that is wrong, or too greedy, ends in
 Span = tuple[int, int]
 
 
-def render(source: str, messages: Iterable[Mapping[str, Any]], **variables: Any) -> tuple[str, list[Span]]:
+def render(source: str, messages: Iterable[Mapping[str, Any]], /, **variables: Any) -> tuple[str, list[Span]]:
     """The text a template makes of `messages`, and the characters of it that `{% generation %}` marks.
 
     Args:
@@ -45,8 +45,11 @@ def render(source: str, messages: Iterable[Mapping[str, Any]], **variables: Any)
     Raises:
         ValueError: one line, for a malformed message and for a template that fails or exceeds its limits.
     """
-    data = {name: _plain(value, name) for name, value in variables.items()}
-    data["messages"] = [_message(message, number) for number, message in enumerate(messages, start=1)]
+    try:
+        data = {name: _plain(value, name) for name, value in variables.items()}
+        data["messages"] = [_message(message, number) for number, message in enumerate(messages, start=1)]
+    except RecursionError as error:
+        raise ValueError("a message holds lists within lists, too deep for a chat template") from error
     meter = Meter()
     token = METER.set(meter)
     try:
@@ -103,10 +106,10 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key, where): _plain(item, where) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item, where) for item in value) if type(value) in (list, tuple) else list(value)
-    for kind in (str, int, float):  # a subclass, such as an enumeration's
-        if isinstance(value, kind):
-            return kind.__new__(kind, value)
+        return (list if isinstance(value, list) else tuple)(_plain(item, where) for item in value)
+    for kind, plain in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
+        if isinstance(value, kind):  # of a subclass, such as an enumeration
+            return plain(value)
     raise ValueError(f"{where}: a template reads text, numbers, lists and mappings, got {short_repr(value)}")
 
 

@@ -25,7 +25,8 @@ MAX_CHARACTERS = 2**24  # of a rendered text, and of any value on the way to it
 MAX_BYTES = 2**30  # of everything that is built on the way
 MAX_STEPS = 10**6  # rounds of all loops, and calls of macros, methods and filters
 MAX_INT_BITS = 2**20
-ITEM = 8  # what an item of a list counts, in characters
+SHORT = 1000  # characters of a text that is not worth measuring: there are only so many steps to make them in
+ITEM = 32  # what an item of a list counts, in characters
 
 
 class Meter:
@@ -90,10 +91,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def measured(self, value: Any) -> Any:
         """`value`, once it is known to be within the limits."""
         if isinstance(value, str):
-            require_size(len(value))
-            self._spend(getsizeof(value))
+            if len(value) > SHORT:
+                require_size(len(value))
+                self._spend(getsizeof(value))
         elif isinstance(value, (list, tuple, dict)):
             self._spend(size_of(value))
+        elif isinstance(value, int):
+            _require_bits(value.bit_length())
         return value
 
     def _spend(self, count: int) -> None:
@@ -109,6 +113,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self.measured("".join(kept))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":  # in every ChatML template, five times a message
+            return self.measured(left + right)
         if operator == "*":
             require_size(_product_size(left, right))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -124,7 +130,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
-            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+            if method.__name__ == "join" and args:
+                args = (list(args[0]), *args[1:])  # an iterator can be looked at once only
             require_size(_estimate(METHOD_SIZES, method.__name__, owner, *args, **kwargs))
         return self.measured(super().call(context, function, *args, **kwargs))
 
@@ -135,8 +142,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         def limited(*args: Any, **kwargs: Any) -> Any:
             self.step()
             passed, (value, *others) = args[:leading], args[leading:]
-            if name in ("join", "sum") and isinstance(value, Iterator):
-                value = list(value)
+            if name in ("join", "sum"):
+                value = list(value)  # an iterator can be looked at once only
             require_size(_estimate(FILTER_SIZES, name, value, *others, **kwargs))
             if isinstance(value, (str, list, tuple, range)):
                 self._spend(len(value))  # what it costs to go through it
@@ -260,18 +267,18 @@ def _padded(text: Any, width: int = 80, *_: Any) -> int:
 
 
 def _replaced(text: Any, old: Any, new: Any, *_: Any, **__: Any) -> int:
-    text = text if isinstance(text, (str, bytes)) else str(text)
-    return len(text) + text.count(old) * size_of(new)
+    if not isinstance(text, bytes):  # the filter takes anything, as it is written
+        text, old, new = str(text), str(old), str(new)
+    return len(text) + text.count(old) * len(new)
 
 
-def _joined(separator: Any, items: Any) -> int:
-    items = items if isinstance(items, (list, tuple)) else list(items) if isinstance(items, (str, dict)) else []
+def _joined(separator: Any, items: list[Any]) -> int:
     return size_of(items) + len(items) * size_of(separator)
 
 
 def _translated(text: Any, table: Any, *_: Any) -> int:
-    longest = max(map(size_of, table.values()), default=1) if isinstance(table, dict) else 1
-    return len(text) * max(longest, 1)
+    values = table.values() if isinstance(table, Mapping) else table
+    return len(text) * max(1, *map(size_of, values))
 
 
 def _expanded(text: Any, tabsize: int = 8) -> int:
@@ -287,7 +294,7 @@ def _wrapped(text: Any, width: int = 79, break_long_words: bool = True, wrapstri
     return len(str(text)) * (1 + size_of(wrapstring))
 
 
-def _summed(items: Any, attribute: Any = None, start: Any = 0) -> int:
+def _summed(items: list[Any], attribute: Any = None, start: Any = 0) -> int:
     return size_of(items) * len(items) if isinstance(start, (list, tuple)) else 0
 
 
@@ -299,7 +306,7 @@ METHOD_SIZES: dict[str, Callable[..., int]] = {
     "join": _joined,
     "translate": _translated,
     "format": _format_size,
-    "format_map": lambda form, values: _format_size(form, **values),
+    "format_map": lambda form, values: _format_size(form, *values.values()),
 }
 FILTER_SIZES: dict[str, Callable[..., int]] = {
     "center": _padded,
@@ -308,10 +315,11 @@ FILTER_SIZES: dict[str, Callable[..., int]] = {
     "format": lambda form, /, *args, **kwargs: _printf_size(str(form), kwargs or args),
     "indent": _indented,
     "wordwrap": _wrapped,
-    "batch": lambda items, linecount, fill_with=None: linecount,
+    "batch": lambda items, linecount, fill_with=None: 0 if fill_with is None else linecount,
     "slice": lambda items, slices, fill_with=None: 8 * slices,
     "round": lambda number, precision=0, method="common": abs(precision),
     "sum": _summed,
+    "striptags": lambda text: len(str(text)) * str(text).count("<!--"),  # it copies the text for each of these
 }
 
 

@@ -18,11 +18,10 @@ from reprlib import repr as short_repr
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
-from phi2 import template
 from phi2.hub import read_json
 from phi2.special_text import SpecialText
+from phi2.stream_decoder import StreamDecoder
 from phi2.tokenizer_files import (
     read_backend,
     read_config,
@@ -43,7 +42,6 @@ CHATML_TEMPLATE = (
 PROMPT_STYLES = ("raw", "instruct", "chatml", "chat")
 TEMPLATE_CHOICES = ("auto", "chatml", "none")
 LOOKS_SPECIAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|</?s>")
-Messages = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer:
@@ -180,12 +178,12 @@ class Tokenizer:
         Raises:
             ValueError: without a template, for a malformed message, or when the template itself fails.
         """
-        variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        return self._render(messages, variables)[0]
+        return self.render_with_spans(messages, add_generation_prompt, tools=tools, documents=documents, **variables)[0]
 
     def render_with_spans(
         self,
         messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
         *,
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
@@ -196,19 +194,16 @@ class Tokenizer:
         Raises:
             ValueError: as `render`.
         """
-        variables |= {"tools": tools, "documents": documents, "add_generation_prompt": False}
-        return self._render(messages, variables)
+        from phi2 import template  # here and below: jinja2 is loaded for those who render
 
-    def _render(
-        self, messages: Iterable[Mapping[str, Any]], variables: dict[str, Any]
-    ) -> tuple[str, list[tuple[int, int]]]:
         if self.chat_template is None:
             raise ValueError(
                 "this tokenizer has no chat template; use prompt style 'raw' or 'instruct', or with_chatml()"
             )
         unnamed = unnamed_special_tokens(self._config)
         special = self._special | ({"additional_special_tokens": unnamed} if unnamed else {})
-        return template.render(self.chat_template, messages, **{**special, **variables})
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        return template.render(self.chat_template, messages, **{**special, **given, **variables})
 
     def template_uses(self, name: str) -> bool:
         """Whether the chat template reads a variable, a message's key or an attribute of this name.
@@ -216,22 +211,33 @@ class Tokenizer:
         Raises:
             ValueError: for a template that is not one.
         """
+        from phi2 import template
+
         return self.chat_template is not None and template.uses(self.chat_template, name)
 
     def encode_chat(
-        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        **variables: Any,
     ) -> list[int]:
         """The ids of the rendered conversation; a special token that a message spells stays text.
 
         Raises:
             ValueError: as `render`, and when the template changes a message so that this text cannot be found again.
         """
-        messages = list(messages)
-        text = self.render(messages, add_generation_prompt, **variables)
-        spelled = self.special_text.find(messages)
+
+        def rendered(messages: Any, tools: Any, documents: Any) -> str:
+            return self.render(messages, add_generation_prompt, tools=tools, documents=documents, **variables)
+
+        given = [list(messages), tools, documents]
+        text, spelled = rendered(*given), self.special_text.find(given)
         if spelled is None:
             return self.encode(text)
-        marked = self.render(self.special_text.mark(messages), add_generation_prompt, **variables)
+        marked = rendered(*self.special_text.mark(given))
         if self.special_text.unmark(marked) != text:
             raise ValueError(f"a message spells {spelled!r}, which the chat template changes: it cannot stay text")
         return self.special_text.encode(marked).ids
@@ -243,11 +249,11 @@ class Tokenizer:
             ValueError: as `render_prompt`.
         """
         text = self.render_prompt(prompt, style)
-        if style == "raw":
+        if style in ("chatml", "chat"):
+            return self.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        if style == "raw" or self.special_text.find(text) is None:
             return self.encode(text)
-        if style == "instruct":
-            return self.special_text.encode(self.special_text.mark(text)).ids
-        return self.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self.special_text.encode(self.special_text.mark(text)).ids
 
     def render_prompt(self, prompt: str, style: str) -> str:
         """One prompt as the model expects it: as it is, as Phi-2's "Instruct/Output" form, or as a chat turn.
@@ -287,8 +293,15 @@ class Tokenizer:
         return changed
 
     def _with_template_file(self, path: Path) -> Tokenizer:
+        from phi2 import template
+
         source = read_text(path)
-        spelled = set(LOOKS_SPECIAL.findall(template.literals(source)))
+        if not source.strip():
+            raise ValueError(f"{path}: an empty chat template")
+        try:
+            spelled = set(LOOKS_SPECIAL.findall(template.literals(source)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         changed = Tokenizer(self.backend, self._config, source, str(path), self._ends)
         changed.template_origin = str(path)
         for token in sorted(spelled):
@@ -341,40 +354,10 @@ class Tokenizer:
 
     def _save_stop_ids(self, path: Path) -> None:
         told = {self.eos_id, self.token_id(END_OF_TEXT), self.token_id(IM_END)}
-        if path.exists() or not self._ends <= told:
+        if path.exists() or not self.stop_ids <= told:
             ids = sorted(token_id for token_id in self.stop_ids if token_id < len(self))
             content = (read_json(path) if path.exists() else {}) | {"eos_token_id": ids}
             write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-class StreamDecoder:
-    """Turns ids that arrive one at a time into text that never ends inside a character.
-
-    The pieces of `step` and the one of `flush`, joined, are what `decode` makes of all the ids.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
-        self.backend, self._skip = backend, skip_special_tokens
-        self._restart()
-
-    def _restart(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=self._skip)
-        self._held: list[int] = []  # ids since the last text that came out
-
-    def step(self, token_id: int) -> str:
-        """The text that `token_id` completes; "" while a character is still missing bytes."""
-        self._held.append(token_id)
-        text = self._stream.step(self.backend, token_id)
-        if text is None:
-            return ""
-        self._held.clear()
-        return text
-
-    def flush(self) -> str:
-        """What is still held, an unfinished character as U+FFFD; the decoder then starts afresh."""
-        text = self.backend.decode(self._held, skip_special_tokens=self._skip)
-        self._restart()
-        return text
 
 
 @lru_cache(maxsize=8)
@@ -400,6 +383,8 @@ def _added_token(tokenizer: Tokenizer) -> re.Pattern:
 @lru_cache(maxsize=8)
 def _special_text(tokenizer: Tokenizer, chat_template: str | None) -> SpecialText:
     """Knows the special tokens, and what else of the added ones ends a text or is written by the template."""
+    from phi2 import template
+
     written = "" if chat_template is None else template.literals(chat_template)
     added = tokenizer.backend.get_added_tokens_decoder().items()
     tokens = [

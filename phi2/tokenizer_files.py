@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as short_repr
@@ -93,7 +94,11 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default", template)
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.pop("default", template)
+        if named and isinstance(template, str):
+            others = ", ".join(map(str, named))
+            warnings.warn(f"{folder}: of its chat templates only 'default' is used, not {others}", stacklevel=3)
     if template is not None and not isinstance(template, str):
         rule = "chat_template must be text or a list with one named 'default'"
         raise ValueError(f"{folder / 'tokenizer_config.json'}: {rule}, got {short_repr(template)}")

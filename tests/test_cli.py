@@ -151,6 +151,33 @@ def test_a_model_is_graded(capsys):
     assert [line.split()[0] for line in out.splitlines()] == ["follow", "arithmetic", "quiz", "truthful", "coreference"]
 
 
+def test_a_prompt_is_shown_in_the_models_own_template(make_phi, capsys):
+    folder = make_phi()
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    arguments = ["--model", str(folder), "--prompt", "abc", "--max_new_tokens", "1", "--device", "cpu"]
+    for more, tokens in (([], 5), (["--system", "x"], 8), (["--prompt_style", "raw"], 3)):
+        code, _, err = run(capsys, "generate", *arguments, *more)
+        assert code == 0 and err.startswith(f"{tokens} prompt tokens")
+
+
+def test_pairs_take_no_other_template(tiny_phi, pair_data, capsys):
+    arguments = ["--model", str(tiny_phi), "--data", pair_data, "--chat_template", "chatml"]
+    code, _, err = run(capsys, "inspect", *arguments)
+    assert code == 1 and "chat_template is for supervised rows, and these are pairs, got 'chatml'" in err
+
+
+@pytest.mark.parametrize("command", ["sft", "inspect"])
+def test_the_old_name_of_a_setting_says_its_new_one(command, tmp_path, capsys):
+    (tmp_path / "old.yaml").write_text("model: nano\ndata: toy-sft\nadd_chatml: true\n")
+    flags = ["--output", "o"] if command == "sft" else []
+    for arguments in (
+        ["--config", str(tmp_path / "old.yaml")],
+        ["--model", "m", "--data", "d", "--add_chatml", "true"],
+    ):
+        code, _, err = run(capsys, command, *arguments, *flags)
+        assert code == 2 and err.startswith(f"phi2 {command}: add_chatml is now chat_template") and err.count("\n") == 1
+
+
 def test_a_system_message_needs_the_chat_template(capsys):
     code, _, err = run(capsys, "generate", "--model", "nano", "--prompt", "x", "--system", "y", "--prompt_style", "raw")
     assert code == 1 and "system needs prompt_style chatml (or auto), got 'raw'" in err

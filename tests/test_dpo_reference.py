@@ -17,7 +17,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import reference
 from phi2.training.dpo import DPOConfig, train
-from phi2.training.setup import load_data
+from phi2.training.setup import load_data, windows_of
 from phi2.weights import load_model, save_pretrained
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -62,13 +62,29 @@ def test_a_precomputed_reference_gives_the_run_of_a_live_one(dpo_config, tmp_pat
 
 
 def test_a_reference_cache_serves_runs_of_other_losses_rates_and_batch_sizes(dpo_config, tmp_path, counted):
-    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=2)
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), max_steps=3)  # all pairs
     train(dpo_config(**cache, output=str(tmp_path / "first")))
     assert sum(counted) == sum(pair.target_tokens for pair in pairs_of(dpo_config()))
     counted.clear()
     others = dict(loss="ipo", beta=0.3, learning_rate=1e-4, per_device_train_batch_size=3, seed=1, nll_weight=0.1)
     train(dpo_config(**cache, **others, output=str(tmp_path / "second")))
     assert counted == [] and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_only_pairs_that_the_run_will_see_are_scored_and_a_longer_run_adds_the_others(
+    dpo_config, write_rows, tmp_path, counted
+):
+    held_out = write_rows([{"prompt": "Q", "chosen": " never", "rejected": " once"}])
+    cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), eval_data=held_out)
+    config = dpo_config(**cache, max_steps=1)
+    pairs = pairs_of(dpo_config(output=str(tmp_path / "rows")))
+    seen = {i for batch in windows_of(config, len(pairs)).at(0) for i in batch}
+    train(config)
+    evaluated = pairs_of(dpo_config(data=held_out, output=str(tmp_path / "rows")))[0].target_tokens
+    assert len(seen) == 4 and sum(counted) == sum(pairs[i].target_tokens for i in seen) + evaluated
+    counted.clear()
+    train(dpo_config(**cache, output=str(tmp_path / "long")))
+    assert sum(counted) == sum(pair.target_tokens for i, pair in enumerate(pairs) if i not in seen)
 
 
 def test_full_training_uses_the_cache_of_lora_over_the_same_weights(dpo_config, tmp_path, counted):
@@ -175,3 +191,39 @@ def test_the_merged_model_as_reference_is_the_reference_of_its_adapter(dpo_confi
 def test_a_reference_is_refused_where_the_loss_has_none(dpo_config, setting):
     with pytest.raises(ValueError, match="loss simpo needs no reference"):
         train(dpo_config(loss="simpo", **setting))
+
+
+# ---- another checkpoint that does not fit ----
+
+
+def test_a_reference_with_fewer_vocabulary_rows_than_the_rows_need_is_refused(dpo_config, make_phi, tmp_path):
+    pairs = pairs_of(dpo_config(output=str(tmp_path / "rows")))
+    tokens = max(int(part.max()) for pair in pairs for part in (pair.prompt, pair.chosen))
+    folder = make_phi(vocab_size=tokens)
+    with pytest.raises(ValueError) as caught:
+        train(dpo_config(reference=str(folder)))
+    assert f"reference {folder} has {tokens} vocabulary rows, but" in str(caught.value)
+    assert f"holds the token id {tokens}:" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_reference_with_a_shorter_context_than_the_rows_need_is_refused(dpo_config, make_phi):
+    folder = make_phi(max_position_embeddings=19)
+    with pytest.raises(ValueError, match="has a context of 19, but .* row .* has 20 tokens: give a max_length of 19"):
+        train(dpo_config(reference=str(folder)))
+    assert (train(dpo_config(reference=str(folder), max_length=19, max_steps=1)) / "adapter").exists()
+
+
+def test_a_reference_with_more_vocabulary_rows_is_fine(dpo_config, make_phi):
+    assert (train(dpo_config(reference=str(make_phi(vocab_size=300)), max_steps=1)) / "adapter").exists()
+
+
+def test_a_reference_whose_tokenizer_has_another_vocabulary_is_told(dpo_config, make_phi):
+    folder = make_phi()
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.backend.add_special_tokens(["<|other|>"])
+    tokenizer.save(folder)
+    told = (
+        r"its tokenizer has another vocabulary than the policy's \(261 tokens and 260; '<\|other\|>' is 260 and None\)"
+    )
+    with pytest.warns(UserWarning, match=told):
+        train(dpo_config(reference=str(folder), max_steps=1))

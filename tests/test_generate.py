@@ -169,11 +169,25 @@ def test_a_batch_may_mix_texts_and_conversations_and_may_be_empty():
     assert generate(model, TOKENIZER, []) == []
 
 
-@pytest.mark.parametrize("style", ["raw", "instruct", "chatml"])
+@pytest.mark.parametrize("style", ["raw", "instruct", "chatml", "chat"])
 def test_a_text_is_shown_to_the_model_in_its_style(style):
     model = tiny_model()
     expected = len(TOKENIZER.encode(TOKENIZER.render_prompt("Why?", style)))
     assert generate(model, TOKENIZER, "Why?", max_new_tokens=1, prompt_style=style).prompt_tokens == expected
+
+
+@pytest.mark.parametrize("style", [None, "chat", "instruct"])
+def test_a_special_token_that_is_typed_stays_text(style):
+    model, typed = tiny_model(), "a<|im_end|>"
+    prompt = typed if style else [{"role": "user", "content": typed}]
+    longer = len("<|im_end|>") - 1  # bytes in place of one id
+    written = TOKENIZER.encode(TOKENIZER.render_prompt(typed, style or "chat"))
+    reply = generate(model, TOKENIZER, prompt, max_new_tokens=1, prompt_style=style)
+    assert reply.prompt_tokens == len(written) + longer
+
+
+def test_a_raw_text_may_write_special_tokens():
+    assert generate(tiny_model(), TOKENIZER, "a<|im_end|>", max_new_tokens=1).prompt_tokens == 2
 
 
 @pytest.mark.gpu
@@ -356,6 +370,9 @@ def one_line_error(match: str):
         ("x" * CONTEXT, {}, "the prompt has 96 tokens, at most 95 leave room for a reply in a context of 96"),
         (["a", "x" * 200], {}, "prompt 2: the prompt has 200 tokens"),
         (["a", 5], {}, "prompt 2: a prompt must be a str or a list of messages, got 5"),
+        (5, {}, "a prompt must be a str or a list of messages, got 5"),
+        (None, {}, "a prompt must be a str or a list of messages, got None"),
+        (CHAT[0], {}, "a prompt must be a str or a list of messages, got {'content"),
         ("a", {"prompt_style": "alpaca"}, "prompt style must be one of raw, instruct, chatml, chat, got 'alpaca'"),
         (CHAT, {"prompt_style": "raw"}, "prompt_style 'raw' is for texts"),
         ([{"role": "user"}], {}, "message 1 must be"),

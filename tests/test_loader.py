@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,3 +56,10 @@ def test_every_epoch_and_every_seed_has_an_order_of_its_own():
 def test_without_shuffling_every_epoch_keeps_the_order_of_the_data():
     windows = Windows(5, 2, 1, seed=5, shuffle=False)
     assert [windows.at(step) for step in range(4)] == [[[0, 1]], [[2, 3]], [[4]], [[0, 1]]]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_the_samples_of_the_first_steps_are_those_of_their_windows(steps):
+    windows = Windows(11, batch_size=2, accumulation=2, seed=3)
+    expected = {index for step in range(steps) for batch in windows.at(step) for index in batch}
+    assert windows.until(steps) == sorted(expected) and (len(expected) == 11) == (steps >= 3)

@@ -176,6 +176,17 @@ def test_a_setting_of_a_later_version_was_at_its_default(sft_config, begun):
         open_run(sft_config(resume=True, fuse=True))
 
 
+def test_a_setting_of_lora_that_a_later_version_brought_was_at_its_default(sft_config, begun):
+    path = begun / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    del settings["lora"]["lora_dropout"]
+    path.write_text(yaml.safe_dump(settings))
+    open_run(sft_config(resume=True))
+    lora = dataclasses.replace(sft_config().lora, lora_dropout=0.1)
+    with pytest.raises(ValueError, match="these differ: lora "):
+        open_run(sft_config(resume=True, lora=lora))
+
+
 # ---- Ctrl-C ----
 
 

@@ -240,6 +240,9 @@ def base_folder(make_phi, vocab_size: int) -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(backend))
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "chat_template.jinja").unlink()
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 257, "eos_token_id": 257}))
     return folder
 
 
@@ -247,6 +250,49 @@ def test_a_base_tokenizer_learns_chatml_and_goes_with_the_result(sft_config, mak
     folder = base_folder(make_phi, 272)
     assert Tokenizer.from_folder(folder).prompt_style == "instruct"
     assert Tokenizer.from_folder(train(sft_config(model=str(folder), max_steps=1)) / "adapter").prompt_style == "chatml"
+
+
+OWN_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("choice", "written", "said"),
+    [
+        ("auto", "[{{ m.role }}]", "the model's own"),
+        ("chatml", "<|im_start|>", "ChatML, in place of the model's own"),
+        ("mine.jinja", "<{{ m.role }}>", "mine.jinja, in place of the model's own"),
+    ],
+)
+def test_a_models_own_template_is_replaced_by_name_only(
+    sft_config, make_phi, tmp_path, monkeypatch, capsys, choice, written, said
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
+    folder = make_phi()
+    (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    run = train(sft_config(model=str(folder), max_steps=1, chat_template=choice))
+    assert f"chat template: {said}\n" in capsys.readouterr().out
+    assert written in Tokenizer.from_folder(run / "adapter").chat_template
+    card = (run / "README.md").read_text()
+    assert f"Chat template: {said}." in card and f"| chat_template | `{choice}` |" in card
+
+
+def test_sample_prompts_are_asked_in_the_models_own_template(sft_config, make_phi, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda t, *given: asked.append(t.render_prompt(*given)) or [1])
+    folder = make_phi()
+    (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    train(sft_config(model=str(folder), max_steps=1, sample_prompts=["Why?"]))
+    assert set(asked) == {"[user] Why?<|endoftext|>[assistant] "}
+
+
+def test_a_base_model_may_stay_without_a_template(sft_config, make_phi, write_rows):
+    rows = write_rows([{"prompt": "Q", "completion": "A"}] * 4)
+    run = train(sft_config(model=str(base_folder(make_phi, 272)), data=rows, max_steps=1, chat_template="none"))
+    assert Tokenizer.from_folder(run / "adapter").chat_template is None
 
 
 def test_a_model_without_embeddings_for_the_chatml_tokens_is_refused(sft_config, make_phi):

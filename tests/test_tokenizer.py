@@ -317,7 +317,9 @@ def test_the_jinja_file_wins_over_the_config(tmp_path):
 
 def test_a_list_of_templates_gives_its_default(tmp_path):
     named = [{"name": "rag", "template": "documents"}, {"name": "default", "template": "plain"}]
-    assert Tokenizer.from_folder(write_folder(tmp_path, {"chat_template": named})).render([]) == "plain"
+    with pytest.warns(UserWarning, match=r"only 'default' is used, not rag\Z"):
+        tokenizer = Tokenizer.from_folder(write_folder(tmp_path, {"chat_template": named}))
+    assert tokenizer.render([]) == "plain"
 
 
 def test_a_list_of_templates_without_a_default_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from phi2.data.encode import EncodeConfig, Encoded, EncodedSequence, encode_reco
 from phi2.data.records import Record
 from phi2.data.sources import Loaded, NoUsableRow, load_records, require_ignored
 from phi2.hub import resolve
-from phi2.tokenizer import Tokenizer
+from phi2.tokenizer import Tokenizer, require_template_choice
 
 RESET, BOLD = "\x1b[0m", "\x1b[1m"
 SPECIAL = "\x1b[1;35m"
@@ -42,11 +42,12 @@ class InspectConfig(EncodeConfig):
     """How many rows to show."""
     ids: bool = False
     """Show token ids too."""
-    add_chatml: bool = True
-    """As in `phi2 sft`: give a base tokenizer the ChatML tokens and template first."""
+    chat_template: str = "auto"
+    """As in `phi2 sft`, for supervised rows: auto, chatml, none or a FILE.jinja."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_template_choice(self.chat_template)
         if self.rows < 0:
             raise ValueError(f"rows must not be negative, got {self.rows}")
 
@@ -60,8 +61,10 @@ def inspect_data(config: InspectConfig) -> str:
     loaded, kind = _load(config)
     require_ignored(config.ignore_columns, loaded.dropped)
     tokenizer = Tokenizer.from_folder(resolve(config.model))
-    if kind == "supervised" and config.add_chatml and tokenizer.prompt_style != "chatml":
-        tokenizer = tokenizer.with_chatml()
+    if kind == "supervised":
+        tokenizer = tokenizer.with_chat_template(config.chat_template)
+    elif config.chat_template != "auto":
+        raise ValueError(f"chat_template is for supervised rows, and these are pairs, got {config.chat_template!r}")
     return inspect_rows(loaded.records, tokenizer, config, kind, config.rows, config.ids, dropped=loaded.dropped)
 
 

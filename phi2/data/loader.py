@@ -39,6 +39,12 @@ class Windows:
         chosen = self._order(epoch)[window * size : (window + 1) * size]
         return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
 
+    def until(self, steps: int) -> list[int]:
+        """The samples that the first `steps` optimizer steps see, each once, in the order of the data."""
+        if steps >= self.per_epoch:
+            return list(range(self.samples))
+        return sorted(index for step in range(steps) for batch in self.at(step) for index in batch)
+
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.samples))

@@ -25,10 +25,34 @@ from torch import Tensor
 
 
 class Columns(dict[str, Tensor]):
-    """(B,) float32 of each column that is a number in every row of the batch."""
+    """(B,) float32 of each column that is a number in every row.
+
+    Args:
+        columns: those.
+        gaps: of each other column, what is there in place of a number and in which row first. To ask for such a column
+            is an error, also with `in` and `get`: whether it is there would depend on the rows at hand.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor] | None = None, gaps: Mapping[str, str] | None = None) -> None:
+        super().__init__(columns or {})
+        self.gaps = gaps or {}
 
     def __missing__(self, name: str) -> Tensor:
-        raise ValueError(f"the loss reads the column {name!r}; columns of numbers here are {', '.join(self) or 'none'}")
+        gap = f"; {name!r} is not one: {self.gaps[name]}" if name in self.gaps else ""
+        numbers = ", ".join(self) or "none"
+        raise ValueError(f"the loss reads the column {name!r}; columns of numbers here are {numbers}{gap}")
+
+    def __contains__(self, name: str) -> bool:
+        if name in self.gaps:
+            self.__missing__(name)
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:
+        return self[name] if name in self else default
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Columns:
+        """The same columns with every tensor replaced by `function` of it."""
+        return Columns({name: function(values) for name, values in self.items()}, self.gaps)
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,22 @@ NOT_HYPERPARAMETERS = (  # said elsewhere in the card, or without influence on t
 )
 
 
-def write_card(run_folder: str | Path, config: TrainingConfig, results: Mapping[str, float]) -> Path:
+def write_card(
+    run_folder: str | Path, config: TrainingConfig, results: Mapping[str, float], chat_template: str = "the model's own"
+) -> Path:
     """Writes `README.md` into the folder of a finished run, and returns its path.
 
     Args:
         run_folder: holds `adapter/` or `model/` already.
         config: what was run.
         results: metric -> its last value.
+        chat_template: where the chat template comes from, in words.
     """
     run = Path(run_folder)
     parts = [
         _header(config),
         f"# {run.resolve().name}",
-        _about(config),
+        f"{_about(config)}\n\nChat template: {chat_template}.",
         "## How to load it\n\n" + _loading(run, config),
         "## Results\n\n" + _table(("metric", "value"), {name: f"{value:.4g}" for name, value in results.items()}),
         "## Settings\n\n" + _table(("setting", "value"), _hyperparameters(config)),

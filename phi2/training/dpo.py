@@ -15,22 +15,35 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from phi2.data.encode import EncodedPair
 from phi2.data.packing import row_of_pairs
 from phi2.hub import resolve
 from phi2.losses.head import target_logps
-from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, find_loss, load_loss_file
+from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, find_loss, load_loss_file
+from phi2.losses.properties import require_numbers
+from phi2.losses.source import source_of_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import restore_adapter
+from phi2.training.batch import pair_batch
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
-from phi2.training.inputs import require_same_inputs
+from phi2.training.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
+from phi2.training.look import look_at_loss
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
-from phi2.training.reference import Reference, adapters_off, another_model, fingerprint, frozen_copy, precomputed
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
+from phi2.training.reference import (
+    Precomputed,
+    Reference,
+    adapters_off,
+    another_model,
+    fingerprint,
+    frozen_copy,
+    precomputed,
+    require_fit,
+    warn_of_another_vocabulary,
+)
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings, write_whole
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -72,14 +85,14 @@ class DPOConfig(TrainingConfig):
     loss_args: dict[str, float] = field(default_factory=dict)
     """Other knobs of the loss by name."""
     loss_file: str | None = None
-    """Python file of yours that registers losses with @phi2.preference_loss; it is run."""
+    """Python file of yours that registers losses with @phi2.preference_loss; it is run, and kept as loss.py."""
     nll_weight: float = 0.0
     """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss (trl's rpo_alpha)."""
     reference: str = "auto"
     """adapters_off, frozen_copy, or another checkpoint by folder or hub id; auto is adapters_off for a new adapter,
     else frozen_copy."""
     precompute_ref_log_probs: bool = False
-    """Score all pairs with the reference once, before training, into reference_cache."""
+    """Score the pairs that the run will see with the reference once, before training, into reference_cache."""
     reference_cache: str | None = None
     """Folder of precomputed reference log-probabilities, shared between runs; unset, inside the run folder."""
     disable_dropout: bool = True
@@ -115,38 +128,44 @@ def train(config: DPOConfig) -> Path:
     """Runs, or resumes, a preference run and returns its folder.
 
     Raises:
-        ValueError: for settings, data or an output folder that cannot be used; when policy and reference do not agree
-            at the first step; when the loss is no number any more.
+        ValueError: for settings, data, a loss or an output folder that cannot be used; when a resumed run began with
+            other inputs; when policy and reference do not agree at the first step; when the loss is no number any more.
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
     if config.loss_file is not None:
         load_loss_file(config.loss_file)
     config = with_all_knobs(config)
     loss = bind_loss(config.loss, config.knobs)
-    if PREFERENCE_LOSSES[config.loss].reference_free and (
-        config.reference != "auto" or config.precompute_ref_log_probs
-    ):
+    if is_reference_free(config) and (config.reference != "auto" or config.precompute_ref_log_probs):
         raise ValueError(f"loss {config.loss} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer = policy_tokenizer(config)
     pairs, eval_pairs = load_data(config, tokenizer, "preference")
+    windows = windows_of(config, len(pairs))
+    total = total_steps(config, windows)
+    inputs = inputs_of(config, tokenizer, pairs, eval_pairs) | preference_inputs(config)
+    require_same_inputs(run, inputs, resumed=checkpoint is not None)
+    write_settings(run, config)
+    keep_loss_file(config, run)
+    look_at_loss(config.loss, loss, pairs, eval_pairs, windows, is_reference_free(config))
     model = load_policy(config, checkpoint)
     require_embeddings(model, tokenizer)
     require_context(model, [*pairs, *eval_pairs])
     check_sample_prompts(config, model, tokenizer)
-    require_same_inputs(run, pairs, model, resumed=checkpoint is not None)
-    reference = make_reference(config, model, checkpoint, [*pairs, *eval_pairs])
+    warn_of_another_vocabulary(other_reference(config), tokenizer)
+    scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
+    reference = make_reference(config, model, checkpoint, scored)
+    if isinstance(reference, Precomputed):
+        require_same_cache(run, reference, scored, resumed=checkpoint is not None)
     save_weights = weights_saver(config, model, tokenizer)
 
-    windows = windows_of(config, len(pairs))
-    total = total_steps(config, windows)
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
     done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
     model.train(not config.disable_dropout)
     with closing(Log(run, done, total, f"dpo {config.loss}")) as log, delayed_interrupt() as interrupted:
         for step in log.steps():
             batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
-            if step == 1 and reference is not None and starts_at_reference(config):
+            if step == 1:
                 check_start(config, model, reference, batches[0], loss)
             metrics = update(config, model, optimizer, batches, reference, loss)
             require_finite(metrics["loss"], step)
@@ -179,7 +198,7 @@ def make_reference(
     config: DPOConfig, model: Phi2ForCausalLM, checkpoint: Path | None, pairs: Sequence[EncodedPair]
 ) -> Reference | None:
     """The reference that `config.reference` names; None for a loss that needs none."""
-    if PREFERENCE_LOSSES[config.loss].reference_free:
+    if is_reference_free(config):
         return None
     kind = reference_kind(config)
     if kind == "adapters_off":
@@ -189,6 +208,7 @@ def make_reference(
         live = another_model(scorer)
     else:
         scorer = load_model(resolve(kind), model.device, model.dtype).requires_grad_(False)
+        require_fit(kind, scorer.config, pairs)
         live = another_model(scorer)
     if not config.precompute_ref_log_probs:
         return live
@@ -205,6 +225,37 @@ def start_of_run(config: DPOConfig, model: Phi2ForCausalLM) -> Phi2ForCausalLM:
     start = frozen_copy(model)  # shares the base
     restore_adapter(start, resolve(config.adapter))
     return start
+
+
+def is_reference_free(config: DPOConfig) -> bool:
+    return PREFERENCE_LOSSES[config.loss].reference_free
+
+
+def other_reference(config: DPOConfig) -> Path | None:
+    """Folder of the reference where it is another checkpoint than the policy's."""
+    kind = reference_kind(config)
+    return None if is_reference_free(config) or kind in ("adapters_off", "frozen_copy") else resolve(kind)
+
+
+def preference_inputs(config: DPOConfig) -> Inputs:
+    """Digests of what only a preference run depends on."""
+    source, folder = source_of_loss(PREFERENCE_LOSSES[config.loss].function, config.loss_file), other_reference(config)
+    reference = {} if folder is None else {"reference": digest_of_model(folder)}
+    return {"loss": None if source is None else digest_of_texts([source]), **reference}
+
+
+def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPair], resumed: bool) -> None:
+    """Refuses a reference cache that has other numbers than it had; what was scored again is the same reference's."""
+    cache = {"reference cache": reference.digest(pairs)}
+    if resumed and reference.complete:
+        require_same_inputs(run, cache, resumed)
+    note_inputs(run, cache)
+
+
+def keep_loss_file(config: DPOConfig, run: Path) -> None:
+    """Copies the user's file of losses into the run folder, so that it tells what was trained on."""
+    if config.loss_file is not None:
+        write_whole(run / "loss.py", Path(config.loss_file).read_text(encoding="utf-8"))
 
 
 def reference_kind(config: DPOConfig) -> str:
@@ -230,44 +281,28 @@ def score_pairs(
     return pair_batch(batch, policy, ref)
 
 
-def pair_batch(batch: Sequence[EncodedPair], policy: Tensor, ref: Tensor | None) -> PairBatch:
-    """Splits the (N,) log-probabilities of `row_of_pairs` into chosen and rejected ones, padded with zeros.
-
-    Args:
-        batch: B pairs.
-        policy, ref: (N,) float32.
-    """
-    lengths = [n for pair in batch for n in (len(pair.chosen), len(pair.rejected))]
-    chosen, rejected = _both_answers(policy, lengths)
-    chosen_mask, rejected_mask = _both_answers(torch.ones_like(policy, dtype=torch.bool), lengths)
-    ref_chosen, ref_rejected = (None, None) if ref is None else _both_answers(ref, lengths)
-    columns = _numeric_columns(batch, policy.device)
-    return PairBatch(chosen, rejected, chosen_mask, rejected_mask, ref_chosen, ref_rejected, columns)
-
-
-def _both_answers(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    answers = values.split(lengths)
-    return pad_sequence(answers[::2], batch_first=True), pad_sequence(answers[1::2], batch_first=True)
-
-
-def _numeric_columns(batch: Sequence[EncodedPair], device: torch.device) -> Columns:
-    """(B,) float32 of every column that is a number in each row."""
-    names = [k for k in batch[0].columns if all(isinstance(p.columns.get(k), int | float) for p in batch)]
-    return Columns({k: torch.tensor([float(p.columns[k]) for p in batch], device=device) for k in names})
-
-
 @torch.no_grad()
 def check_start(
-    config: DPOConfig, model: Phi2ForCausalLM, reference: Reference, batch: Sequence[EncodedPair], loss: Loss
+    config: DPOConfig, model: Phi2ForCausalLM, reference: Reference | None, batch: Sequence[EncodedPair], loss: Loss
 ) -> None:
-    """Before the first update the policy is the reference: their log-probabilities agree and the loss is known.
+    """Before the first update loss and gradient are numbers; if the policy is the reference then, the loss is known.
 
     Raises:
-        ValueError: when they do not: training would start from a wrong reward.
+        ValueError: when they are not, or policy and reference do not agree: training would start from a wrong reward.
     """
+    training = model.training
+    model.eval()
+    pairs = score_pairs(model, batch, reference, autocast(config))
+    model.train(training)
+    if reference is not None and starts_at_reference(config):
+        require_agreement(config, pairs, loss)
+    require_numbers(config.loss, loss, pairs)
+
+
+def require_agreement(config: DPOConfig, pairs: PairBatch, loss: Loss) -> None:
+    """Refuses a start at which policy and reference, the same weights, do not give the same log-probabilities."""
     cached = config.precompute_ref_log_probs
     tolerance = CACHED_TOLERANCE[compute_dtype(config)] if cached else STEP_0_TOLERANCE
-    pairs = score_pairs(model, batch, reference, autocast(config))
     chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
     rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
     apart = torch.cat((chosen, rejected), dim=1).abs().max().item()

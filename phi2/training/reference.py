@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
 from phi2.data.packing import TokenRow, row_of_pairs
 from phi2.lora import disabled, lora_modules
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import Tokenizer
 
 # The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_pairs`.
 Reference = Callable[[Sequence[EncodedPair], TokenRow], Tensor]
@@ -63,9 +66,73 @@ def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     return target_logps(model, hidden, row.rows, row.targets)[0]
 
 
+def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPair]) -> None:
+    """Refuses a reference that cannot read the pairs: too few vocabulary rows, or too short a context.
+
+    Args:
+        name: of the reference, for the error.
+        config: of the reference.
+    Raises:
+        ValueError: naming both numbers and a row.
+    """
+    if not pairs:
+        return
+    longest, highest = max(pairs, key=lambda pair: pair.length), max(pairs, key=_highest_id)
+    if _highest_id(highest) >= config.vocab_size:
+        raise ValueError(
+            f"reference {name} has {config.vocab_size} vocabulary rows, but {highest.origin} holds the token id"
+            f" {_highest_id(highest)}: it must know the tokens of the policy"
+        )
+    if longest.length > config.max_position_embeddings:
+        raise ValueError(
+            f"reference {name} has a context of {config.max_position_embeddings}, but {longest.origin} has"
+            f" {longest.length} tokens: give a max_length of {config.max_position_embeddings} at most"
+        )
+
+
+def _highest_id(pair: EncodedPair) -> int:
+    return max(int(part.max(initial=0)) for part in (pair.prompt, pair.chosen, pair.rejected))
+
+
+def warn_of_another_vocabulary(folder: Path | None, tokenizer: Tokenizer) -> None:
+    """Tells of a reference whose own tokenizer would read the rows as other tokens."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return
+    own, others = tokenizer.backend.get_vocab(), Tokenizer.from_folder(folder).backend.get_vocab()
+    if own != others:
+        token = min(own.items() ^ others.items(), key=lambda entry: entry[1])[0]
+        warnings.warn(
+            f"reference {folder}: its tokenizer has another vocabulary than the policy's ({len(others)} tokens and"
+            f" {len(own)}; {token!r} is {others.get(token)} and {own.get(token)})",
+            stacklevel=2,
+        )
+
+
+class Precomputed:
+    """A reference whose log-probabilities are known.
+
+    Args:
+        known: those of each pair by its key.
+        complete: whether none had to be scored for this run.
+    """
+
+    def __init__(self, known: dict[bytes, np.ndarray], complete: bool, device: torch.device) -> None:
+        self.known, self.complete, self.device = known, complete, device
+
+    def __call__(self, batch: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+        return torch.from_numpy(np.concatenate([self.known[pair_key(pair)] for pair in batch])).to(self.device)
+
+    def digest(self, pairs: Sequence[EncodedPair]) -> str:
+        """Of what it says about these pairs."""
+        digest = hashlib.sha256()
+        for pair in pairs:
+            digest.update(self.known[pair_key(pair)].tobytes())
+        return digest.hexdigest()
+
+
 def precomputed(
     live: Reference, fingerprint: str, pairs: Sequence[EncodedPair], batch_size: int, folder: Path, device: torch.device
-) -> Reference:
+) -> Precomputed:
     """The same reference from a cache file in `folder`, which is completed first with the pairs it lacks.
 
     What was scored before Ctrl-C or a failure is kept.
@@ -83,7 +150,7 @@ def precomputed(
     finally:
         if len(known) > before:
             _write_cache(path, known)
-    return lambda batch, row: torch.from_numpy(np.concatenate([known[pair_key(p)] for p in batch])).to(device)
+    return Precomputed(known, not missing, device)
 
 
 def pair_key(pair: EncodedPair) -> bytes:

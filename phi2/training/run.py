@@ -26,27 +26,36 @@ from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 
 FREE_TO_CHANGE = frozenset(
-    "output resume device logging_steps eval_steps save_strategy save_steps save_total_limit sample_prompts".split()
+    "output resume device logging_steps eval_steps save_strategy save_steps save_total_limit sample_prompts"
+    " loss_file".split()  # what stands in that file may not change: inputs.json
 )
 
 
 def open_run(config: TrainingConfig) -> Path | None:
     """Makes the run folder, or checks that the run in it can go on, and returns the checkpoint to go on from.
 
+    A run that goes on is left as it is, until its inputs have been compared too.
+
     Raises:
         ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
     """
-    run, settings = Path(config.output), to_plain(config)
-    if last_checkpoint(run) or _lines(run / "metrics.jsonl"):
+    run, checkpoint = Path(config.output), last_checkpoint(Path(config.output))
+    if checkpoint or _lines(run / "metrics.jsonl"):
         if not config.resume:
             raise ValueError(f"{run} holds a run already; give another output, or resume: true to go on with it")
         _require_same(run / "config.yaml", config)
     elif run.exists() and not (run / "config.yaml").exists() and any(run.iterdir()):
         raise ValueError(f"{run} exists and holds no run of ours; give another output")
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    if checkpoint is None:
+        write_settings(run, config)
+    return checkpoint
+
+
+def write_settings(run: Path, config: TrainingConfig) -> None:
+    """config.yaml and environment.json: what was asked for, and where."""
+    write_whole(run / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     write_whole(run / "environment.json", json.dumps(environment(), indent=1))
-    return last_checkpoint(run)
 
 
 def to_plain(config: TrainingConfig) -> dict[str, Any]:
@@ -62,11 +71,21 @@ def _require_same(path: Path, config: TrainingConfig) -> None:
         before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read, so the run cannot go on: {error}") from error
-    before = defaults | before
+    before = _completed(before, defaults)
     changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
     if changed:
         told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
         raise ValueError(f"{path}: a resumed run keeps its settings, but these differ: {told}")
+
+
+def _completed(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the defaults of those that are missing, within groups of settings too."""
+    nested = {
+        name: _completed(settings[name], default)
+        for name, default in defaults.items()
+        if isinstance(default, dict) and isinstance(settings.get(name), dict)
+    }
+    return defaults | settings | nested
 
 
 def environment() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import load_adapter, save_adapter
 from phi2.tokenizer import Tokenizer
 from phi2.training.card import write_card
+from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 from phi2.training.run import last_metrics, write_whole
 from phi2.weights import load_config, load_model, load_tokenizer, pick_device, pick_dtype, save_pretrained
@@ -119,8 +120,11 @@ def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[
 
 
 def keep_audit(config: TrainingConfig, name: str, audit: Audit) -> None:
+    """Prints an audit, and keeps it in the run folder, where a run that goes on has it already."""
     print(f"\n{name}\n{audit.table()}")
-    write_whole(Path(config.output) / name, json.dumps(audit.to_dict(), indent=1))
+    path = Path(config.output) / name
+    if not path.exists() or last_checkpoint(path.parent) is None:
+        write_whole(path, json.dumps(audit.to_dict(), indent=1))
 
 
 def check_sample_prompts(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer) -> None:
@@ -130,7 +134,7 @@ def check_sample_prompts(config: TrainingConfig, model: Phi2ForCausalLM, tokeniz
         ValueError: for a prompt that is empty or longer than the context.
     """
     for prompt in config.sample_prompts:
-        check_prompt(tokenizer.encode(tokenizer.render_prompt(prompt, tokenizer.prompt_style)), model.config)
+        check_prompt(tokenizer.encode_prompt(prompt, tokenizer.prompt_style), model.config)
 
 
 def windows_of(config: TrainingConfig, samples: int) -> Windows:
@@ -172,7 +176,7 @@ def finish(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer)
     """Writes the result of the run, in the compute dtype, and its model card."""
     run = Path(config.output)
     weights_saver(config, model, tokenizer, compute_dtype(config))(run)
-    write_card(run, config, last_metrics(run))
+    write_card(run, config, last_metrics(run), tokenizer.template_origin)
 
 
 def write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, step: int) -> None:

@@ -19,11 +19,12 @@ from phi2.data.encode import EncodedSequence
 from phi2.data.packing import TokenRow, best_fit, row_of_sequences, wrapped
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import require_template_choice
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import TrainingConfig
-from phi2.training.inputs import require_same_inputs
+from phi2.training.inputs import inputs_of, require_same_inputs
 from phi2.training.optim import Optimizer
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run
+from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -56,13 +57,14 @@ class SFTConfig(TrainingConfig):
     """Tokens of a packed sample."""
     neftune_noise_alpha: float = 0.0
     """NEFTune: uniform noise of size alpha / sqrt(tokens * hidden_size) on the embeddings of a sample."""
-    add_chatml: bool = True
-    """Give a base tokenizer without them the tokens <|im_start|> and <|im_end|>, and the ChatML template."""
+    chat_template: str = "auto"
+    """auto is the model's own template, ChatML for a base without one; chatml or a FILE.jinja replaces it; or none."""
     from_scratch: bool = False
     """Start from random weights of the model folder's config.json; needs lora: null."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_template_choice(self.chat_template)
         if self.from_scratch and self.lora is not None:
             raise ValueError("from_scratch trains every weight: it needs lora: null")
         if self.packing != "none" and self.packing_length < 2:
@@ -77,16 +79,17 @@ def train(config: SFTConfig) -> Path:
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer = policy_tokenizer(config)
-    if config.add_chatml and tokenizer.prompt_style != "chatml":
-        tokenizer = tokenizer.with_chatml()
+    tokenizer = policy_tokenizer(config).with_chat_template(config.chat_template)
+    print(f"chat template: {tokenizer.template_origin}")
     train_rows, eval_rows = load_data(config, tokenizer, "supervised")
     blocks = pack(train_rows, config, tokenizer.eos_id)
+    inputs = inputs_of(config, tokenizer, train_rows, eval_rows, config.from_scratch)
+    require_same_inputs(run, inputs, resumed=checkpoint is not None)
+    write_settings(run, config)
     model = load_policy(config, checkpoint, config.from_scratch)
     require_embeddings(model, tokenizer)
     require_context(model, [*(row for block in blocks for row in block), *eval_rows])
     check_sample_prompts(config, model, tokenizer)
-    require_same_inputs(run, train_rows, model, resumed=checkpoint is not None)
     save_weights = weights_saver(config, model, tokenizer)
 
     windows = windows_of(config, len(blocks))

@@ -93,6 +93,22 @@ def test_other_templates_render_equally(shared, conversations, template):
     assert [ours.render(c) for c in conversations[:3]] == expected
 
 
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("told", [{"pad_token": "!"}, {"pad_token": {"content": "!"}, "eos_token": "a"}, {}])
+def test_a_special_tokens_map_decides_as_in_transformers(shared, tmp_path, described, told):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((shared / "tokenizer/phi-2" / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    decoder = config.pop("added_tokens_decoder", {})
+    config |= {"eos_token": "<|endoftext|>", "pad_token": "#"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | ({"added_tokens_decoder": decoder} if described else {}))
+    )
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(told))
+    ours, theirs = twins(tmp_path)
+    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Twins:
     """Phi-2's tokenizer after `with_chatml`, and what transformers reads from the folder it was saved in."""

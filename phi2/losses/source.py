@@ -1,0 +1,63 @@
+"""The source of a loss: what is compared when a run goes on, so that it goes on with the loss it began with."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}  # packages that are not part of a loss
+
+
+def source_of_loss(function: Callable, loss_file: str | Path | None = None) -> str | None:
+    """The text of a loss, of what it names, and of the file it is in if that is the user's.
+
+    Named are functions, as far as they name others, numbers and texts, and the user's own modules. None where Python
+    does not know the source, as for a loss that was typed at its prompt.
+    """
+    file = [] if loss_file is None else [Path(loss_file).read_text(encoding="utf-8")]
+    try:
+        return "\0".join([*file, *_texts(function, set())])
+    except (OSError, TypeError):
+        return None
+
+
+def _texts(source: Callable | ModuleType, seen: set[int]) -> Iterator[str]:
+    """The text of a function or module, and of what a function names, each once."""
+    seen.add(id(source))
+    yield inspect.getsource(source)
+    for name, value in _named_values(inspect.unwrap(source)):
+        if isinstance(value, int | float | str):
+            yield f"{name} = {value!r}"
+        elif id(value) not in seen and _is_part(value):
+            yield from _texts(value, seen)
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a loss that names this value changes with it."""
+    if isinstance(value, FunctionType):
+        return (value.__module__ or "").partition(".")[0] not in FOREIGN
+    if isinstance(value, ModuleType):
+        installed = "site-packages" in Path(getattr(value, "__file__", None) or "").parts
+        return not installed and value.__name__.partition(".")[0] not in {*FOREIGN, "phi2"}
+    return False
+
+
+def _named_values(source: Any) -> Iterator[tuple[str, Any]]:
+    """Globals and variables of enclosing functions that a function's code names."""
+    if not isinstance(source, FunctionType):
+        return
+    cells = zip(source.__code__.co_freevars, source.__closure__ or (), strict=True)
+    values = source.__globals__ | {name: cell.cell_contents for name, cell in cells}
+    yield from ((name, values[name]) for name in dict.fromkeys(_names(source.__code__)) if name in values)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names that the code looks up, within the functions it defines too."""
+    yield from (*code.co_names, *code.co_freevars)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -1,0 +1,72 @@
+"""The first look at a preference loss, before anything large is loaded: on rows of the run, with made-up log-probs.
+
+A loss that keeps a state, draws random numbers or works in place is refused. One that gives a pair another value when
+other pairs stand beside it uses the batch: with an update of several passes it would see a part of the pairs at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from phi2.data.encode import EncodedPair
+from phi2.data.loader import Windows
+from phi2.losses.preference import PairBatch
+from phi2.losses.properties import Loss, made_up_pairs, require_pure, uses_batch
+from phi2.training.batch import column_gaps, numeric_columns
+
+SPREAD, CANDIDATES = 8, 1024  # pairs over the whole data set that are looked at, and among which columns are
+
+
+def look_at_loss(
+    name: str,
+    loss: Loss,
+    pairs: Sequence[EncodedPair],
+    eval_pairs: Sequence[EncodedPair],
+    windows: Windows,
+    reference_free: bool,
+) -> None:
+    """Refuses a loss that would train on something else than it says; tells of one that uses the batch.
+
+    Args:
+        windows: of the run over `pairs`.
+        reference_free: whether the loss gets no reference.
+    Raises:
+        ValueError: when the loss is not pure, when it reads a column that is not a number in every row, or when it uses
+            the batch and an update is more than one pass.
+    """
+    gaps = column_gaps([*pairs, *eval_pairs])
+    shown = shown_pairs(varied(pairs, gaps), gaps, reference_free)
+    require_pure(name, loss, shown)
+    if not uses_batch(loss, shown):
+        return
+    sizes = [len(batch) for batch in windows.at(0)]
+    if len(sizes) > 1:
+        raise ValueError(
+            f"loss {name!r} gives a pair another value when other pairs stand beside it (it uses the batch): that is"
+            f" right only while an update is one pass; set gradient_accumulation_steps: 1 and, for updates of as many"
+            f" pairs as now, per_device_train_batch_size: {sum(sizes)}"
+        )
+    last = len(windows.at(windows.per_epoch - 1)[0])
+    warnings.warn(
+        f"loss {name!r} uses the batch: a pair's value depends on the pairs beside it, {sizes[0]} at a time"
+        f" ({last} in the last update of an epoch){', in evaluation too' if eval_pairs else ''}",
+        stacklevel=2,
+    )
+
+
+def varied(pairs: Sequence[EncodedPair], gaps: dict[str, str]) -> list[EncodedPair]:
+    """Pairs from the whole data set, among them the lowest and the highest of each column of numbers."""
+    candidates = pairs[:: max(1, len(pairs) // CANDIDATES)]
+    spread = candidates[:: max(1, len(candidates) // SPREAD)][:SPREAD]
+    names = [name for name in pairs[0].columns if name not in gaps]
+    ends = [end(candidates, key=lambda pair, name=name: pair.columns[name]) for name in names for end in (min, max)]
+    return list({id(pair): pair for pair in (*spread, *ends)}.values())
+
+
+def shown_pairs(pairs: Sequence[EncodedPair], gaps: dict[str, str], reference_free: bool) -> PairBatch:
+    """What a loss is shown of them: their lengths and columns, and made-up log-probabilities."""
+    chosen, rejected = ([len(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
+    return made_up_pairs(chosen, rejected, numeric_columns(pairs, gaps, torch.device("cpu")), reference_free)

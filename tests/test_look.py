@@ -1,0 +1,278 @@
+"""The first look at a loss: a function of its pairs alone, of each pair by itself, and over columns that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from phi2.data.encode import EncodedPair
+from phi2.data.loader import Windows
+from phi2.data.records import Origin
+from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, preference_loss
+from phi2.losses.properties import made_up_pairs, only, require_pure, uses_batch
+from phi2.training.dpo import train
+from phi2.training.look import look_at_loss, varied
+
+BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Losses registered by a test are gone after it."""
+    before = dict(PREFERENCE_LOSSES)
+    yield
+    PREFERENCE_LOSSES.clear()
+    PREFERENCE_LOSSES.update(before)
+
+
+def pair(row: int, prompt: int = 2, chosen: int = 3, rejected: int = 4, **columns) -> EncodedPair:
+    parts = (np.arange(1, n + 1, dtype=np.int32) for n in (prompt, chosen, rejected))
+    return EncodedPair(*parts, Origin("rows.jsonl", row), columns)
+
+
+PAIRS = [pair(i + 1, chosen=1 + i % 5, rejected=1 + i % 7, weight=1.0 + i % 3) for i in range(20)]
+
+
+def look(loss: Callable[[PairBatch], Tensor], pairs: list = PAIRS, eval_pairs: list = (), batch: int = 4, cut: int = 1):
+    look_at_loss("mine", loss, pairs, eval_pairs, Windows(len(pairs), batch, cut, seed=0), reference_free=False)
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(0, 900)), min_size=1, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(BUILT_IN), lengths=LENGTHS, beta=st.floats(1e-3, 50))
+def test_every_built_in_loss_passes_whatever_the_lengths_and_beta(name, lengths, beta):
+    loss, reference_free = bind_loss(name, {"beta": beta}), PREFERENCE_LOSSES[name].reference_free
+    pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), Columns(), reference_free)
+    require_pure(name, loss, pairs)
+    assert not uses_batch(loss, pairs)
+
+
+def test_made_up_pairs_are_log_probabilities_of_a_policy_that_moved():
+    pairs = made_up_pairs([3, 5], [2, 0], Columns(), reference_free=False)
+    assert pairs.chosen_mask.sum(-1).tolist() == [3, 5] and pairs.rejected_mask.sum(-1).tolist() == [2, 0]
+    for logps in (pairs.policy_chosen_logps, pairs.ref_chosen_logps):
+        assert (logps <= 0).all() and (logps[~pairs.chosen_mask] == 0).all() and logps.dtype == torch.float32
+    assert (pairs.chosen_logratio.abs() > 0.01).all()
+
+
+def test_a_pair_alone_has_no_padding():
+    alone = only(made_up_pairs([3, 5], [2, 0], Columns(), reference_free=False), 0)
+    assert alone.chosen_mask.tolist() == [[True] * 3] and alone.rejected_mask.tolist() == [[True] * 2]
+
+
+# ---- of each pair by itself ----
+
+USES_BATCH = {
+    "centred": lambda pairs: (pairs.margin - pairs.margin.mean()) ** 2,
+    "centred, no gradient through the centre": lambda pairs: -F.logsigmoid(pairs.margin - pairs.margin.mean().detach()),
+    "sorted": lambda pairs: -F.logsigmoid(pairs.policy_chosen.sort()[0] - pairs.ref_chosen.sort()[0]),
+    "weights that sum to one": lambda pairs: pairs.columns["weight"] / pairs.columns["weight"].sum() * pairs.margin,
+    "its place in the batch": lambda pairs: pairs.margin * torch.arange(len(pairs.margin)),
+    "its neighbour": lambda pairs: pairs.margin - pairs.chosen_logratio.roll(1),
+    "log-mean-exp": lambda pairs: pairs.margin * 0 + torch.logsumexp(-pairs.margin / 10, 0),
+    "padding": lambda pairs: -pairs.policy_chosen_logps.mean(-1),
+    "deviation": lambda pairs: pairs.margin / pairs.margin.std(),
+    "the two best": lambda pairs: pairs.margin - pairs.margin.topk(2).values.sum(),
+}
+
+
+@pytest.mark.parametrize("name", USES_BATCH)
+def test_a_loss_over_the_batch_is_right_only_while_an_update_is_one_pass(name):
+    message = (
+        r"loss 'mine' gives a pair another value .* \(it uses the batch\): .* gradient_accumulation_steps: 1 .* 8$"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        look(USES_BATCH[name], batch=4, cut=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_over_the_batch_is_told_where_an_update_is_one_pass():
+    with pytest.warns(
+        UserWarning, match=r"'mine' uses the batch: .*, 8 at a time \(4 in the last update of an epoch\)$"
+    ):
+        look(USES_BATCH["centred"], batch=8)
+    with pytest.warns(UserWarning, match="of an epoch\\), in evaluation too$"):
+        look(USES_BATCH["centred"], batch=8, eval_pairs=PAIRS)
+
+
+def test_a_window_that_one_micro_batch_fills_is_one_pass():
+    with pytest.warns(UserWarning, match="uses the batch"):
+        look(USES_BATCH["centred"], pairs=PAIRS[:4], batch=4, cut=8)
+
+
+def test_a_statistic_of_a_column_is_seen_though_the_first_rows_agree():
+    rows = [pair(i, weight=float(i == 700)) for i in range(1000)]
+    with pytest.raises(ValueError, match="it uses the batch"):
+        look(lambda pairs: pairs.margin * (pairs.columns["weight"] - pairs.columns["weight"].mean()), rows, cut=2)
+
+
+def test_a_data_set_of_one_pair_has_nothing_to_compare():
+    look(USES_BATCH["centred"], pairs=PAIRS[:1], cut=2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_loss_of_each_pair_says_nothing(name):
+    look_at_loss(
+        name, bind_loss(name, {}), PAIRS, [], Windows(20, 4, 2, seed=0), PREFERENCE_LOSSES[name].reference_free
+    )
+
+
+# ---- of its pairs alone ----
+
+
+def in_place(change: Callable[[PairBatch], None]) -> Callable[[PairBatch], Tensor]:
+    def loss(pairs: PairBatch) -> Tensor:
+        change(pairs)
+        return -F.logsigmoid(0.1 * pairs.margin)
+
+    return loss
+
+
+IN_PLACE = {
+    "policy_chosen_logps": lambda pairs: pairs.policy_chosen_logps.mul_(2),
+    "policy_rejected_logps": lambda pairs: pairs.policy_rejected_logps.clamp_(min=-50),  # none is lower here
+    "ref_chosen_logps": lambda pairs: pairs.ref_chosen_logps.data.zero_(),
+    "ref_rejected_logps": lambda pairs: pairs.ref_rejected_logps.__isub__(1),
+    "rejected_mask": lambda pairs: pairs.rejected_mask.fill_(True),
+    "margin": lambda pairs: pairs.margin.sub_(1),
+    "chosen_length": lambda pairs: pairs.chosen_length.add_(1),
+    "columns": lambda pairs: pairs.columns["weight"].div_(2),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_loss_that_works_in_place_is_refused(name):
+    with pytest.raises(ValueError, match=rf"loss 'mine' changes what it is given \({name}\): it must not work in"):
+        look(in_place(IN_PLACE[name]))
+
+
+def test_a_loss_that_replaces_a_column_is_refused():
+    with pytest.raises(ValueError, match=r"changes what it is given \(columns\)"):
+        look(in_place(lambda pairs: pairs.columns.pop("weight")))
+
+
+def counting() -> Callable[[PairBatch], Tensor]:
+    calls = []
+    return lambda pairs: pairs.margin * (calls.append(None) or len(calls))
+
+
+RANDOM = {
+    "noise": lambda pairs: pairs.margin + torch.randn(len(pairs.margin)),
+    "dropout": lambda pairs: F.dropout(pairs.margin, 0.5),
+    "a seed of its own": lambda pairs: pairs.margin * (1 + 0 * torch.manual_seed(0).initial_seed()),
+    "python's random": lambda pairs: pairs.margin * random.random(),
+    "a state": counting(),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_loss_that_is_another_one_at_each_call_is_refused(name):
+    with pytest.raises(ValueError, match="loss 'mine' is no function of its pairs alone: it draws random numbers, or"):
+        look(RANDOM[name])
+
+
+def test_the_look_leaves_torchs_random_state_alone():
+    before = torch.get_rng_state()
+    look(bind_loss("sigmoid", {}))
+    with pytest.raises(ValueError, match="draws random numbers"):
+        look(RANDOM["noise"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- columns ----
+
+READS = {
+    "index": lambda pairs: pairs.columns["w"] * pairs.margin,
+    "get": lambda pairs: pairs.columns.get("w", 1.0) * pairs.margin,
+    "in": lambda pairs: pairs.margin * (2.0 if "w" in pairs.columns else 1.0),
+}
+GAPS = {"high": r"rows.jsonl row 18 has 'high'$", None: "rows.jsonl row 18 has none$"}
+
+
+@pytest.mark.parametrize("value", GAPS)
+@pytest.mark.parametrize("read", READS)
+def test_a_column_that_is_a_number_in_some_rows_only_is_refused_with_the_first_other_row(read, value):
+    rows = [pair(i, w=1.0, v=2.0) for i in range(1, 18)]
+    rows += [
+        pair(18, v=1.0, **({} if value is None else {"w": value})),
+        pair(19, w="low", v=1.0),
+        pair(20, w=1.0, v=0.5),
+    ]
+    named = "loss reads the column 'w'; columns of numbers here are v; 'w' is not one: "
+    with pytest.raises(ValueError, match=named + GAPS[value]):
+        look(READS[read], rows)
+
+
+def test_evaluation_rows_need_the_columns_too():
+    with pytest.raises(ValueError, match="'w' is not one: rows.jsonl row 3 has none"):
+        look(READS["index"], [pair(1, w=1.0), pair(2, w=2.0)], [pair(3)])
+
+
+def test_a_column_that_is_nowhere_is_refused_with_those_that_are_numbers_and_may_be_optional():
+    with pytest.raises(ValueError, match="the loss reads the column 'w'; columns of numbers here are weight$"):
+        look(READS["index"])
+    look(READS["get"])
+    look(READS["in"])
+
+
+def test_columns_that_no_loss_reads_may_have_gaps():
+    look(bind_loss("sigmoid", {}), [pair(1, w=1.0), pair(2, w="high"), pair(3)])
+
+
+def test_the_pairs_looked_at_have_the_lowest_and_the_highest_number_of_each_column():
+    rows = [pair(i, w=float(-abs(i - 331)), v=float(i == 5)) for i in range(1000)]
+    chosen = {row.origin.row for row in varied(rows, {})}
+    assert {331, 999, 5} <= chosen and len(chosen) < 16
+
+
+# ---- whole runs ----
+
+
+def register(loss: Callable[[PairBatch], Tensor], **options) -> str:
+    def mine(pairs: PairBatch) -> Tensor:
+        return loss(pairs)
+
+    preference_loss("mine", **options)(mine)
+    return "mine"
+
+
+def test_a_run_refuses_before_it_loads_the_model(dpo_config, registry, monkeypatch):
+    monkeypatch.setattr("phi2.training.dpo.load_policy", None)
+    with pytest.raises(ValueError, match="it uses the batch"):
+        train(dpo_config(loss=register(USES_BATCH["centred"])))
+
+
+@pytest.mark.filterwarnings("ignore:loss 'mine' uses the batch")
+def test_one_pass_an_update_trains_on_the_batch(dpo_config, registry, metrics_of):
+    loss = register(lambda pairs: (pairs.columns["weight"] - pairs.columns["weight"].mean()) ** 2 + 0 * pairs.margin)
+    config = dpo_config(loss=loss, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    assert metrics_of(train(dataclasses.replace(config, shuffle=False)))[0]["loss"] == pytest.approx(1.25)  # 1 2 3 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("reference_free", [False, True])
+def test_a_loss_that_is_no_number_on_real_rows_is_refused_before_the_first_update(
+    dpo_config, registry, value, reference_free, monkeypatch
+):
+    monkeypatch.setattr("phi2.training.dpo.update", None)
+    loss = register(lambda pairs: pairs.policy_chosen * 0 + value, reference_free=reference_free)
+    with pytest.raises(ValueError, match=f"step 1: loss 'mine' is {value}"):
+        train(dpo_config(loss=loss))
+
+
+def test_a_gradient_that_is_no_number_where_policy_and_reference_agree_is_refused(dpo_config, registry):
+    loss = register(lambda pairs: (pairs.margin**2).sqrt())  # 0 there, its slope 0 / 0
+    with pytest.raises(ValueError, match="step 1: loss 'mine' is 0, but its gradient is no number"):
+        train(dpo_config(loss=loss))
