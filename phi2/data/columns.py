@@ -91,7 +91,7 @@ class Reading:
         """The row without the columns to ignore; `prefix` stands before their names in `fates`."""
         if self.ignore.isdisjoint(row):
             return row
-        self.fates.update({prefix + name: IGNORED for name in row if name in self.ignore and is_set(row[name])})
+        self.fates.update({f"{prefix}{name}": IGNORED for name in row if name in self.ignore and is_set(row[name])})
         return {name: value for name, value in row.items() if name not in self.ignore}
 
 
@@ -117,7 +117,7 @@ def account(
         if name in COLUMNS and not _is_harmless(name, value, kept):
             beside_texts = name in SYSTEM or name in VARIABLES
             raise reading.unread(name, COLUMNS[name], "beside texts, only beside messages" if beside_texts else "here")
-        reading.fates[prefix + name] = KEPT if name in kept else NOT_READ
+        reading.fates[f"{prefix}{name}"] = KEPT if name in kept else NOT_READ
 
 
 def _is_harmless(name: str, value: Any, kept: Mapping[str, Any]) -> bool:

@@ -67,8 +67,7 @@ def supervised_pieces(
         pieces, last_is_learnt = _chat_pieces(record, tokenizer, train_on), record.messages[-1].train
     else:
         pieces, last_is_learnt = [Piece(record.prompt, train_on == "all"), Piece(record.completion, True)], True
-    *_, last = _joined(pieces)
-    end, flag = _end(last.text, tokenizer, append_eos)
+    end, flag = _end("".join(piece.text for piece in pieces), tokenizer, append_eos)
     return _joined([*pieces, Piece(end, last_is_learnt)]), flags | {flag}
 
 
@@ -104,7 +103,7 @@ def _spelled(
     record: Chat | Plain | Pair, tokenizer: Tokenizer, special_tokens: SpecialTokens
 ) -> tuple[Chat | Plain | Pair, set[str]]:
     """The record with its special tokens as they are to be read, and the flag that says so."""
-    texts = [getattr(record, field, None) for field in TEXTS]
+    texts = _texts(record)
     token = tokenizer.special_text.find(texts)
     if token is None:
         return record, set()
@@ -113,13 +112,26 @@ def _spelled(
         raise RowError(record.origin, "special-token", reason)
     if special_tokens == "text":
         return _marked(record, token, tokenizer), {"special_text_kept"}
-    inside = texts if is_conversation(record) else [_without_end(text or "", tokenizer) for text in texts]
+    inside = texts if is_conversation(record) else [_without_end(text, tokenizer) for text in texts]
     return record, set() if tokenizer.special_text.find(inside) is None else {"special_text_in_content"}
+
+
+def _texts(record: Chat | Plain | Pair) -> list:
+    """All text of a record that reaches the model; raw texts as they are read, each answer behind its prompt."""
+    if is_conversation(record):
+        return [getattr(record, field, None) for field in TEXTS]
+    answers = [record.completion] if isinstance(record, Plain) else [record.chosen, record.rejected]
+    return [record.prompt + answer for answer in answers]
 
 
 def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Chat | Plain | Pair:
     """The record with marks around every special token that it spells."""
-    special = tokenizer.special_text
+    special, find = tokenizer.special_text, tokenizer.special_text.pattern.findall
+    if not is_conversation(record) and any(
+        find(text) != find(record.prompt) + find(text[len(record.prompt) :]) for text in _texts(record)
+    ):
+        reason = f"{token!r} is spelled where the prompt ends and its answer begins: it cannot stay text"
+        raise RowError(record.origin, "special-token", reason)
     values = {field: getattr(record, field) for field in TEXTS if hasattr(record, field)}
     try:
         marked = replace(record, **{field: _mark(value, tokenizer) for field, value in values.items()})

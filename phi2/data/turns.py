@@ -74,7 +74,7 @@ def _turn(value: Any, name: str, reading: Reading) -> Message:
 
 def _content(value: Any, name: str, reading: Reading) -> str:
     """The words of a turn; those given in parts are joined."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and value:
         return "".join(_part(part, name, reading) for part in value)
     return read_text(value, f"the content of a turn of {name}", reading)
 
