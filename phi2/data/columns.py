@@ -89,14 +89,14 @@ class Reading:
 
     def left(self, row: Mapping[str, Any], prefix: str = "") -> Mapping[str, Any]:
         """The row without the columns to ignore; `prefix` stands before their names in `fates`."""
-        if self.ignore.isdisjoint(row):
+        if not self.ignore or self.ignore.isdisjoint(row):
             return row
         self.fates.update({f"{prefix}{name}": IGNORED for name in row if name in self.ignore and is_set(row[name])})
         return {name: value for name, value in row.items() if name not in self.ignore}
 
 
 def is_set(value: Any) -> bool:
-    return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
+    return value is not None and not (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def account(
@@ -112,7 +112,7 @@ def account(
         RowError: for a column in `COLUMNS`.
     """
     for name, value in row.items():
-        if name in read or not is_set(value):
+        if value is None or name in read or not is_set(value):
             continue
         if name in COLUMNS and not _is_harmless(name, value, kept):
             beside_texts = name in SYSTEM or name in VARIABLES

@@ -81,6 +81,7 @@ FORMATS = {
     "text": _supervised(("text",), readers.read_running_text, talks=False),
 }
 CHAT_COLUMNS = (*SYSTEM, *VARIABLES)
+_CHAT = frozenset(CHAT_COLUMNS)
 # what the pair itself is made of; every other column of a row is about the pair
 _PAIR_TEXTS = {name for f in FORMATS.values() if f.kind == "preference" for name in f.required} | set(CHAT_COLUMNS)
 
@@ -91,6 +92,10 @@ def columns_read(name: str, talks: bool) -> frozenset[str]:
     return frozenset((*layout.required, *layout.optional, *(CHAT_COLUMNS if talks else ())))
 
 
+_REQUIRED = {
+    kind: [(name, frozenset(f.required)) for name, f in FORMATS.items() if kind in (None, f.kind)]
+    for kind in (None, *KINDS)
+}
 _READ = {(name, talks): columns_read(name, talks) for name in FORMATS for talks in (False, True)}
 
 
@@ -146,9 +151,10 @@ def parse_row(
     talks = is_conversation(record)
     if talks:
         record = _with_chat_columns(record, row, reading)
-    if isinstance(record, Pair):
-        record = replace(record, columns=_columns(row))
-    account(row, _READ[name, talks], getattr(record, "columns", {}), reading)
+    kept = _columns(row) if isinstance(record, Pair) else {}
+    if kept:
+        record.columns.update(kept)
+    account(row, _READ[name, talks], kept, reading)
     return record
 
 
@@ -160,12 +166,13 @@ def is_conversation(record: Record) -> bool:
 def _match(row: Row, kind: str | None) -> str | None:
     """The first layout whose columns are there; one that would have to do with an empty list only if no other fits."""
     present = {column for column, value in row.items() if value is not None}
-    filled = {column for column in present if is_set(row[column]) or row[column] == ""}
-    for some in (filled, present):
-        for name, layout in FORMATS.items():
-            if kind in (None, layout.kind) and some.issuperset(layout.required):
-                return name
-    return None
+    name = _first_match(present, kind)
+    empty = {column for column in FORMATS[name].required if row[column] in ([], {})} if name else ()
+    return _first_match(present - empty, kind) or name if empty else name
+
+
+def _first_match(present: set[str], kind: str | None) -> str | None:
+    return next((name for name, required in _REQUIRED.get(kind, ()) if required <= present), None)
 
 
 def _unknown_format(row: Row, kind: str | None) -> str:
@@ -191,7 +198,7 @@ def _columns(row: Row) -> dict[str, float | str]:
 
 def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, reading: Reading) -> Chat | Pair | Unpaired:
     """The record with the system text and the template's variables that have columns of their own."""
-    if row.keys().isdisjoint(CHAT_COLUMNS):
+    if _CHAT.isdisjoint(row) or all(row.get(name) is None for name in CHAT_COLUMNS):
         return record
     system, variables = _system_text(row, reading), template_variables(row, reading)
     if system:

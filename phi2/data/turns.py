@@ -74,7 +74,7 @@ def _turn(value: Any, name: str, reading: Reading) -> Message:
 
 def _content(value: Any, name: str, reading: Reading) -> str:
     """The words of a turn; those given in parts are joined."""
-    if isinstance(value, list | tuple) and value:
+    if not isinstance(value, str) and isinstance(value, list | tuple) and value:
         return "".join(_part(part, name, reading) for part in value)
     return read_text(value, f"the content of a turn of {name}", reading)
 
@@ -97,7 +97,7 @@ def _further_keys(
     """Whether the turn is learnt, and what the chat template may want to know of it."""
     train, keys = True, {}
     for key, item in value.items():
-        if key in spoken or not is_set(item):
+        if item is None or key in spoken or not is_set(item):
             continue
         if key in reading.ignore:
             reading.fates[f"{name}.{key}"] = IGNORED
