@@ -46,6 +46,7 @@ class Format(NamedTuple):
 
 
 _supervised, _preference, _unpaired = (partial(Format, kind) for kind in KINDS)
+# what was asked, in the order in which it is put together; the first is what the question is about
 _ASK, _BESIDE_ASK = ("context", "instruction", "input"), ("input", "context", "history")
 _BESIDE = ("context", "history")
 _pair, _ask_pair = readers.read_reply_pair, partial(readers.read_reply_pair, asks=_ASK)
@@ -167,7 +168,9 @@ def _match(row: Row, kind: str | None) -> str | None:
     """The first layout whose columns are there; one that would have to do with an empty list only if no other fits."""
     present = {column for column, value in row.items() if value is not None}
     name = _first_match(present, kind)
-    empty = {column for column in FORMATS[name].required if row[column] in ([], {})} if name else ()
+    empty = (
+        {column for column in FORMATS[name].required if not is_set(row[column]) and row[column] != ""} if name else ()
+    )
     return _first_match(present - empty, kind) or name if empty else name
 
 

@@ -185,6 +185,20 @@ def test_tools_and_their_calls_are_written_as_trl_writes_them(shared, prepare):
     _assert_same_sequences(_encode(chats, tokenizer, "supervised", train_on="all"), prepare("SFT", rows, CALLING))
 
 
+def test_tools_of_a_pair_are_written_as_trl_writes_them(shared, prepare):
+    tokenizer = Tokenizer.from_folder(shared / "tokenizer" / "phi-2-instruct")
+    tokenizer.chat_template = CALLING
+    answers = [{"role": "assistant", "content": text} for text in ("Sunny.", "I cannot know.")]
+    row = {"prompt": [{"role": "user", "content": "Weather?"}], "tools": json.dumps([{"name": "weather"}])}
+    rows = [
+        {**row, "chosen": answers[:1], "rejected": answers[1:]},
+        {**row, "chosen": answers[1:], "rejected": answers[:1]},
+    ]
+    pairs = [parse_row(row, Origin("tools", number)) for number, row in enumerate(rows, start=1)]
+    theirs = prepare("DPO", rows, CALLING, max_length=1024)
+    _assert_same_pairs(_encode(pairs, tokenizer, "preference"), theirs, 1024)
+
+
 @pytest.mark.parametrize("max_length", [1024, 256])
 def test_message_pairs_are_trl_conversational_pairs(tokenizer, pairs, prepare, max_length):
     rows = [{name: _dicts(getattr(pair, name)) for name in ("prompt", "chosen", "rejected")} for pair in pairs]
