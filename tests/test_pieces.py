@@ -227,6 +227,18 @@ def test_names_that_the_template_does_not_write_are_counted():
     assert pieces[0].text.startswith("Ann: a") and flags == {"eos_present"}
 
 
+def test_words_that_the_template_leaves_out_are_counted():
+    no_system = with_template(
+        "{% for m in messages if m.role != 'system' %}{{ m.content | trim }}<|im_end|>{% endfor %}"
+    )
+    plain, spaced = chat("a", "b"), chat(" a\n", "b ")
+    with_system = Chat((Message("system", "Be brief."), *plain.messages), ORIGIN)
+    flags = [supervised_pieces(c, no_system, "completion", True)[1] for c in (plain, spaced, with_system)]
+    assert flags == [{"eos_present"}, {"eos_present"}, {"eos_present", "content_not_written"}]
+    pair = Pair(with_system.messages[:2], plain.messages[1:], (Message("assistant", "c"),), ORIGIN, {})
+    assert "content_not_written" in pair_texts(pair, no_system, append_eos=True)[1]
+
+
 # What a template marks as generated
 
 GENERATES = (  # the words and the end of a turn are learnt, its newline is not

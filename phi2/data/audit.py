@@ -25,6 +25,7 @@ FLAGS = {
     "eos_lost": "the end token was cut off: nothing here teaches the model to stop",
     "special_text_in_content": "the text spells a special token, which it becomes",
     "special_text_kept": "the text spells a special token, and stays text",
+    "content_not_written": "the chat template leaves out the words of a message, or changes them",
     "names_not_written": "a message has a name or a tool_call_id that the chat template does not write",
 }
 FIRST = 3  # rows named as examples of each rule

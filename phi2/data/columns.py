@@ -34,7 +34,7 @@ APPROVAL = {  # harmless where they approve: 1, or true
 MASKS = {name: "which tokens are learnt" for name in ("loss_mask", "completion_mask", "assistant_masks", "labels")}
 COLUMNS = {
     **SYSTEM,
-    "history": "earlier questions and answers",
+    "history": "earlier questions and answers, turns of the conversation",
     "context": "a text that the question is about",
     **VARIABLES,
     "functions": "the tools that the assistant may call, as OpenAI wrote them before 2024",

@@ -65,9 +65,10 @@ def supervised_pieces(
     if isinstance(record, Chat):
         flags |= _require_read(record, record.messages, tokenizer)
         pieces, last_is_learnt = _chat_pieces(record, tokenizer, train_on), record.messages[-1].train
+        flags |= _changed(record.messages, _joined_text(pieces))
     else:
         pieces, last_is_learnt = [Piece(record.prompt, train_on == "all"), Piece(record.completion, True)], True
-    end, flag = _end("".join(piece.text for piece in pieces), tokenizer, append_eos)
+    end, flag = _end(_joined_text(pieces), tokenizer, append_eos)
     return _joined([*pieces, Piece(end, last_is_learnt)]), flags | {flag}
 
 
@@ -92,6 +93,8 @@ def pair_texts(
     if is_conversation(record):
         flags |= _require_read(record, (*record.prompt, *record.chosen, *record.rejected), tokenizer)
         texts = _dialogue(record, tokenizer)
+        turns = (record.prompt, record.chosen, record.rejected)
+        flags = flags.union(*(_changed(*some) for some in zip(turns, texts, strict=True)))
     ends, names = zip(*(_end(text, tokenizer, append_eos) for text in texts[1:]), strict=True)
     return [texts[0], *(text + end for text, end in zip(texts[1:], ends, strict=True))], flags.union(names)
 
@@ -201,6 +204,12 @@ def _require_read(record: Chat | Pair, messages: Iterable[Message], tokenizer: T
     return {"names_not_written"} if unread else set()
 
 
+def _changed(messages: Turns, text: str) -> set[str]:
+    """Counts a conversation whose words the template leaves out, such as a system turn it has no place for."""
+    written = all(message.content.strip() in text for message in messages)
+    return set() if written else {"content_not_written"}
+
+
 def _chat_pieces(record: Chat, tokenizer: Tokenizer, train_on: TrainOn) -> list[Piece]:
     """Cuts the rendered conversation around what is learnt; for "all", around the turns that are not."""
     messages, last = record.messages, len(record.messages) - 1
@@ -278,7 +287,11 @@ def _dicts(messages: Iterable[Message]) -> list[dict]:
     return [{"role": m.role, "content": m.content, **(m.keys or {})} for m in messages]
 
 
+def _joined_text(pieces: Iterable[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Leaves out empty pieces and joins neighbours of one sort."""
     groups = groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.target)
-    return [Piece("".join(piece.text for piece in group), target) for target, group in groups]
+    return [Piece(_joined_text(group), target) for target, group in groups]
