@@ -37,13 +37,15 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
     """`tokenizer_config.json`, with what the `special_tokens_map.json` of an older checkpoint says.
 
     As in transformers, the map wins over a config that does not describe its added tokens, and gives way to one that
-    does; there it still tells what the config leaves out.
+    does; there it still tells what the config leaves out. Added tokens that the config describes and `tokenizer.json`
+    lacks join the vocabulary.
 
     Raises:
         ValueError: naming the file that is damaged.
     """
     path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     config = read_json(path) if path.exists() else {}
+    _add_missing_tokens(backend, config.get("added_tokens_decoder") or {}, path)
     if not map_path.exists():
         return config
     told = {name: value for name, value in read_json(map_path).items() if value is not None}
@@ -52,6 +54,27 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
             raise ValueError(f"{map_path}: {name} {text!r} is not in the vocabulary")
     given = {name: value for name, value in config.items() if value is not None}
     return {**told, **given} if "added_tokens_decoder" in config else {**config, **told}
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, described: Any, path: Path) -> None:
+    known = backend.get_added_tokens_decoder()
+    for token_id, token in _described_tokens(described, path):
+        if token_id not in known:
+            backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
+        if found != token_id:
+            raise ValueError(f"{path}: {token.content!r} has id {token_id} here, and {found} in tokenizer.json")
+
+
+def _described_tokens(described: Any, path: Path) -> Iterator[tuple[int, tokenizers.AddedToken]]:
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        for token_id, fields in described.items():
+            known = {name: fields[name] for name in names if name in fields}
+            yield int(token_id), tokenizers.AddedToken(fields["content"], **known)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        rule = "added_tokens_decoder must hold the fields of an added token for each id"
+        raise ValueError(f"{path}: {rule}, got {short_repr(described)}") from error
 
 
 def special_tokens(config: Mapping[str, Any], where: str) -> dict[str, str]:

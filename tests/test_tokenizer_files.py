@@ -73,6 +73,22 @@ def test_a_damaged_map_is_named(tmp_path, content):
         Tokenizer.from_folder(write(tmp_path, special_tokens_map=content))
 
 
+@pytest.mark.parametrize("described", [{"999": {"content": "<new>"}}, {"257": {"content": "<pad>"}}])
+def test_an_added_token_with_another_id_is_refused(tmp_path, described):
+    with one_line(r"tokenizer_config.json: '<(new|pad)>' has id \d+ here, and \d+ in tokenizer.json"):
+        Tokenizer.from_folder(write(tmp_path, tokenizer_config={"added_tokens_decoder": described}))
+
+
+@pytest.mark.parametrize(
+    "described", [{"x": {"content": "a"}}, {"257": "<end>"}, {"257": {"contents": "<end>"}}, {"1": []}, [3]]
+)
+def test_damaged_added_tokens_are_named(tmp_path, described):
+    with one_line(
+        "tokenizer_config.json: added_tokens_decoder must hold the fields of an added token for each id, got"
+    ):
+        Tokenizer.from_folder(write(tmp_path, tokenizer_config={"added_tokens_decoder": described}))
+
+
 def test_saving_over_an_older_checkpoint_keeps_what_was_read(tmp_path):
     folder = write(tmp_path, special_tokens_map={"eos_token": "<end>", "pad_token": "<pad>"})
     base = Tokenizer.from_folder(folder)

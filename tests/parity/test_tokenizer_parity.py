@@ -109,6 +109,23 @@ def test_a_special_tokens_map_decides_as_in_transformers(shared, tmp_path, descr
     assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
 
 
+def test_added_tokens_that_only_the_config_describes_are_added_as_in_transformers(shared, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((shared / "tokenizer/phi-2/tokenizer.json").read_bytes())
+    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    described = {"50295": {"content": "<|im_start|>", **plain}, "50296": {"content": "<|im_end|>", **plain}}
+    described["50297"] = {"content": "<tool>", **plain, "normalized": True, "special": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": described,
+        "eos_token": "<|im_end|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = twins(tmp_path)
+    text = "<|im_start|>user\na <tool> b<|im_end|>"
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert (ours.eos_id, len(ours)) == (theirs.eos_token_id, len(theirs)) == (50296, 50298)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Twins:
     """Phi-2's tokenizer after `with_chatml`, and what transformers reads from the folder it was saved in."""
