@@ -1,21 +1,31 @@
 #!/usr/bin/env bash
 # What wants a GPU, in one go: the tests of the kernels, then each GPU case, all in processes of their own.
-#     benchmarks/gpu.sh                      everything
+#     benchmarks/gpu.sh                      everything, in order of worth: some ten minutes on 16 cores
 #     benchmarks/gpu.sh tests head block     some of it
 #     benchmarks/gpu.sh tune                 not part of everything: which launch of attention and gemv is fastest
-# What fails does not stop the rest. Full output and the measurements of benchmarks/results go to $OUT (default: a new
-# folder), and a short table comes last. Exit code 1 when anything failed. CASE_SECONDS limits each of them.
+# What fails does not stop the rest, and what is killed has told all it knew: $OUT (default: a new folder) gets a line of
+# tests.jsonl for each test as it ends, of summary.txt for each step, and the measurements of benchmarks/results.
+# Exit code 1 when anything failed. CASE_SECONDS limits each step, and is twice that for the tests.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
-out=${OUT:-$(mktemp -d)}
+export OUT=${OUT:-$(mktemp -d)}
+steps=${*:-tests attention_forward attention_forward_backward block head decode_step decode_ops prefix_sharing elementwise}
 failed=0
 
-for name in ${*:-tests attention_forward attention_forward_backward prefix_sharing head block elementwise decode_ops decode_step}; do
+# Workers share Triton's cache; a test that hangs ends its worker, and another takes its place.
+plugins=(-p benchmarks.stream)
+if "$python" -c "import xdist, pytest_timeout" 2>/dev/null; then
+  plugins+=(-n "${WORKERS:-12}" --timeout=60 --timeout-method=thread)
+fi
+
+for name in $steps; do
+  seconds=${CASE_SECONDS:-90}
   if [ "$name" = tests ]; then
+    seconds=$((2 * seconds))
     files=(tests/kernels tests/test_step.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py)
-    command=("$python" -m pytest -m gpu -q "${files[@]}")  # not all: a machine with a GPU may lack what others import
+    command=("$python" -m pytest -m "${MARK:-gpu}" -q "${plugins[@]}" "${files[@]}")  # a GPU's machine may lack what others import
   elif [ "$name" = tune ]; then
     ops=attention_forward,attention_dkdv,attention_dq,gemv_half,gemv_int8,gemv_int4
     command=("$python" -m benchmarks.tune --op "$ops")
@@ -23,25 +33,22 @@ for name in ${*:-tests attention_forward attention_forward_backward prefix_shari
     command=("$python" -m benchmarks.run --case "$name")
   fi
   start=$SECONDS
-  timeout "${CASE_SECONDS:-300}" "${command[@]}" >"$out/$name.txt" 2>"$out/$name.err"
+  timeout "$seconds" "${command[@]}" >"$OUT/$name.tmp" 2>&1
   code=$?
   {
     echo "$name: $((SECONDS - start)) s, exit code $code"
-    if [ "$name" = tests ]; then
-      grep -E '^(FAILED|ERROR)|(passed|failed|skipped)' "$out/$name.txt" | tail -n 20 | cut -c 1-200
-    elif [ $code -ne 0 ]; then
-      tail -n 1 "$out/$name.err" | cut -c 1-300
-    elif [ "$name" = tune ]; then
-      grep -v '^{' "$out/$name.txt"
-    else
-      grep -E '^  (limits|.*, without )' "$out/$name.txt" | cut -c 1-160
-      sed -n '/ratio  target$/,/^$/p' "$out/$name.txt" | grep -v '^{'
-    fi
-  } >>"$out/summary.txt"
+    case $name in
+      tests) grep -c '"passed"' "$OUT/tests.jsonl"; grep '"failed"' "$OUT/tests.jsonl" | cut -c 1-300 ;;
+      tune) grep -v '^{' "$OUT/$name.tmp" ;;
+      *) if [ $code -eq 0 ]; then grep -v '^{' "$OUT/$name.tmp"; else tail -n 1 "$OUT/$name.tmp" | cut -c 1-300; fi ;;
+    esac
+  } >>"$OUT/summary.txt"
+  cat "$OUT/$name.tmp" >>"$OUT/output.txt"
+  rm "$OUT/$name.tmp"
   [ $code -eq 0 ] || failed=1
-  if [ -d benchmarks/results ]; then cp -r benchmarks/results "$out/"; fi
+  if [ -d benchmarks/results ]; then cp -r benchmarks/results "$OUT/"; fi
 done
 
-cat "$out/summary.txt"
-echo "full output: $out"
+cat "$OUT/summary.txt"
+echo "full output: $OUT"
 exit $failed

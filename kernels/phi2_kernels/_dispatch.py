@@ -21,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 default_impl = os.environ.get("PHI2_IMPL", "auto")  # what "auto" stands for
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAZY = {"triton": "triton", "tl": "triton.language"}
+_HAS_TRITON = find_spec("triton") is not None  # here: torch.compile of torch 2.11 traces no search
 
 
 def __getattr__(name: str) -> Any:
@@ -58,7 +59,7 @@ def use_triton(impl: str, x: Tensor, obstacle: Callable[[], str] = str) -> bool:
 
 def _general_obstacle(x: Tensor) -> str:
     """What keeps every kernel from running on a tensor."""
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     if x.dtype not in FLOATS:
         return f"dtype must be one of {', '.join(str(dtype) for dtype in FLOATS)}, got {x.dtype}"
