@@ -336,6 +336,8 @@ def test_a_column_of_messages_that_is_one_of_the_dialogues_is_no_prompt(answer):
 
 def test_an_empty_list_of_messages_does_not_hide_that_the_answers_carry_their_prompt():
     assert parse_row({**ROWS["bare-pair"], "messages": []}, ORIGIN) == parse_row(ROWS["bare-pair"], ORIGIN)
+    row = {"messages": [], "conversations": [], "text": "7 is prime"}
+    assert parse_row(row, ORIGIN) == parse_row(ROWS["text"], ORIGIN)
 
 
 spoken = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

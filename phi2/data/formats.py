@@ -152,10 +152,9 @@ def parse_row(
     talks = is_conversation(record)
     if talks:
         record = _with_chat_columns(record, row, reading)
-    kept = _columns(row) if isinstance(record, Pair) else {}
-    if kept:
-        record.columns.update(kept)
-    account(row, _READ[name, talks], kept, reading)
+    if isinstance(record, Pair):
+        record.columns.update(_columns(row))
+    account(row, _READ[name, talks], getattr(record, "columns", {}), reading)
     return record
 
 
@@ -168,10 +167,10 @@ def _match(row: Row, kind: str | None) -> str | None:
     """The first layout whose columns are there; one that would have to do with an empty list only if no other fits."""
     present = {column for column, value in row.items() if value is not None}
     name = _first_match(present, kind)
-    empty = (
-        {column for column in FORMATS[name].required if not is_set(row[column]) and row[column] != ""} if name else ()
-    )
-    return _first_match(present - empty, kind) or name if empty else name
+    if name is None or all(is_set(row[column]) for column in FORMATS[name].required):
+        return name
+    filled = {column for column in present if is_set(row[column]) or row[column] == ""}  # an empty text is a bad row
+    return _first_match(filled, kind) or name
 
 
 def _first_match(present: set[str], kind: str | None) -> str | None:
