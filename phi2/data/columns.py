@@ -100,19 +100,20 @@ def is_set(value: Any) -> bool:
 
 
 def account(
-    row: Mapping[str, Any], read: Collection[str], kept: Mapping[str, Any], reading: Reading, prefix: str = ""
+    row: Mapping[str, Any], unread: Collection[str], kept: Mapping[str, Any], reading: Reading, prefix: str = ""
 ) -> None:
-    """Refuses or counts every column that is set and not in `read`.
+    """Refuses or counts the columns that are set and not read.
 
     Args:
+        unread: the columns that the format does not read.
         kept: columns of a pair that its record keeps for losses and reports.
         prefix: stands before the names, where the row is part of another.
 
     Raises:
         RowError: for a column in `COLUMNS`.
     """
-    for name, value in row.items():
-        if value is None or name in read or not is_set(value):
+    for name, value in row.items() if unread else ():
+        if name not in unread or not is_set(value):
             continue
         if name in COLUMNS and not _is_harmless(name, value, kept):
             beside_texts = name in SYSTEM or name in VARIABLES

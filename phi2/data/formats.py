@@ -110,7 +110,7 @@ def detect_format(row: Row, kind: str | None = None) -> str:
     Raises:
         ValueError: if no layout fits; the message lists the columns seen and the layouts known.
     """
-    name = _match(row, kind)
+    name = _match(row, _present(row), kind)
     if name is None:
         raise ValueError(_unknown_format(row, kind))
     return name
@@ -140,7 +140,8 @@ def parse_row(
     """
     reading = Reading(origin, ignore, {} if fates is None else fates)
     row = reading.left(row)
-    name = format or _match(row, kind)
+    present = _present(row)
+    name = format or _match(row, present, kind)
     if name is None:
         raise reading.refused("unknown-format", _unknown_format(row, kind))
     if name not in FORMATS:
@@ -150,11 +151,11 @@ def parse_row(
             raise reading.refused("missing-column", f"format {name} needs the column {column!r}")
     record = FORMATS[name].parse(row, reading)
     talks = is_conversation(record)
-    if talks:
+    if talks and not _CHAT.isdisjoint(present):
         record = _with_chat_columns(record, row, reading)
     if isinstance(record, Pair):
         record.columns.update(_columns(row))
-    account(row, _READ[name, talks], getattr(record, "columns", {}), reading)
+    account(row, present - _READ[name, talks], getattr(record, "columns", {}), reading)
     return record
 
 
@@ -163,9 +164,12 @@ def is_conversation(record: Record) -> bool:
     return isinstance(record, Chat) or not (isinstance(record, Plain) or isinstance(record.prompt, str))
 
 
-def _match(row: Row, kind: str | None) -> str | None:
+def _present(row: Row) -> set[str]:
+    return {column for column, value in row.items() if value is not None}
+
+
+def _match(row: Row, present: set[str], kind: str | None) -> str | None:
     """The first layout whose columns are there; one that would have to do with an empty list only if no other fits."""
-    present = {column for column, value in row.items() if value is not None}
     name = _first_match(present, kind)
     if name is None or all(is_set(row[column]) for column in FORMATS[name].required):
         return name
@@ -179,7 +183,7 @@ def _first_match(present: set[str], kind: str | None) -> str | None:
 
 def _unknown_format(row: Row, kind: str | None) -> str:
     seen = ", ".join(sorted(repr(column) for column in row)[:20]) or "none"
-    other = _match(row, None)
+    other = _match(row, _present(row), None)
     hint = f" (they make {FORMATS[other].kind} data, {other})" if other else ""
     known = "; ".join(f"{n}: {'+'.join(f.required)}" for n, f in FORMATS.items() if kind in (None, f.kind))
     return f"columns {seen}{hint} fit no {kind or 'known'} format; known are {known}"
@@ -200,8 +204,6 @@ def _columns(row: Row) -> dict[str, float | str]:
 
 def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, reading: Reading) -> Chat | Pair | Unpaired:
     """The record with the system text and the template's variables that have columns of their own."""
-    if _CHAT.isdisjoint(row) or all(row.get(name) is None for name in CHAT_COLUMNS):
-        return record
     system, variables = _system_text(row, reading), template_variables(row, reading)
     if system:
         field = "messages" if isinstance(record, Chat) else "prompt"

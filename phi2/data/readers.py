@@ -109,7 +109,7 @@ def read_openai_pair(row: Row, reading: Reading) -> Pair:
     request = reading.left(request, "input.")
     prompt = read_turns(request.get("messages"), "input.messages", reading)
     pair = _message_pair(row, prompt, reading, ("preferred_output", "non_preferred_output"))
-    account(request, {"messages", *VARIABLES}, {}, reading, "input.")
+    account(request, request.keys() - {"messages", *VARIABLES}, {}, reading, "input.")
     return replace(pair, variables=template_variables(request, reading))
 
 
