@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi2.data.audit import FLAGS, Audit
+from phi2.data.columns import FATES, KEPT, NOT_READ
 from phi2.data.records import Origin, RowError
 
 rules = st.sampled_from(["too-long", "bad-label", "no-prompt"])
 kept = st.tuples(st.integers(1, 2000), st.frozensets(st.sampled_from(sorted(FLAGS))))
+fates = st.dictionaries(st.sampled_from(["id", "images"]), st.sampled_from(FATES))
 events = st.lists(st.one_of(rules, kept))
 
 
@@ -32,6 +34,16 @@ def test_merged_audits_are_the_audit_of_all_rows(first, second):
     merged = audit_of(first)
     merged.merge(audit_of(second, start=len(first) + 1))
     assert merged == audit_of([*first, *second])
+
+
+@given(st.lists(fates), st.lists(fates))
+def test_merged_counts_of_columns_are_those_of_all_rows(first, second):
+    one, other, both = Audit(), Audit(), Audit()
+    for audit, rows in ((one, first), (other, second), (both, first + second)):
+        for row in rows:
+            audit.count_columns(row)
+    one.merge(other)
+    assert one == both
 
 
 @given(events)
@@ -87,6 +99,21 @@ def test_table_is_aligned_and_leaves_out_what_did_not_happen():
         "length p95        1,000",
         "length max        1,000",
     ]
+
+
+def test_columns_are_told_in_a_line_for_each_fate():
+    audit = audit_of([(10, ())])
+    audit.count_columns({"id": NOT_READ, "margin": KEPT, "messages.name": NOT_READ})
+    audit.count_columns({"id": NOT_READ})
+    assert audit.table().splitlines()[-2:] == [
+        "columns not read: id 2, messages.name 1",
+        "columns kept for the loss and reports: margin 1",
+    ]
+    assert json.loads(json.dumps(audit.to_dict()))["columns"] == {
+        "not read": {"id": 2, "messages.name": 1},
+        "kept for the loss and reports": {"margin": 1},
+        "ignored as asked": {},
+    }
 
 
 def test_table_of_no_rows_has_no_shares():

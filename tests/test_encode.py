@@ -53,7 +53,7 @@ content = st.lists(
     st.one_of(st.text(max_size=6), st.sampled_from(["<|im_end|>", "<|im_start|>", "é", "🙂", "\n"]))
 ).map("".join)
 turns = st.lists(
-    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans()), max_size=6
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans(), st.none()), max_size=6
 )
 letters = st.text(alphabet="abcd \n", max_size=8)
 
@@ -271,6 +271,7 @@ def test_answers_of_the_same_tokens_are_refused():
         ({"train_on": "prompt"}, "train_on must be one of completion, assistant, all, got 'prompt'"),
         ({"boundary": "apart"}, "boundary must be one of joint, split, got 'apart'"),
         ({"truncation_mode": "cut"}, "truncation_mode must be one of keep_start, keep_end, drop, got 'cut'"),
+        ({"special_tokens_in_text": "keep"}, "special_tokens_in_text must be one of token, text, refuse, got 'keep'"),
         ({"max_length": 1}, "max_length must be at least 2, .*got 1"),
         ({"max_length": None, "truncation_mode": "drop"}, "truncation_mode drop needs a max_length"),
         ({"max_prompt_length": 10}, "max_prompt_length needs truncation_mode keep_end, got keep_start"),
@@ -349,3 +350,80 @@ def test_audit_of_pairs_counts_the_prompt_once():
 def test_data_set_without_a_usable_row_is_an_error_that_says_why(records, message):
     with pytest.raises(ValueError, match=rf"\A[^\n]*{message}[^\n]*\Z"):
         encode_records(records, BYTES, EncodeConfig(max_length=8, truncation_mode="drop"), "supervised")
+
+
+# Text that spells special tokens
+
+SPELLED = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "<|", "a", "\n", " "]
+spelling = st.lists(st.sampled_from(SPELLED), min_size=1, max_size=6).map("".join)
+SPECIAL = sorted(BYTES.token_id(token) for token in SPELLED[:3])
+
+
+def own_tokens(row, tokenizer: Tokenizer = BYTES) -> int:
+    return int(np.isin(row, SPECIAL).sum())
+
+
+@settings(deadline=None)
+@given(spelling, spelling, st.sampled_from(["joint", "split"]), st.sampled_from(["completion", "assistant", "all"]))
+def test_special_tokens_that_stay_text_are_the_same_text_and_no_tokens(ask, answer, boundary, train_on):
+    chat = Chat((Message("user", ask), Message("assistant", answer + ".")), ORIGIN)
+    options = EncodeConfig(None, train_on, boundary, special_tokens_in_text="text")
+    row = encode_supervised(chat, BYTES, options)
+    assert text_of(row.ids) == BYTES.render([message._asdict() for message in chat.messages])
+    assert own_tokens(row.ids) == 4  # two turns, each with a beginning and an end
+    assert train_on == "all" or text_of(row.ids[row.mask]) == answer + ".<|im_end|>\n"
+    assert train_on == "all" or own_tokens(row.ids[row.mask]) == 1
+
+
+@settings(deadline=None)
+@given(spelling, spelling, st.sampled_from(["joint", "split"]))
+def test_special_tokens_of_a_text_row_that_stay_text_are_the_same_text_and_no_tokens(prompt, answer, boundary):
+    options = {"max_length": None, "boundary": boundary, "special_tokens_in_text": "text"}
+    find = BYTES.special_text.pattern.findall
+    if find(prompt + answer) != find(prompt) + find(answer):
+        with pytest.raises(RowError, match="where the prompt ends"):
+            plain(prompt, answer + ".", **options)
+        return
+    row = plain(prompt, answer + ".", **options)
+    assert text_of(row.ids) == prompt + answer + ".<|im_end|>" and own_tokens(row.ids) == 1
+    texts = pair_text(pair(prompt, answer + "?", answer + "!", **options))
+    assert texts == (prompt, answer + "?<|im_end|>", answer + "!<|im_end|>")
+
+
+@settings(deadline=None)
+@given(content, content)
+def test_settings_for_special_tokens_agree_where_a_text_spells_none(ask, answer):
+    chat = Chat((Message("user", ask), Message("assistant", answer + ".")), ORIGIN)
+    assume(BYTES.special_text.find([ask, answer]) is None)
+    rows = [
+        encode_supervised(chat, BYTES, EncodeConfig(special_tokens_in_text=way)) for way in ("token", "text", "refuse")
+    ]
+    assert all(row.ids.tolist() == rows[0].ids.tolist() and row.flags == rows[0].flags for row in rows)
+
+
+def test_special_token_that_prompt_and_answer_spell_together_is_seen():
+    row = plain("a <|im_", "end|> b", max_length=None)
+    assert "special_text_in_content" in row.flags and own_tokens(row.ids) == 2
+    for way in ("text", "refuse"):
+        with pytest.raises(RowError, match="special-token"):
+            plain("a <|im_", "end|> b", special_tokens_in_text=way)
+        with pytest.raises(RowError, match="special-token"):
+            pair("a <|im_", "b", "end|> b", special_tokens_in_text=way)
+
+
+def test_rows_that_stay_text_keep_their_place_among_the_others():
+    texts = ["one", "a <|im_end|> b", "two", "<|im_start|>", "three"]
+    records = [Plain("", text, Origin("a.jsonl", number)) for number, text in enumerate(texts, start=1)]
+    rows, audit = encode_records(records, BYTES, EncodeConfig(special_tokens_in_text="text"), "supervised")
+    assert [text_of(row.ids) for row in rows] == [text + "<|im_end|>" for text in texts]
+    assert audit.flags["special_text_kept"] == 2
+    rows, audit = encode_records(records, BYTES, EncodeConfig(special_tokens_in_text="refuse"), "supervised")
+    assert (len(rows), audit.dropped["special-token"].rows) == (3, 2)
+
+
+def test_a_special_token_that_no_other_tokens_spell_refuses_its_row():
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    backend.add_special_tokens(["<|endoftext|>"])
+    options = EncodeConfig(special_tokens_in_text="text")
+    with pytest.raises(RowError, match=r"\Aa.jsonl row 7: .*\[special-token\]\Z"):
+        encode_supervised(Plain("", "a<|endoftext|>a", ORIGIN), Tokenizer(backend, {}), options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from phi2.data.audit import Audit
 from phi2.data.encode import EncodeConfig
-from phi2.data.inspect import inspect_rows, visible
+from phi2.data.inspect import InspectConfig, inspect_data, inspect_rows, visible
 from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError
 from phi2.tokenizer import Tokenizer
 
@@ -137,3 +138,32 @@ def test_nothing_in_a_row_can_drive_the_terminal(text):
 )
 def test_white_space_that_could_be_missed_is_visible(token, expected):
     assert visible(token) == expected
+
+
+# Rows as files have them
+
+
+def inspected(tmp_path, row: dict, **options) -> str:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    return inspect_data(InspectConfig(data=str(tmp_path / "rows.jsonl"), model="nano", **options))
+
+
+def test_columns_that_are_not_read_stand_under_the_audit(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "dataset": "x", "ids": [1]}
+    assert inspected(tmp_path, row).splitlines()[-2:] == [
+        "columns not read: ids 1",
+        "columns kept for the loss and reports: dataset 1",
+    ]
+
+
+def test_pairs_that_are_all_refused_say_why_instead_of_being_called_no_pairs(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "system": "Be brief."}
+    with pytest.raises(ValueError, match=r"'system' \(the system turn.*\[not-read\]"):
+        inspected(tmp_path, row)
+
+
+def test_ignored_columns_are_shown_and_a_name_that_nothing_has_is_refused(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "system": "Be brief."}
+    assert "columns ignored as asked: system 1" in inspected(tmp_path, row, ignore_columns=["system"])
+    with pytest.raises(ValueError, match="ignore_columns: no row has anything in 'sistem'"):
+        inspected(tmp_path, row, ignore_columns=["system", "sistem"])

@@ -57,7 +57,7 @@ def letters(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 content = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([IM_END, "<|im_start|>", "\n", " "]))).map("".join)
 messages = st.lists(
-    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans()), max_size=6
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), content, st.booleans(), st.none()), max_size=6
 )
 
 
@@ -178,9 +178,135 @@ def test_special_token_in_a_message_of_a_pair_is_counted():
     assert "special_text_in_content" in pair_texts(Pair(*turns, ORIGIN, {}), CHATML, append_eos=True)[1]
 
 
-def test_text_rows_may_hold_special_tokens():
+def test_special_token_in_a_text_row_is_counted():
     _, flags = supervised_pieces(Plain("<|im_start|>user\n", "a<|im_end|>", ORIGIN), CHATML, "completion", True)
-    assert flags == {"eos_present"}
+    assert flags == {"eos_present", "special_text_in_content"}
+
+
+# What else the template is given
+
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}<|im_end|>{% endfor %}"
+)
+CALLING = Message("assistant", "", keys={"content": None, "tool_calls": [{"function": {"name": "f"}}]})
+
+
+def test_tools_and_calls_reach_a_template_that_reads_them():
+    chat_with_tools = Chat((Message("user", "a"), CALLING), ORIGIN, {"tools": [{"name": "f"}]})
+    pieces, _ = supervised_pieces(chat_with_tools, with_template(TOOLS), "all", append_eos=True)
+    assert pieces == [Piece('[{"name": "f"}]user: a<|im_end|>assistant: f<|im_end|>', True)]
+
+
+def test_tools_of_a_pair_stand_in_its_prompt():
+    record = Pair((Message("user", "a"),), (CALLING,), (Message("assistant", "b"),), ORIGIN, {}, {"tools": [{}]})
+    texts, _ = pair_texts(record, with_template(TOOLS), append_eos=True)
+    assert texts == ["[{}]user: a<|im_end|>", "assistant: f<|im_end|>", "assistant: b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("tools", Chat((*chat("a", "b").messages,), ORIGIN, {"tools": [{"name": "f"}]})),
+        ("enable_thinking", Chat((*chat("a", "b").messages,), ORIGIN, {"enable_thinking": False})),
+        ("tool_calls", chat("a", Message("assistant", "b", keys={"tool_calls": [{}]}))),
+        ("reasoning_content", chat("a", Message("assistant", "b", keys={"reasoning_content": "c"}))),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", [CHATML, BASE], ids=["chatml", "no template"])
+def test_what_the_template_does_not_read_and_should_refuses_the_row(name, record, tokenizer):
+    with pytest.raises(RowError, match=rf"does not read '{name}'.*ignore_columns \[not-read\]"):
+        supervised_pieces(record, tokenizer, "completion", append_eos=True)
+
+
+def test_names_that_the_template_does_not_write_are_counted():
+    named = chat(Message("user", "a", keys={"name": "Ann"}), "b")
+    assert supervised_pieces(named, CHATML, "completion", True)[1] == {"eos_present", "names_not_written"}
+    writes = with_template("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    pieces, flags = supervised_pieces(named, writes, "completion", True)
+    assert pieces[0].text.startswith("Ann: a") and flags == {"eos_present"}
+
+
+def test_words_that_the_template_leaves_out_are_counted():
+    no_system = with_template(
+        "{% for m in messages if m.role != 'system' %}{{ m.content | trim }}<|im_end|>{% endfor %}"
+    )
+    plain, spaced = chat("a", "b"), chat(" a\n", "b ")
+    with_system = Chat((Message("system", "Be brief."), *plain.messages), ORIGIN)
+    flags = [supervised_pieces(c, no_system, "completion", True)[1] for c in (plain, spaced, with_system)]
+    assert flags == [{"eos_present"}, {"eos_present"}, {"eos_present", "content_not_written"}]
+    pair = Pair(with_system.messages[:2], plain.messages[1:], (Message("assistant", "c"),), ORIGIN, {})
+    assert "content_not_written" in pair_texts(pair, no_system, append_eos=True)[1]
+
+
+# What a template marks as generated
+
+GENERATES = (  # the words and the end of a turn are learnt, its newline is not
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [("completion", ["d<|im_end|>"]), ("assistant", ["b<|im_end|>", "d<|im_end|>"])],
+)
+def test_template_that_marks_what_is_generated_says_what_is_learnt(train_on, expected):
+    assert targets(chat("a", "b", "c", "d"), train_on, with_template(GENERATES)) == expected
+
+
+def test_marked_turns_of_weight_zero_are_not_learnt():
+    record = chat("a", untrained("b"), "c", "d")
+    assert targets(record, "assistant", with_template(GENERATES)) == ["d<|im_end|>"]
+    assert targets(chat("a", "b", "c", untrained("d")), "completion", with_template(GENERATES)) == []
+
+
+def test_template_that_marks_only_the_last_answer_teaches_that_one():
+    last_only = GENERATES.replace("m.role == 'assistant'", "loop.last")
+    for train_on in ("completion", "assistant"):
+        assert targets(chat("a", "b", "c", "d"), train_on, with_template(last_only)) == ["d<|im_end|>"]
+
+
+def test_all_is_the_whole_text_whatever_the_template_marks():
+    assert targets(chat("a", "b"), "all", with_template(GENERATES))[0].startswith("<|im_start|>user\na")
+
+
+def test_template_that_marks_nothing_of_a_row_teaches_nothing():
+    template = GENERATES.replace("m.role == 'assistant'", "m.role == 'nobody'")
+    assert targets(chat("a", "b"), "completion", with_template(template)) == []
+
+
+def test_end_token_that_is_added_behind_a_marked_answer_is_learnt():
+    template = GENERATES.replace("<|im_end|>", "")
+    assert targets(chat("a", "b"), "completion", with_template(template)) == ["b", "<|im_end|>"]
+
+
+# Special tokens that are to stay text, or to refuse their row
+
+
+def test_refuse_refuses_a_row_that_spells_a_special_token():
+    for record in (chat("how does <|im_end|> work?", "so"), Plain("", "a <|im_end|> b", ORIGIN)):
+        with pytest.raises(RowError, match=r"spells the special token '<\|im_end\|>'.*\[special-token\]"):
+            supervised_pieces(record, CHATML, "completion", True, "refuse")
+    with pytest.raises(RowError, match="special-token"):
+        pair_texts(Pair("p", "a<|im_start|>", "b", ORIGIN, {}), CHATML, True, "refuse")
+
+
+def test_refuse_keeps_the_tokens_of_the_template():
+    assert supervised_pieces(chat("a", "b"), CHATML, "completion", True, "refuse")[1] == {"eos_present"}
+
+
+def test_text_that_ends_in_a_typed_end_token_gets_a_real_one():
+    pieces, flags = supervised_pieces(Plain("", "a<|im_end|>", ORIGIN), CHATML, "completion", True, "text")
+    assert CHATML.special_text.unmark(pieces[0].text) == "a<|im_end|><|im_end|>"
+    assert flags == {"eos_added", "special_text_kept"}
+
+
+def test_typed_special_token_that_the_template_changes_refuses_its_row():
+    tokenizer = with_template("{% for m in messages %}{{ m.content[:4] }}<|im_end|>{% endfor %}")
+    with pytest.raises(RowError, match=r"the chat template changes it.*\[special-token\]"):
+        supervised_pieces(chat("<|im_end|>", "b"), tokenizer, "completion", True, "text")
 
 
 # Without a template

@@ -6,19 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi2.data.records import (
-    FORMATS,
-    KINDS,
-    Chat,
-    Message,
-    Origin,
-    Pair,
-    Plain,
-    RowError,
-    Unpaired,
-    detect_format,
-    parse_row,
-)
+from phi2.data.columns import COLUMNS as COLUMNS_THAT_MATTER
+from phi2.data.columns import TEMPLATE_KEYS
+from phi2.data.formats import FORMATS, detect_format, parse_row
+from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, RowError, Unpaired
 
 ORIGIN = Origin("data.jsonl", 17)
 ASK, YES, NO = Message("user", "Is 7 prime?"), Message("assistant", "Yes."), Message("assistant", "No.")
@@ -54,6 +45,12 @@ SAME_PAIR = {
     "math-pair": {"instruction": ASK.content, "chosen_response": YES.content, "rejected_response": NO.content},
     "orca-pair": {"system": "", "input": ASK.content, "chosen": YES.content, "rejected": NO.content},
     "qa-pair": {"question": ASK.content, "chosen": YES.content, "rejected": NO.content},
+    "openai-pair": {
+        "input": {"messages": openai(ASK)},
+        "preferred_output": openai(YES),
+        "non_preferred_output": openai(NO),
+    },
+    "messages-pair": {"messages": openai(ASK), "chosen": openai(YES)[0], "rejected": openai(NO)},
     "bare-pair": {"chosen": openai(ASK, YES), "rejected": openai(ASK, NO)},
 }
 ONE_ROW_EACH = {
@@ -61,6 +58,9 @@ ONE_ROW_EACH = {
     **SAME_PAIR,
     "text": {"text": "Once upon a time."},
     "messages-label": {"messages": openai(ASK, YES), "label": True},
+    "messages-kto": {"messages": openai(ASK, YES), "kto_tag": True},
+    "sharegpt-kto": {"conversations": sharegpt(ASK, YES), "kto_tag": True},
+    "alpaca-kto": {"instruction": ASK.content, "input": "", "output": YES.content, "kto_tag": True},
     "prompt-completion-label": {"prompt": "Is 7 prime?", "completion": " Yes.", "label": False},
 }
 
@@ -214,7 +214,9 @@ REFUSED = [
     ("not-a-message", {"messages": ["hello"]}),
     ("unknown-role", {"messages": [{"role": "robot", "content": "x"}]}),
     ("unknown-role", {"conversations": [{"from": ["gpt"], "value": "x"}]}),
-    ("not-text", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
+    ("not-text", {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}),
+    ("not-text", {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}),
+    ("not-text", {"messages": [{"role": "user", "content": []}]}),
     ("not-text", {"question": "x", "answer": 3}),
     ("bad-unicode", {"text": "\ud800"}),
     ("bad-weight", {"conversations": [{"from": "gpt", "value": "x", "weight": 0.5}]}),
@@ -232,10 +234,22 @@ REFUSED = [
     ("no-prompt", {"chosen": openai(ASK, YES), "rejected": openai(Message("user", "What?"), NO)}),
     ("no-prompt", {"messages": openai(YES), "label": True}),
     ("prompt-repeated", {"prompt": "x", "chosen": "x y", "rejected": "x z"}),
+    ("prompt-repeated", {"prompt": "x\n", "chosen": " x y", "rejected": "x\n\nz"}),
     ("prompt-mismatch", {"prompt": "What?", "chosen": openai(ASK, YES), "rejected": openai(ASK, NO)}),
     ("answer-is-prefix", {"prompt": openai(ASK), "chosen": openai(YES, NO), "rejected": openai(YES)}),
     ("mixed-answer", {"prompt": openai(ASK), "chosen": openai(YES, ASK, YES), "rejected": openai(NO, ASK, YES)}),
     ("bad-label", {"messages": openai(ASK, YES), "label": 1}),
+    ("bad-train", {"messages": [{"role": "assistant", "content": "x", "train": "no"}]}),
+    ("untrained-answer", {"prompt": "x", "chosen": openai(YES), "rejected": {**openai(NO)[0], "weight": 0}}),
+    ("bad-tool-calls", {"messages": [{"role": "assistant", "content": None, "tool_calls": "f(x)"}]}),
+    ("bad-tools", {"messages": openai(ASK, YES), "tools": [3]}),
+    ("bad-chat-template-kwargs", {"messages": openai(ASK, YES), "chat_template_kwargs": [3]}),
+    ("bad-unicode", {"messages": openai(ASK, YES), "tools": [{"name": "\ud800"}]}),
+    ("bad-history", {**SAME_CHAT["alpaca"], "history": [["only a question"]]}),
+    ("bad-history", {**SAME_CHAT["alpaca"], "history": "earlier"}),
+    ("not-a-request", {"input": "x", "preferred_output": openai(YES), "non_preferred_output": openai(NO)}),
+    ("two-systems", {"messages": openai(ASK, YES), "system": "a", "system_prompt": "b"}),
+    ("two-systems", {"messages": openai(Message("system", "a"), ASK, YES), "system": "b"}),
 ]
 
 
@@ -262,10 +276,13 @@ json_values = st.recursive(
 turns = st.fixed_dictionaries(
     {},
     optional={key: st.sampled_from(["user", "gpt", "system", ""]) | json_values for key in ("role", "from")}
-    | {key: st.sampled_from(["x", "y", " "]) | json_values for key in ("content", "value", "weight")},
+    | {key: st.sampled_from(["x", "y", " "]) | json_values for key in ("content", "value", "weight")}
+    | {key: json_values for key in ("train", *TEMPLATE_KEYS, "id")},
 )
 column_values = st.sampled_from(["x", "xy"]) | json_values | turns | st.lists(turns, max_size=3)
-COLUMNS = sorted({column for layout in FORMATS.values() for column in layout.required} | {"system", "score"})
+COLUMNS = sorted(
+    {column for layout in FORMATS.values() for column in layout.required} | {*COLUMNS_THAT_MATTER, "score"}
+)
 
 
 @settings(max_examples=300)

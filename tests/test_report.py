@@ -106,6 +106,12 @@ def test_the_audit_of_held_out_rows_is_shown(run, tmp_path):
         assert "Held-out data" in (text := parsed(path).text) and "rows 34" in text
 
 
+def test_columns_that_were_not_read_are_shown_with_their_rows(run):
+    audit = json.loads((run / "data_audit.json").read_text()) | {"columns": {"not read": {EVIL: 9}, "ignored": {}}}
+    (run / "data_audit.json").write_text(json.dumps(audit))
+    assert f"column not read: {EVIL} 9" in parsed(write_report(run)).text
+
+
 @pytest.mark.parametrize(
     ("step", "epoch", "told"), [(1, 1.0, "1 update, 1 epoch,"), (2000, 0.5, "2,000 updates, 0.5 epochs,")]
 )

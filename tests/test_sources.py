@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi2.data import files
+from phi2.data.audit import Audit
+from phi2.data.columns import IGNORED, NOT_READ
 from phi2.data.files import read_rows
 from phi2.data.records import Chat, Origin, Pair, Plain, Unpaired
-from phi2.data.sources import SOURCES, DataSpec, load_records
+from phi2.data.sources import SOURCES, DataSpec, load_records, require_ignored
 
 TEXTS = ["one", "zwei\u2028drei", "four"]
 ROWS = [{"text": text} for text in TEXTS]
@@ -351,3 +353,52 @@ def test_every_row_of_the_real_files_becomes_a_record(shared, file, kind, type_,
     loaded = load_records(str(shared / "data" / file), kind)
     assert loaded.dropped.dropped == {}
     assert [type(record) for record in loaded.records] == [type_] * count
+
+
+# --- columns that are not read
+
+
+def test_columns_that_are_not_read_are_counted_over_the_rows_that_have_them():
+    rows = [{"text": "a", "id": 1, "dataset": "x"}, {"text": "b", "id": 2, "dataset": None}, {"text": "", "id": 3}]
+    counted = load_records(rows, "supervised").dropped.columns
+    assert {fate: dict(names) for fate, names in counted.items() if names} == {NOT_READ: {"id": 2, "dataset": 1}}
+
+
+def test_columns_that_a_filter_reads_are_not_counted_as_unread():
+    rows = [{"text": "a", "phi_token_count": 3, "source_dataset": "x", "id": 1}]
+    data = {"source": rows, "max_tokens": 9, "subsample": {"fraction": 1.0, "source_dataset": "x"}}
+    assert dict(load_records(data, "supervised").dropped.columns[NOT_READ]) == {"id": 1}
+
+
+def test_ignored_columns_are_counted_and_do_not_refuse_their_rows():
+    rows = [{"text": "a", "images": ["x.png"]}, {"text": "b", "images": []}]
+    assert load_records(rows, "supervised").dropped.dropped["not-read"].rows == 1
+    loaded = load_records(rows, "supervised", ["images"])
+    assert (len(loaded.records), dict(loaded.dropped.columns[IGNORED])) == (2, {"images": 1})
+
+
+def test_a_part_of_a_mixture_ignores_columns_of_its_own():
+    rows = [{"text": "a", "images": ["x.png"], "id": 1}]
+    loaded = load_records([{"source": rows, "ignore_columns": ["images"]}, DataSpec([{"text": "b"}])], "supervised")
+    assert len(loaded.records) == 2
+    with pytest.raises(ValueError, match="ignore_columns: no row has anything in 'image'.*: id, images") as caught:
+        load_records({"source": rows, "ignore_columns": ["image", "images"]}, "supervised")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_to_ignore_is_found_in_columns_and_in_keys_of_messages():
+    chat = [{"role": "user", "content": "q", "images": ["x.png"]}, {"role": "assistant", "content": "a", "id": 3}]
+    audit = load_records([{"messages": chat, "video": "x"}], "supervised", ["images", "video"]).dropped
+    require_ignored(["images", "video"], audit)
+    with pytest.raises(ValueError, match="'imges'.*: messages.id, messages.images, video"):
+        require_ignored(["images", "imges"], audit)
+    require_ignored(["images"], Audit(), audit)  # one of several parts is enough
+
+
+def test_openhermes_columns_are_null_and_do_not_matter(hub_cache):
+    turns = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": None}]
+    nulls = {"system_prompt": None, "model": None, "custom_instruction": None, "hash": None, "id": None}
+    folder = hub_cache(SOURCES["OpenHermes-2.5"].hub_id, "refs/convert/parquet")
+    write_parquet(folder / "train" / "0000.parquet", [{"conversations": turns, "source": "airoboros", **nulls}])
+    loaded = load_records("OpenHermes-2.5", "supervised")
+    assert (len(loaded.records), dict(loaded.dropped.columns[NOT_READ])) == (1, {"source": 1})

@@ -8,11 +8,12 @@ So every step from file to token ids counts here. The result is printed as a tab
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from phi2.data.columns import FATES
 from phi2.data.records import RowError
 
 FLAGS = {
@@ -22,7 +23,10 @@ FLAGS = {
     "eos_present": "the text came with its end token",
     "eos_missing": "the text has no end token and none was added",
     "eos_lost": "the end token was cut off: nothing here teaches the model to stop",
-    "special_text_in_content": "a message spells a special token, which it becomes",
+    "special_text_in_content": "the text spells a special token, which it becomes",
+    "special_text_kept": "the text spells a special token, and stays text",
+    "content_not_written": "the chat template leaves out the words of a message, or changes them",
+    "names_not_written": "a message has a name or a tool_call_id that the chat template does not write",
 }
 FIRST = 3  # rows named as examples of each rule
 
@@ -47,6 +51,7 @@ class Audit:
         tokens: of the kept rows; the prompt of a pair counts once.
         target_tokens: those that the loss is taken on.
         lengths: tokens of a row -> rows; for a pair, of its prompt with the longer answer.
+        columns: one of `FATES` -> columns, and keys of messages, that their format does not read -> rows with them.
     """
 
     kept: int = 0
@@ -55,6 +60,7 @@ class Audit:
     tokens: int = 0
     target_tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
+    columns: dict[str, Counter[str]] = field(default_factory=lambda: {fate: Counter() for fate in FATES})
 
     @property
     def rows(self) -> int:
@@ -68,6 +74,11 @@ class Audit:
         self.lengths[length] += 1
         self.flags.update(flags)
 
+    def count_columns(self, fates: Mapping[str, str]) -> None:
+        """Counts what was not read of one row: name -> one of `FATES`."""
+        for name, fate in fates.items():
+            self.columns[fate][name] += 1
+
     def drop(self, error: RowError) -> None:
         """Counts one row that `error` refused."""
         self._add(error.rule, Dropped(1, str(error), [str(error.origin)]))
@@ -79,6 +90,8 @@ class Audit:
         self.target_tokens += other.target_tokens
         self.lengths.update(other.lengths)
         self.flags.update(other.flags)
+        for fate, names in other.columns.items():
+            self.columns[fate].update(names)
         for rule, dropped in other.dropped.items():
             self._add(rule, dropped)
 
@@ -102,13 +115,14 @@ class Audit:
             "kept": self.kept,
             "dropped": {rule: asdict(dropped) for rule, dropped in sorted(self.dropped.items())},
             **{flag: self.flags[flag] for flag in FLAGS},
+            "columns": {fate: dict(sorted(names.items())) for fate, names in self.columns.items()},
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "length": self.percentiles(),
         }
 
     def table(self) -> str:
-        """The audit as aligned lines: name, count, share and what it means. Flags that no row carries are left out."""
+        """The audit as aligned lines: name, count, share and what it means; then the columns. Zeros are left out."""
         rows = [("rows", self.rows, ""), ("kept", self.kept, _share(self.kept, self.rows))]
         for rule, dropped in sorted(self.dropped.items(), key=lambda item: -item[1].rows):
             rows.append((f"dropped {rule}", dropped.rows, f"{_share(dropped.rows, self.rows)}  first {dropped.reason}"))
@@ -120,9 +134,16 @@ class Audit:
         rows += [(f"length {name}", value, "") for name, value in self.percentiles().items()]
         name_width = max(len(name) for name, _, _ in rows)
         count_width = max(len(f"{count:,}") for _, count, _ in rows)
-        return "\n".join(
-            f"{name:<{name_width}}  {count:>{count_width},}  {note}".rstrip() for name, count, note in rows
-        )
+        lines = [f"{name:<{name_width}}  {count:>{count_width},}  {note}".rstrip() for name, count, note in rows]
+        return "\n".join([*lines, *self.column_lines()])
+
+    def column_lines(self) -> list[str]:
+        """A line for each fate of columns: `columns not read: id 200, dataset 200`."""
+        return [
+            f"columns {fate}: {', '.join(f'{name} {rows:,}' for name, rows in names.most_common())}"
+            for fate, names in self.columns.items()
+            if names
+        ]
 
 
 def _share(part: int, whole: int) -> str:

@@ -17,8 +17,8 @@ last `max_prompt_length` tokens; if that is still too long, both answers keep th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,8 +28,9 @@ from tokenizers import Encoding
 from tqdm import tqdm
 
 from phi2.data.audit import Audit
-from phi2.data.pieces import Piece, TrainOn, pair_texts, supervised_pieces
+from phi2.data.pieces import Piece, SpecialTokens, TrainOn, pair_texts, supervised_pieces
 from phi2.data.records import Chat, Origin, Pair, Plain, Record, RowError
+from phi2.special_text import MarkedEncoding
 from phi2.tokenizer import Tokenizer
 
 BATCH_ROWS = 1000
@@ -57,9 +58,14 @@ class EncodeConfig:
     """Prompt tokens that keep_end keeps in a row that is too long; null for half of max_length."""
     append_eos: bool = True
     """Put the end token behind text that does not end in one."""
+    special_tokens_in_text: SpecialTokens = "token"
+    """What text that spells a special token, such as <|im_end|>, becomes: that token, the text it is, or no row."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns of the rows, and keys of their messages, that are left out, so that they do not refuse a row."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("train_on", TrainOn), ("boundary", Boundary), ("truncation_mode", TruncationMode)):
+        choices_of = {"train_on": TrainOn, "boundary": Boundary, "truncation_mode": TruncationMode}
+        for name, choices in {**choices_of, "special_tokens_in_text": SpecialTokens}.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
         if self.max_length is not None and self.max_length < 2:
@@ -143,10 +149,15 @@ Encoded = EncodedSequence | EncodedPair
 
 
 class Draft(NamedTuple):
-    """A record written out: the texts to tokenise, and the function that makes arrays of their encodings."""
+    """A record written out: the texts to tokenise, and the function that makes arrays of their encodings.
 
+    In `marked` texts the special tokens that stay text are marked, as by `SpecialText.mark`.
+    """
+
+    origin: Origin
     texts: list[str]
-    finish: Callable[[list[Encoding]], Encoded]
+    marked: bool
+    finish: Callable[[list[Encoding | MarkedEncoding]], Encoded]
 
 
 def encode_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedSequence:
@@ -157,7 +168,7 @@ def encode_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: Encod
         ValueError: for options that are not for supervised rows.
     """
     draft = _drafter("supervised", options)(record, tokenizer, options)
-    return draft.finish(_tokenize(draft.texts, tokenizer))
+    return _finish(*next(_tokenized([draft], tokenizer)))
 
 
 def encode_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedPair:
@@ -168,7 +179,7 @@ def encode_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> En
         ValueError: for options that are not for pairs.
     """
     draft = _drafter("preference", options)(record, tokenizer, options)
-    return draft.finish(_tokenize(draft.texts, tokenizer))
+    return _finish(*next(_tokenized([draft], tokenizer)))
 
 
 def encode_records(
@@ -189,9 +200,7 @@ def encode_records(
         for start in range(0, len(records), BATCH_ROWS):
             batch = records[start : start + BATCH_ROWS]
             drafts = [d for record in batch if (d := _unless_refused(audit, draft_record, record, tokenizer, options))]
-            encodings = iter(_tokenize([text for draft in drafts for text in draft.texts], tokenizer))
-            parts = [list(islice(encodings, len(draft.texts))) for draft in drafts]
-            rows = (_unless_refused(audit, draft.finish, part) for draft, part in zip(drafts, parts, strict=True))
+            rows = (_unless_refused(audit, _finish, *row) for row in _tokenized(drafts, tokenizer))
             encoded += [row for row in rows if row]
             progress.update(len(batch))
     for row in encoded:
@@ -224,11 +233,26 @@ def _drafter(kind: str, options: EncodeConfig) -> Callable[[Record, Tokenizer, E
     return _draft_supervised if kind == "supervised" else _draft_pair
 
 
-def _tokenize(texts: list[str], tokenizer: Tokenizer) -> list[Encoding]:
-    return tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+def _tokenized(drafts: list[Draft], tokenizer: Tokenizer) -> Iterator[tuple[Draft, Tokenizer, list[Encoding]]]:
+    """The drafts with the encodings of their texts, made in one batch; marked texts wait for `_finish`."""
+    texts = [text for draft in drafts if not draft.marked for text in draft.texts]
+    encodings = iter(tokenizer.backend.encode_batch(texts, add_special_tokens=False))
+    for draft in drafts:
+        yield draft, tokenizer, [] if draft.marked else list(islice(encodings, len(draft.texts)))
 
 
-def _array(encoding: Encoding) -> np.ndarray:
+def _finish(draft: Draft, tokenizer: Tokenizer, encodings: list[Encoding]) -> Encoded:
+    if not draft.marked:
+        return draft.finish(encodings)
+    try:
+        return draft.finish([tokenizer.special_text.encode(text) for text in draft.texts])
+    except ValueError as error:
+        if isinstance(error, RowError):
+            raise
+        raise RowError(draft.origin, "special-token", str(error)) from error
+
+
+def _array(encoding: Encoding | MarkedEncoding) -> np.ndarray:
     return np.array(encoding.ids, dtype=np.int32)
 
 
@@ -242,11 +266,13 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _draft_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> Draft:
-    pieces, flags = supervised_pieces(record, tokenizer, options.train_on, options.append_eos)
+    special = options.special_tokens_in_text
+    pieces, flags = supervised_pieces(record, tokenizer, options.train_on, options.append_eos, special)
     texts = [piece.text for piece in pieces]
     if options.boundary == "joint":  # the prompt alone is needed too where there is one
         texts = [*texts[:1], "".join(texts)] if _is_prompt_and_answer(pieces) else ["".join(texts)]
-    return Draft(texts, partial(_sequence, record.origin, pieces, flags, tokenizer, options))
+    finish = partial(_sequence, record.origin, pieces, flags, tokenizer, options)
+    return Draft(record.origin, texts, "special_text_kept" in flags, finish)
 
 
 def _is_prompt_and_answer(pieces: list[Piece]) -> bool:
@@ -301,10 +327,11 @@ def _cut_flags(tail: np.ndarray, tokenizer: Tokenizer) -> set[str]:
 
 
 def _draft_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> Draft:
-    (prompt, *answers), flags = pair_texts(record, tokenizer, options.append_eos)
+    (prompt, *answers), flags = pair_texts(record, tokenizer, options.append_eos, options.special_tokens_in_text)
     if options.boundary == "joint":
         answers = [prompt + answer for answer in answers]
-    return Draft([prompt, *answers], partial(_pair, record, flags, tokenizer, options))
+    finish = partial(_pair, record, flags, tokenizer, options)
+    return Draft(record.origin, [prompt, *answers], "special_text_kept" in flags, finish)
 
 
 def _pair(

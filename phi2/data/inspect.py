@@ -18,7 +18,7 @@ import numpy as np
 from phi2.data.audit import Audit
 from phi2.data.encode import EncodeConfig, Encoded, EncodedSequence, encode_records
 from phi2.data.records import Record
-from phi2.data.sources import Loaded, load_records
+from phi2.data.sources import Loaded, NoUsableRow, load_records, require_ignored
 from phi2.hub import resolve
 from phi2.tokenizer import Tokenizer, require_template_choice
 
@@ -58,7 +58,8 @@ def inspect_data(config: InspectConfig) -> str:
     Raises:
         FileNotFoundError, ValueError: when the data or the tokenizer cannot be read, or no row is usable.
     """
-    loaded, kind = _load(config.data, config.kind)
+    loaded, kind = _load(config)
+    require_ignored(config.ignore_columns, loaded.dropped)
     tokenizer = Tokenizer.from_folder(resolve(config.model))
     if kind == "supervised":
         tokenizer = tokenizer.with_chat_template(config.chat_template)
@@ -67,13 +68,18 @@ def inspect_data(config: InspectConfig) -> str:
     return inspect_rows(loaded.records, tokenizer, config, kind, config.rows, config.ids, dropped=loaded.dropped)
 
 
-def _load(data: str, kind: str) -> tuple[Loaded, str]:
+def _load(config: InspectConfig) -> tuple[Loaded, str]:
+    data, kind, ignore = config.data, config.kind, config.ignore_columns
     if kind == "auto":
         try:
-            return load_records(data, "preference"), "preference"
-        except ValueError:  # no pairs in it: whatever else is wrong with it, the next line says
-            kind = "supervised"
-    return load_records(data, kind), kind
+            return load_records(data, "preference", ignore), "preference"
+        except NoUsableRow as error:
+            if error.rules - {"unknown-format"}:  # they are pairs, and something is wrong with all of them
+                raise
+        except ValueError:  # a source of another kind, or one that cannot be read: the next line says which
+            pass
+        kind = "supervised"
+    return load_records(data, kind, ignore), kind
 
 
 def inspect_rows(

@@ -5,6 +5,9 @@ ChatML, where the prompt ends in `<|im_start|>assistant` and a newline, that is 
 after it. A tokenizer without a template can write one question and one answer, in Phi-2's own form
 "Instruct: ...", newline, "Output: ...".
 
+A template with `{% generation %}` says itself what is learnt of each turn, as in transformers' masks. What else a
+message or a row gives to the template (tools, tool calls, thoughts) must be read by it, else the row is refused.
+
 Text that does not end in a stop token gets exactly one end token. White space after a stop token stays, and is learnt.
 So it is in trl too, except that trl gives a second end token to text that ends in one and white space.
 """
@@ -12,15 +15,21 @@ So it is in trl too, except that trl gives a second end token to text that ends 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError
+from phi2.data.columns import NAMES
+from phi2.data.formats import is_conversation
+from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError, Turns
 from phi2.tokenizer import Tokenizer
 
 TrainOn = Literal["completion", "assistant", "all"]
+SpecialTokens = Literal["token", "text", "refuse"]
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag by which a template marks the assistant's words
+TEXTS = ("messages", "prompt", "completion", "chosen", "rejected", "variables")  # the fields of records that hold text
 
 
 class Piece(NamedTuple):
@@ -31,104 +40,223 @@ class Piece(NamedTuple):
 
 
 def supervised_pieces(
-    record: Chat | Plain, tokenizer: Tokenizer, train_on: TrainOn, append_eos: bool
+    record: Chat | Plain,
+    tokenizer: Tokenizer,
+    train_on: TrainOn,
+    append_eos: bool,
+    special_tokens: SpecialTokens = "token",
 ) -> tuple[list[Piece], set[str]]:
     """The text of a supervised row; no piece is empty and neighbours differ in `target`.
 
     Args:
         train_on: see `EncodeConfig`.
         append_eos: whether to end the text with an end token where it has none.
+        special_tokens: see `EncodeConfig.special_tokens_in_text`.
     Returns:
-        The pieces, and names in `audit.FLAGS`.
+        The pieces, and names in `audit.FLAGS`. With "special_text_kept" the texts are marked, as by `SpecialText.mark`.
     Raises:
         RowError: when the row cannot be written out.
     """
-    if isinstance(record, Chat):
-        flags = _content_flags(record.messages, tokenizer)
-        pieces = _chat_pieces(record, tokenizer, train_on)
-    elif isinstance(record, Plain):
-        flags = set()
-        pieces = [Piece(record.prompt, train_on == "all"), Piece(record.completion, True)]
-    else:
+    if not isinstance(record, Chat | Plain):
         raise RowError(
             record.origin, "wrong-kind", f"a supervised row must be Chat or Plain, got {type(record).__name__}"
         )
-    *before, last = _joined(pieces)
-    text, flag = _with_end(last.text, tokenizer, append_eos)
-    return [*before, Piece(text, last.target)], flags | {flag}
+    record, flags = _spelled(record, tokenizer, special_tokens)
+    if isinstance(record, Chat):
+        flags |= _require_read(record, record.messages, tokenizer)
+        pieces, last_is_learnt = _chat_pieces(record, tokenizer, train_on), record.messages[-1].train
+        flags |= _changed(record.messages, _joined_text(pieces))
+    else:
+        pieces, last_is_learnt = [Piece(record.prompt, train_on == "all"), Piece(record.completion, True)], True
+    end, flag = _end(_joined_text(pieces), tokenizer, append_eos)
+    return _joined([*pieces, Piece(end, last_is_learnt)]), flags | {flag}
 
 
-def pair_texts(record: Pair, tokenizer: Tokenizer, append_eos: bool) -> tuple[list[str], set[str]]:
+def pair_texts(
+    record: Pair, tokenizer: Tokenizer, append_eos: bool, special_tokens: SpecialTokens = "token"
+) -> tuple[list[str], set[str]]:
     """The prompt, the chosen and the rejected answer as text.
 
     Args:
         append_eos: whether to end an answer with an end token where it has none.
+        special_tokens: see `EncodeConfig.special_tokens_in_text`.
     Returns:
-        The three texts, and names in `audit.FLAGS`.
+        The three texts, and names in `audit.FLAGS`. With "special_text_kept" the texts are marked, as by
+        `SpecialText.mark`.
     Raises:
         RowError: when the row cannot be written out.
     """
     if not isinstance(record, Pair):
         raise RowError(record.origin, "wrong-kind", f"a preference row must be a Pair, got {type(record).__name__}")
-    texts, flags = [record.prompt, record.chosen, record.rejected], set()
-    if not isinstance(record.prompt, str):
-        flags = _content_flags((*record.prompt, *record.chosen, *record.rejected), tokenizer)
+    record, flags = _spelled(record, tokenizer, special_tokens)
+    texts = [record.prompt, record.chosen, record.rejected]
+    if is_conversation(record):
+        flags |= _require_read(record, (*record.prompt, *record.chosen, *record.rejected), tokenizer)
         texts = _dialogue(record, tokenizer)
-    answers, ends = zip(*(_with_end(text, tokenizer, append_eos) for text in texts[1:]), strict=True)
-    return [texts[0], *answers], flags.union(ends)
+        turns = (record.prompt, record.chosen, record.rejected)
+        flags = flags.union(*(_changed(*some) for some in zip(turns, texts, strict=True)))
+    ends, names = zip(*(_end(text, tokenizer, append_eos) for text in texts[1:]), strict=True)
+    return [texts[0], *(text + end for text, end in zip(texts[1:], ends, strict=True))], flags.union(names)
 
 
-class _Markers(NamedTuple):
-    """How the special tokens are spelled."""
+# ---- special tokens that a text spells ----
+
+
+def _spelled(
+    record: Chat | Plain | Pair, tokenizer: Tokenizer, special_tokens: SpecialTokens
+) -> tuple[Chat | Plain | Pair, set[str]]:
+    """The record with its special tokens as they are to be read, and the flag that says so."""
+    texts = _texts(record)
+    token = tokenizer.special_text.find(texts)
+    if token is None:
+        return record, set()
+    if special_tokens == "refuse":
+        reason = f"the text spells the special token {token!r}, and special_tokens_in_text is refuse"
+        raise RowError(record.origin, "special-token", reason)
+    if special_tokens == "text":
+        return _marked(record, token, tokenizer), {"special_text_kept"}
+    inside = texts if is_conversation(record) else [_without_end(text, tokenizer) for text in texts]
+    return record, set() if tokenizer.special_text.find(inside) is None else {"special_text_in_content"}
+
+
+def _texts(record: Chat | Plain | Pair) -> list:
+    """All text of a record that reaches the model; raw texts as they are read, each answer behind its prompt."""
+    if is_conversation(record):
+        return [getattr(record, field, None) for field in TEXTS]
+    answers = [record.completion] if isinstance(record, Plain) else [record.chosen, record.rejected]
+    return [record.prompt + answer for answer in answers]
+
+
+def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Chat | Plain | Pair:
+    """The record with marks around every special token that it spells."""
+    special, find = tokenizer.special_text, tokenizer.special_text.pattern.findall
+    if not is_conversation(record) and any(
+        find(text) != find(record.prompt) + find(text[len(record.prompt) :]) for text in _texts(record)
+    ):
+        reason = f"{token!r} is spelled where the prompt ends and its answer begins: it cannot stay text"
+        raise RowError(record.origin, "special-token", reason)
+    values = {field: getattr(record, field) for field in TEXTS if hasattr(record, field)}
+    try:
+        marked = replace(record, **{field: _mark(value, tokenizer) for field, value in values.items()})
+    except ValueError as error:
+        raise RowError(record.origin, "special-token", str(error)) from error
+    for plain, other in zip(_conversations(record), _conversations(marked), strict=True):
+        if special.unmark(_render(other, tokenizer, marked)) != _render(plain, tokenizer, record):
+            reason = f"the text spells {token!r}, and the chat template changes it: it cannot stay text"
+            raise RowError(record.origin, "special-token", reason)
+    return marked
+
+
+def _mark(value: str | Turns | dict | None, tokenizer: Tokenizer) -> str | Turns | dict | None:
+    if isinstance(value, tuple):
+        return tuple(Message(*tokenizer.special_text.mark(turn)) for turn in value)
+    return tokenizer.special_text.mark(value)
+
+
+def _conversations(record: Chat | Plain | Pair) -> list[Turns]:
+    """Each conversation that a record holds, whole."""
+    if isinstance(record, Chat):
+        return [record.messages]
+    return [record.prompt + record.chosen, record.prompt + record.rejected] if is_conversation(record) else []
+
+
+# ---- how a text ends ----
+
+
+class _Ends(NamedTuple):
+    """How the tokens that end a text are spelled."""
 
     eos: str
     stops: tuple[str, ...]
-    special: re.Pattern
 
 
 @lru_cache(maxsize=2)
-def _markers(tokenizer: Tokenizer) -> _Markers:
-    eos, *stops = (tokenizer.decode([i], skip_special_tokens=False) for i in (tokenizer.eos_id, *tokenizer.stop_ids))
-    added = tokenizer.backend.get_added_tokens_decoder().values()
-    special = re.compile("|".join(map(re.escape, {eos, *stops, *(token.content for token in added if token.special)})))
-    return _Markers(eos, tuple(stops), special)
+def _ends(tokenizer: Tokenizer, stop_ids: frozenset[int]) -> _Ends:
+    eos, *stops = (tokenizer.decode([i], skip_special_tokens=False) for i in (tokenizer.eos_id, *stop_ids))
+    return _Ends(eos, tuple(filter(None, stops)))  # ids beyond the vocabulary have no text
 
 
-def _with_end(text: str, tokenizer: Tokenizer, append_eos: bool) -> tuple[str, str]:
-    """The text with its end token, and the flag that says how it came by it."""
-    markers = _markers(tokenizer)
-    if text.rstrip().endswith(markers.stops):
-        return text, "eos_present"
-    return (text + markers.eos, "eos_added") if append_eos else (text, "eos_missing")
+def _end(text: str, tokenizer: Tokenizer, append_eos: bool) -> tuple[str, str]:
+    """The end token to put behind a text, which may be none, and the flag that says how the text ends."""
+    ends = _ends(tokenizer, tokenizer.stop_ids)
+    if text.rstrip().endswith(ends.stops):
+        return "", "eos_present"
+    return (ends.eos, "eos_added") if append_eos else ("", "eos_missing")
 
 
-def _content_flags(messages: Sequence[Message], tokenizer: Tokenizer) -> set[str]:
-    special = _markers(tokenizer).special
-    return {"special_text_in_content"} if any(special.search(message.content) for message in messages) else set()
+def _without_end(text: str, tokenizer: Tokenizer) -> str:
+    """A text without the end token that it came with, which "eos_present" counts."""
+    text = text.rstrip()
+    stops = _ends(tokenizer, tokenizer.stop_ids).stops
+    return next((text.removesuffix(stop) for stop in stops if text.endswith(stop)), text)
+
+
+# ---- conversations ----
+
+
+def _require_read(record: Chat | Pair, messages: Iterable[Message], tokenizer: Tokenizer) -> set[str]:
+    """Refuses what the chat template does not read and should; names and ids of calls are counted by a flag."""
+    keys = {key for message in messages if message.keys for key in message.keys if key != "content"}
+    unread = {name for name in keys.union(record.variables or ()) if not tokenizer.template_uses(name)}
+    if matters := sorted(unread.difference(NAMES)):
+        reason = f"the chat template does not read {', '.join(map(repr, matters))}; a run that may do without"
+        raise RowError(record.origin, "not-read", f"{reason} names it in ignore_columns")
+    return {"names_not_written"} if unread else set()
+
+
+def _changed(messages: Turns, text: str) -> set[str]:
+    """Counts a conversation whose words the template leaves out, such as a system turn it has no place for."""
+    written = all(message.content.strip() in text for message in messages)
+    return set() if written else {"content_not_written"}
 
 
 def _chat_pieces(record: Chat, tokenizer: Tokenizer, train_on: TrainOn) -> list[Piece]:
-    """Cuts the rendered conversation around the turns that are learnt; for "all", around those that are not."""
+    """Cuts the rendered conversation around what is learnt; for "all", around the turns that are not."""
     messages, last = record.messages, len(record.messages) - 1
     turns = {
         "completion": [i for i in (last,) if messages[i].train],
         "assistant": [i for i, message in enumerate(messages) if message.role == "assistant" and message.train],
         "all": [i for i, message in enumerate(messages) if not message.train],
     }[train_on]
-    whole = _render(messages, tokenizer, record.origin)
-    cuts = [0]
-    for i in turns:
-        before = _render(messages[:i], tokenizer, record.origin, messages[i].role == "assistant")
-        through = whole if i == last else _render(messages[: i + 1], tokenizer, record.origin)
-        cuts += [_prefix_length(before, whole, record.origin), _prefix_length(through, whole, record.origin)]
-    texts = [whole[start:end] for start, end in pairwise([*cuts, len(whole)])]
+    if train_on != "all" and GENERATION.search(tokenizer.chat_template or ""):
+        whole, spans = _generated(record, turns, tokenizer)
+    else:
+        whole = _render(messages, tokenizer, record)
+        spans = _ranges(record, turns, whole, tokenizer)
+    cuts = [0, *(cut for span in spans for cut in span), len(whole)]
+    texts = [whole[start:end] for start, end in pairwise(cuts)]
     return [Piece(text, (number % 2 == 1) == (train_on != "all")) for number, text in enumerate(texts)]
+
+
+def _ranges(record: Chat, turns: Iterable[int], whole: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Where in the rendered conversation each of these turns stands: what it adds to the text that asks for it."""
+    messages, ranges = record.messages, []
+    for i in turns:
+        before = _render(messages[:i], tokenizer, record, messages[i].role == "assistant")
+        through = whole if i == len(messages) - 1 else _render(messages[: i + 1], tokenizer, record)
+        ranges.append(tuple(_prefix_length(text, whole, record.origin) for text in (before, through)))
+    return ranges
+
+
+def _generated(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and what the template marks of these turns, the assistant's."""
+    try:
+        whole, spans = tokenizer.render_with_spans(_dicts(record.messages), **(record.variables or {}))
+    except ValueError as error:
+        raise RowError(record.origin, "template-refused", str(error)) from error
+    answers = [i for i, message in enumerate(record.messages) if message.role == "assistant"]
+    if list(turns) == answers:
+        return whole, spans
+    if len(spans) == len(answers):
+        return whole, [span for i, span in zip(answers, spans, strict=True) if i in turns]
+    ranges = _ranges(record, turns, whole, tokenizer)
+    return whole, [(a, b) for a, b in spans if any(start <= a and b <= end for start, end in ranges)]
 
 
 def _dialogue(record: Pair, tokenizer: Tokenizer) -> list[str]:
     """The rendered prompt, and what each of the two answers adds to it."""
-    opening = _render(record.prompt, tokenizer, record.origin, add_generation_prompt=True)
-    wholes = [_render(record.prompt + answer, tokenizer, record.origin) for answer in (record.chosen, record.rejected)]
+    opening = _render(record.prompt, tokenizer, record, add_generation_prompt=True)
+    wholes = [_render(messages, tokenizer, record) for messages in _conversations(record)]
     return [opening, *(whole[_prefix_length(opening, whole, record.origin) :] for whole in wholes)]
 
 
@@ -140,21 +268,30 @@ def _prefix_length(text: str, whole: str, origin: Origin) -> int:
 
 
 def _render(
-    messages: Sequence[Message], tokenizer: Tokenizer, origin: Origin, add_generation_prompt: bool = False
+    messages: Sequence[Message], tokenizer: Tokenizer, record: Chat | Pair, add_generation_prompt: bool = False
 ) -> str:
     if tokenizer.chat_template is not None:
         try:
-            return tokenizer.render([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt)
+            return tokenizer.render(_dicts(messages), add_generation_prompt, **(record.variables or {}))
         except ValueError as error:
-            raise RowError(origin, "template-refused", str(error)) from error
+            raise RowError(record.origin, "template-refused", str(error)) from error
     roles = [message.role for message in messages]
     if roles not in (["user"], ["user", "assistant"]):
         reason = f"without a chat template one user and one assistant turn can be written, got {', '.join(roles)[:80]}"
-        raise RowError(origin, "needs-chat-template", reason)
+        raise RowError(record.origin, "needs-chat-template", reason)
     return tokenizer.render_prompt(messages[0].content, "instruct") + "".join(f" {m.content}" for m in messages[1:])
+
+
+def _dicts(messages: Iterable[Message]) -> list[dict]:
+    """Messages as a chat template reads them."""
+    return [{"role": m.role, "content": m.content, **(m.keys or {})} for m in messages]
+
+
+def _joined_text(pieces: Iterable[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Leaves out empty pieces and joins neighbours of one sort."""
     groups = groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.target)
-    return [Piece("".join(piece.text for piece in group), target) for target, group in groups]
+    return [Piece(_joined_text(group), target) for target, group in groups]

@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from phi2 import hub
 from phi2.data.audit import Audit
+from phi2.data.columns import IGNORED
 from phi2.data.files import folder_rows, one_of, read_rows, suffix_of
-from phi2.data.records import FORMATS, KINDS, Origin, Record, Row, RowError, detect_format, parse_row
+from phi2.data.formats import FORMATS, detect_format, parse_row
+from phi2.data.records import KINDS, Origin, Record, Row, RowError
 
 HUB_PARQUET = "refs/convert/parquet"  # the branch where the hub keeps every public data set as parquet
 
@@ -40,7 +42,7 @@ class Source:
     doc: str
     """One sentence for help texts."""
     format: str
-    """Layout of its rows, a name in `records.FORMATS`."""
+    """Layout of its rows, a name in `formats.FORMATS`."""
     splits: tuple[str, ...] = ("train",)
     """Its splits; the first is the default."""
     drop: Mapping[str, Callable[[Row], bool]] = field(default_factory=dict)
@@ -138,6 +140,8 @@ class DataSpec:
     """Shuffle with this seed; unset, rows stay in file order."""
     rows: int | None = None
     """Take this many rows, the first ones after the shuffle; unset, all of them."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns, and keys of messages, of this source that are left out."""
 
     def __post_init__(self):
         if self.source == "":
@@ -152,23 +156,36 @@ class DataSpec:
 
 
 class Loaded(NamedTuple):
-    """What `load_records` gives: the records, and the count of what was left out, to be merged into the run's audit."""
+    """What `load_records` gives: the records, and the count of what was left out, to be merged into the run's audit.
+
+    Columns are counted in every row that could be read, also in those that a shuffle did not pick.
+    """
 
     records: list[Record]
     dropped: Audit
 
 
-def load_records(data: str | DataSpec | Iterable[Any], kind: str) -> Loaded:
+class NoUsableRow(ValueError):
+    """A source of which nothing is left; `rules` dropped its rows."""
+
+    def __init__(self, message: str, rules: Iterable[str]):
+        super().__init__(message)
+        self.rules = frozenset(rules)
+
+
+def load_records(data: str | DataSpec | Iterable[Any], kind: str, ignore_columns: Iterable[str] = ()) -> Loaded:
     """Reads a mixture of sources, one after the other.
 
     Args:
         data: sources separated by commas; or a list whose elements are sources, `DataSpec`s or dicts of a DataSpec's
             fields; or any iterable of rows (dicts), such as a `datasets.Dataset`, which may also stand in the list.
         kind: what the records are for: "supervised" (gives Chat and Plain), "preference" (Pair), "unpaired".
+        ignore_columns: columns, and keys of messages, that are left out. Whether there were any is for the caller to
+            ask (`require_ignored`), who may have several parts that need not all have them.
 
     Raises:
         FileNotFoundError: for a source that is no file, no folder, no name and no hub id.
-        ValueError: for a file that cannot be read through, and for a source without one usable row.
+        ValueError: for a file that cannot be read through, and for a source without one usable row (`NoUsableRow`).
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -177,10 +194,27 @@ def load_records(data: str | DataSpec | Iterable[Any], kind: str) -> Loaded:
     if not specs:
         raise ValueError("data must have at least one source, got none")
     for spec in specs:
-        part = _load(spec, kind)
+        part = _load(spec, kind, frozenset(ignore_columns).union(spec.ignore_columns))
+        require_ignored(spec.ignore_columns, part.dropped)
         loaded.records.extend(part.records)
         loaded.dropped.merge(part.dropped)
     return loaded
+
+
+def require_ignored(names: Iterable[str], *audits: Audit) -> None:
+    """Refuses names of `ignore_columns` that nothing was ignored by, such as misspelled ones.
+
+    Raises:
+        ValueError: naming them and what there is.
+    """
+    seen = [name for audit in audits for name in audit.columns[IGNORED]]
+    unused = [name for name in names if not any(one == name or one.endswith(f".{name}") for one in seen)]
+    if unused:
+        others = sorted({name for audit in audits for of_fate in audit.columns.values() for name in of_fate})
+        raise ValueError(
+            f"ignore_columns: no row has anything in {', '.join(map(repr, unused))}; what the rows have besides what is"
+            f" read: {', '.join(others)[:300] or 'nothing'}"
+        )
 
 
 def split_records(records: list[Record], test_fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -238,9 +272,9 @@ def _is_row(value: Any) -> bool:
         return False
 
 
-def _load(spec: DataSpec, kind: str) -> Loaded:
+def _load(spec: DataSpec, kind: str, ignore: frozenset[str]) -> Loaded:
     dropped = Audit()
-    slots = _toy_slots(spec, kind) if spec.label in TOYS else _slots(spec, kind, dropped)
+    slots = _toy_slots(spec, kind) if spec.label in TOYS else _slots(spec, kind, ignore, dropped)
     taken = list(slots if spec.rows is None or spec.shuffle_seed is not None else islice(slots, spec.rows))
     if spec.rows is not None and len(taken) < spec.rows:
         raise ValueError(
@@ -252,16 +286,17 @@ def _load(spec: DataSpec, kind: str) -> Loaded:
     records = [record for record in taken if record is not None]
     if not records:
         rules = "; ".join(f"{rule} {some.rows}x, first {some.reason}" for rule, some in dropped.dropped.items())
-        raise ValueError(f"{spec.label}: no usable row among {dropped.rows}: {rules or 'it is empty'}")
+        message = f"{spec.label}: no usable row among {dropped.rows}: {rules or 'it is empty'}"
+        raise NoUsableRow(message, dropped.dropped)
     return Loaded(records, dropped)
 
 
-def _slots(spec: DataSpec, kind: str, dropped: Audit) -> Iterator[Record | None]:
+def _slots(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) -> Iterator[Record | None]:
     """The records of one source in file order, None for each row that passed the filters and did not parse."""
     source = SOURCES.get(spec.label)
     if source and FORMATS[source.format].kind != kind:
         raise ValueError(f"{spec.label} holds {FORMATS[source.format].kind} rows, and {kind} rows are needed")
-    rules = _filters(spec, source, kind)
+    rules, filtered_by = _filters(spec, source, kind), _columns_of_filters(spec, kind)
     rows = tqdm(_rows(spec, source), desc=spec.label, unit=" rows", delay=2, disable=None, leave=False)
     for origin, row in rows:
         if not isinstance(row, Mapping):
@@ -270,8 +305,10 @@ def _slots(spec: DataSpec, kind: str, dropped: Audit) -> Iterator[Record | None]
         if rule is not None:
             dropped.drop(RowError(origin, rule, "filtered out"))
             continue
+        fates: dict[str, str] = {}
         try:
-            record = parse_row(row, origin, source and source.format, kind)
+            record = parse_row(row, origin, source and source.format, kind, ignore, fates)
+            dropped.count_columns({name: fate for name, fate in fates.items() if name not in filtered_by})
         except RowError as error:
             dropped.drop(error)
             record = None
@@ -297,6 +334,13 @@ def _filters(spec: DataSpec, source: Source | None, kind: str) -> dict[str, Call
     if spec.subsample is not None:
         rules["subsample"] = _thinning(spec.subsample)
     return rules
+
+
+def _columns_of_filters(spec: DataSpec, kind: str) -> set[str]:
+    """The columns that these filters read, whatever the format does with them."""
+    counts = TOKEN_COLUMNS[kind] if spec.max_tokens is not None else ()
+    thinned = spec.subsample is not None and spec.subsample.source_dataset is not None
+    return {column for columns in counts for column in columns} | ({"source_dataset"} if thinned else set())
 
 
 def _too_long(row: Row, spec: DataSpec, kind: str) -> bool:

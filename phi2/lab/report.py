@@ -139,6 +139,8 @@ def _data(audit: Mapping[str, Any]) -> str:
     rows += [(flag.replace("_", " "), audit[flag], kept, note) for flag, note in FLAGS.items() if audit.get(flag)]
     rows += [("tokens", audit["tokens"], None, ""), ("target tokens", audit["target_tokens"], audit["tokens"], "")]
     rows += [(f"tokens of a row, {name}", tokens, None, "") for name, tokens in audit["length"].items()]
+    for fate, names in audit.get("columns", {}).items():
+        rows += [(f"column {fate}: {name}", rows_with, total, "") for name, rows_with in names.items()]
     return table(["", "count", "share", ""], [_data_row(*row) for row in rows])
 
 

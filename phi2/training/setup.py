@@ -13,7 +13,7 @@ import torch
 from phi2.data.audit import Audit
 from phi2.data.encode import Encoded, encode_records
 from phi2.data.loader import Windows
-from phi2.data.sources import load_records, split_records
+from phi2.data.sources import Loaded, load_records, require_ignored, split_records
 from phi2.fused import fuse
 from phi2.generate import check_prompt, generate
 from phi2.hub import resolve
@@ -100,18 +100,21 @@ def require_context(model: Phi2ForCausalLM, rows: Sequence[Encoded]) -> None:
 
 def load_data(config: TrainingConfig, tokenizer: Tokenizer, kind: str) -> tuple[list[Encoded], list[Encoded]]:
     """Training and evaluation rows as token ids; their audits are printed and kept in the run folder."""
-    loaded = load_records(config.data, kind)
+    loaded, held = load_records(config.data, kind, config.ignore_columns), Loaded([], Audit())
     train, test = loaded.records, []
     if config.eval_data is not None:
-        test = load_records(config.eval_data, kind).records
+        held = load_records(config.eval_data, kind, config.ignore_columns)
+        test = held.records
     elif config.test_fraction:
         train, test = split_records(train, config.test_fraction, config.split_seed)
+    require_ignored(config.ignore_columns, loaded.dropped, held.dropped)
     encoded, audit = encode_records(train, tokenizer, config, kind)
     audit.merge(loaded.dropped)
     keep_audit(config, "data_audit.json", audit)
     if not test:
         return encoded, []
     held_out, audit = encode_records(test, tokenizer, config, kind)
+    audit.merge(held.dropped)
     keep_audit(config, "eval_audit.json", audit)
     return encoded, held_out
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from phi2.data.encode import EncodeConfig, EncodedPair, EncodedSequence, encode_records
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record, parse_row
+from phi2.data.formats import parse_row
+from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record
 from phi2.tokenizer import CHATML_TEMPLATE, Tokenizer
 
 pytest.importorskip("trl")
@@ -27,6 +28,19 @@ MARKED_CHATML = (  # ChatML that tells transformers which part of the text each 
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS_ONLY = (  # marks the words and not the end of a turn
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALLING = (  # ChatML with tools and calls of them
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] or '' }}{% for call in message.tool_calls or [] %}"
+    "{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 Rows = list[dict[str, Any]]
@@ -144,6 +158,45 @@ def test_assistant_turns_of_long_chats_are_trl_assistant_only_loss(tokenizer, pa
     rows = [{"messages": _dicts(chat.messages)} for chat in chats]
     theirs = prepare("SFT", rows, template=MARKED_CHATML, assistant_only_loss=True)
     _assert_same_sequences(_encode(chats, tokenizer, "supervised", train_on="assistant"), theirs)
+
+
+@pytest.mark.parametrize("template", [MARKED_CHATML, WORDS_ONLY], ids=["words and end", "words only"])
+def test_what_a_template_marks_is_what_trl_learns(shared, pairs, prepare, template):
+    tokenizer = Tokenizer.from_folder(shared / "tokenizer" / "phi-2-instruct")
+    tokenizer.chat_template = template
+    chats = [Chat(pair.prompt + pair.chosen, pair.origin) for pair in pairs]
+    theirs = prepare("SFT", [{"messages": _dicts(c.messages)} for c in chats], template, assistant_only_loss=True)
+    _assert_same_sequences(_encode(chats, tokenizer, "supervised", train_on="assistant"), theirs)
+
+
+def test_tools_and_their_calls_are_written_as_trl_writes_them(shared, prepare):
+    tokenizer = Tokenizer.from_folder(shared / "tokenizer" / "phi-2-instruct")
+    tokenizer.chat_template = CALLING
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich & <Bern>"}}}
+    tool = {"type": "function", "function": {"name": "weather", "description": 'It\'s "fine"', "parameters": {}}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "sun"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    rows = [{"messages": messages, "tools": json.dumps([tool])}, {"messages": messages[:2], "tools": "[]"}]
+    chats = [parse_row(row, Origin("tools", number)) for number, row in enumerate(rows, start=1)]
+    _assert_same_sequences(_encode(chats, tokenizer, "supervised", train_on="all"), prepare("SFT", rows, CALLING))
+
+
+def test_tools_of_a_pair_are_written_as_trl_writes_them(shared, prepare):
+    tokenizer = Tokenizer.from_folder(shared / "tokenizer" / "phi-2-instruct")
+    tokenizer.chat_template = CALLING
+    answers = [{"role": "assistant", "content": text} for text in ("Sunny.", "I cannot know.")]
+    row = {"prompt": [{"role": "user", "content": "Weather?"}], "tools": json.dumps([{"name": "weather"}])}
+    rows = [
+        {**row, "chosen": answers[:1], "rejected": answers[1:]},
+        {**row, "chosen": answers[1:], "rejected": answers[:1]},
+    ]
+    pairs = [parse_row(row, Origin("tools", number)) for number, row in enumerate(rows, start=1)]
+    theirs = prepare("DPO", rows, CALLING, max_length=1024)
+    _assert_same_pairs(_encode(pairs, tokenizer, "preference"), theirs, 1024)
 
 
 @pytest.mark.parametrize("max_length", [1024, 256])

@@ -1,0 +1,279 @@
+"""Row layouts: which columns make a row, and which other columns it may have.
+
+`FORMATS` is the whole list of layouts that are understood. Detection walks it from the top, so the layouts with more
+columns stand before those with fewer. Rows that are messages take a system text and the variables of the chat template
+from columns of their own, whatever their layout. `docs/formats.md` is these tables, written by
+`python -m phi2.data.formats`.
+
+The order of turns is not policed (two user turns or several tool results in a row are real data). What is policed is
+that there is an answer to learn from, and that the assistant gives it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from numbers import Real
+from typing import NamedTuple
+
+from phi2.data import columns, readers
+from phi2.data.columns import SYSTEM, VARIABLES, Reading, account, is_set, template_variables
+from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, Record, Row, Turns, Unpaired
+from phi2.data.turns import ROLES, read_text
+
+MAX_LABEL_CHARS = 64  # a longer string is a text, not a label; keeping those would double the memory of a data set
+
+
+class Format(NamedTuple):
+    """One row layout.
+
+    Attributes:
+        kind: the training it serves, one of `KINDS`.
+        required: columns it must have.
+        parse: reads them.
+        optional: columns it also reads.
+        talks: whether its rows are conversations, which read the columns of every conversation; None where it depends
+            on the row, which is one when its texts are messages.
+    """
+
+    kind: str
+    required: tuple[str, ...]
+    parse: Callable[[Row, Reading], Record]
+    optional: tuple[str, ...] = ()
+    talks: bool | None = True
+
+
+_supervised, _preference, _unpaired = (partial(Format, kind) for kind in KINDS)
+# what was asked, in the order in which it is put together; the first is what the question is about
+_ASK, _BESIDE_ASK = ("context", "instruction", "input"), ("input", "context", "history")
+_BESIDE = ("context", "history")
+_pair, _ask_pair = readers.read_reply_pair, partial(readers.read_reply_pair, asks=_ASK)
+_math_pair = partial(_ask_pair, answers=("chosen_response", "rejected_response"))
+_turns_pair, _turns_label = readers.read_turns_pair, readers.read_turns_label
+_kto_reply = partial(readers.read_reply_label, asks=_ASK, answer="output", label="kto_tag")
+_reply = readers.read_reply
+FORMATS = {
+    "prompt-pair": _preference(("prompt", "chosen", "rejected"), readers.read_prompt_pair, talks=None),
+    "sharegpt-pair": _preference(("conversations", "chosen", "rejected"), partial(_turns_pair, column="conversations")),
+    "alpaca-pair": _preference(("instruction", "chosen", "rejected"), _ask_pair, _BESIDE_ASK),
+    "math-pair": _preference(("instruction", "chosen_response", "rejected_response"), _math_pair, _BESIDE_ASK),
+    "orca-pair": _preference(("input", "chosen", "rejected"), partial(_pair, asks=("context", "input")), _BESIDE),
+    "qa-pair": _preference(("question", "chosen", "rejected"), partial(_pair, asks=("context", "question")), _BESIDE),
+    "openai-pair": _preference(("input", "preferred_output", "non_preferred_output"), readers.read_openai_pair),
+    "messages-pair": _preference(("messages", "chosen", "rejected"), partial(_turns_pair, column="messages")),
+    "bare-pair": _preference(("chosen", "rejected"), readers.read_bare_pair),
+    "messages-label": _unpaired(("messages", "label"), partial(_turns_label, column="messages", label="label")),
+    "messages-kto": _unpaired(("messages", "kto_tag"), partial(_turns_label, column="messages", label="kto_tag")),
+    "sharegpt-kto": _unpaired(
+        ("conversations", "kto_tag"), partial(_turns_label, column="conversations", label="kto_tag")
+    ),
+    "alpaca-kto": _unpaired(("instruction", "output", "kto_tag"), _kto_reply, _BESIDE_ASK),
+    "prompt-completion-label": _unpaired(
+        ("prompt", "completion", "label"), readers.read_prompt_completion_label, talks=None
+    ),
+    "messages": _supervised(("messages",), partial(readers.read_chat, column="messages")),
+    "conversations": _supervised(("conversations",), partial(readers.read_chat, column="conversations")),
+    "prompt-completion": _supervised(("prompt", "completion"), readers.read_prompt_completion, talks=None),
+    "alpaca": _supervised(("instruction", "output"), partial(_reply, asks=_ASK, answer="output"), _BESIDE_ASK),
+    "gpteacher": _supervised(("instruction", "response"), partial(_reply, asks=_ASK, answer="response"), _BESIDE_ASK),
+    "qa": _supervised(("question", "answer"), partial(_reply, asks=("context", "question"), answer="answer"), _BESIDE),
+    "text": _supervised(("text",), readers.read_running_text, talks=False),
+}
+CHAT_COLUMNS = (*SYSTEM, *VARIABLES)
+_CHAT = frozenset(CHAT_COLUMNS)
+# what the pair itself is made of; every other column of a row is about the pair
+_PAIR_TEXTS = {name for f in FORMATS.values() if f.kind == "preference" for name in f.required} | set(CHAT_COLUMNS)
+
+
+def columns_read(name: str, talks: bool) -> frozenset[str]:
+    """The columns that a format reads; `talks` is whether the row is a conversation."""
+    layout = FORMATS[name]
+    return frozenset((*layout.required, *layout.optional, *(CHAT_COLUMNS if talks else ())))
+
+
+_REQUIRED = {
+    kind: [(name, frozenset(f.required)) for name, f in FORMATS.items() if kind in (None, f.kind)]
+    for kind in (None, *KINDS)
+}
+_READ = {(name, talks): columns_read(name, talks) for name in FORMATS for talks in (False, True)}
+
+
+def detect_format(row: Row, kind: str | None = None) -> str:
+    """The name in `FORMATS` of this row's layout; a column whose value is None counts as absent.
+
+    Args:
+        row: column name -> value.
+        kind: one of `KINDS`, to look only among the layouts of that kind; some rows can be read as two kinds.
+
+    Raises:
+        ValueError: if no layout fits; the message lists the columns seen and the layouts known.
+    """
+    name = _match(row, _present(row), kind)
+    if name is None:
+        raise ValueError(_unknown_format(row, kind))
+    return name
+
+
+def parse_row(
+    row: Row,
+    origin: Origin,
+    format: str | None = None,
+    kind: str | None = None,
+    ignore: frozenset[str] = frozenset(),
+    fates: dict[str, str] | None = None,
+) -> Record:
+    """Reads one row of a data set.
+
+    Args:
+        row: column name -> value, as it comes out of JSON or parquet.
+        origin: where the row came from; kept in the record and named in errors.
+        format: a name in `FORMATS`; None detects it from the columns.
+        kind: one of `KINDS`, what detection may choose from; None means any.
+        ignore: columns, and keys of messages, that are left out.
+        fates: gets the columns and keys that the format does not read, name -> one of `columns.FATES`.
+
+    Raises:
+        RowError: if no layout fits or the row breaks a rule.
+        ValueError: if `format` is not a name in `FORMATS`.
+    """
+    reading = Reading(origin, ignore, {} if fates is None else fates)
+    row = reading.left(row)
+    present = _present(row)
+    name = format or _match(row, present, kind)
+    if name is None:
+        raise reading.refused("unknown-format", _unknown_format(row, kind))
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+    for column in FORMATS[name].required:
+        if row.get(column) is None:
+            raise reading.refused("missing-column", f"format {name} needs the column {column!r}")
+    record = FORMATS[name].parse(row, reading)
+    talks = is_conversation(record)
+    if talks and not _CHAT.isdisjoint(present):
+        record = _with_chat_columns(record, row, reading)
+    if isinstance(record, Pair):
+        record.columns.update(_columns(row))
+    account(row, present - _READ[name, talks], getattr(record, "columns", {}), reading)
+    return record
+
+
+def is_conversation(record: Record) -> bool:
+    """Whether the chat template writes this record out."""
+    return isinstance(record, Chat) or not (isinstance(record, Plain) or isinstance(record.prompt, str))
+
+
+def _present(row: Row) -> set[str]:
+    return {column for column, value in row.items() if value is not None}
+
+
+def _match(row: Row, present: set[str], kind: str | None) -> str | None:
+    """The first layout whose columns are there; one that would have to do with an empty list only if no other fits."""
+    name = _first_match(present, kind)
+    if name is None or all(is_set(row[column]) for column in FORMATS[name].required):
+        return name
+    filled = {column for column in present if is_set(row[column]) or row[column] == ""}  # an empty text is a bad row
+    return _first_match(filled, kind) or name
+
+
+def _first_match(present: set[str], kind: str | None) -> str | None:
+    return next((name for name, required in _REQUIRED.get(kind, ()) if required <= present), None)
+
+
+def _unknown_format(row: Row, kind: str | None) -> str:
+    seen = ", ".join(sorted(repr(column) for column in row)[:20]) or "none"
+    other = _match(row, _present(row), None)
+    hint = f" (they make {FORMATS[other].kind} data, {other})" if other else ""
+    known = "; ".join(f"{n}: {'+'.join(f.required)}" for n, f in FORMATS.items() if kind in (None, f.kind))
+    return f"columns {seen}{hint} fit no {kind or 'known'} format; known are {known}"
+
+
+def _columns(row: Row) -> dict[str, float | str]:
+    """What a pair keeps for losses and reports: its numbers and its short texts."""
+    kept: dict[str, float | str] = {}
+    for name, value in row.items():
+        if name in _PAIR_TEXTS:
+            continue
+        if isinstance(value, str) and len(value) <= MAX_LABEL_CHARS:
+            kept[name] = value
+        elif isinstance(value, Real) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
+            kept[name] = float(value)
+    return kept
+
+
+def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, reading: Reading) -> Chat | Pair | Unpaired:
+    """The record with the system text and the template's variables that have columns of their own."""
+    system, variables = _system_text(row, reading), template_variables(row, reading)
+    if system:
+        field = "messages" if isinstance(record, Chat) else "prompt"
+        record = replace(record, **{field: _opened(getattr(record, field), system, reading)})
+    return replace(record, variables={**(record.variables or {}), **variables}) if variables else record
+
+
+def _system_text(row: Row, reading: Reading) -> str:
+    texts = {name: read_text(row[name], name, reading) for name in SYSTEM if is_set(row.get(name))}
+    texts = {name: text for name, text in texts.items() if text.strip()}
+    if len({text.strip() for text in texts.values()}) > 1:
+        raise reading.refused("two-systems", f"{' and '.join(texts)} differ, and a conversation has one system text")
+    return next(iter(texts.values()), "")
+
+
+def _opened(turns: Turns, system: str, reading: Reading) -> Turns:
+    """The turns behind a system turn; a conversation that brings its own keeps it, if the two are the same."""
+    own = [turn.content.strip() for turn in turns if turn.role == "system"]
+    if own and system.strip() not in own:
+        raise reading.refused("two-systems", "the system column differs from the system turn of the conversation")
+    return turns if own else (Message("system", system), *turns)
+
+
+def document() -> str:
+    """The tables of formats and columns in Markdown: `docs/formats.md`."""
+    return (
+        "\n\n".join(
+            [
+                "# What is read of a row",
+                "Written by `python -m phi2.data.formats > docs/formats.md` out of the tables that read the rows.",
+                "A row has the first of these formats, of the kind that is needed, whose columns it has. Null counts"
+                " as absent. A column or a key of a message that stands in none of the tables is counted in the audit;"
+                f" of a pair, numbers and texts of up to {MAX_LABEL_CHARS} characters are kept for losses and reports.",
+                _table(("format", "kind", "columns it needs", "columns it also reads"), map(_format_line, FORMATS)),
+                "## Columns of conversations",
+                "Read beside messages, in whichever format. openai-pair reads its messages and these in `input` too.",
+                _meanings(SYSTEM | VARIABLES, "column"),
+                "## Columns that are refused",
+                "A row in which one of these is set is refused where its format does not read it, and where"
+                f" {', '.join(columns.APPROVAL)} is not 1 or true. `ignore_columns` leaves them out. A number in"
+                f" {', '.join(columns.LOSS_COLUMNS)} of a pair is kept for the loss.",
+                _meanings({name: what for name, what in columns.COLUMNS.items() if name not in CHAT_COLUMNS}, "column"),
+                "## Keys of a message",
+                f"Roles: {', '.join(f'{name} (as {role})' if name != role else name for name, role in ROLES.items())}."
+                " The words are a text, or a list of parts of type text.",
+                _meanings(columns.SPOKEN | columns.LEARNT, "read"),
+                _meanings(columns.TEMPLATE_KEYS, "for the chat template"),
+                "A row is refused when the chat template does not read one of these that is set, except for"
+                f" {' and '.join(columns.NAMES)}, which are counted then.",
+                _meanings(columns.KEYS, "refused"),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _format_line(name: str) -> tuple[str, ...]:
+    layout = FORMATS[name]
+    chat = {True: ["those of conversations"], None: ["those of conversations where its texts are messages"], False: []}
+    also = ", ".join([*layout.optional, *chat[layout.talks]])
+    return name, layout.kind, ", ".join(layout.required), also
+
+
+def _meanings(meanings: Mapping[str, str], title: str) -> str:
+    return _table((title, "meaning"), meanings.items())
+
+
+def _table(titles: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *lines))
+
+
+if __name__ == "__main__":
+    print(document(), end="")

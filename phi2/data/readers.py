@@ -1,0 +1,213 @@
+"""How the columns of each row layout become a record: conversations, texts, pairs and labelled answers.
+
+Nothing here knows of columns that a layout does not name: `formats.py` sees to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from phi2.data.columns import VARIABLES, Reading, account, is_set, template_variables
+from phi2.data.records import Chat, Message, Pair, Plain, Row, Turns, Unpaired
+from phi2.data.turns import (
+    read_dialogue,
+    read_history,
+    read_text,
+    read_turns,
+    require_answer,
+    require_answers,
+    require_last_assistant,
+    require_turn,
+)
+
+ANSWERS = ("chosen", "rejected")
+
+
+def opening(row: Row, reading: Reading, asks: tuple[str, ...]) -> Turns:
+    """The turns before the answer where they have columns: earlier ones if there are any, and the user's request."""
+    history = read_history(row["history"], reading) if is_set(row.get("history")) else ()
+    parts = [read_text(row[column], column, reading) for column in asks if row.get(column) is not None]
+    return (*history, Message("user", "\n\n".join(part for part in parts if part)))
+
+
+# ---- supervised rows ----
+
+
+def _chat(messages: Turns, reading: Reading) -> Chat:
+    require_last_assistant(messages, reading)
+    answers = [turn for turn in messages if turn.role == "assistant" and turn.train]
+    if not answers:
+        raise reading.refused("nothing-to-train", "every assistant turn has weight 0")
+    for turn in answers:
+        require_turn(turn, "an assistant turn", reading)
+    return Chat(messages, reading.origin)
+
+
+def _plain(prompt: str, completion: str, name: str, reading: Reading) -> Plain:
+    record = Plain(read_text(prompt, "prompt", reading), read_text(completion, name, reading), reading.origin)
+    require_answer(completion, name, reading)
+    return record
+
+
+def read_chat(row: Row, reading: Reading, column: str) -> Chat:
+    return _chat(read_turns(row[column], column, reading), reading)
+
+
+def read_prompt_completion(row: Row, reading: Reading) -> Plain | Chat:
+    """Two texts stay texts; messages become a chat in which the prompt's assistant turns are context, not targets."""
+    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        return _plain(row["prompt"], row["completion"], "completion", reading)
+    prompt = read_turns(row["prompt"], "prompt", reading, speaker="user")
+    context = tuple(turn._replace(train=turn.train and turn.role != "assistant") for turn in prompt)
+    return _chat(context + read_turns(row["completion"], "completion", reading, speaker="assistant"), reading)
+
+
+def read_reply(row: Row, reading: Reading, asks: tuple[str, ...], answer: str) -> Chat:
+    reply = Message("assistant", read_text(row[answer], answer, reading))
+    return _chat((*opening(row, reading, asks), reply), reading)
+
+
+def read_running_text(row: Row, reading: Reading) -> Plain:
+    return _plain("", row["text"], "text", reading)
+
+
+# ---- preference rows ----
+
+
+def read_prompt_pair(row: Row, reading: Reading) -> Pair:
+    texts = row["prompt"], row["chosen"], row["rejected"]
+    if all(isinstance(text, str) for text in texts):
+        return _text_pair(*texts, reading)
+    return _message_pair(row, read_turns(row["prompt"], "prompt", reading, speaker="user"), reading)
+
+
+def read_turns_pair(row: Row, reading: Reading, column: str) -> Pair:
+    return _message_pair(row, read_turns(row[column], column, reading), reading)
+
+
+def read_reply_pair(row: Row, reading: Reading, asks: tuple[str, ...], answers: tuple[str, str] = ANSWERS) -> Pair:
+    return _message_pair(row, opening(row, reading, asks), reading, answers)
+
+
+def read_bare_pair(row: Row, reading: Reading) -> Pair:
+    """Two lists of messages, or two whole dialogues in text, that begin alike."""
+    if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+        dialogues = [read_dialogue(row[name], name, reading) for name in ANSWERS]
+        if None not in dialogues:
+            return _divided((), *dialogues, reading)
+    if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
+        raise reading.refused("no-prompt", "two texts do not tell where the prompt ends: a column 'prompt' is needed")
+    return _message_pair(row, (), reading)
+
+
+def read_openai_pair(row: Row, reading: Reading) -> Pair:
+    request = row["input"]
+    if not isinstance(request, Mapping):
+        raise reading.refused("not-a-request", f"input must be an object with messages, got {type(request).__name__}")
+    request = reading.left(request, "input.")
+    prompt = read_turns(request.get("messages"), "input.messages", reading)
+    pair = _message_pair(row, prompt, reading, ("preferred_output", "non_preferred_output"))
+    account(request, request.keys() - {"messages", *VARIABLES}, {}, reading, "input.")
+    return replace(pair, variables=template_variables(request, reading))
+
+
+def _text_pair(prompt: str, chosen: str, rejected: str, reading: Reading) -> Pair:
+    texts = (read_text(text, "a text of the pair", reading) for text in (prompt, chosen, rejected))
+    pair = Pair(*texts, reading.origin, {})
+    if not prompt:
+        raise reading.refused("no-prompt", "prompt is empty")
+    if _repeats(chosen, prompt) and _repeats(rejected, prompt):
+        raise reading.refused("prompt-repeated", "chosen and rejected must not begin with the prompt again")
+    if chosen == rejected:
+        raise reading.refused("same-answers", "chosen and rejected are equal")
+    require_answer(chosen, "chosen", reading)
+    require_answer(rejected, "rejected", reading)
+    return pair
+
+
+def _repeats(answer: str, prompt: str) -> bool:
+    """Whether an answer begins with its prompt; white space before it and at the seam may differ."""
+    begins = prompt.strip()
+    return answer.startswith(prompt) or (bool(begins) and answer.lstrip().startswith(begins))
+
+
+def _message_pair(row: Row, prompt: Turns, reading: Reading, answers: tuple[str, str] = ANSWERS) -> Pair:
+    chosen, rejected = (read_turns(row[column], column, reading, speaker="assistant") for column in answers)
+    return _divided(prompt, chosen, rejected, reading, answers)
+
+
+def _divided(
+    prompt: Turns, chosen: Turns, rejected: Turns, reading: Reading, answers: tuple[str, str] = ANSWERS
+) -> Pair:
+    """Divides a pair at the first message that differs: what the two share is prompt, whichever column it was in."""
+    shared = _shared_prefix(chosen, rejected)
+    if chosen == rejected:
+        raise reading.refused("same-answers", "chosen and rejected are equal")
+    if chosen[0].role == "assistant":
+        prompt = _without_answer(prompt, (chosen, rejected)) + chosen[:shared]
+    elif {_spoken(turn) for turn in prompt} <= {_spoken(turn) for turn in chosen[:shared]}:
+        prompt = chosen[:shared]  # the answers carry the prompt in front, and the prompt's own column only repeats it
+    elif prompt in (chosen, rejected):  # a column of messages that is one of the two dialogues
+        prompt = chosen[:shared]
+    else:
+        raise reading.refused("prompt-mismatch", "chosen and rejected begin with other turns than the prompt")
+    if not prompt:
+        raise reading.refused("no-prompt", "chosen and rejected share no first turn, so there is no prompt")
+    for turns, name in zip((chosen, rejected), answers, strict=True):
+        require_answers(turns[shared:], name, reading)
+    return Pair(prompt, chosen[shared:], rejected[shared:], reading.origin, {})
+
+
+def _without_answer(prompt: Turns, answers: tuple[Turns, Turns]) -> Turns:
+    """The prompt alone, where its column holds one of the two dialogues whole."""
+    for answer in answers:
+        if [*map(_spoken, prompt[-len(answer) :])] == [*map(_spoken, answer)]:
+            return prompt[: -len(answer)]
+    return prompt
+
+
+def _shared_prefix(first: Turns, second: Turns) -> int:
+    same = [a == b for a, b in zip(first, second, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def _spoken(turn: Message) -> tuple[str, str]:
+    return turn.role, turn.content.strip()
+
+
+# ---- rows with a label ----
+
+
+def read_turns_label(row: Row, reading: Reading, column: str, label: str) -> Unpaired:
+    messages = read_turns(row[column], column, reading)
+    require_last_assistant(messages, reading)
+    return _unpaired(messages[:-1], messages[-1:], row[label], label, reading)
+
+
+def read_prompt_completion_label(row: Row, reading: Reading) -> Unpaired:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prompt, completion = read_text(prompt, "prompt", reading), read_text(completion, "completion", reading)
+    else:
+        completion = read_turns(completion, "completion", reading, speaker="assistant")
+        prompt = read_turns(prompt, "prompt", reading, speaker="user")
+    return _unpaired(prompt, completion, row["label"], "label", reading)
+
+
+def read_reply_label(row: Row, reading: Reading, asks: tuple[str, ...], answer: str, label: str) -> Unpaired:
+    reply = Message("assistant", read_text(row[answer], answer, reading))
+    return _unpaired(opening(row, reading, asks), (reply,), row[label], label, reading)
+
+
+def _unpaired(prompt: str | Turns, completion: str | Turns, good: Any, name: str, reading: Reading) -> Unpaired:
+    if not isinstance(good, bool):
+        raise reading.refused("bad-label", f"{name} must be true or false, got {str(good)[:40]!r}")
+    if not prompt:
+        raise reading.refused("no-prompt", "there is nothing before the answer")
+    if isinstance(completion, str):
+        require_answer(completion, "completion", reading)
+    else:
+        require_answers(completion, "completion", reading)
+    return Unpaired(prompt, completion, good, reading.origin)

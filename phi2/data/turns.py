@@ -1,0 +1,184 @@
+"""Messages out of rows: in OpenAI's names, in ShareGPT's, as pairs of texts, and as one long text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from phi2.data.columns import (
+    IGNORED,
+    KEYS,
+    NOT_READ,
+    TEMPLATE_KEYS,
+    Reading,
+    bad_value,
+    from_json,
+    is_set,
+    require_objects,
+    require_plain,
+    require_unicode,
+)
+from phi2.data.records import Message, Turns
+
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "human": "user",
+    "gpt": "assistant",
+    "developer": "system",
+    "function": "tool",
+}
+END_MARKERS = ("<|im_end|>", "<|endoftext|>")
+SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # of a dialogue written as one text, as in hh-rlhf
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def read_text(value: Any, name: str, reading: Reading) -> str:
+    if not isinstance(value, str):
+        raise reading.refused("not-text", f"{name} must be text, got {type(value).__name__}")
+    return require_unicode(value, name, reading)
+
+
+def read_turns(value: Any, name: str, reading: Reading, speaker: str = "") -> Turns:
+    """A list of turns; a lone turn is a list of one, and where `speaker` is given a text is that role's turn.
+
+    Args:
+        name: the column, for errors and counts.
+    """
+    if speaker and isinstance(value, str):
+        return (Message(speaker, read_text(value, name, reading)),)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise reading.refused("not-a-list", f"{name} must be a list of messages, got {type(value).__name__}")
+    if not value:
+        raise reading.refused("no-messages", f"{name} is an empty list")
+    return tuple(_turn(turn, name, reading) for turn in value)
+
+
+def _turn(value: Any, name: str, reading: Reading) -> Message:
+    """One turn, in OpenAI's names (role, content) or ShareGPT's (from, value)."""
+    if not isinstance(value, Mapping):
+        raise reading.refused("not-a-message", f"a turn of {name} must be an object, got {type(value).__name__}")
+    spoken = ("role", "content") if value.get("role") is not None else ("from", "value")
+    role, content = value.get(spoken[0]), value.get(spoken[1])
+    if not isinstance(role, str) or role not in ROLES:
+        raise reading.refused("unknown-role", f"role must be one of {', '.join(ROLES)}, got {str(role)[:40]!r}")
+    train, keys = True, None
+    if len(value) > 2:
+        train, keys = _further_keys(value, spoken, name, reading)
+    if content is None and keys and "tool_calls" in keys:
+        return Message(ROLES[role], "", train, {"content": None, **keys})
+    return Message(ROLES[role], _content(content, name, reading), train, keys)
+
+
+def _content(value: Any, name: str, reading: Reading) -> str:
+    """The words of a turn; those given in parts are joined."""
+    if not isinstance(value, str) and isinstance(value, list | tuple) and value:
+        return "".join(_part(part, name, reading) for part in value)
+    return read_text(value, f"the content of a turn of {name}", reading)
+
+
+def _part(part: Any, name: str, reading: Reading) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise reading.refused(
+            "not-text", f"the content of a turn of {name} must be text or parts of type text, got {str(kind)[:40]!r}"
+        )
+    for key, value in part.items():
+        if key not in ("type", "text") and is_set(value):
+            _count(key, f"{name}.content", reading)
+    return read_text(part.get("text"), f"the content of a turn of {name}", reading)
+
+
+def _further_keys(
+    value: Mapping[str, Any], spoken: tuple[str, str], name: str, reading: Reading
+) -> tuple[bool, dict[str, Any] | None]:
+    """Whether the turn is learnt, and what the chat template may want to know of it."""
+    train, keys = True, {}
+    for key, item in value.items():
+        if item is None or key in spoken or not is_set(item):
+            continue
+        if key in reading.ignore:
+            reading.fates[f"{name}.{key}"] = IGNORED
+        elif key in ("weight", "train"):
+            train &= _is_learnt(key, item, reading)
+        elif key in TEMPLATE_KEYS:
+            keys[key] = _tool_calls(item, reading) if key == "tool_calls" else require_plain(item, key, reading)
+        else:
+            _count(key, name, reading)
+    return train, keys or None
+
+
+def _count(key: str, where: str, reading: Reading) -> None:
+    if key in KEYS and key not in reading.ignore:
+        raise reading.unread(key, KEYS[key], f"in {where}")
+    reading.fates[f"{where}.{key}"] = IGNORED if key in reading.ignore else NOT_READ
+
+
+def _is_learnt(key: str, value: Any, reading: Reading) -> bool:
+    if not (isinstance(value, Real) and value in (0, 1)):
+        allowed = "0 or 1" if key == "weight" else "true or false"
+        raise reading.refused(f"bad-{key}", f"the {key} of a turn must be {allowed}, got {str(value)[:40]!r}")
+    return value != 0
+
+
+def _tool_calls(value: Any, reading: Reading) -> Any:
+    calls = from_json(value, "tool_calls", reading)
+    require_objects(calls, "tool_calls", reading)
+    return require_plain(calls, "tool_calls", reading)
+
+
+def read_history(value: Any, reading: Reading) -> Turns:
+    """Earlier questions with their answers, [[question, answer], ...], as turns."""
+    pairs = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise bad_value("history", "[question, answer] pairs", value, reading)
+    return tuple(
+        Message(role, read_text(text, "history", reading))
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    )
+
+
+def read_dialogue(text: str, name: str, reading: Reading) -> Turns | None:
+    """The turns of a text that runs "Human: ...", empty line, "Assistant: ..."; None for any other text.
+
+    Source: anthropics/hh-rlhf, whose texts begin with two newlines.
+    """
+    _, *parts = SPEAKER.split(read_text(text, name, reading))
+    if not SPEAKER.match(text) or parts[:1] != ["Human"] or "Assistant" not in parts[::2]:
+        return None
+    return tuple(Message(SPEAKERS[who], words.strip()) for who, words in zip(parts[::2], parts[1::2], strict=True))
+
+
+def require_answer(text: str, name: str, reading: Reading) -> None:
+    for marker in END_MARKERS:
+        text = text.replace(marker, "")
+    if not text.strip():
+        raise reading.refused("empty-answer", f"{name} is empty")
+
+
+def require_turn(turn: Message, name: str, reading: Reading) -> None:
+    """An answer is words, or calls of tools."""
+    if not (turn.keys and {"tool_calls", "function_call", "refusal"} & turn.keys.keys()):
+        require_answer(turn.content, name, reading)
+
+
+def require_last_assistant(messages: Turns, reading: Reading) -> None:
+    if not any(turn.role == "assistant" for turn in messages):
+        raise reading.refused("no-assistant", "no turn is the assistant's")
+    if messages[-1].role != "assistant":
+        raise reading.refused("last-role", f"the last turn must be the assistant's, got {messages[-1].role}")
+
+
+def require_answers(turns: Turns, name: str, reading: Reading) -> None:
+    """All that is left after the prompt is scored by the loss, so all of it must be the assistant's words."""
+    if not turns:
+        raise reading.refused("answer-is-prefix", f"{name} is only the beginning of the other answer")
+    if any(turn.role != "assistant" for turn in turns):
+        raise reading.refused("mixed-answer", f"after the prompt {name} has turns that are not the assistant's")
+    for turn in turns:
+        require_turn(turn, name, reading)
+        if not turn.train:
+            raise reading.refused("untrained-answer", f"a turn of {name} has weight 0, and all of an answer is scored")
