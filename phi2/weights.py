@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,14 @@ OLDER_LAYOUTS = {  # a part of a tensor's name that no other layout has
     "transformer.h.": "phi-msft (December 2023)",
     ".self_attn.query_key_value.": "transformers 4.36 (fused query_key_value)",
 }
+
+
+GENERATION_KEYS = frozenset(  # of generation_config.json: read, or without influence on the text
+    "bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config use_cache"
+    " cache_implementation cache_config return_legacy_cache output_attentions output_hidden_states output_scores"
+    " output_logits return_dict_in_generate max_length max_new_tokens".split()
+)
+NEUTRAL = {"temperature": 1, "top_p": 1, "repetition_penalty": 1, "length_penalty": 1, "num_beams": 1, "top_k": 50}
 
 
 class StoredTensor(NamedTuple):
@@ -77,6 +86,7 @@ def load(
     adapter_folder = None if adapter is None else resolve(adapter)
     load_config(folder)  # before a tokenizer is missed: this knows what else the folder may be
     tokenizer = load_tokenizer(folder, adapter_folder)
+    _name_unused_generation_settings(folder)
     device = pick_device(device)
     if quantize is not None and dtype == "auto" and device.type == "cpu":
         dtype = torch.bfloat16  # what torch's packed kernels take
@@ -91,6 +101,15 @@ def load(
             merge(model)
         quantize_model(model, quantize)
     return model, tokenizer
+
+
+def _name_unused_generation_settings(folder: Path) -> None:
+    """Warns of what transformers' generate would do by `generation_config.json` and `generate` here does not."""
+    path = folder / "generation_config.json"
+    given = read_json(path) if path.is_file() else {}
+    unused = [f"{k} {v!r}"[:60] for k, v in given.items() if v and k not in GENERATION_KEYS and v != NEUTRAL.get(k)]
+    if unused:
+        warnings.warn(f"{path}: not used unless you give it: {', '.join(unused)}", stacklevel=3)
 
 
 def load_tokenizer(folder: Path, adapter: Path | None = None) -> Tokenizer:
