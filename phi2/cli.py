@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from phi2 import __version__
 from phi2.flags import UsageError, parse
 
@@ -24,7 +22,7 @@ DONE, FAILED, BAD_USAGE = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell counts them: 128 and the number of SIGINT, of SIGPIPE
 
 
-def generate(
+def answer(  # not `generate`: the parser would look under that name in the package, and load torch for it
     model: str,
     prompt: str,
     adapter: str | None = None,
@@ -36,7 +34,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     stop: list[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -56,7 +54,7 @@ def generate(
         top_p: Keep the most likely tokens up to this probability.
         min_p: Keep tokens at least this many times as likely as the likeliest.
         repetition_penalty: Above 1, makes tokens that are there already less likely.
-        seed: Of the sampling.
+        seed: Of the sampling; null takes a new one and tells it.
         stop: String the answer ends before; give the flag again for another.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, float16, or auto.
@@ -91,7 +89,8 @@ def generate(
     if chunk is not None:
         print(
             f"{chunk.prompt_tokens} prompt tokens at {chunk.prompt_tps:.0f} tok/s,"
-            f" {chunk.generation_tokens} generated at {chunk.generation_tps:.1f} tok/s, {chunk.finish_reason}",
+            f" {chunk.generation_tokens} generated at {chunk.generation_tps:.1f} tok/s, {chunk.finish_reason}"
+            + ("" if chunk.seed is None else f", seed {chunk.seed}"),
             file=sys.stderr,
         )
 
@@ -104,7 +103,7 @@ def chat(
     temperature: float = 0.0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     device: str = "auto",
     dtype: str = "auto",
     quantize: Literal["int8", "int4"] | None = None,
@@ -119,7 +118,7 @@ def chat(
         temperature: 0 is greedy.
         top_p: Keep the most likely tokens up to this probability.
         repetition_penalty: Above 1, makes tokens that are there already less likely.
-        seed: Of the sampling.
+        seed: Of the sampling; null takes a new one and tells it.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, float16, or auto.
         quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
@@ -129,7 +128,10 @@ def chat(
 
     loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    run_chat(phi2.ChatSession(loaded, tokenizer, system, repetition_penalty=repetition_penalty, **sampling))
+    session = phi2.ChatSession(loaded, tokenizer, system, repetition_penalty=repetition_penalty, **sampling)
+    if seed is None:
+        print(f"seed {session.params.seed}", file=sys.stderr)
+    run_chat(session)
 
 
 def sft(config: Any) -> None:
@@ -239,10 +241,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command(generate),
+    "generate": Command(answer),
     "chat": Command(chat),
-    "sft": Command(sft, "phi2.training.sft:SFTConfig"),
-    "dpo": Command(dpo, "phi2.training.dpo:DPOConfig"),
+    "sft": Command(sft, "phi2.training.config:SFTConfig"),
+    "dpo": Command(dpo, "phi2.training.config:DPOConfig"),
     "merge": Command(merge),
     "convert": Command(convert),
     "evaluate": Command(evaluate),
@@ -282,15 +284,18 @@ def _command(name: str, *arguments: str) -> int:
 
 def _run(title: str, command: Command, arguments: list[str]) -> int:
     try:
-        parse(title, _about(command), command.run, _config_class(command), arguments)()
+        about = _about(command, asked=not {"-h", "--help"}.isdisjoint(arguments))
+        parse(title, about, command.run, _config_class(command), arguments)()
     except UsageError as error:
         return _fail(title, str(error), BAD_USAGE)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError) as error:
         return _fail(title, str(error), FAILED)
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch's, which is not imported here: `phi2 --help` does without it
         _, is_memory, reason = str(error).partition("DefaultCPUAllocator: ")
+        if type(error).__name__ == "OutOfMemoryError":  # of a GPU
+            return _fail(title, str(error), FAILED)
         if not is_memory:
             raise
         return _fail(title, f"out of memory: {reason}", FAILED)
@@ -315,10 +320,10 @@ def _config_class(command: Command) -> type | None:
     return getattr(importlib.import_module(module), name) if module else None
 
 
-def _about(command: Command) -> str:
-    """First line of the docstring; for dpo also the registered losses with their knobs."""
+def _about(command: Command, asked: bool) -> str:
+    """First line of the docstring; for dpo, when help is asked for, also the registered losses with their knobs."""
     about = command.run.__doc__.splitlines()[0]
-    if command.run is not dpo:
+    if command.run is not dpo or not asked:
         return about
     from phi2.losses.preference import PREFERENCE_LOSSES
 

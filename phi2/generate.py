@@ -45,6 +45,7 @@ class Chunk:
         prompt_tps: tok/s of the pass over the prompt, without what was cached.
         generation_tps: tok/s since the first token; 0 for the first.
         finish_reason: None until the last chunk, then "stop", "length" or "stop_string".
+        seed: what the draws of this reply began from, to make it again; None when none is drawn (temperature 0).
     """
 
     text: str
@@ -55,6 +56,7 @@ class Chunk:
     prompt_tps: float
     generation_tps: float
     finish_reason: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Generation:
     prompt_tokens: int
     prompt_tps: float
     generation_tps: float
+    seed: int | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -94,7 +97,7 @@ def generate(
         prompt_style: how a text is shown to the model: "raw" (default), "instruct", or as a user's turn, "chat"
             ("chatml" where the template is ChatML). A raw text may spell special tokens; in any other they stay text.
         sampling: the fields of `SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
-            repetition_penalty, seed, stop.
+            repetition_penalty, seed (None for a new one, which the result tells), stop.
     Returns:
         One Generation, or a list of them in the order of the prompts.
     Raises:
@@ -140,7 +143,7 @@ def encode_prompts(
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
         return True  # of whatever kind it is
     return len(prompts) > 0 and isinstance(prompts[0], Mapping)
 
@@ -148,8 +151,9 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
 def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, prompt_style: str | None) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, prompt_style or "raw")
-    if not isinstance(prompt, Sequence):
-        raise ValueError(f"a prompt must be a str or a list of messages, got {short_repr(prompt)}")
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        hint = "; put a single message in a list" if isinstance(prompt, Mapping) else ""
+        raise ValueError(f"a prompt must be a str or a list of messages, got {short_repr(prompt)}{hint}")
     if prompt_style is not None:
         raise ValueError(f"prompt_style {prompt_style!r} is for texts; a conversation takes the tokenizer's template")
     return tokenizer.encode_chat(prompt, add_generation_prompt=True)
@@ -192,8 +196,8 @@ def decode(
     choices = min(len(tokenizer), model.config.vocab_size)
     with evaluation_mode(model):
         replies = [
-            _Reply(tokenizer, params.stop, stop_ids, len(ids), len(ids) - cache.length, limit)
-            for ids, limit in zip(prompts, limits, strict=True)
+            _Reply(tokenizer, params, row, stop_ids, len(ids), len(ids) - cache.length, limit)
+            for row, (ids, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
         batch = _Batch(model, prompts, cache, Sampler(params, prompts, choices, model.device))
         while any(not reply.finish_reason for reply in replies):
@@ -302,9 +306,17 @@ class _Reply:
     """The text side of one row: tokens in, chunks out, and the decision that it ends."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: frozenset[int], prompt: int, new: int, limit: int
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        row: int,
+        stop_ids: frozenset[int],
+        prompt: int,
+        new: int,
+        limit: int,
     ) -> None:
-        self._decoder, self._cutter = tokenizer.stream(), StopCutter(stop)
+        self._decoder, self._cutter = tokenizer.stream(), StopCutter(params.stop)
+        self._seed = None if params.temperature == 0 else params.seed + row
         self._stop_ids, self._limit = stop_ids, limit
         self._prompt, self._new, self._count = prompt, new, 0  # tokens: prompt, those not cached, generated
         self._started = perf_counter()
@@ -325,6 +337,7 @@ class _Reply:
             prompt_tps=self._new / (self._first - self._started),
             generation_tps=(self._count - 1) / elapsed if self._count > 1 else 0.0,
             finish_reason=self.finish_reason,
+            seed=self._seed,
         )
 
     def _text(self, token_id: int) -> str:
@@ -394,4 +407,5 @@ def _join(chunks: list[Chunk]) -> Generation:
         prompt_tokens=last.prompt_tokens,
         prompt_tps=last.prompt_tps,
         generation_tps=last.generation_tps,
+        seed=last.seed,
     )

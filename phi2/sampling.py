@@ -8,6 +8,7 @@ Dims: B rows, V ids to choose from.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -29,7 +30,8 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probabilities reach p; 1 keeps all.
         min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all.
         repetition_penalty: makes every token of the prompt and the reply less likely (above 1) or more (below 1).
-        seed: row i of a batch draws from its own generator, seeded with seed + i.
+        seed: row i of a batch draws from its own generator, seeded with seed + i; None takes a new one each time, which
+            stands in the attribute afterwards.
         stop: the text ends before the first of these strings.
 
     Raises:
@@ -42,7 +44,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = 0
     stop: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -54,9 +56,20 @@ class SamplingParams:
         _check("top_p", self.top_p, (int, float), lambda v: 0 <= v <= 1, "in [0, 1]")
         _check("min_p", self.min_p, (int, float), lambda v: 0 <= v <= 1, "in [0, 1]")
         _check("repetition_penalty", self.repetition_penalty, (int, float), lambda v: v > 0, "a positive number")
-        _check("seed", self.seed, int, lambda v: 0 <= v < 2**63, "a whole number in [0, 2**63)")
+        if self.seed is not None:
+            _check("seed", self.seed, int, lambda v: 0 <= v < 2**63, "a whole number in [0, 2**63)")
         for text in self.stop:
             _check("stop", text, str, len, "strings of at least one character")
+        if t == 0:
+            self._refuse_without_draws()
+        elif self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbits(32))
+
+    def _refuse_without_draws(self) -> None:
+        """What shapes a distribution means nothing to a choice that draws from none."""
+        for name, neutral in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("seed", 0)):
+            if getattr(self, name) != neutral:
+                raise ValueError(f"{name} {getattr(self, name)} needs a temperature above 0, got 0 (greedy)")
 
 
 def _check(name: str, value, kind: type | tuple[type, ...], allowed, rule: str) -> None:

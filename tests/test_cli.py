@@ -215,6 +215,36 @@ def test_a_reader_that_has_gone_ends_the_command_in_silence(arguments):
 
 def test_ctrl_c_while_the_package_is_imported_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import phi2_command; sys.exit(phi2_command.main())"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import phi2_command"
+    code += "; sys.argv = ['phi2', 'evaluate', '--model', 'nano']; sys.exit(phi2_command.main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "phi2: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ([], 0),
+        (["--help"], 0),
+        (["--version"], 0),
+        (["nonsense"], 2),
+        (["chat", "--help"], 0),
+        (["generate", "--no_such_flag", "1"], 2),
+        (["sft", "--help"], 0),
+        (["sft", "--no_such_flag", "1"], 2),
+        (["dpo", "--no_such_flag", "1"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_does_not_wait_for_torch(tmp_path, line, code):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from phi2.cli import main; sys.exit(main({line!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr[-500:]
+
+
+def test_a_new_seed_is_told_so_that_its_text_can_be_made_again(capsys):
+    line = ["generate", "--model", "nano", "--prompt", "a", "--max_new_tokens", "8", "--temperature", "2.0", "--seed"]
+    _, first, told = run(capsys, *line, "null")
+    seed = told.rpartition("seed ")[2].strip()
+    assert run(capsys, *line, seed)[1] == first

@@ -251,7 +251,7 @@ def test_dropout_is_off_unless_asked_for(dpo_config, tiny_phi_with_dropout, tiny
         name: lines_of(train(dpo_config(**changes, max_steps=2, output=str(tmp_path / name))))
         for name, changes in {
             "plain": {},
-            "off": {"model": str(tiny_phi_with_dropout), "lora": lora},
+            "off": {"model": str(tiny_phi_with_dropout)},
             "on": {"model": str(tiny_phi_with_dropout), "lora": lora, "disable_dropout": False},
         }.items()
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tokenizers
 import torch
@@ -133,13 +135,45 @@ def test_the_same_seed_repeats_and_another_does_not():
     assert one == same != other
 
 
+def test_no_seed_is_a_new_one_each_time_which_the_reply_tells():
+    model, sampling = tiny_model(), dict(max_new_tokens=20, temperature=1.0)
+    first, second = (generate(model, TOKENIZER, "a", seed=None, **sampling) for _ in range(2))
+    assert first.seed != second.seed and first.token_ids != second.token_ids
+    assert generate(model, TOKENIZER, "a", seed=first.seed, **sampling).token_ids == first.token_ids
+    assert next(stream(model, TOKENIZER, "a", seed=None, **sampling)).seed is not None
+
+
+def test_rows_of_a_batch_tell_seeds_that_repeat_each_of_them():
+    model, sampling = tiny_model(), dict(max_new_tokens=10, temperature=1.0)
+    for prompt, reply in zip(PROMPTS, generate(model, TOKENIZER, PROMPTS, seed=None, **sampling), strict=True):
+        assert generate(model, TOKENIZER, prompt, seed=reply.seed, **sampling).token_ids == reply.token_ids
+
+
+def test_a_greedy_reply_has_no_seed():
+    assert generate(tiny_model(), TOKENIZER, "a", max_new_tokens=2).seed is None
+
+
+@pytest.mark.parametrize("prompt", [5, None, b"bytes", 1.5, Path("file"), {}, ["a", 5], [None]], ids=repr)
+def test_what_is_no_prompt_is_told_what_a_prompt_is(prompt):
+    with pytest.raises(ValueError, match=r"a prompt must be a str or a list of messages, got .+") as error:
+        generate(tiny_model(), TOKENIZER, prompt)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("speak", [generate, lambda *a: next(stream(*a))], ids=["generate", "stream"])
+def test_a_single_message_is_told_to_stand_in_a_list(speak):
+    with pytest.raises(ValueError, match="put a single message in a list"):
+        speak(tiny_model(), TOKENIZER, {"role": "user", "content": "a"})
+
+
 def test_a_batch_says_what_each_row_says_alone():
     model = tiny_model()
     for sampling in (dict(), dict(temperature=1.0, top_p=0.95), dict(temperature=0.8, repetition_penalty=1.3)):
-        together = generate(model, TOKENIZER, PROMPTS, max_new_tokens=30, seed=11, **sampling)
+        seeds = [{"seed": 11 + row} if sampling else {} for row in range(len(PROMPTS))]
+        together = generate(model, TOKENIZER, PROMPTS, max_new_tokens=30, **sampling, **seeds[0])
         alone = [
-            generate(model, TOKENIZER, prompt, max_new_tokens=30, seed=11 + row, **sampling)
-            for row, prompt in enumerate(PROMPTS)
+            generate(model, TOKENIZER, prompt, max_new_tokens=30, **sampling, **seed)
+            for prompt, seed in zip(PROMPTS, seeds, strict=True)
         ]
         assert [row.token_ids for row in together] == [row.token_ids for row in alone]
         assert [row.text for row in together] == [row.text for row in alone]

@@ -190,11 +190,14 @@ def test_a_sample_prompt_that_does_not_fit_is_refused_before_the_first_update(sf
     assert not (Path(sft_config().output) / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_length": None}, {"packing": "wrapped", "max_length": 64}], ids=str)
+WRAPPED = {"packing": "wrapped", "packing_length": 300, "max_length": 64}
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_length": None}, WRAPPED], ids=str)
 def test_rows_longer_than_the_models_context_are_refused_before_the_first_update(sft_config, write_rows, changes):
     data = write_rows([{"text": "a" * 100}] * 9 + [{"text": "b" * 300}])
     with pytest.raises(ValueError, match=r"row \d+ has \d+ tokens, more than the model's context of 256: "):
-        train(sft_config(data=data, packing_length=300, **changes))
+        train(sft_config(data=data, **changes))
 
 
 def test_a_held_out_row_longer_than_the_models_context_is_refused(sft_config, write_rows):

@@ -18,69 +18,23 @@ last `max_prompt_length` tokens; if that is still too long, both answers keep th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
 from tqdm import tqdm
 
 from phi2.data.audit import Audit
-from phi2.data.pieces import Piece, SpecialTokens, TrainOn, pair_texts, supervised_pieces
+from phi2.data.config import Boundary, EncodeConfig
+from phi2.data.pieces import Piece, pair_texts, supervised_pieces
 from phi2.data.records import Chat, Origin, Pair, Plain, Record, RowError
 from phi2.special_text import MarkedEncoding
 from phi2.tokenizer import Tokenizer
 
 BATCH_ROWS = 1000
-Boundary = Literal["joint", "split"]
-TruncationMode = Literal["keep_start", "keep_end", "drop"]
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """How records become token ids.
-
-    Raises:
-        ValueError: for a value that is not allowed, and for one that another setting would leave without effect.
-    """
-
-    max_length: int | None = 1024
-    """Longest sequence in tokens, prompt and answer together; null for no limit."""
-    train_on: TrainOn = "completion"
-    """What a supervised row teaches: its last answer, all assistant turns or all tokens; never a turn of weight 0."""
-    boundary: Boundary = "joint"
-    """Tokenise prompt and answer as one text, where a token that spans both counts as answer, or split them first."""
-    truncation_mode: TruncationMode = "keep_start"
-    """What a row over max_length loses: its end, its prompt's beginning (keep_end, only pairs) or everything (drop)."""
-    max_prompt_length: int | None = None
-    """Prompt tokens that keep_end keeps in a row that is too long; null for half of max_length."""
-    append_eos: bool = True
-    """Put the end token behind text that does not end in one."""
-    special_tokens_in_text: SpecialTokens = "token"
-    """What text that spells a special token, such as <|im_end|>, becomes: that token, the text it is, or no row."""
-    ignore_columns: list[str] = field(default_factory=list)
-    """Columns of the rows, and keys of their messages, that are left out, so that they do not refuse a row."""
-
-    def __post_init__(self) -> None:
-        choices_of = {"train_on": TrainOn, "boundary": Boundary, "truncation_mode": TruncationMode}
-        for name, choices in {**choices_of, "special_tokens_in_text": SpecialTokens}.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"max_length must be at least 2, one token to read and one to predict, got {self.max_length}"
-            )
-        if self.max_length is None and self.truncation_mode != "keep_start":
-            raise ValueError(f"truncation_mode {self.truncation_mode} needs a max_length, got none")
-        if self.max_prompt_length is not None:
-            if self.truncation_mode != "keep_end":
-                raise ValueError(f"max_prompt_length needs truncation_mode keep_end, got {self.truncation_mode}")
-            if not 0 < self.max_prompt_length < self.max_length:
-                raise ValueError(
-                    f"max_prompt_length must be in [1, {self.max_length - 1}], got {self.max_prompt_length}"
-                )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -50,6 +50,8 @@ class InspectConfig(EncodeConfig):
         require_template_choice(self.chat_template)
         if self.rows < 0:
             raise ValueError(f"rows must not be negative, got {self.rows}")
+        if self.ids and not self.rows:
+            raise ValueError("ids needs rows to show, got rows 0")
 
 
 def inspect_data(config: InspectConfig) -> str:

@@ -19,15 +19,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from phi2.data.columns import NAMES
+from phi2.data.config import SpecialTokens, TrainOn
 from phi2.data.formats import is_conversation
 from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError, Turns
 from phi2.tokenizer import Tokenizer
 
-TrainOn = Literal["completion", "assistant", "all"]
-SpecialTokens = Literal["token", "text", "refuse"]
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag by which a template marks the assistant's words
 TEXTS = ("messages", "prompt", "completion", "chosen", "rejected", "variables")  # the fields of records that hold text
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from phi2 import hub
 from phi2.data.audit import Audit
 from phi2.data.columns import IGNORED
+from phi2.data.config import DataSpec, Subsample
 from phi2.data.files import folder_rows, one_of, read_rows, suffix_of
 from phi2.data.formats import FORMATS, detect_format, parse_row
 from phi2.data.records import KINDS, Origin, Record, Row, RowError
@@ -104,55 +105,6 @@ TOKEN_COLUMNS = {  # kind -> sums of columns, each of which `max_tokens` bounds
     "unpaired": (("phi_token_count",),),
     "preference": (("prompt_length", "chosen_length"), ("prompt_length", "rejected_length")),
 }
-
-
-@dataclass(frozen=True)
-class Subsample:
-    """Keep a random part of the rows."""
-
-    fraction: float
-    """Part of the rows to keep, above 0 and up to 1. For each matching row that reaches this step, in file order, one
-    number is drawn from `random.Random(seed)`, and the row stays if it is not above the fraction. Others draw none."""
-    source_dataset: str | None = None
-    """Only rows with this value in their column source_dataset are thinned out; unset, all rows are."""
-    seed: int = 42
-    """Seed of the draws."""
-
-    def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"subsample.fraction must be above 0 and at most 1, got {self.fraction}")
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """One part of a mixture: a source, and which of its rows to take."""
-
-    source: str | Iterable[dict]
-    """File, folder, named source, or hub data set (owner/name or owner/name/configuration); in Python also rows."""
-    split: str | None = None
-    """Split of a folder or data set; unset, its train split, or all its files if they are not named after splits."""
-    max_tokens: int | None = None
-    """Keep rows below this many tokens by the data set's own count: phi_token_count, or for pairs prompt_length plus
-    chosen_length and plus rejected_length."""
-    subsample: Subsample | None = None
-    """Keep a random part of the rows."""
-    shuffle_seed: int | None = None
-    """Shuffle with this seed; unset, rows stay in file order."""
-    rows: int | None = None
-    """Take this many rows, the first ones after the shuffle; unset, all of them."""
-    ignore_columns: list[str] = field(default_factory=list)
-    """Columns, and keys of messages, of this source that are left out."""
-
-    def __post_init__(self):
-        if self.source == "":
-            raise ValueError("a data source must have a name, got ''")
-        for name in ("max_tokens", "rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def label(self) -> str:
-        return self.source if isinstance(self.source, str) else "data"
 
 
 class Loaded(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.peft_files import restore_adapter
 from phi2.training.batch import pair_batch
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
-from phi2.training.config import TrainingConfig
+from phi2.training.config import DPOConfig
 from phi2.training.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
 from phi2.training.look import look_at_loss
 from phi2.training.metrics import means, pair_metrics
@@ -70,57 +70,6 @@ STEP_0_TOLERANCE = 1e-3
 CACHED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainingConfig):
-    """Settings of a preference run."""
-
-    learning_rate: float = 5e-6
-    """Peak learning rate."""
-    loss: str = "sigmoid"
-    """Name of the preference loss."""
-    beta: float | None = None
-    """The loss's beta; unset, its own default."""
-    label_smoothing: float | None = None
-    """The loss's label_smoothing; unset, its own default."""
-    loss_args: dict[str, float] = field(default_factory=dict)
-    """Other knobs of the loss by name."""
-    loss_file: str | None = None
-    """Python file of yours that registers losses with @phi2.preference_loss; it is run, and kept as loss.py."""
-    nll_weight: float = 0.0
-    """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss (trl's rpo_alpha)."""
-    reference: str = "auto"
-    """adapters_off, frozen_copy, or another checkpoint by folder or hub id; auto is adapters_off for a new adapter,
-    else frozen_copy."""
-    precompute_ref_log_probs: bool = False
-    """Score the pairs that the run will see with the reference once, before training, into reference_cache."""
-    reference_cache: str | None = None
-    """Folder of precomputed reference log-probabilities, shared between runs; unset, inside the run folder."""
-    disable_dropout: bool = True
-    """Train without dropout, as the reference is without it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.nll_weight < 0:
-            raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}")
-        twice = [
-            name for name in ("beta", "label_smoothing") if name in self.loss_args and getattr(self, name) is not None
-        ]
-        if twice:
-            raise ValueError(f"{', '.join(twice)} is given twice, also in loss_args {self.loss_args}")
-        if self.loss_file is not None and self.loss == DPOConfig.loss:
-            raise ValueError(f"loss_file {self.loss_file} is given, and loss is {self.loss!r}: name the loss in it")
-        if self.reference == "adapters_off" and (self.lora is None or self.adapter is not None):
-            raise ValueError("reference adapters_off is the start of a new adapter only; use frozen_copy")
-        if self.reference_cache is not None and not self.precompute_ref_log_probs:
-            raise ValueError("reference_cache needs precompute_ref_log_probs: true")
-
-    @property
-    def knobs(self) -> dict[str, float]:
-        """What was set of the loss's own arguments."""
-        named = {"beta": self.beta, "label_smoothing": self.label_smoothing}
-        return {**{name: value for name, value in named.items() if value is not None}, **self.loss_args}
-
-
 Loss = Callable[[PairBatch], Tensor]
 
 
@@ -151,6 +100,7 @@ def train(config: DPOConfig) -> Path:
     model = load_policy(config, checkpoint)
     require_embeddings(model, tokenizer)
     require_context(model, [*pairs, *eval_pairs])
+    require_dropout(config, model)
     check_sample_prompts(config, model, tokenizer)
     warn_of_another_vocabulary(other_reference(config), tokenizer)
     scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
@@ -181,6 +131,18 @@ def train(config: DPOConfig) -> Path:
                 raise Interrupted(f"stopped after step {step}; go on with resume: true")
     finish(config, model, tokenizer)
     return run
+
+
+def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
+    """Refuses to leave dropout on where there is none.
+
+    Raises:
+        ValueError: when neither the model nor its adapter drops anything.
+    """
+    shape, lora = model.config, getattr(model, "lora_config", None)
+    rates = (shape.resid_pdrop, shape.embd_pdrop, shape.attention_dropout, lora.lora_dropout if lora else 0)
+    if not config.disable_dropout and not any(rates):
+        raise ValueError("disable_dropout False needs a dropout, got 0 in config.json of the model and lora_dropout 0")
 
 
 def with_all_knobs(config: DPOConfig) -> DPOConfig:

@@ -31,6 +31,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def warmup_updates(config: TrainingConfig, total_steps: int) -> int:
+    """Updates of the warm-up: `warmup_steps`, or that share of all, rounded up.
+
+    Raises:
+        ValueError: when it outlasts the run, whose learning rate then never gets where it was set.
+    """
+    share = config.warmup_steps
+    warmup = math.ceil(share * total_steps) if share < 1 else int(share)
+    if warmup > total_steps:
+        raise ValueError(f"warmup_steps {share:g} outlasts the run: it must be at most its {total_steps} updates")
+    return warmup
+
+
 class Optimizer:
     """One update at a time: `backward` for each micro-batch, then `step`.
 
@@ -52,8 +65,7 @@ class Optimizer:
         )
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=scale_loss)
         self.updates = 0
-        share = config.warmup_steps
-        self.warmup = math.ceil(share * total_steps) if share < 1 else int(share)
+        self.warmup = warmup_updates(config, total_steps)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

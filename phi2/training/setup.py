@@ -24,6 +24,7 @@ from phi2.tokenizer import Tokenizer
 from phi2.training.card import write_card
 from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
+from phi2.training.optim import warmup_updates
 from phi2.training.run import last_metrics, write_whole
 from phi2.weights import load_config, load_model, load_tokenizer, pick_device, pick_dtype, save_pretrained
 
@@ -144,7 +145,14 @@ def windows_of(config: TrainingConfig, samples: int) -> Windows:
 
 
 def total_steps(config: TrainingConfig, windows: Windows) -> int:
-    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows.per_epoch)
+    """Updates of the whole run.
+
+    Raises:
+        ValueError: when the warm-up outlasts them.
+    """
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows.per_epoch)
+    warmup_updates(config, total)
+    return total
 
 
 def is_due(every: int, step: int, total: int) -> bool:

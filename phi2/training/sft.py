@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +17,8 @@ from phi2.data.encode import EncodedSequence
 from phi2.data.packing import TokenRow, best_fit, row_of_sequences, wrapped
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
-from phi2.tokenizer import require_template_choice
 from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
-from phi2.training.config import TrainingConfig
+from phi2.training.config import SFTConfig
 from phi2.training.inputs import inputs_of, require_same_inputs
 from phi2.training.optim import Optimizer
 from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings
@@ -47,30 +44,6 @@ from phi2.training.setup import (
 Block = list[EncodedSequence]  # what one sample of a micro-batch holds: one sequence, or those packed together
 
 
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainingConfig):
-    """Settings of a supervised run."""
-
-    packing: Literal["none", "best_fit", "wrapped"] = "none"
-    """Samples of packing_length tokens: whole rows best-fitted and kept apart, or joined and cut (trl's old form)."""
-    packing_length: int = 1024
-    """Tokens of a packed sample."""
-    neftune_noise_alpha: float = 0.0
-    """NEFTune: uniform noise of size alpha / sqrt(tokens * hidden_size) on the embeddings of a sample."""
-    chat_template: str = "auto"
-    """auto is the model's own template, ChatML for a base without one; chatml or a FILE.jinja replaces it; or none."""
-    from_scratch: bool = False
-    """Start from random weights of the model folder's config.json; needs lora: null."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_template_choice(self.chat_template)
-        if self.from_scratch and self.lora is not None:
-            raise ValueError("from_scratch trains every weight: it needs lora: null")
-        if self.packing != "none" and self.packing_length < 2:
-            raise ValueError(f"packing_length must be at least 2, got {self.packing_length}")
-
-
 def train(config: SFTConfig) -> Path:
     """Runs, or resumes, a supervised run and returns its folder.
 
@@ -83,6 +56,8 @@ def train(config: SFTConfig) -> Path:
     print(f"chat template: {tokenizer.template_origin}")
     train_rows, eval_rows = load_data(config, tokenizer, "supervised")
     blocks = pack(train_rows, config, tokenizer.eos_id)
+    windows = windows_of(config, len(blocks))
+    total = total_steps(config, windows)
     inputs = inputs_of(config, tokenizer, train_rows, eval_rows, config.from_scratch)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
@@ -91,9 +66,6 @@ def train(config: SFTConfig) -> Path:
     require_context(model, [*(row for block in blocks for row in block), *eval_rows])
     check_sample_prompts(config, model, tokenizer)
     save_weights = weights_saver(config, model, tokenizer)
-
-    windows = windows_of(config, len(blocks))
-    total = total_steps(config, windows)
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
     done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
     model.train()
