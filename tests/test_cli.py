@@ -213,12 +213,12 @@ def test_a_reader_that_has_gone_ends_the_command_in_silence(arguments):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_ctrl_c_while_the_package_is_imported_is_one_line(tmp_path):
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import phi2_command"
     code += "; sys.argv = ['phi2', 'evaluate', '--model', 'nano']; sys.exit(phi2_command.main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "phi2: interrupted\n")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "phi2 evaluate: interrupted\n")
 
 
 @pytest.mark.parametrize(
