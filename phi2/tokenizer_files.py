@@ -150,20 +150,29 @@ def read_stop_ids(folder: Path, size: int) -> set[int]:
         size: ids of the tokenizer. The model may have more, if `config.json` says so.
 
     Raises:
-        ValueError: naming the file, for an id that is no whole number in the vocabulary.
+        ValueError: naming the file, for an id that is no whole number in the vocabulary; what begins and what pads a
+            text is held to the same.
     """
     files = {path: read_json(path) for path in _existing(folder, "generation_config.json", "config.json")}
     rows = files.get(folder / "config.json", {}).get("vocab_size")
     limit = max(size, rows) if isinstance(rows, int) else size
     stop_ids = set()
     for path, content in files.items():
+        for name in ("bos_token_id", "pad_token_id"):
+            value = content.get(name)
+            if value is not None and not _is_id(value, limit):
+                raise ValueError(f"{path}: {name} must be an id from 0 to {limit - 1}, got {short_repr(value)}")
         value = content.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int and 0 <= token_id < limit for token_id in ids):
+        if not all(_is_id(token_id, limit) for token_id in ids):
             rule = f"eos_token_id must be an id from 0 to {limit - 1}, or a list of them"
             raise ValueError(f"{path}: {rule}, got {short_repr(value)}")
         stop_ids.update(ids)
     return stop_ids
+
+
+def _is_id(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 <= value < limit  # not isinstance: true is no id
 
 
 def _existing(folder: Path, *names: str) -> Iterator[Path]:

@@ -47,7 +47,11 @@ GENERATION_KEYS = frozenset(  # of generation_config.json: read, or without infl
     " cache_implementation cache_config return_legacy_cache output_attentions output_hidden_states output_scores"
     " output_logits return_dict_in_generate max_length max_new_tokens".split()
 )
-NEUTRAL = {"temperature": 1, "top_p": 1, "repetition_penalty": 1, "length_penalty": 1, "num_beams": 1, "top_k": 50}
+NEUTRAL = {"top_k": 50} | dict.fromkeys(  # what transformers takes where the file says nothing
+    "temperature top_p typical_p repetition_penalty encoder_repetition_penalty length_penalty num_beams num_beam_groups"
+    " num_return_sequences".split(),
+    1,
+)
 
 
 class StoredTensor(NamedTuple):
@@ -200,9 +204,10 @@ def save_pretrained(
             "the model is quantised: this layout holds floating-point weights only, save it before quantising"
         )
     dtypes = {name: tensor.dtype if dtype is None else _named_dtype(dtype) for name, tensor in state.items()}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     config = replace(model.config, **ids, dtype=str(_most_common(state, dtypes)).removeprefix("torch."))
-    generation = {**ids, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    ends = sorted(end for end in tokenizer.stop_ids if end < config.vocab_size)  # others went with the rows they had
+    generation = {**ids, "eos_token_id": ends}
     with _complete_or_absent(Path(folder), overwrite) as unfinished:
         _write_json(unfinished / "config.json", config.to_dict())
         _save_tensors(state, unfinished, max_shard_size, dtypes)

@@ -55,6 +55,29 @@ def test_every_listed_end_survives(base, tmp_path, sft_config, dpo_config, comma
     assert {258, LISTED, BEYOND} <= tokenizer.stop_ids
 
 
+def test_an_end_goes_with_its_row(base, tmp_path):
+    _, tokenizer = load(convert(str(base), str(tmp_path / "cut"), vocab_size=260))
+    assert LISTED in tokenizer.stop_ids and BEYOND not in tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["258", -1, True, 2.0, 272, [258, "x"]])
+def test_an_id_that_is_none_is_refused_with_its_file(make_phi, tmp_path, file, name, value):
+    folder = tmp_path / "base"
+    shutil.copytree(make_phi(), folder)
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, name: value}))
+    with pytest.raises(ValueError, match=rf"\A[^\n]*/{file}: {name} must be an id from 0 to 271[^\n]*\Z"):
+        load(folder)
+
+
+def test_saving_tells_the_same_pad_in_both_configs(base, tmp_path):
+    folder = convert(str(base), str(tmp_path / "again"))
+    told = [json.loads((folder / f).read_text())["pad_token_id"] for f in ("config.json", "generation_config.json")]
+    assert told == [259, 259]
+
+
 def test_every_listed_end_stops_a_reply(base):
     model, tokenizer = load(base)
     model.lm_head.weight.data.zero_()
@@ -66,7 +89,7 @@ def test_settings_of_generation_config_that_are_not_used_are_named(make_phi, tmp
     folder = tmp_path / "base"
     shutil.copytree(make_phi(), folder)
     path = folder / "generation_config.json"
-    more = {"repetition_penalty": 1.2, "do_sample": True, "temperature": 1.0, "suppress_tokens": None}
+    more = {"repetition_penalty": 1.2, "do_sample": True, "temperature": 1.0, "suppress_tokens": None, "typical_p": 1.0}
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     with pytest.warns(UserWarning, match="not used unless you give it: repetition_penalty 1.2, do_sample True$"):
         load(folder)

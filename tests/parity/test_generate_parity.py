@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from phi2.generate import generate
 from phi2.model import Phi2ForCausalLM
 from phi2.sampling import SamplingParams, process_logits
 from phi2.tokenizer import Tokenizer
+from phi2.weights import load
 
 V = 40
 
@@ -125,3 +128,21 @@ def test_a_reply_ends_at_the_same_token_as_in_transformers(twins, strength):
         model.lm_head.bias[TOKENIZER.eos_id] = 0.0
     assert reply.token_ids == expected
     assert reply.finish_reason == ("stop" if expected[-1] == TOKENIZER.eos_id else "length")
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@torch.no_grad()
+def test_an_end_that_a_file_lists_ends_a_reply_where_it_does_in_transformers(twins, tmp_path, file):
+    ours, theirs = twins
+    ids = torch.tensor([TOKENIZER.encode("def fib(n):")])
+    said = theirs.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
+    theirs.save_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    if file == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**content, "eos_token_id": [TOKENIZER.eos_id, said[7]]}))
+    again = PhiForCausalLM.from_pretrained(tmp_path)
+    expected = again.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
+    reply = generate(*load(tmp_path, "cpu", "float32"), "def fib(n):", max_new_tokens=20)
+    assert reply.token_ids == expected and len(expected) < 20 and reply.finish_reason == "stop"
