@@ -204,10 +204,13 @@ def save_pretrained(
             "the model is quantised: this layout holds floating-point weights only, save it before quantising"
         )
     dtypes = {name: tensor.dtype if dtype is None else _named_dtype(dtype) for name, tensor in state.items()}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    config = replace(model.config, **ids, dtype=str(_most_common(state, dtypes)).removeprefix("torch."))
-    ends = sorted(end for end in tokenizer.stop_ids if end < config.vocab_size)  # others went with the rows they had
-    generation = {**ids, "eos_token_id": ends}
+    limit = max(model.config.vocab_size, len(tokenizer))  # an end or pad beyond it went with the row it had
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    pad = model.config.pad_token_id
+    kept = {**ids, "pad_token_id": None if pad is None or pad >= limit else pad}
+    config = replace(model.config, **kept, dtype=str(_most_common(state, dtypes)).removeprefix("torch."))
+    ends = sorted(end for end in tokenizer.stop_ids if end < limit)
+    generation = {**ids, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     with _complete_or_absent(Path(folder), overwrite) as unfinished:
         _write_json(unfinished / "config.json", config.to_dict())
         _save_tensors(state, unfinished, max_shard_size, dtypes)
