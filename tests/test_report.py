@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from phi2.evaluation.toy import Score, Transcript
-from phi2.lab.charts import Line, interval_chart, line_chart, nice_ticks, number, thin
+from phi2.lab.charts import Line, distinct_digits, interval_chart, line_chart, nice_ticks, number, thin
 from phi2.lab.report import write_comparison, write_report
 
 FILES = ("config.yaml", "metrics.jsonl", "data_audit.json", "samples.jsonl", "environment.json")
@@ -210,6 +210,35 @@ def test_ticks_cover_the_range_without_crowding_it(low, width, most):
         ticks = nice_ticks(low, high, most)
         slack = 1e-6 * (high - low)
         assert ticks[0] <= low + slack and ticks[-1] >= high - slack and 2 <= len(ticks) <= most + 2
+
+
+@given(
+    low=st.one_of(st.floats(-1e6, 1e6), st.sampled_from([25.0, 0.69314, 1e9, -3e-7, 0.0])),
+    width=st.floats(1e-7, 1e6),
+)
+def test_the_labels_of_ticks_differ_and_say_their_values(low, width):
+    assume(width > 1e-8 * abs(low))
+    ticks = nice_ticks(low, low + width, 4)
+    digits = distinct_digits(ticks)
+    labels = [number(tick, digits) for tick in ticks]
+    values = [float(label.replace("\N{MINUS SIGN}", "-").replace(",", "")) for label in labels]
+    assert len(set(labels)) == len(labels) and values == sorted(values)
+    gap = ticks[1] - ticks[0]
+    assert all(abs(value - tick) < gap / 2 for value, tick in zip(values, ticks, strict=True))
+    assert max(map(len, labels)) <= 18
+
+
+def test_values_that_hardly_differ_have_ticks_and_a_legend_that_do():
+    drawn = line_chart(
+        "loss", [Line("train", [(1, 25.0001), (2, 25.0004)]), Line("eval", [(1, 25.0002), (2, 25.0003)])]
+    )
+    ticks = re.findall(r'text-anchor="end"[^>]*>([^<]+)</text>', drawn)
+    assert len(set(ticks)) == len(ticks) >= 4
+    assert "<b>25.0004</b>" in drawn and "<b>25.0003</b>" in drawn
+
+
+def test_the_horizontal_axis_says_what_it_counts():
+    assert ">step</text>" in line_chart("loss", [Line("train", [(1, 1.0), (2, 2.0)])])
 
 
 def test_the_marks_of_an_interval_chart_stand_at_their_shares():

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 300, 165  # units of a line chart
-LEFT, RIGHT, TOP, BOTTOM = 40, 6, 8, 20  # margins around its plot
+WIDTH, HEIGHT = 300, 177  # units of a line chart
+LEFT, RIGHT, TOP, BOTTOM = 40, 6, 8, 32  # least margins around its plot
+CHARACTER = 6  # units, of a tick's label
 MOST_POINTS = 300  # of a line; more are averaged in groups
 MARKED_POINTS = 12  # a line of no more is drawn with dots
 
@@ -28,13 +30,14 @@ class Line(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A scale from data to units of the drawing, and its round numbers."""
+    """A scale from data to units of the drawing, its round numbers, and the digits in which these differ."""
 
     low: float
     high: float
     start: float
     end: float
     ticks: list[float]
+    digits: int = 4
 
     def at(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
@@ -46,9 +49,11 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
     points = [point for line in lines for point in line.points]
     if not points:
         return ""
-    x, y = _steps_axis([p[0] for p in points]), _values_axis([p[1] for p in points])
+    y = _values_axis([p[1] for p in points])
+    left = max(LEFT, 10 + CHARACTER * max(len(number(tick, y.digits)) for tick in y.ticks))
+    x = _steps_axis([p[0] for p in points], left)
     legend = "".join(
-        f'<span class="key c{i}">{escape(line.label)} <b>{number(line.points[-1][1])}</b></span>'
+        f'<span class="key c{i}">{escape(line.label)} <b>{number(line.points[-1][1], y.digits)}</b></span>'
         for i, line in enumerate(lines)
         if line.points
     )
@@ -94,16 +99,26 @@ def nice_ticks(low: float, high: float, most: int, least_step: float = 0.0) -> l
     return [i * step for i in range(first, last + 1)]
 
 
-def number(value: float) -> str:
-    """A number for people: four significant digits, thousands grouped, small ones with an exponent."""
+def distinct_digits(ticks: Sequence[float]) -> int:
+    """The digits of `number`, 4 or more, that bring each tick nearer to itself than to its neighbours."""
+    near = min((b - a for a, b in pairwise(ticks)), default=math.inf) / 4
+    return next((d for d in range(4, 18) if all(abs(_parsed(number(t, d)) - t) <= near for t in ticks)), 18)
+
+
+def _parsed(text: str) -> float:
+    return float(text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number for people: significant digits, thousands whole and grouped, small ones with an exponent."""
     size = abs(value)
     if size >= 1000:
-        text = f"{value:,.0f}"
+        text = f"{value:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
     elif size and size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     else:
-        text = f"{value:.4g}"
+        text = f"{value:.{digits}g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -126,30 +141,29 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _steps_axis(steps: Sequence[float]) -> Axis:
+def _steps_axis(steps: Sequence[float], left: float) -> Axis:
     """From the first step to the last; ticks are whole steps inside."""
     low, high = _range(steps)
     ticks = [t for t in nice_ticks(low, high, 5, least_step=1) if low <= t <= high]
-    return Axis(low, high, LEFT, WIDTH - RIGHT, ticks)
+    return Axis(low, high, left, WIDTH - RIGHT, ticks, distinct_digits(ticks))
 
 
 def _values_axis(values: Sequence[float]) -> Axis:
     """From the tick below the values to the tick above them, upwards."""
     ticks = nice_ticks(*_range(values), 4)
-    return Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks)
+    return Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks, distinct_digits(ticks))
 
 
 def _grid(x: Axis, y: Axis) -> str:
     rows = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(t):.1f}" y2="{y.at(t):.1f}"/>'
-        f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y.at(t) + 3.5:.1f}">{number(t)}</text>'
+        f'<line class="grid" x1="{x.start}" x2="{WIDTH - RIGHT}" y1="{y.at(t):.1f}" y2="{y.at(t):.1f}"/>'
+        f'<text class="tick" text-anchor="end" x="{x.start - 6}" y="{y.at(t) + 3.5:.1f}">{number(t, y.digits)}</text>'
         for t in y.ticks
     )
-    columns = "".join(
-        f'<text class="tick" text-anchor="middle" x="{x.at(t):.1f}" y="{HEIGHT - 6}">{number(t)}</text>'
-        for t in x.ticks
-    )
-    return rows + columns
+    below = f'text-anchor="middle" y="{HEIGHT - BOTTOM + 14}"'
+    columns = "".join(f'<text class="tick" {below} x="{x.at(t):.1f}">{number(t, x.digits)}</text>' for t in x.ticks)
+    name = f'<text class="tick" text-anchor="middle" x="{(x.start + x.end) / 2:.1f}" y="{HEIGHT - 4}">step</text>'
+    return rows + columns + name
 
 
 def _curve(line: Line, x: Axis, y: Axis, colour: int) -> str:
@@ -157,7 +171,7 @@ def _curve(line: Line, x: Axis, y: Axis, colour: int) -> str:
     if len(line.points) <= MARKED_POINTS:
         dots = "".join(
             f'<circle class="fill c{colour}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="2.6">'
-            f"<title>{escape(line.label)} {number(py)} at step {number(px)}</title></circle>"
+            f"<title>{escape(line.label)} {number(py, y.digits)} at step {number(px, x.digits)}</title></circle>"
             for px, py in line.points
         )
         return _path(line.points, x, y, f"c{colour}") + dots
