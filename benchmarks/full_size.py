@@ -113,12 +113,12 @@ def _load(folder: Path, dtype: torch.dtype) -> dict:
 
 def _dpo_step(folder: Path) -> dict:
     """One update of the loop on one pair, tokenised with the nano tokenizer: only the number of tokens matters."""
-    from phi2.hub import NANO
+    from phi2.hub import resolve
     from phi2.lora import LoraConfig
     from phi2.tokenizer import Tokenizer
     from phi2.training.dpo import DPOConfig, train
 
-    Tokenizer.from_folder(NANO).save(folder)
+    Tokenizer.from_folder(resolve("nano")).save(folder)
     row = {"prompt": "fox " * 64, "chosen": "owl " * 400, "rejected": "cat " * 400}
     (folder / "pair.jsonl").write_text(json.dumps(row) + "\n")
     targets = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head")

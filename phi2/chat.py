@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
 from phi2.cache import KVCache
 from phi2.generate import Chunk, check_prompt, decode
 from phi2.model import Phi2ForCausalLM
@@ -28,6 +30,9 @@ HELP = '''/help          this list
 """            opens a message of several lines, and closes it; a \\ at the end of a line goes on to the next
 Ctrl-C         stops a reply; at the prompt it leaves'''
 FENCE = '"""'
+
+GREETING = ({"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How can I help you today?"})
+TAUGHT = 0.01  # chat models end such a turn with a hundred times this probability, base models with a millionth of it
 
 ReadLine = Callable[[str], str | None]  # shows a prompt; None at the end of the input
 
@@ -150,11 +155,38 @@ def _leading_equal(pairs: Iterator[tuple[int, int]]) -> int:
     return count
 
 
+@torch.no_grad()
+def turn_end_probability(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> float | None:
+    """How likely the model ends its turn where a greeting is complete: whether it was taught its chat template.
+
+    One pass over some twenty tokens. None where the template has no token that ends a turn, or no room.
+    """
+    if tokenizer.turn_end_id is None:
+        return None
+    answer = GREETING[1]["content"]
+    before, _, _ = tokenizer.render(GREETING).rpartition(answer)
+    ids = tokenizer.encode(before + answer)
+    if len(ids) > model.config.max_position_embeddings:
+        return None
+    logits = model(torch.tensor([ids], device=model.device))[0, -1]  # (V,)
+    return logits.float().softmax(dim=-1)[tokenizer.turn_end_id].item()
+
+
+def _tell_if_untaught(session: ChatSession) -> None:
+    probability = turn_end_probability(session.model, session.tokenizer)
+    if probability is not None and probability < TAUGHT:
+        _say(
+            f"this model was hardly taught to chat: after a reply it ends its turn with probability {probability:.0e};"
+            " fine-tune it first (phi2 sft), or take a chat model such as nano-instruct"
+        )
+
+
 def run_chat(session: ChatSession) -> None:
     """Chats on the terminal, or over piped lines, until /exit, the end of the input or Ctrl-C at the prompt.
 
     Replies go to standard output, everything else to standard error.
     """
+    _tell_if_untaught(session)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         _load_line_editing()

@@ -43,7 +43,7 @@ def answer(  # not `generate`: the parser would look under that name in the pack
     """Answer one prompt, streaming.
 
     Args:
-        model: Folder, hub id or "nano".
+        model: Folder, hub id, "nano" or "nano-instruct".
         prompt: The text; "-" reads it from standard input.
         adapter: Folder or hub id of a LoRA adapter.
         system: System message; the prompt is then a user's turn.
@@ -111,7 +111,7 @@ def chat(
     """Talk with a model in the terminal; /help lists what can be typed.
 
     Args:
-        model: Folder, hub id or "nano".
+        model: Folder, hub id, "nano" or "nano-instruct".
         adapter: Folder or hub id of a LoRA adapter.
         system: System message.
         max_new_tokens: Tokens of a reply at most.
@@ -198,7 +198,7 @@ def evaluate(
     """Grade a model on the five toy skills, with 95 % intervals.
 
     Args:
-        model: Folder, hub id or "nano".
+        model: Folder, hub id, "nano" or "nano-instruct".
         adapter: Folder or hub id of a LoRA adapter.
         questions: Held-out questions of each skill.
         seed: Of the choice of questions.

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NANO = Path(__file__).parent / "assets" / "nano"
+ASSETS = Path(__file__).parent / "assets"
+BUILT_IN = ("nano", "nano-instruct")  # tiny models of this package: a base, and what its own recipe made of it
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 NEEDED_FILES = {
     "model": [
@@ -36,7 +37,8 @@ def resolve(path_or_id: str | Path, revision: str | None = None, kind: str = "mo
     """The folder that holds a model or a data set.
 
     Args:
-        path_or_id: a folder; else "nano", the tiny model of this package; else a hub id "owner/name".
+        path_or_id: a folder; else "nano" or "nano-instruct", the tiny models of this package; else a hub id
+            "owner/name".
         revision: branch, tag or commit of a hub repository.
         kind: "model" or "dataset".
 
@@ -48,8 +50,8 @@ def resolve(path_or_id: str | Path, revision: str | None = None, kind: str = "mo
     if kind not in NEEDED_FILES:
         raise ValueError(f"kind must be one of {', '.join(NEEDED_FILES)}, got {kind!r}")
     local = Path(path_or_id).expanduser()
-    if str(path_or_id) == "nano" and not local.exists():
-        local = NANO
+    if str(path_or_id) in BUILT_IN and not local.exists():
+        local = ASSETS / str(path_or_id)
     if local.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} needs a hub id, and {path_or_id} is a folder here")

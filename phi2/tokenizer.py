@@ -116,8 +116,12 @@ class Tokenizer:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Any of these ends a reply: the end tokens, the ids the checkpoint lists, and what ends a turn in a chat."""
-        turn_end = _turn_end(self, self.chat_template)
-        return self._ends if turn_end is None else self._ends | {turn_end}
+        return self._ends if self.turn_end_id is None else self._ends | {self.turn_end_id}
+
+    @property
+    def turn_end_id(self) -> int | None:
+        """The token that the chat template puts behind the assistant's words, if it is one."""
+        return _turn_end(self, self.chat_template)
 
     @property
     def prompt_style(self) -> str:

@@ -73,7 +73,7 @@ def load(
     """A model in eval mode and its tokenizer.
 
     Args:
-        path_or_id: folder, hub id, or "nano".
+        path_or_id: folder, hub id, "nano" or "nano-instruct".
         device: "auto" (CUDA where there is one, else the CPU) or a torch device.
         dtype: see `pick_dtype`; None keeps every tensor as it is stored, for a model that is only saved again.
         revision: branch, tag or commit of a hub repository.

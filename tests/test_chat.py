@@ -15,7 +15,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 
-from phi2.chat import ChatSession, run_chat
+from phi2.chat import TAUGHT, ChatSession, run_chat, turn_end_probability
 from phi2.config import Phi2Config
 from phi2.generate import generate
 from phi2.model import Phi2ForCausalLM
@@ -428,3 +428,15 @@ def test_on_a_terminal_control_c_stops_a_reply_and_at_the_prompt_the_chat(termin
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_chat(session(model_of_letters(context=16384), max_new_tokens=8000))
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("nano", True), ("nano-instruct", False)])
+def test_a_model_that_was_hardly_taught_to_chat_is_told(name, is_told, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    run_chat(ChatSession(*load(name)))
+    assert ("hardly taught to chat" in capsys.readouterr().err) == is_told
+
+
+def test_the_sign_of_a_chat_model_is_how_surely_it_ends_a_turn():
+    base, aligned = (turn_end_probability(*load(name)) for name in ("nano", "nano-instruct"))
+    assert base < TAUGHT / 100 and aligned > 10 * TAUGHT

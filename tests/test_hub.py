@@ -112,8 +112,9 @@ def test_a_folder_wins_over_the_hub_id_of_the_same_name(tmp_path, monkeypatch):
     assert hub.resolve("owner/name") == Path("owner/name")
 
 
-def test_nano_is_the_model_in_the_package():
-    assert hub.NANO == Path(hub.__file__).parent / "assets" / "nano"
+@pytest.mark.parametrize("name", ["nano", "nano-instruct"])
+def test_the_tiny_models_are_in_the_package(name):
+    assert hub.resolve(name) == Path(hub.__file__).parent / "assets" / name
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "missing", "./a/b", "a/b/c", "../b", "owner/"])

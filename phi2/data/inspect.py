@@ -35,7 +35,7 @@ class InspectConfig(EncodeConfig):
     data: str
     """Files, hub data sets or named sources, separated by commas."""
     model: str
-    """Folder, hub id or "nano" whose tokenizer is used."""
+    """Folder, hub id, "nano" or "nano-instruct" whose tokenizer is used."""
     kind: Literal["auto", "supervised", "preference"] = "auto"
     """What the rows are for; auto takes pairs for preference data."""
     rows: int = 3

@@ -19,7 +19,7 @@ class TrainingConfig(EncodeConfig):
     """What to train, on what, for how long, and where the results go; and, inherited, how rows become tokens."""
 
     model: str
-    """Folder, hub id or "nano": the checkpoint to start from."""
+    """Folder, hub id, "nano" or "nano-instruct": the checkpoint to start from."""
     data: str | list[str | DataSpec]
     """Files, hub data sets or named sources, separated by commas; or a list with options for each."""
     output: str
