@@ -20,6 +20,7 @@ from phi2.config import Phi2Config
 from phi2.generate import generate
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
+from phi2.weights import load
 
 CONTEXT = 256
 
