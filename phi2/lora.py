@@ -221,18 +221,21 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 def _refuse_unmatched(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
     """Every target and every pattern must choose something: one that does not is a slip of the pen."""
+    targeted = _targeted(model, config)
     if isinstance(config.target_modules, str):
-        unmatched = [] if names else [config.target_modules]
+        unmatched = [] if targeted else [config.target_modules]
         hint = f" (text is a pattern of a whole name; endings go in a list, [{config.target_modules}])"
     else:
         hint = ""
-        unmatched = [t for t in config.target_modules if not any(_ends_with(name, t) for name in names)]
+        unmatched = [t for t in config.target_modules if not any(_ends_with(name, t) for name in targeted)]
     if unmatched:
         endings = dict.fromkeys(name.rpartition(".")[2] for name in _linear_names(model))
         raise ValueError(
             f"target_modules {', '.join(unmatched)} match no linear layer{hint}; layers end in {', '.join(endings)}"
         )
     _refuse_unused_restrictions(model, config)
+    if not names:
+        raise ValueError(f"exclude_modules and layers_to_transform leave none of the {len(targeted)} targeted layers")
     for field_name in ("rank_pattern", "alpha_pattern"):
         unused = [p for p in getattr(config, field_name) if not any(pattern_matches(p, name) for name in names)]
         if unused:

@@ -351,3 +351,26 @@ def test_after_merging_a_new_adapter_can_be_attached():
 
 def test_a_layer_keeps_its_training_mode():
     assert not LoraLinear(nn.Linear(3, 2).eval(), 1, 1.0, 0.0).training
+
+
+def test_what_is_excluded_may_be_a_whole_target():
+    model = small_model()
+    attach(model, LoraConfig(target_modules=("q_proj", "fc1"), exclude_modules=("fc1",)))
+    assert {name.rpartition(".")[2] for name in lora_modules(model)} == {"q_proj"}
+
+
+@pytest.mark.parametrize(
+    ("restriction", "message"),
+    [
+        ({"exclude_modules": ("k_proj",)}, "^exclude_modules k_proj match no targeted layer, such as"),
+        ({"exclude_modules": "nothing"}, "^exclude_modules nothing match no targeted layer, such as"),
+        ({"layers_to_transform": (0, 9)}, "^layers_to_transform 9 match no targeted layer, such as"),
+        ({"exclude_modules": ("q_proj", "fc1")}, "^exclude_modules and layers_to_transform leave none of the"),
+        ({"layers_pattern": "layers"}, "^layers_pattern layers needs layers_to_transform, got none"),
+        ({"layers_to_transform": -1}, "^layers_to_transform must be a number of a block, or a list of them, got -1"),
+    ],
+    ids=str,
+)
+def test_a_restriction_that_restricts_nothing_or_leaves_nothing_is_refused(restriction, message):
+    with pytest.raises(ValueError, match=message):
+        attach(small_model(), LoraConfig(target_modules=("q_proj", "fc1"), **restriction))
