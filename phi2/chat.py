@@ -172,13 +172,15 @@ def turn_end_probability(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> float 
     return logits.float().softmax(dim=-1)[tokenizer.turn_end_id].item()
 
 
-def _tell_if_untaught(session: ChatSession) -> None:
-    probability = turn_end_probability(session.model, session.tokenizer)
-    if probability is not None and probability < TAUGHT:
-        _say(
-            f"this model was hardly taught to chat: after a reply it ends its turn with probability {probability:.0e};"
-            " fine-tune it first (phi2 sft), or take a chat model such as nano-instruct"
-        )
+def told_if_untaught(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> str | None:
+    """What to tell who is about to chat with a model that was hardly taught to; None of any other."""
+    probability = turn_end_probability(model, tokenizer)
+    if probability is None or probability >= TAUGHT:
+        return None
+    return (
+        f"this model was hardly taught to chat: after a reply it ends its turn with probability {probability:.0e};"
+        " fine-tune it first (phi2 sft), or take a chat model such as nano-instruct"
+    )
 
 
 def run_chat(session: ChatSession) -> None:
@@ -186,7 +188,6 @@ def run_chat(session: ChatSession) -> None:
 
     Replies go to standard output, everything else to standard error.
     """
-    _tell_if_untaught(session)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         _load_line_editing()

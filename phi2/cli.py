@@ -124,13 +124,13 @@ def chat(
         quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
     """
     import phi2
-    from phi2.chat import run_chat
+    from phi2.chat import run_chat, told_if_untaught
 
     loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     session = phi2.ChatSession(loaded, tokenizer, system, repetition_penalty=repetition_penalty, **sampling)
-    if seed is None:
-        print(f"seed {session.params.seed}", file=sys.stderr)
+    told = [told_if_untaught(loaded, tokenizer), f"seed {session.params.seed}" if seed is None else None]
+    print("".join(f"{line}\n" for line in told if line), end="", file=sys.stderr)
     run_chat(session)
 
 

@@ -186,7 +186,7 @@ def train_and_kill() -> Callable[[object, int], None]:
     """Starts a run in another process, which is killed (SIGKILL) behind update `step`, before anything tells of it."""
 
     def run(config, step: int) -> None:
-        module = type(config).__module__.rpartition(".")[2]
+        module = type(config).__name__.removesuffix("Config").lower()  # sft or dpo
         code = KILLED_RUN.format(module=module, config=config, step=step, threads=torch.get_num_threads())
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr

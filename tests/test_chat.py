@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 
 from phi2.chat import TAUGHT, ChatSession, run_chat, turn_end_probability
+from phi2.cli import main
 from phi2.config import Phi2Config
 from phi2.generate import generate
 from phi2.model import Phi2ForCausalLM
@@ -434,7 +435,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("name", "is_told"), [("nano", True), ("nano-instruct", False)])
 def test_a_model_that_was_hardly_taught_to_chat_is_told(name, is_told, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    run_chat(ChatSession(*load(name)))
+    assert main(["chat", "--model", name]) == 0
     assert ("hardly taught to chat" in capsys.readouterr().err) == is_told
 
 

@@ -30,7 +30,8 @@ def test_a_killed_run_resumes_bit_for_bit(
 ):
     """With an adapter to start from: its frozen copy, the reference, is made again."""
     lora = dataclasses.replace(LORA, lora_dropout=0.2)
-    start = train(dpo_config(output=str(tmp_path / "start"), max_steps=2, lora=lora)) / "adapter"
+    start = dpo_config(output=str(tmp_path / "start"), max_steps=2, lora=lora, disable_dropout=False)
+    start = train(start) / "adapter"
     noise = dict(adapter=str(start), lora=LoraConfig(), disable_dropout=False, nll_weight=0.1)
     often = dict(eval_data=pair_data, eval_steps=2, save_steps=3)
     whole = train(dpo_config(**noise, **often))
