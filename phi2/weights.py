@@ -45,9 +45,9 @@ OLDER_LAYOUTS = {  # a part of a tensor's name that no other layout has
 GENERATION_KEYS = frozenset(  # of generation_config.json: read, or without influence on the text
     "bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config use_cache"
     " cache_implementation cache_config return_legacy_cache output_attentions output_hidden_states output_scores"
-    " output_logits return_dict_in_generate max_length max_new_tokens".split()
+    " output_logits return_dict_in_generate".split()
 )
-NEUTRAL = {"top_k": 50} | dict.fromkeys(  # what transformers takes where the file says nothing
+NEUTRAL = {"top_k": 50, "max_length": 20} | dict.fromkeys(  # what transformers takes where the file says nothing
     "temperature top_p typical_p repetition_penalty encoder_repetition_penalty length_penalty num_beams num_beam_groups"
     " num_return_sequences".split(),
     1,

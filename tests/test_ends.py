@@ -86,9 +86,11 @@ def test_settings_of_generation_config_that_are_not_used_are_named(make_phi, tmp
     folder = tmp_path / "base"
     shutil.copytree(make_phi(), folder)
     path = folder / "generation_config.json"
-    more = {"repetition_penalty": 1.2, "do_sample": True, "temperature": 1.0, "suppress_tokens": None, "typical_p": 1.0}
+    more = {"repetition_penalty": 1.2, "do_sample": True, "temperature": 1.0, "typical_p": 1.0, "max_length": 9}
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
-    with pytest.warns(UserWarning, match="not used unless you give it: repetition_penalty 1.2, do_sample True$"):
+    with pytest.warns(
+        UserWarning, match="not used unless you give it: repetition_penalty 1.2, do_sample True, max_length 9$"
+    ):
         load(folder)
 
 

@@ -247,6 +247,11 @@ def test_dropout_of_an_adapter_needs_dropout_in_a_preference_run():
         DPOConfig(model="m", data="d", output="o", lora=LoraConfig(lora_dropout=0.1))
 
 
+def test_dropout_left_on_where_there_is_none_is_refused(dpo_config):
+    with pytest.raises(ValueError, match="^disable_dropout false needs a dropout, got 0 in the model's config.json"):
+        dpo.train(dpo_config(disable_dropout=False))
+
+
 def test_a_warm_up_that_outlasts_the_run_is_refused_before_anything_is_loaded(sft_config, monkeypatch):
     monkeypatch.setattr(sft, "load_policy", None)
     with pytest.raises(ValueError, match="^warmup_steps 7 outlasts the run: it must be at most its 6 updates$"):

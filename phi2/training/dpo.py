@@ -142,7 +142,7 @@ def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
     shape, lora = model.config, getattr(model, "lora_config", None)
     rates = (shape.resid_pdrop, shape.embd_pdrop, shape.attention_dropout, lora.lora_dropout if lora else 0)
     if not config.disable_dropout and not any(rates):
-        raise ValueError("disable_dropout False needs a dropout, got 0 in config.json of the model and lora_dropout 0")
+        raise ValueError("disable_dropout false needs a dropout, got 0 in the model's config.json and in lora_dropout")
 
 
 def with_all_knobs(config: DPOConfig) -> DPOConfig:
