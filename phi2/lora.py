@@ -114,7 +114,7 @@ def insert(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
     for name in names:
         base = model.get_submodule(name)
         model.set_submodule(name, LoraLinear(base, config.rank(name), config.scaling(name), config.lora_dropout))
-    model.lora_config = config
+    model.lora_config, model.brought_by_adapter = config, ()
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:

@@ -81,7 +81,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
     """
     if not has_adapter(model):
         raise ValueError("the model has no adapter to save")
-    if getattr(model, "brought_by_adapter", ()):
+    if model.brought_by_adapter:
         raise ValueError(f"the adapter brought its own {', '.join(model.brought_by_adapter)}: merge it into its base")
     folder = Path(folder)
     if folder.is_file():
@@ -151,8 +151,8 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
     given = {n.replace(".base_layer", ""): tensors.pop(n) for n in (*whole, HEAD_WEIGHT, HEAD_BIAS) if n in tensors}
     if given:
         _replace_vocabulary(model, given, folder)
-    model.brought_by_adapter = tuple(whole)
     insert(model, config, names)
+    model.brought_by_adapter = tuple(whole)
     for name, parameter in adapter_state(model).items():
         parameter.copy_(tensors[name])
     for module in lora_modules(model).values():

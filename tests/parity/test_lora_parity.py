@@ -288,3 +288,6 @@ def test_a_part_saved_whole_is_not_trained_further_nor_lost_in_silence(tmp_path)
     load_adapter(ours, tmp_path)
     with pytest.raises(ValueError, match="brought its own lm_head.weight, lm_head.bias: merge it"):
         save_adapter(ours, tmp_path / "again", "base")
+    merge(ours)
+    attach(ours, LoraConfig(target_modules=("q_proj",)))
+    save_adapter(ours, tmp_path / "another", "merged")
