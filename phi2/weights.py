@@ -162,18 +162,31 @@ def load_model(
     """
     folder, device = Path(folder), pick_device(device)
     dtype = None if dtype is None else pick_dtype(dtype, device)
-    config = load_config(folder)
-    stored = _stored_tensors(folder)
+    config, stored = load_config(folder), _stored_tensors(folder)
     _refuse_older_layouts(folder, stored)
-    embedding = stored.get("model.embed_tokens.weight")
-    if embedding is not None and len(embedding.shape) == 2:
-        config = replace(config, vocab_size=embedding.shape[0])
+    config = _with_stored_rows(config, stored)
     with torch.device("meta"):
         model = Phi2ForCausalLM(config)
     _check_fit(folder, model.state_dict(), stored)
     state = {name: _read(name, tensor.path, device, dtype) for name, tensor in stored.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def load_shape(folder: str | Path) -> Phi2Config:
+    """The shape of the model that `load_model` would give, from the headers of its files.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_config`, and for weights that are missing or damaged.
+    """
+    return _with_stored_rows(load_config(folder), _stored_tensors(Path(folder)))
+
+
+def _with_stored_rows(config: Phi2Config, stored: dict[str, StoredTensor]) -> Phi2Config:
+    embedding = stored.get("model.embed_tokens.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        return config
+    return replace(config, vocab_size=embedding.shape[0])
 
 
 def save_pretrained(

@@ -62,7 +62,7 @@ from phi2.training.setup import (
     windows_of,
     write_samples,
 )
-from phi2.weights import load_model
+from phi2.weights import load_model, load_shape
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
 STEP_0_TOLERANCE = 1e-3
@@ -169,8 +169,8 @@ def make_reference(
         scorer = start_of_run(config, model) if checkpoint else frozen_copy(model)
         live = another_model(scorer)
     else:
+        require_fit(kind, load_shape(resolve(kind)), pairs)
         scorer = load_model(resolve(kind), model.device, model.dtype).requires_grad_(False)
-        require_fit(kind, scorer.config, pairs)
         live = another_model(scorer)
     if not config.precompute_ref_log_probs:
         return live
