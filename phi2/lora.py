@@ -4,7 +4,7 @@
 
 B starts at zero, so a fresh adapter changes nothing, and switching adapters off gives the base model back bit for bit:
 the reference of DPO costs no second model. A and B are float32 also on a half-precision base. A layer keeps its own
-parameters under their own names and gains `lora_A.weight` and `lora_B.weight`; `phi2.peft_files` writes and reads them.
+parameters under their own names and gains `lora_A.weight` and `lora_B.weight`; `peft_files.py` writes and reads them.
 
 Source: arXiv:2106.09685 Eq. 3; precisions, initialisation and matching of names as in peft 0.21, `tuners/lora`.
 Dims: N rows, r LoRA rank.

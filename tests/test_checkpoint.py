@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from phi2.lora import LoraConfig
+from phi2.runs.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from phi2.training import sft
-from phi2.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from phi2.training.optim import Optimizer
 
 

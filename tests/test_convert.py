@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi2.convert import convert, merge_adapter
+from phi2.checkpoints.convert import convert, merge_adapter
+from phi2.checkpoints.peft_files import save_adapter
+from phi2.checkpoints.weights import load
 from phi2.lora import LoraConfig, attach, lora_modules
-from phi2.peft_files import save_adapter
-from phi2.weights import load
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from phi2.checkpoints.weights import load, load_model, save_pretrained
 from phi2.config import Phi2Config
 from phi2.fused import fuse
-from phi2.generate import generate
+from phi2.inference.generate import generate
 from phi2.lora import LoraConfig, attach, disabled, lora_modules, merge
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, sft
 from phi2.training.reference import frozen_copy
-from phi2.weights import load, load_model, save_pretrained
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import phi2
+from phi2.checkpoints.peft_files import save_adapter
 from phi2.config import Phi2Config
 from phi2.lora import LoraConfig, adapter_parameters, attach
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import save_adapter
 from phi2.quantize import FORMATS, GROUP, QuantizedLinear, quantize_model
 from phi2_kernels.weight_forms import quantize_int4
 

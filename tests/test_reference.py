@@ -11,11 +11,12 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from phi2.checkpoints.weights import load_model
 from phi2.data.encode import EncodedPair
-from phi2.data.packing import TokenRow, row_of_pairs
 from phi2.data.records import Origin
 from phi2.lora import LoraConfig, attach, lora_modules
 from phi2.model import Phi2ForCausalLM
+from phi2.training.packing import TokenRow, row_of_pairs
 from phi2.training.reference import (
     Reference,
     adapters_off,
@@ -26,7 +27,6 @@ from phi2.training.reference import (
     precomputed,
     score,
 )
-from phi2.weights import load_model
 
 CPU = torch.device("cpu")
 

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
-from phi2.data.packing import TokenRow, row_of_pairs
 from phi2.lora import disabled, lora_modules
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
+from phi2.training.packing import TokenRow, row_of_pairs
 
 # The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_pairs`.
 Reference = Callable[[Sequence[EncodedPair], TokenRow], Tensor]

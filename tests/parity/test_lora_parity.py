@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
+from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.config import Phi2Config
 from phi2.lora import LoraConfig, LoraLinear, adapter_parameters, adapter_state, attach, disabled, merge
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import load_adapter, save_adapter
 
 SIX = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
 VARIANTS = {

@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phi2.checkpoints.peft_files import load_adapter, require_adapter
 from phi2.config import Phi2Config
 from phi2.hub import of_a_run, one_line, read_json, resolve
 from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import load_adapter, require_adapter
 from phi2.quantize import quantize_model
+from phi2.text.tokenizer_files import read_stop_ids
 from phi2.tokenizer import Tokenizer
-from phi2.tokenizer_files import read_stop_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT_FORMATS = ("F64", "F32", "BF16", "F16")  # safetensors' names

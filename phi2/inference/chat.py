@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from phi2.cache import KVCache
-from phi2.generate import Chunk, check_prompt, decode
+from phi2.inference.generate import Chunk, check_prompt, decode
+from phi2.inference.sampling import SamplingParams
 from phi2.model import Phi2ForCausalLM
-from phi2.sampling import SamplingParams
 from phi2.tokenizer import Tokenizer
 
 HELP = '''/help          this list

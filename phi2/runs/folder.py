@@ -22,7 +22,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from phi2.training.checkpoint import last_checkpoint
+from phi2.runs.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 
 FREE_TO_CHANGE = frozenset(
@@ -103,7 +103,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit this library stands at, None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     if shutil.which("git") is None:
         return None
     done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

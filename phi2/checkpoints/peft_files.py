@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from phi2.checkpoints.same_base import is_same_base, sample_of_base
 from phi2.hub import of_a_run, one_line, read_json
 from phi2.lora import LoraConfig, adapter_state, has_adapter, insert, lora_modules, target_names
-from phi2.same_base import is_same_base, sample_of_base
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
