@@ -19,7 +19,7 @@ from typing import Any
 
 import tokenizers
 
-from phi2.hub import read_json
+from phi2.files import read_json, write_whole
 from phi2.text.special_text import SpecialText
 from phi2.text.stream_decoder import StreamDecoder
 from phi2.text.tokenizer_files import (
@@ -30,7 +30,6 @@ from phi2.text.tokenizer_files import (
     read_text,
     special_tokens,
     unnamed_special_tokens,
-    write_whole,
 )
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from phi2.runs.folder import Interrupted, Log, delayed_interrupt, environment, open_run, write_whole
+from phi2.runs.folder import Interrupted, Log, delayed_interrupt, environment, open_run
 
 
 def files_in(folder: Path) -> set[str]:
@@ -112,16 +112,6 @@ def test_what_does_not_change_the_result_may_change(sft_config, begun):
 
 
 # ---- files ----
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, full_disk):
-    path = tmp_path / "file.json"
-    write_whole(path, "old")
-    with full_disk(100), pytest.raises(OSError):
-        write_whole(path, "new" * 100)
-    assert path.read_text() == "old" and files_in(tmp_path) == {"file.json"}
-    write_whole(path, "new")
-    assert path.read_text() == "new"
 
 
 def test_every_line_of_metrics_says_its_step_and_kind(tmp_path):

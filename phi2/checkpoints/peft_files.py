@@ -11,12 +11,10 @@ refused by name, and what we do not know is named.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -25,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from phi2.checkpoints.same_base import is_same_base, sample_of_base
-from phi2.hub import of_a_run, one_line, read_json
+from phi2.files import one_line, read_json, whole_file
+from phi2.hub import of_a_run
 from phi2.lora import LoraConfig, adapter_state, has_adapter, insert, lora_modules, target_names
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -93,13 +92,11 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
     tensors = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.items()}
     metadata = {"format": "pt", BASE_SAMPLE: sample_of_base(model)}
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    config = _config_to_write(model.lora_config, base_model_name_or_path)
+    with whole_file(folder / CONFIG_FILE) as config_file, whole_file(folder / WEIGHTS_FILE) as weights_file:
         # Not save_file: it leaves the file unreadable to all but its owner.
-        Path(staging, WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors, metadata))
-        config = _config_to_write(model.lora_config, base_model_name_or_path)
-        Path(staging, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(Path(staging, name), folder / name)
+        weights_file.write_bytes(safetensors.torch.save(tensors, metadata))
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def require_adapter(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import signal
@@ -22,6 +21,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from phi2.files import write_whole
 from phi2.runs.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 
@@ -108,16 +108,6 @@ def _commit() -> str | None:
         return None
     done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is either the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[str]:

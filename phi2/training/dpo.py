@@ -19,6 +19,7 @@ from torch import Tensor
 from phi2.checkpoints.peft_files import restore_adapter
 from phi2.checkpoints.weights import load_model, load_shape
 from phi2.data.encode import EncodedPair
+from phi2.files import write_whole
 from phi2.hub import resolve
 from phi2.losses.head import target_logps
 from phi2.losses.pairwise import PREFERENCE_LOSSES, PairBatch, bind_loss, find_loss, load_loss_file
@@ -26,7 +27,7 @@ from phi2.losses.properties import require_numbers
 from phi2.losses.source import source_of_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
-from phi2.runs.folder import Interrupted, Log, delayed_interrupt, open_run, write_settings, write_whole
+from phi2.runs.folder import Interrupted, Log, delayed_interrupt, open_run, write_settings
 from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
 from phi2.training.batch import pair_batch
 from phi2.training.config import DPOConfig
