@@ -23,7 +23,8 @@ from phi2.config import Phi2Config
 from phi2.data.encode import EncodeConfig, encode_records
 from phi2.data.records import Chat, Message, Pair
 from phi2.data.sources import load_records
-from phi2.lora import LoraConfig, attach
+from phi2.lora import attach
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, setup, sft

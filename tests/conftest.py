@@ -167,7 +167,8 @@ def full_disk() -> Callable[[int], AbstractContextManager]:
 
 KILLED_RUN = """
 import os, signal, torch
-from phi2.lora import LoraConfig
+
+from phi2.lora_config import LoraConfig
 from phi2.training import {module} as loop
 from phi2.training.{module} import {config.__class__.__name__}
 

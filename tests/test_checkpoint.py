@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from phi2.lora import LoraConfig
+from phi2.lora_config import LoraConfig
 from phi2.runs.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from phi2.training import sft
 from phi2.training.optim import Optimizer

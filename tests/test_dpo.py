@@ -17,7 +17,8 @@ import phi2
 from phi2.checkpoints.weights import load_model
 from phi2.data.encode import EncodedPair
 from phi2.data.records import Origin
-from phi2.lora import LoraConfig, disabled, lora_modules
+from phi2.lora import disabled, lora_modules
+from phi2.lora_config import LoraConfig
 from phi2.losses.pairwise import PREFERENCE_LOSSES, PairBatch, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer

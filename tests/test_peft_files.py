@@ -18,7 +18,8 @@ from torch import nn
 
 from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.config import Phi2Config
-from phi2.lora import LoraConfig, adapter_state, attach, lora_modules
+from phi2.lora import adapter_state, attach, lora_modules
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 
 SMALL = Phi2Config(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import phi2
 from phi2.checkpoints.weights import load_model
-from phi2.lora import LoraConfig, lora_modules
+from phi2.lora import lora_modules
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import sft

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi2.lora import LoraConfig
+from phi2.lora_config import LoraConfig
 from phi2.runs.folder import Interrupted
 from phi2.training import sft
 from phi2.training.sft import SFTConfig, train

@@ -12,7 +12,8 @@ from phi2.config import Phi2Config
 from phi2.inference.chat import ChatSession
 from phi2.inference.generate import generate, stream
 from phi2.inference.step import RecordedStep, block_step, record
-from phi2.lora import LoraConfig, attach
+from phi2.lora import attach
+from phi2.lora_config import LoraConfig
 from phi2.model import Block, Phi2ForCausalLM
 from phi2.quantize import FORMATS, quantize_model
 from phi2_kernels import _dispatch

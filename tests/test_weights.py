@@ -34,6 +34,10 @@ SHARD = 40_000  # bytes; the model above then takes several files
 EMBEDDING, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.bias"
 
 
+def trainable(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def make_model(seed: int = 0) -> Phi2ForCausalLM:
     model = Phi2ForCausalLM(CONFIG)
     model.init_weights(seed)

@@ -20,7 +20,7 @@ from phi2.data.sources import DataSpec
 from phi2.evaluation.toy import Score, evaluate
 from phi2.inference.chat import ChatSession
 from phi2.lab.report import write_comparison, write_report
-from phi2.lora import LoraConfig
+from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
 
 BASE = "nano"

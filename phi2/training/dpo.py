@@ -140,7 +140,7 @@ def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
     Raises:
         ValueError: when neither the model nor its adapter drops anything.
     """
-    shape, lora = model.config, getattr(model, "lora_config", None)
+    shape, lora = model.config, model.lora_config
     rates = (shape.resid_pdrop, shape.embd_pdrop, shape.attention_dropout, lora.lora_dropout if lora else 0)
     if not config.disable_dropout and not any(rates):
         raise ValueError("disable_dropout false needs a dropout, got 0 in the model's config.json and in lora_dropout")
