@@ -35,12 +35,12 @@ WORK: dict[str, Callable[..., Work]] = {  # of a launch's constants and the type
     "gelu backward": lambda BLOCK_N, BLOCK_F, **_: Work(dram_bytes=BLOCK_N * BLOCK_F * 6),
     "layer_norm forward": lambda **_: Work(dram_bytes=C * 4),
     "layer_norm backward": lambda **_: Work(dram_bytes=C * 8),
-    "rotary turn": lambda BLOCK_H, HALF, **_: Work(dram_bytes=BLOCK_H * HALF * 8),
-    "rotary turn_and_store": lambda BLOCK_H, **_: Work(dram_bytes=BLOCK_H * D * 4),
+    "rotary apply_rotary": lambda BLOCK_H, HALF, **_: Work(dram_bytes=BLOCK_H * HALF * 8),
+    "rotary apply_rotary_and_store": lambda BLOCK_H, **_: Work(dram_bytes=BLOCK_H * D * 4),
     "linear_logprob stats": lambda BLOCK_V, **_: Work(dram_bytes=BLOCK_V * 4),
     "linear_logprob gradient": lambda BLOCK_V, **_: Work(dram_bytes=BLOCK_V * 6),
     "decode_attention attend": lambda BLOCK_S, **_: Work(dram_bytes=BLOCK_S * D * 4),
-    "decode_attention join": lambda BLOCK_SPLITS, **_: Work(dram_bytes=BLOCK_SPLITS * D * 4),
+    "decode_attention combine": lambda BLOCK_SPLITS, **_: Work(dram_bytes=BLOCK_SPLITS * D * 4),
     "gemv each": lambda codes, **constants: product_work(codes, **constants),
     "gemv sum": lambda codes, **constants: product_work(codes, **constants),
 }
@@ -118,9 +118,9 @@ def rotary() -> None:
     from phi2_kernels import rotary_triton
 
     angles, positions = floats(S, 16), whole(N)
-    rotary_triton.turn(empty(N, 3 * H, D)[:, : 2 * H], angles, angles, positions, False)
+    rotary_triton.apply_rotary(empty(N, 3 * H, D)[:, : 2 * H], angles, angles, positions, False)
     q, cache = empty(B, H, D), empty(B, H, S, D)
-    rotary_triton.turn_and_store(q, q, q, angles, angles, positions[:B], positions[:B], cache, cache)
+    rotary_triton.apply_rotary_and_store(q, q, q, angles, angles, positions[:B], positions[:B], cache, cache)
 
 
 def linear_logprob() -> None:

@@ -167,9 +167,17 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> Output
 
 def _padded_launches() -> dict:
     """The tiles of a padded head that spill least; the shipped ones would spill kilobytes."""
-    from phi2_kernels.attention_tiles_triton import Launch
+    from phi2_kernels.attention_tiles_triton import AttentionLaunch
 
     return {
-        80: {"forward": Launch(128, 64, 8, 2), "dkdv": Launch(32, 64, 4, 2), "dq": Launch(128, 32, 8, 2)},
-        90: {"forward": Launch(128, 128, 8, 2), "dkdv": Launch(32, 128, 8, 2), "dq": Launch(128, 64, 8, 2)},
+        80: {
+            "forward": AttentionLaunch(128, 64, 8, 2),
+            "dkdv": AttentionLaunch(32, 64, 4, 2),
+            "dq": AttentionLaunch(128, 32, 8, 2),
+        },
+        90: {
+            "forward": AttentionLaunch(128, 128, 8, 2),
+            "dkdv": AttentionLaunch(32, 128, 8, 2),
+            "dq": AttentionLaunch(128, 64, 8, 2),
+        },
     }

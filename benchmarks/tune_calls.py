@@ -49,7 +49,7 @@ def gelu_inputs(device: torch.device, seed: int) -> Inputs:
     return normal(N, F, dtype=HALF), normal(N, F, dtype=HALF), normal(F, dtype=HALF)
 
 
-def turn_inputs(device: torch.device, seed: int) -> Inputs:
+def rotary_inputs(device: torch.device, seed: int) -> Inputs:
     """The queries and keys in rows that end with values (N, 2 H, D), and the tables of S positions."""
     rows = gpu.random(seed, device)(N, 3 * H, D, dtype=HALF)
     return rows[:, : 2 * H], *_tables(device), torch.arange(N, device=device, dtype=torch.int32) % S
@@ -131,13 +131,13 @@ def gelu_backward(sums: bool, x: Tensor, grad: Tensor, bias: Tensor) -> Outputs:
     return {"grad of x": dx, "grad of bias": summed}
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Outputs:
-    rotary_triton.turn(x, cos, sin, positions, False)
-    return {"turned": x}
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Outputs:
+    rotary_triton.apply_rotary(x, cos, sin, positions, False)
+    return {"rotated": x}
 
 
-def turn_and_store(q, k, v, cos, sin, position, keys, values) -> Outputs:
-    rotary_triton.turn_and_store(q, k, v, cos, sin, position, position, keys, values)
+def apply_rotary_and_store(q, k, v, cos, sin, position, keys, values) -> Outputs:
+    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, position, position, keys, values)
     return {"query": q, "key": keys[:, :, S // 2], "value": values[:, :, S // 2]}
 
 

@@ -184,21 +184,21 @@ OPS = {
         "sums",
     ),
     # heads, warps
-    "rotary_turn": Op(
-        ("rotary_triton", "turn"),
-        "rotary turn",
+    "apply_rotary": Op(
+        ("rotary_triton", "apply_rotary"),
+        "rotary apply_rotary",
         on_both((32, 1), (16, 1), (64, 1), (32, 2), (64, 2)),
         aot_launches.rotary,
-        calls.turn_inputs,
-        calls.turn,
+        calls.rotary_inputs,
+        calls.apply_rotary,
     ),
-    "rotary_turn_and_store": Op(
-        ("rotary_triton", "turn_and_store"),
-        "rotary turn_and_store",
+    "apply_rotary_and_store": Op(
+        ("rotary_triton", "apply_rotary_and_store"),
+        "rotary apply_rotary_and_store",
         on_both((16, 1), (8, 1), (32, 1), (16, 2), (32, 2)),
         aot_launches.rotary,
         calls.token_inputs,
-        calls.turn_and_store,
+        calls.apply_rotary_and_store,
         in_graph=True,
     ),
     # columns at a time, warps

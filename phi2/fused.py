@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from phi2.config import Phi2Config
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.block import Shape, Weights, block, follow
+from phi2_kernels.block import Shape, Weights, are_adjacent, block
 from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.visibility import Visibility
 
@@ -96,7 +96,7 @@ def _join_block(layer: Block) -> None:
 def _join(parameters: list[nn.Parameter], transposed: bool = False) -> None:
     """Lays parameters one behind the other; `transposed`: the rows of their transposes."""
     parts = [p.data.T if transposed else p.data for p in parameters]
-    if follow(parts):
+    if are_adjacent(parts):
         return
     pieces = torch.cat(parts).split([len(part) for part in parts])
     for parameter, piece in zip(parameters, pieces, strict=True):

@@ -72,7 +72,7 @@ class Attention(nn.Module):
         if cache is None:
             q, k = rotary(q, *angles), rotary(k, *angles)
         else:
-            q, k, v = cache.turn_and_store(self.layer, q, k, v, angles)
+            q, k, v = cache.apply_rotary_and_store(self.layer, q, k, v, angles)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, H_kv, S, D) twice
         out = attention(q, k, v, visibility, self.config.attention_dropout if self.training else 0.0)
         return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, C)

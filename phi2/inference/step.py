@@ -86,7 +86,7 @@ def block_step(
         return block(x, angles, visibility, cache)
     *qkv, f = gemv_each(block.input_layernorm(x), into, gelu_last=True)
     q, k, v = (z.unflatten(-1, (-1, own.config.head_dim)) for z in qkv)  # (B, 1, H, D), (B, 1, H_kv, D) twice
-    q, k, v = (z.transpose(1, 2) for z in cache.turn_and_store(own.layer, q, k, v, angles))
+    q, k, v = (z.transpose(1, 2) for z in cache.apply_rotary_and_store(own.layer, q, k, v, angles))
     attended = attention(q, k, v, visibility).transpose(1, 2).flatten(2)  # (B, 1, H D)
     return gemv_sum([attended, f], out, x)
 
