@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.harness.processes import THREADS, Turns, duel
 from benchmarks.registry import Report, case
-from benchmarks.sides import THREADS, Turns, duel
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodeConfig, encode_records
 from phi2.data.records import Chat, Message, Pair

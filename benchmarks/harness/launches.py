@@ -1,4 +1,4 @@
-"""The launches that `benchmarks/aot.py` compiles, at the shapes of a training step and of a decode step of Phi-2.
+"""The launches that `aot.py` compiles, at the shapes of a training step and of a decode step of Phi-2.
 
 Tensors have a shape and a dtype but no memory: these functions run within `aot.compile_only`.
 """
