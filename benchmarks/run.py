@@ -21,19 +21,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (  # noqa: F401  they register their cases
-    aot,
+from benchmarks.cases import (  # noqa: F401  they register their cases
+    attention,
+    block,
+    elementwise,
     full_size,
     inference,
-    ops,
-    ops_attention,
-    ops_block,
-    ops_prefix,
-    ops_step,
+    prefix,
     quantized,
+    step,
     training,
 )
-from benchmarks.gpu import DeviceError
+from benchmarks.harness import aot  # noqa: F401  it registers one too
+from benchmarks.harness.gpu import DeviceError
 from benchmarks.registry import CASES, GateError, Measure, Report, Spread
 from phi2.runs.folder import environment
 
