@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import stream
 from benchmarks.cases import (  # noqa: F401  they register their cases
     attention,
     block,
@@ -112,6 +113,7 @@ def publish(name: str, report: Report, load: float) -> None:
     with (RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line))
+    stream.tell(table(name, report), **line)
 
 
 def device_name() -> str:
