@@ -21,22 +21,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (  # noqa: F401  they register their cases
-    aot,
+from benchmarks import stream
+from benchmarks.cases import (  # noqa: F401  they register their cases
+    attention,
+    block,
+    elementwise,
     full_size,
     inference,
-    ops,
-    ops_attention,
-    ops_block,
-    ops_prefix,
-    ops_step,
+    prefix,
     quantized,
-    stream,
+    step,
     training,
 )
-from benchmarks.gpu import DeviceError
+from benchmarks.harness import aot  # noqa: F401  it registers one too
+from benchmarks.harness.gpu import DeviceError
 from benchmarks.registry import CASES, GateError, Measure, Report, Spread
-from phi2.training.run import environment
+from phi2.runs.folder import environment
 
 RESULTS = Path(__file__).parent / "results"
 

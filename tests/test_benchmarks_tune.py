@@ -17,14 +17,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
-from benchmarks import gpu, run, tune, tune_calls, tune_sieve
-from benchmarks.aot import Row
+from benchmarks import run, tune
+from benchmarks.harness import calls as tune_calls
+from benchmarks.harness import gpu
+from benchmarks.harness import sieve as tune_sieve
+from benchmarks.harness.aot import Row
+from benchmarks.harness.sieve import Candidate, sieve
+from benchmarks.harness.spec import OPS, Launch, Op, label, launched_as
 from benchmarks.registry import GateError, Spread
 from benchmarks.tune import Timed, proposals
-from benchmarks.tune_ops import OPS, Launch, Op, label, launched_as
-from benchmarks.tune_sieve import Candidate, sieve
 from phi2_kernels import gelu_triton
-from phi2_kernels.attention_tiles_triton import Launch as Tile
+from phi2_kernels.attention_tiles_triton import AttentionLaunch as Tile
 
 KERNELS = Path(gelu_triton.__file__).parent
 GELU = OPS["gelu_forward"]
@@ -195,7 +198,7 @@ def test_a_proposal_reads_like_the_table_it_is_for():
     (line,) = tune.advice({"attention_dkdv": Tile(32, 64, 4, 2)}, 80)
     where, _, entry = line.partition(": ")
     assert where == f"{OPS['attention_dkdv'].entry[0]}.py, LAUNCH[80]"
-    assert eval("{" + entry + "}", {"Launch": Tile}) == {"dkdv": Tile(32, 64, 4, 2)}
+    assert eval("{" + entry + "}", {"AttentionLaunch": Tile}) == {"dkdv": Tile(32, 64, 4, 2)}
 
 
 def test_without_a_gpu_it_prints_the_static_half_and_says_what_is_missing(rows, monkeypatch, capsys):
@@ -223,8 +226,8 @@ def test_an_unknown_op_ends_in_one_line_that_lists_the_ops(capsys):
 
 def test_a_compiler_that_fails_ends_in_one_line(monkeypatch, capsys):
     def fail(*_):
-        raise ChildProcessError("benchmarks.tune_sieve ended with exit code 1")
+        raise ChildProcessError("benchmarks.harness.sieve ended with exit code 1")
 
     monkeypatch.setattr(tune_sieve, "printed_by", fail)
     assert tune.main(["--op", "gelu_forward"]) == 1
-    assert capsys.readouterr().err == "no number: benchmarks.tune_sieve ended with exit code 1\n"
+    assert capsys.readouterr().err == "no number: benchmarks.harness.sieve ended with exit code 1\n"

@@ -17,7 +17,7 @@ from torch import Tensor
 from phi2_kernels._dispatch import architecture, tl, triton
 
 
-class Launch(NamedTuple):
+class AttentionLaunch(NamedTuple):
     """A kernel's tile, BLOCK_M queries by BLOCK_N keys, and how it is laid on the machine."""
 
     block_m: int
@@ -26,46 +26,34 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# By architecture, for heads up to 80 wide. Forward and dq read one table of key ranges, so their block_m is equal.
+# By architecture. Forward and dq read one table of key ranges, so their block_m is equal.
 LAUNCH = {
     80: {
-        "forward": Launch(128, 64, num_warps=4, num_stages=3),
-        "dkdv": Launch(32, 64, num_warps=4, num_stages=2),
-        "dq": Launch(128, 32, num_warps=4, num_stages=2),
+        "forward": AttentionLaunch(128, 64, num_warps=4, num_stages=3),
+        "dkdv": AttentionLaunch(32, 64, num_warps=4, num_stages=2),
+        "dq": AttentionLaunch(128, 32, num_warps=4, num_stages=2),
     },
     90: {
-        "forward": Launch(128, 128, num_warps=8, num_stages=2),
-        "dkdv": Launch(64, 128, num_warps=8, num_stages=2),
-        "dq": Launch(128, 64, num_warps=8, num_stages=2),
+        "forward": AttentionLaunch(128, 128, num_warps=8, num_stages=2),
+        "dkdv": AttentionLaunch(64, 128, num_warps=8, num_stages=2),
+        "dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2),
     },
 }
-NARROW = {80: {"dq": Launch(128, 64, num_warps=8, num_stages=2)}}  # heads up to 64: where the tile above would spill
-# Heads of more than 80 dims, which neither Phi-2 nor phi-1.5 has: what fits, not tuned.
-WIDE = {  # up to 128
-    "forward": Launch(64, 64, num_warps=4, num_stages=2),
-    "dkdv": Launch(32, 64, num_warps=4, num_stages=2),
-    "dq": Launch(64, 32, num_warps=4, num_stages=2),
-}
-WIDEST = dict.fromkeys(WIDE, Launch(32, 32, num_warps=4, num_stages=2))  # up to 256
+NARROW = {
+    80: {"dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2)}
+}  # heads up to 64: where the tile above would spill
 FLOAT32 = {  # exact products, without tensor cores
-    "forward": Launch(32, 32, num_warps=4, num_stages=2),
-    "dkdv": Launch(16, 32, num_warps=4, num_stages=2),
-    "dq": Launch(32, 32, num_warps=4, num_stages=2),
+    "forward": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
+    "dkdv": AttentionLaunch(16, 32, num_warps=4, num_stages=2),
+    "dq": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
 }
-WIDE_FLOAT32 = dict.fromkeys(FLOAT32, Launch(16, 16, num_warps=4, num_stages=1))
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the largest score of none: -inf - -inf would be NaN
 
 
 def pieces_of(D: int) -> tuple[int, ...]:
-    """The powers of two that sum up to a head dim.
-
-    Triton lays the warps of a loop's matmuls one way, which the last of them decides: along the rows of its tile, or
-    along the columns where these are more. Beyond 128 dims a row's sums are too long for the registers of one warp, so
-    the largest piece goes last.
-    """
-    pieces = [1 << bit for bit in range(D.bit_length()) if D >> bit & 1]
-    return tuple(pieces if D > 128 else reversed(pieces))
+    """The powers of two that sum up to a head dim, the largest first."""
+    return tuple(1 << bit for bit in reversed(range(D.bit_length())) if D >> bit & 1)
 
 
 @triton.constexpr_function
@@ -199,18 +187,15 @@ def seen_keys(queries, rows, begin, inside, until_ptr):
     return seen((queries - begin)[:, None], rows[None, :], until)
 
 
-def launch_of(kernel: str, x: Tensor) -> Launch:
+def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
     """How "forward", "dkdv" or "dq" runs on the device of x, with its dtype and head dim."""
-    D = x.shape[-1]
     if x.dtype == torch.float32:
-        return (FLOAT32 if D <= 80 else WIDE_FLOAT32)[kernel]
-    if D > 80:
-        return (WIDE if D <= 128 else WIDEST)[kernel]
+        return FLOAT32[kernel]
     arch = architecture(x.device)
-    return (LAUNCH[arch] | (NARROW.get(arch, {}) if D <= 64 else {}))[kernel]
+    return (LAUNCH[arch] | (NARROW.get(arch, {}) if x.shape[-1] <= 64 else {}))[kernel]
 
 
-def options(launch: Launch, q: Tensor, k: Tensor) -> dict[str, Any]:
+def options(launch: AttentionLaunch, q: Tensor, k: Tensor) -> dict[str, Any]:
     """What the three big kernels have in common. Float32 is multiplied as torch multiplies it, exactly by default."""
     return {
         "GROUP": q.shape[1] // k.shape[1],

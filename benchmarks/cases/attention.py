@@ -1,0 +1,183 @@
+"""Attention at Phi-2's shape against torch's fused backends, FlexAttention, and our own kernels padded to 128 dims.
+
+Dims: B batch, H heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_back
+from benchmarks.registry import Report, case
+from phi2_kernels.attention import attention, attention_ref
+from phi2_kernels.visibility import Visibility
+
+SCORES = 2**28  # that the reference holds at a time
+
+
+@case("attention_forward", turns=50, summary="causal attention of 8 x 32 heads of 80 dims over 2048 tokens")
+def attention_forward(turns: int) -> Report:
+    return _compare(turns, backward=False)
+
+
+@case("attention_forward_backward", turns=50, summary="the same with its gradients")
+def attention_forward_backward(turns: int) -> Report:
+    return _compare(turns, backward=True)
+
+
+def _compare(turns: int, backward: bool) -> Report:
+    device = gpu.device()
+    task = partial(attention_task, device, H=32, D=80, backward=backward)
+    tasks = [
+        task(torch.bfloat16, B=8, S=2048),
+        task(torch.float16, B=8, S=2048, is_fact=True),
+        task(torch.bfloat16, B=32, S=512, is_fact=True),
+        task(torch.bfloat16, B=2, S=8192, is_fact=True),
+    ]
+    return gpu.report(tasks, turns, {"FLOPs": "two matmuls forward, five backward, over the pairs that see each other"})
+
+
+def attention_task(
+    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, is_fact: bool = False
+) -> Task:
+    """One shape; a fact goes without FlexAttention, which takes long to compile."""
+    visibility = Visibility(S, S, None, device)
+    backends = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-efficient": "EFFICIENT_ATTENTION"}
+    peers = {f"SDPA {name}": partial(_sdpa, backend, backward) for name, backend in backends.items()}
+    peers |= {} if is_fact else {"FlexAttention": partial(_flex, S, device, backward)}
+    peers["ours padded to 128"] = lambda: Side(_padded, prepare=_widened)
+    work = attention_work(B * H, S * (S + 1) // 2, S, D, backward)
+    return Task(
+        name=f"{'forward+backward' if backward else 'forward'} {str(dtype)[6:]} B{B} S{S}",
+        inputs=partial(attention_inputs, device, dtype, B, H, S, D, backward),
+        reference=partial(reference, visibility),
+        ours=side(partial(attention, visibility=visibility, impl="triton"), backward),
+        plain=side(partial(F.scaled_dot_product_attention, is_causal=True), backward),
+        peers=peers,
+        work=work,
+        rounding=ROUNDING[dtype],
+        targets={} if is_fact else _targets(device),
+        per_second=(work.flops / 1e12, "TFLOP/s"),
+        is_fact=is_fact,
+    )
+
+
+def _targets(device: torch.device) -> dict[str, float]:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"SDPA cuDNN": 1.0, "SDPA flash": 1.3}
+    return {"SDPA *": 1.2}
+
+
+def attention_work(heads: int, pairs: int, S: int, D: int, backward: bool) -> Work:
+    """Two matmuls forward, five backward; q, k, v, o forward, those and their four gradients backward.
+
+    Args:
+        heads: of all rows.
+        pairs: of query and key that see each other in one head.
+    """
+    matmuls, tensors = (7, 12) if backward else (2, 4)
+    return Work(matmuls * 2 * heads * pairs * D, tensors * heads * S * D * 2)
+
+
+def attention_inputs(
+    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, seed: int
+) -> Inputs:
+    """q, k, v and, with gradients, that of the output: (B, H, S, D), the heads of a token side by side."""
+    normal = gpu.random(seed, device)
+    count = 4 if backward else 3
+    made = [normal(B, S, H, D, dtype=dtype).transpose(1, 2) for _ in range(count)]
+    return *(x.requires_grad_(backward) for x in made[:3]), *made[3:]
+
+
+def side(forward: Callable[..., Tensor], backward: bool, **options) -> Side:
+    """Of a function of q, k and v."""
+    run = pulled_back(forward, "q k v") if backward else lambda q, k, v: {"output": forward(q, k, v)}
+    return Side(run, **options)
+
+
+def reference(visibility: Visibility, *inputs: Tensor) -> Outputs:
+    """By the formula in float32, some heads at a time."""
+    B, H, T, _ = inputs[0].shape
+    heads = max(1, SCORES // (T * visibility.keys))
+    run = side(lambda q, k, v: attention_ref(q, k, v, visibility), backward=len(inputs) == 4).run
+    rows = []
+    for b in range(B):
+        parts = [run(*gpu.in_float32(*(x[b : b + 1, h : h + heads] for x in inputs))) for h in range(0, H, heads)]
+        rows.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _sdpa(backend: str, backward: bool) -> Side:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return side(forward, backward)
+
+
+def _flex(S: int, device: torch.device, backward: bool) -> Side:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=device)
+    attend = gpu.compiled(flex_attention, device)
+    return side(lambda q, k, v: attend(q, k, v, block_mask=mask), backward)
+
+
+def _padded_width(D: int) -> int:
+    """The next power of two."""
+    return 1 << (D - 1).bit_length()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Memory for x (B, H, S, D) with room for `_padded_width` columns a head."""
+    B, H, S, D = x.shape
+    return torch.empty((B, S, H, _padded_width(D)), dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def _widened(*inputs: Tensor) -> Inputs:
+    """Copies with zeros in the columns from D on, as views of the first D."""
+    return tuple(_wide(x).zero_()[..., : x.shape[3]].copy_(x.detach()) for x in inputs)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> Outputs:
+    """Our kernels with one tile for a whole head, on `_widened` inputs, by launches that fit such tiles."""
+    from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
+
+    D = q.shape[3]
+    names = ["output"] if do is None else ["output", "grad of q", "grad of k", "grad of v"]
+    outputs = {name: _wide(q)[..., :D] for name in names}
+    o, *grads = outputs.values()
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tiles = mock.patch.object(attention_tiles_triton, "pieces_of", lambda D: (_padded_width(D),))
+    with tiles, mock.patch.object(attention_tiles_triton, "LAUNCH", _padded_launches()):
+        attention_forward_triton.forward(q, k, v, o, lse)
+        if do is not None:
+            attention_backward_triton.backward(do, q, k, v, o, lse, *grads)
+    return outputs
+
+
+def _padded_launches() -> dict:
+    """The tiles of a padded head that spill least; the shipped ones would spill kilobytes."""
+    from phi2_kernels.attention_tiles_triton import AttentionLaunch
+
+    return {
+        80: {
+            "forward": AttentionLaunch(128, 64, 8, 2),
+            "dkdv": AttentionLaunch(32, 64, 4, 2),
+            "dq": AttentionLaunch(128, 32, 8, 2),
+        },
+        90: {
+            "forward": AttentionLaunch(128, 128, 8, 2),
+            "dkdv": AttentionLaunch(32, 128, 8, 2),
+            "dq": AttentionLaunch(128, 64, 8, 2),
+        },
+    }

@@ -1,0 +1,190 @@
+"""One layer of Phi-2 with its gradients: two matmuls of ours against the layer of transformers, compiled and not.
+
+Dims: B batch, T tokens, C hidden, F mlp, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases.attention import attention_work
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work
+from benchmarks.registry import Report, case
+from phi2.config import Phi2Config
+from phi2.fused import fused_forward
+from phi2.lora import attach, lora_modules
+from phi2.lora_config import LoraConfig
+from phi2.model import Block
+from phi2_kernels import _dispatch
+from phi2_kernels.rotary import rotary_angles
+from phi2_kernels.visibility import Visibility
+
+TRANSFORMERS = ("transformers", "transformers, torch.compile")
+NEARLY_ZERO = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+
+
+@case("block", turns=30, summary="one layer of Phi-2 over 4 x 2048 tokens with its gradients, LoRA and in full")
+def block(turns: int) -> Report:
+    """At least 1.25 x the layer of transformers, and 1.1 x the same compiled."""
+    device, config = gpu.device(), Phi2Config()
+    tasks = [block_task(device, torch.bfloat16, config, B=4, T=2048, rank=rank) for rank in (16, 0)]
+    return gpu.report(tasks, turns, {"attention of the peers": "SDPA, by torch's own choice", "lora rank": 16})
+
+
+def block_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, B: int, T: int, rank: int) -> Task:
+    """Frozen with LoRA on all six linears, or, with rank 0, trainable throughout."""
+    positions = torch.arange(T, device=device)[None]
+    layer = partial(new_layer, device, dtype, config, rank)
+    work = block_work(config, B * T, B * T * (T + 1) // 2, rank)
+
+    def peer(compile_: bool, autocast: bool = False) -> Side:
+        theirs = _transformers_layer(layer(), config, rank)
+        forward = gpu.compiled(theirs, device) if compile_ else theirs
+        forward = torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32)(forward)
+        angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
+        cos, sin = (torch.cat((table, table), dim=-1).squeeze(2).to(dtype) for table in angles)  # (1, T, R)
+        return block_side(lambda x: forward(x, position_embeddings=(cos, sin)), theirs)
+
+    # As trl trains adapters: its float32 ones are multiplied in half precision.
+    as_trl = {f"{name}, autocast": partial(peer, "compile" in name, True) for name in TRANSFORMERS}
+    return Task(
+        name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
+        inputs=partial(block_inputs, device, dtype, B, T, config.hidden_size),
+        reference=partial(block_reference, layer(), config, positions, None),
+        ours=our_side(layer(), config, positions, None, fused=True),
+        plain=our_side(layer(), config, positions, None, fused=False, impl="torch"),
+        peers={
+            **{name: partial(peer, "compile" in name) for name in TRANSFORMERS},
+            **(as_trl if rank else {}),
+            "ours unfused": lambda: our_side(layer(), config, positions, None, fused=False),
+        },
+        work=work,
+        rounding=ROUNDING[dtype],
+        targets=dict(zip(TRANSFORMERS, (1.25, 1.1), strict=True)),
+        per_second=(work.flops / 1e12, "TFLOP/s"),
+    )
+
+
+def block_work(config: Phi2Config, tokens: int, pairs: int, rank: int) -> Work:
+    """Matmuls of tokens and weights forward and for the gradient of x, those of weights if trainable, and attention.
+
+    Bytes: x, y and their gradients; the weights in both passes, and the gradients of those that are trained.
+
+    Args:
+        pairs: of query and key that see each other in one head.
+    """
+    C, F = config.hidden_size, config.intermediate_size
+    weights, sides = 4 * C * C + 2 * C * F, 4 * 2 * C + 2 * (C + F)  # sides: inputs plus outputs of the six linears
+    attention = attention_work(config.num_attention_heads, pairs, tokens, config.head_dim, backward=True).flops
+    linear = (2 if rank else 3) * 2 * tokens * weights
+    adapters = 3 * 2 * tokens * rank * sides
+    trained = 4 * rank * sides if rank else 2 * weights
+    return Work(linear + adapters + attention, 2 * (4 * tokens * C + 2 * weights) + trained)
+
+
+def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, seed: int) -> Inputs:
+    """x, and the gradient of y."""
+    normal = gpu.random(seed, device)
+    return normal(B, T, C, dtype=dtype, grad=True), normal(B, T, C, dtype=dtype)
+
+
+def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:
+    """A random layer without dropout; the same one for the same arguments. Adapters change something."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Block(config, 0).eval()
+    if rank:
+        attach(layer, LoraConfig(r=rank))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            scale = 0.1 if parameter.ndim == 1 else config.initializer_range
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if name == "input_layernorm.weight":
+                parameter.add_(1.0)
+    layer = layer.to(device, dtype)
+    for module in lora_modules(layer).values():
+        module.lora_A.float(), module.lora_B.float()
+    return layer
+
+
+def our_side(
+    layer: Block, config: Phi2Config, positions: Tensor, until: Tensor | None, fused: bool, impl: str = "triton"
+) -> Side:
+    """A layer of ours.
+
+    Args:
+        until: see `phi2_kernels.visibility`.
+    """
+    T = positions.shape[1]
+    angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
+    visibility = Visibility(T, T, until, positions.device)
+
+    def forward(x: Tensor) -> Tensor:
+        with implementation(impl):
+            return fused_forward(layer, x, angles, visibility) if fused else layer(x, angles, visibility, None)
+
+    return block_side(forward, layer)
+
+
+@contextmanager
+def implementation(impl: str) -> Iterator[None]:
+    """Inside it every op that is not told otherwise runs by `impl`."""
+    before, _dispatch.default_impl = _dispatch.default_impl, impl
+    try:
+        yield
+    finally:
+        _dispatch.default_impl = before
+
+
+def block_side(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Side:
+    """A layer with the gradients of its input and of everything it trains."""
+    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+    def run(x: Tensor, dy: Tensor) -> Outputs:
+        y = forward(x)
+        dx, *grads = torch.autograd.grad(y, [x, *parameters.values()], dy)
+        return {"output": y.detach(), "grad of x": dx, **dict(zip(parameters, grads, strict=True))}
+
+    return Side(run, finish=_biases_joined)
+
+
+def _biases_joined(outputs: Outputs) -> Outputs:
+    """The gradients of the biases of q, k and v as one, of which that of k is nearly nothing: softmax undoes it."""
+    named = {name: x for name, x in outputs.items() if name.endswith(NEARLY_ZERO)}
+    joined = {"biases of q, k and v": torch.cat(list(named.values()))} if named else {}
+    return {**{name: x for name, x in outputs.items() if name not in named}, **joined}
+
+
+def block_reference(
+    layer: Block, config: Phi2Config, positions: Tensor, until: Tensor | None, x: Tensor, dy: Tensor
+) -> Outputs:
+    """The layer as it is written in `phi2/model.py`, in float32, with none of our kernels."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    side = our_side(deepcopy(layer).float(), config, positions, until, fused=False, impl="torch")
+    with sdpa_kernel(SDPBackend.MATH):
+        return side.finish(side.run(*gpu.in_float32(x, dy)))
+
+
+def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Module:
+    """The layer of transformers with the weights, and the adapters, of ours."""
+    from transformers import PhiConfig
+    from transformers.models.phi.modeling_phi import PhiDecoderLayer
+
+    theirs = PhiConfig(**config.to_dict())
+    theirs._attn_implementation = "sdpa"
+    theirs = PhiDecoderLayer(theirs, 0).eval()
+    if rank:
+        attach(theirs, LoraConfig(r=rank))
+    theirs.load_state_dict(layer.state_dict())
+    weight = layer.input_layernorm.weight
+    theirs.to(weight.device, weight.dtype)
+    for module in lora_modules(theirs).values():
+        module.lora_A.float(), module.lora_B.float()
+    return theirs

@@ -1,0 +1,97 @@
+"""Greedy generation of ours against that of transformers: same model, same prompt, same tokens out.
+
+Both are called as their users call them, `phi2.generate` and `model.generate`, on one row. Prefill is a long prompt and
+one new token, decoding a short prompt and many.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.cases.training import base_model, parameters, shared_folder
+from benchmarks.harness.processes import THREADS, Turns, duel
+from benchmarks.registry import Report, case
+from phi2.checkpoints.weights import load_model, save_pretrained
+from phi2.data.sources import load_records
+from phi2.inference.generate import generate
+from phi2.tokenizer import Tokenizer
+
+TOLERANCE = {"token_ids": 0.0, "logprobs": 1e-4}
+
+
+class Task(NamedTuple):
+    """What both sides load, read and write."""
+
+    folder: Path
+    prompt: str
+    new_tokens: int
+
+
+@case("prefill_vs_transformers", turns=30, summary="a prompt of 1024 tokens, and the first token after it")
+def prefill_vs_transformers(turns: int) -> Report:
+    return _compare(1024, 1, turns)
+
+
+@case("decode_vs_transformers", turns=15, summary="64 tokens, one at a time, after a prompt of 64 tokens")
+def decode_vs_transformers(turns: int) -> Report:
+    return _compare(64, 64, turns)
+
+
+def _compare(prompt_tokens: int, new_tokens: int, turns: int) -> Report:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
+        model = base_model()
+        with torch.no_grad():  # a trained model does not say these either: ends, and ids without a token
+            model.lm_head.bias[sorted(tokenizer.stop_ids)] = -1e4
+            model.lm_head.bias[len(tokenizer) :] = -1e4
+        save_pretrained(model, tokenizer, folder / "base")
+        task = Task(folder, _text(tokenizer, prompt_tokens), new_tokens)
+        result = duel(ours, transformers_generate, task, turns, TOLERANCE)
+    return Report(
+        peer={"transformers": metadata.version("transformers")},
+        gate=f"{new_tokens} equal tokens, log-probabilities by at most {result.largest_difference['logprobs']:.1e}",
+        measures=[*result.speeds(), *result.memory(), result.flops()],
+        facts={"parameters": parameters(), "dtype": "float32", "threads": THREADS, "batch": 1},
+    )
+
+
+def _text(tokenizer: Tokenizer, tokens: int) -> str:
+    """Real text that is `tokens` long, or as near as whole tokens of its tokenisation come."""
+    records = load_records(str(shared_folder() / "data" / "sft" / "alpaca_600.jsonl"), "supervised").records
+    ids = tokenizer.encode("\n".join(message.content for record in records[:60] for message in record.messages))
+    return tokenizer.decode(ids[:tokens])
+
+
+def ours(turns: Turns, task: Task) -> None:
+    model = load_model(task.folder / "base", torch.device("cpu"), torch.float32)
+    tokenizer = Tokenizer.from_folder(task.folder / "base")
+    while True:
+        turns.begin()
+        reply = generate(model, tokenizer, task.prompt, max_new_tokens=task.new_tokens, temperature=0.0)
+        turns.end()
+        turns.report(token_ids=reply.token_ids, logprobs=reply.logprobs)
+
+
+def transformers_generate(turns: Turns, task: Task) -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.PhiForCausalLM.from_pretrained(task.folder / "base", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(task.folder / "base")
+    options = dict(max_new_tokens=task.new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    while True:
+        turns.begin()
+        inputs = tokenizer(task.prompt, return_tensors="pt")
+        reply = model.generate(**inputs, **options)
+        tokens = reply.sequences[0, inputs["input_ids"].shape[1] :]
+        tokenizer.decode(tokens)
+        turns.end()
+        logprobs = torch.cat(reply.logits).log_softmax(dim=-1).gather(1, tokens[:, None])
+        turns.report(token_ids=tokens.tolist(), logprobs=logprobs.flatten().tolist())

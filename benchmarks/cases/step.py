@@ -1,0 +1,151 @@
+"""One token of the whole of Phi-2 behind a long context: our recorded step, with weights of three widths.
+
+Caches begin with random numbers, which cost what real ones cost; every call adds a token to the cache of its side.
+
+Dims: V vocabulary, C hidden, F mlp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases.block import implementation
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Outputs, Side, Task, Work
+from benchmarks.registry import Report, case
+from phi2.cache import KVCache
+from phi2.config import Phi2Config
+from phi2.inference import step
+from phi2.inference.step import RecordedStep
+from phi2.model import Phi2ForCausalLM
+from phi2.quantize import GROUP, quantize_model
+from phi2_kernels.weight_forms import quantize_int4, quantize_int8
+
+BITS = {None: (16, 16), "int8": (8, 8), "int4": (4 + 2 * 16 / GROUP, 8)}  # of a weight in the blocks, and in the head
+BEFORE = (1, 2)  # tokens before the one that is compared: our step is launched at the first, recorded at the second
+ROOM = 1024  # tokens that calls may add
+
+
+@case("decode_step", turns=100, summary="one token of the whole of Phi-2 behind 1024 others")
+def decode_step(turns: int) -> Report:
+    device = gpu.device()
+    tasks = [step_task(device, torch.bfloat16, Phi2Config(), 1024, format) for format in BITS]
+    return gpu.report(tasks, turns, {"rows": 1, "context": 1024})
+
+
+def step_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, context: int, format: str | None) -> Task:
+    """Weights as they are, or in a format of `phi2.quantize`; everybody else's are then whole, and as rounded as ours.
+
+    Args:
+        context: tokens in the cache before those of `BEFORE`.
+    """
+    model, cache = partial(new_model, device, dtype, config), partial(random_cache, device, dtype, config, context)
+
+    def reference(ids: Tensor) -> Outputs:
+        with implementation("torch"):
+            return passes_side(model(format).float(), cache(torch.float32)).run(ids)
+
+    whole = model(format)
+    peers = {
+        "ours, kernel by kernel": lambda: passes_side(whole, cache()),
+        "ours, blocks as written": lambda: written_side(model() if format else whole, cache(), format),
+    }
+    if format is None:
+        peers["transformers"] = lambda: transformers_side(whole, cache())
+    return Task(
+        name=f"step {format or str(dtype).removeprefix('torch.')}",
+        inputs=lambda seed: (torch.full((1, 1), seed % config.vocab_size, device=device),),
+        reference=reference,
+        ours=our_side(model() if format else whole, cache(), format),
+        plain=passes_side(whole, cache()),
+        peers=peers,
+        work=step_work(config, context, *BITS[format]),
+        rounding=2 * ROUNDING[dtype],  # of some two hundred matmuls, one behind the other
+        per_second=(1, "tok/s"),
+    )
+
+
+def step_work(config: Phi2Config, context: int, bits: float, head_bits: float) -> Work:
+    """Bytes: every weight of a matmul once, and the keys and values of the context in half precision."""
+    C, F, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    blocks, head, cached = layers * (4 * C * C + 2 * C * F), config.vocab_size * C, 2 * layers * context * C
+    return Work(2 * (blocks + head + cached), round((blocks * bits + head * head_bits) / 8) + 2 * cached)
+
+
+def new_model(
+    device: torch.device, dtype: torch.dtype, config: Phi2Config, format: str | None = None
+) -> Phi2ForCausalLM:
+    """Random weights, the same ones in every call, as a format would round them."""
+    torch.manual_seed(0)
+    with device:
+        model = Phi2ForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, parameter.mean().item(), 0.02)
+    model = model.to(dtype).eval()
+    linears = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)} if format else {}
+    for name, weight in linears.items():
+        weight.data = _rounded(weight.data, "int8" if name == "lm_head" else format).to(dtype)
+    return model
+
+
+def _rounded(weight: Tensor, format: str) -> Tensor:
+    return (quantize_int8(weight) if format == "int8" else quantize_int4(weight, GROUP)).dense()
+
+
+def random_cache(
+    device: torch.device, dtype: torch.dtype, config: Phi2Config, context: int, other: torch.dtype | None = None
+) -> KVCache:
+    """Random keys and values, the same ones in every call; held in the `other` dtype if there is one."""
+    normal, cache = gpu.random(1, device), KVCache(config, 1, context + ROOM, other or dtype, device)
+    for buffer in (cache.keys, cache.values):
+        buffer[:, :, :, :context] = normal(*buffer[:, :, :, :context].shape, dtype=dtype)
+    cache.advance(context)
+    return cache
+
+
+def going_on(step: Callable[[Tensor], Tensor], device: torch.device) -> Side:
+    """A side whose calls go on from where the last one ended.
+
+    Args:
+        step: token ids (1, 1) -> logits (1, V).
+    """
+    step = torch.no_grad()(step)
+    for token in BEFORE:
+        step(torch.full((1, 1), token, device=device))
+    return Side(lambda ids: {"output": step(ids).clone()})
+
+
+def our_side(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Side:
+    if format:
+        quantize_model(model, format)
+    return going_on(RecordedStep(model, cache, None, None), model.device)
+
+
+def written_side(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Side:
+    """Our side without `block_step`: a recording of six products a block, and of all that lies between them."""
+    with mock.patch.object(step, "block_step", lambda block, *inputs: block(*inputs)):
+        return our_side(model, cache, format)
+
+
+def passes_side(model: Phi2ForCausalLM, cache: KVCache) -> Side:
+    """One whole forward pass after another, as it is written in `phi2/model.py`."""
+    return going_on(lambda ids: model(ids, cache=cache)[:, -1].float(), model.device)
+
+
+def transformers_side(model: Phi2ForCausalLM, cache: KVCache) -> Side:
+    """The model of transformers with the weights of ours, and its growing cache with the numbers of ours."""
+    from transformers import DynamicCache, PhiConfig, PhiForCausalLM
+
+    with model.device:
+        theirs = PhiForCausalLM(PhiConfig(**model.config.to_dict())).to(model.dtype).eval()
+    theirs.load_state_dict(model.state_dict())
+    past = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        past.update(*(x[:, :, : cache.length].clone() for x in (keys, values)), layer)
+    return going_on(lambda ids: theirs(ids, past_key_values=past, use_cache=True).logits[:, -1].float(), model.device)

@@ -1,0 +1,284 @@
+"""Shipped launches of every kernel, compiled for an A100 and an H100 where there is neither, and held to their budgets.
+
+`benchmarks/harness/launches.py` lists them.
+
+The launchers run as they do in training, on tensors that have a shape and a dtype but no memory and say they are on a
+GPU; Triton specialises and compiles what they launch, and the launch itself is left out. So what is read here is the
+code that a GPU would run, down to the divisibility of strides. `benchmarks/harness/sass.py` reads it.
+
+    python -m benchmarks.run --case aot_report
+
+Beside the shipped launches there are three that must not pass: attention padded from 80 to 128 dims, attention on
+strides that Triton knows nothing of, and the head's gradients without their barrier.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from benchmarks.harness.launches import FORMS, OTHER_WIDTHS, PADDED, SHIPPED, WORK, D
+from benchmarks.harness.sass import CHIPS, Code
+from benchmarks.registry import GateError, Measure, Report, Spread, case
+
+STACK = 16  # bytes of a thread that may not fit its registers
+TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
+IN_PLACE = ("linear_logprob stats", "linear_logprob gradient")  # a half-precision gradient over its own logits
+WARPS = 8  # a multiprocessor should hold, two for each of its schedulers
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch, compiled.
+
+    Attributes:
+        launch: the tile, and what is switched on.
+        form: "shipped", "other widths", or which control it is.
+        programs: how many of them a multiprocessor holds at a time.
+        copies: instructions that copy from global to shared memory past the registers, of the loop with the fewest.
+        is_written_behind: every loop that reads and writes does so with a barrier between.
+        multiply_adds: of one round of each loop with matrix instructions.
+        useful: multiply-adds that the round of such a loop needs; 0 for kernels without.
+        clocks: of each unit for one round of the main loop, by the static model.
+        bound: the unit with the most.
+        efficiency: the clocks that the useful work needs on its own unit, of those of the bound.
+    """
+
+    kernel: str
+    launch: str
+    form: str
+    arch: int
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    programs: int
+    copies: int
+    is_written_behind: bool
+    multiply_adds: list[int]
+    useful: int
+    clocks: dict[str, float]
+    bound: str
+    efficiency: float
+
+
+def violations(row: Row) -> list[str]:
+    """Which budgets a launch breaks, in words; none for what may be shipped."""
+    found = {
+        f"{row.shared} bytes of shared memory": row.shared > CHIPS[row.arch].shared_of_program,
+        f"{row.stack} bytes of stack": row.stack > STACK,
+        f"{row.programs * row.warps} warps on a multiprocessor, {WARPS} wanted": row.programs * row.warps < WARPS,
+        f"{row.multiply_adds} multiply-adds a tile, {row.useful} useful": set(row.multiply_adds) != {row.useful} - {0},
+        "writes that may overtake reads": row.kernel in IN_PLACE and not row.is_written_behind,
+        "no asynchronous copies": row.arch == 80 and row.useful > 0 and row.copies == 0 and row.kernel in TILED,
+    }
+    return [text for text, is_broken in found.items() if is_broken]
+
+
+class _OnGPU(Tensor):
+    """A tensor without memory that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+class _PretendGPU(TorchFunctionMode):
+    """What torch makes on a GPU is made nowhere instead."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = {**(kwargs or {}), **({"device": "meta"} if "device" in (kwargs or {}) else {})}
+        args, kwargs = tree_map_only(_OnGPU, lambda x: x.as_subclass(Tensor), (args, kwargs))
+        return tree_map_only(Tensor, lambda x: x.as_subclass(_OnGPU), function(*args, **kwargs))
+
+
+class _Driver(NamedTuple):
+    """What Triton's compiler asks of a driver."""
+
+    arch: int
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, dict]]]:
+    """Kernels launched within are compiled for an architecture instead, and listed: (kernel, compiled, constants).
+
+    Args:
+        wanted: the one kernel to compile, by its `name_of`; default: all of them.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run, launched = JITFunction.run, []
+
+    def compile_(self, *args, grid, warmup, **constants):
+        if wanted in ("", name_of(self)):
+            launched.append((self, run(self, *args, grid=grid, warmup=True, **constants), constants))
+
+    driver.set_active(_Driver(arch))
+    pretended = {"get_device_capability": lambda device: divmod(arch, 10), "device": lambda device: nullcontext()}
+    with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended), _PretendGPU():
+        yield launched
+
+
+def compiled_rows(arch: int, forms: Iterable[str]) -> list[Row]:
+    """Compiles forms for an architecture. Triton must have been imported without TRITON_INTERPRET."""
+    pending: list[Future[Row]] = []
+    with ThreadPoolExecutor(1) as reader:  # the disassembler works while Triton compiles what comes next
+        for form in forms:
+            with compile_only(arch) as launched:
+                for launch in FORMS[form]:
+                    launch()
+            pending += [reader.submit(row_of, *launch, form, arch) for launch in distinct(launched)]
+    return [row.result() for row in pending]
+
+
+def distinct(launched: list[tuple[Any, Any, dict]]) -> list[tuple[Any, Any, dict]]:
+    """Of launches whose code is the same, the last."""
+    return list({compiled.hash: (kernel, compiled, constants) for kernel, compiled, constants in launched}.values())
+
+
+def name_of(kernel) -> str:
+    """Its file and what it does, as in the table `WORK`."""
+    op = kernel.fn.__module__.split(".")[-1].removesuffix("_triton").removesuffix("_forward").removesuffix("_backward")
+    return f"{op} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
+
+
+def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
+    name = name_of(kernel)
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    code = Code.read(compiled.asm["cubin"], arch, warps, shared)
+    unpadded = {"PIECES": (D,)} if form == PADDED else {}
+    work, chip = WORK[name](**compiled.src.signature | constants | unpadded), CHIPS[arch]
+    clocks = code.clocks(code.main_loop, work.dram_bytes)
+    needed = max(work.multiply_adds / chip.tensor, work.float32 / chip.fp32, clocks["dram"])
+    bound = max(clocks, key=clocks.get)
+    return Row(
+        kernel=name,
+        launch=_launch(compiled.src.signature, constants | unpadded),
+        form=form,
+        arch=arch,
+        warps=warps,
+        registers=code.registers,
+        stack=code.stack,
+        shared=shared,
+        programs=code.programs,
+        copies=code.async_copies,
+        is_written_behind=code.is_written_behind,
+        multiply_adds=[code.multiply_adds(loop) for loop in code.matrix_loops],
+        useful=work.multiply_adds,
+        clocks={unit: round(clock, 1) for unit, clock in clocks.items()},
+        bound=bound,
+        efficiency=round(needed / clocks[bound], 3),
+    )
+
+
+def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
+    tile = [
+        f"{name.removeprefix('BLOCK_').lower()}{value}"
+        for name, value in constants.items()
+        if name.startswith("BLOCK_") or name == "M"
+    ]
+    flags = [name.lower() for name, value in constants.items() if value is True and name.isupper()]
+    pieces = [f"d{sum(constants['PIECES'])}"] if "PIECES" in constants else []
+    exact = ["float32"] if signature.get("q_ptr") == "*fp32" else []
+    given = [name for name in ("until_ptr", "scales", "zeros") if signature.get(name, "constexpr") != "constexpr"]
+    return " ".join([*pieces, *exact, *tile, *flags, *given])
+
+
+def measure(forms: Iterable[str] = tuple(FORMS)) -> list[Row]:
+    """`compiled_rows` of all architectures, each in a process of its own."""
+    with ThreadPoolExecutor(len(CHIPS)) as pool:
+        printed = pool.map(lambda arch: printed_by("benchmarks.harness.aot", str(arch), *forms), CHIPS)
+        return [Row(**row) for rows in printed for row in json.loads(rows)]
+
+
+def printed_by(module: str, *arguments: str) -> str:
+    """What `python -m module` prints in a process that has no interpreter and an empty cache."""
+    with TemporaryDirectory() as cache:
+        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        clean |= {"TRITON_CACHE_DIR": cache, "TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", module, *arguments]
+        process = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise ChildProcessError(f"{module} ended with exit code {process.returncode}")
+    return process.stdout
+
+
+@case("aot_report", turns=1, summary="what the shipped kernels occupy and issue, compiled for sm_80 and sm_90")
+def aot_report(turns: int) -> Report:
+    rows = measure()
+    shipped = [row for row in rows if row.form in (SHIPPED, OTHER_WIDTHS)]
+    broken = [f"{row.kernel} {row.launch} for sm_{row.arch}: {text}" for row in shipped for text in violations(row)]
+    if broken:
+        raise GateError("; ".join(broken))
+    return Report(
+        peer={"padded-to-128": metadata.version("triton")},
+        gate=f"all {len(shipped)} shipped launches are within their budgets",
+        measures=[measure for row in rows if row.form == PADDED and row.useful for measure in _against(shipped, row)],
+        facts={"efficiency": "clocks of the useful work by those of the busiest unit, if all units overlap; a model"},
+        table=[_cells(row) for row in rows],
+    )
+
+
+def _against(shipped: list[Row], padded: Row) -> list[Measure]:
+    """A padded launch beside the shipped one that it is a form of."""
+    ours = next(x for x in shipped if (x.kernel, x.launch, x.arch) == (padded.kernel, padded.launch, padded.arch))
+    quantities = {
+        "multiply-adds a tile": ("Mi", [max(row.multiply_adds) / 2**20 for row in (ours, padded)], False),
+        "shared memory": ("KiB", [row.shared / 1024 for row in (ours, padded)], False),
+        "static efficiency": ("of 1", [row.efficiency for row in (ours, padded)], True),
+    }
+    which = f"sm_{ours.arch} {ours.kernel.removeprefix('attention ')}"
+    return [
+        Measure(f"{which}: {name}", unit, *(Spread.of([x]) for x in values), more_is_better=more)
+        for name, (unit, values, more) in quantities.items()
+    ]
+
+
+def _cells(row: Row) -> dict[str, str | int | float]:
+    """A line of the table."""
+    return {
+        "kernel": row.kernel,
+        "launch": row.launch,
+        "form": row.form,
+        "sm": row.arch,
+        "warps": row.warps,
+        "regs": row.registers,
+        "stack B": row.stack,
+        "shared KiB": round(row.shared / 1024, 1),
+        "CTAs": row.programs,
+        "16-B copies": row.copies,
+        "MMA of useful": round(max(row.multiply_adds, default=0) / row.useful, 2) if row.useful else "",
+        "bound by": row.bound,
+        "efficiency": row.efficiency,
+        "over budget": ", ".join(violations(row)),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(row) for row in compiled_rows(int(sys.argv[1]), sys.argv[2:])]))

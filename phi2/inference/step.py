@@ -1,0 +1,113 @@
+"""The decode step of a GPU: launched once kernel by kernel, then recorded as a CUDA graph and replayed.
+
+A step is some two hundred kernels, six a block, of a few microseconds each, and launching them one by one takes longer
+than running them. A replay launches them all at once, with the very arguments of the recording: what changes from step
+to step lies in device memory that the step itself reads and moves on, the tokens and `StepCache.slots`.
+
+Dims: B rows, C hidden, H heads, H_kv key-value heads, D head dim, R rotary dims, S tokens there is room for,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from phi2.cache import KVCache, StepCache
+from phi2.model import Block, Phi2ForCausalLM
+from phi2_kernels.attention import attention
+from phi2_kernels.gemv import gemv_each, gemv_sum
+from phi2_kernels.rotary import rotary_angles
+from phi2_kernels.visibility import Visibility
+from phi2_kernels.weight_forms import Weight
+
+
+class RecordedStep:
+    """Logits of one more token a row, again and again for the same rows.
+
+    Args:
+        cache: holds the tokens before; it counts along.
+        pads: (B, 1), how many pads each row begins with, or None.
+        visible_until: (B, S) int32 over the whole cache, or None.
+    """
+
+    def __init__(
+        self, model: Phi2ForCausalLM, cache: KVCache, pads: Tensor | None, visible_until: Tensor | None
+    ) -> None:
+        self.model, self.cache, self.pads, self.visible_until = model, cache, pads, visible_until
+        self._device_cache = StepCache(cache)
+        self._input_ids = torch.zeros((cache.keys.shape[1], 1), dtype=torch.int64, device=cache.keys.device)
+        every = torch.arange(cache.max_length, device=cache.keys.device)[None]
+        self._tables = rotary_angles(every, model.config.rotary_dim, model.config.rope_theta)  # (1, S, 1, R/2) twice
+        self._logits: Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """(B, V) float32 logits after the tokens (B, 1); the next call may overwrite them.
+
+        Raises:
+            ValueError: when the cache is full.
+        """
+        self.cache.end_of(1)
+        self._input_ids.copy_(input_ids)
+        if self._logits is None:
+            self._logits = self._launch()  # compiles kernels and makes workspaces, which a recording may not
+        else:
+            if self._replay is None:
+                self._replay, self._logits = record(self._launch, self._input_ids.device)
+            self._replay()
+        self.cache.advance(1)
+        return self._logits
+
+    def _launch(self) -> Tensor:
+        model, slots = self.model.model, self._device_cache.positions(1)  # (B, 1)
+        positions = slots if self.pads is None else slots - self.pads
+        angles = tuple(table[0, positions] for table in self._tables)  # (B, 1, 1, R/2) twice
+        visibility = self._device_cache.visibility(1, self.visible_until)
+        x = model.embed_tokens(self._input_ids)  # (B, 1, C)
+        for block in model.layers:
+            x = block_step(block, x, angles, visibility, self._device_cache)
+        self._device_cache.advance(1)
+        return self.model.lm_head(model.final_layernorm(x)[:, -1]).float()
+
+
+def block_step(
+    block: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: StepCache
+) -> Tensor:
+    """What `Block.forward` computes for one token a row, (B, 1, C) to (B, 1, C), in as few kernels as there can be.
+
+    The six products are two, which take the GELU and both additions with them. A block with adapters, or with
+    LayerNorms of its queries and keys, runs as it is written.
+    """
+    own, into, out = block.self_attn, _weights(block.inputs), _weights(block.outputs)
+    if into is None or out is None or own.config.qk_layernorm:
+        return block(x, angles, visibility, cache)
+    *qkv, f = gemv_each(block.input_layernorm(x), into, gelu_last=True)
+    q, k, v = (z.unflatten(-1, (-1, own.config.head_dim)) for z in qkv)  # (B, 1, H, D), (B, 1, H_kv, D) twice
+    q, k, v = (z.transpose(1, 2) for z in cache.apply_rotary_and_store(own.layer, q, k, v, angles))
+    attended = attention(q, k, v, visibility).transpose(1, 2).flatten(2)  # (B, 1, H D)
+    return gemv_sum([attended, f], out, x)
+
+
+def _weights(linears: Sequence[nn.Module]) -> list[Weight] | None:
+    """None where one of them is more than a product with its weight."""
+    forms = [linear.form for linear in linears]
+    return None if None in forms else forms
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def record(launch: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Records what `launch` puts on a GPU without running it: a function that runs it, and its result's memory.
+
+    The GPU need not be torch's current one, and other threads may go on allocating.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            result = launch()
+    return graph.replay, result

@@ -1,0 +1,83 @@
+"""Checkpoints a run resumes from bit for bit: weights, optimizer, random state. Nothing in them is a pickle.
+
+    checkpoints/step-N/
+      adapter/ or model/       the trained weights, in the layout of the final result
+      state.safetensors        AdamW's moments and the random generators' states
+      state.json               the step, counters and the loss scaler
+
+A checkpoint is written under another name and renamed when complete, so a folder called step-N is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from phi2.files import whole_folder
+from phi2.training.optim import Optimizer
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return max(found, key=_step_of, default=None)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def save_checkpoint(
+    run: Path, step: int, optimizer: Optimizer, save_weights: Callable[[Path], None], keep: int
+) -> None:
+    """Writes checkpoints/step-N, then deletes all but the last `keep`.
+
+    Args:
+        step: updates done.
+        save_weights: writes adapter/ or model/ into the folder it is given.
+    """
+    folder = run / "checkpoints" / f"step-{step}"
+    if folder.exists():
+        return
+    with whole_folder(folder) as unfinished:
+        save_weights(unfinished)
+        _save_tensors({**optimizer.tensors(), **_random_state()}, unfinished / "state.safetensors")
+        (unfinished / "state.json").write_text(json.dumps({"step": step, "optimizer": optimizer.numbers()}, indent=1))
+    for old in sorted(folder.parent.glob("step-*"), key=_step_of)[:-keep]:
+        shutil.rmtree(old)
+
+
+def restore_checkpoint(folder: Path, optimizer: Optimizer) -> int:
+    """Puts the optimizer and the random generators back and returns the step; the weights are loaded with the model.
+
+    Raises:
+        ValueError: naming the file that cannot be read.
+    """
+    try:
+        tensors = safetensors.torch.load_file(folder / "state.safetensors")
+        state = json.loads((folder / "state.json").read_text())
+        optimizer.restore(tensors, state["optimizer"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return state["step"]
+    except (OSError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: cannot resume from this checkpoint: {error!r}") from error
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: could not be written ({error})") from error
+
+
+def _random_state() -> dict[str, Tensor]:
+    cuda = {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"rng.cpu": torch.get_rng_state(), **cuda}

@@ -1,0 +1,172 @@
+"""A resumed run must see what it began with: digests of all that it depends on beside its settings, in inputs.json.
+
+A data file that grew by a line would silently give another order of rows; another base under the same name, an edited
+loss or a reference that was trained further, other gradients. Weights are known by their files, so that a digest costs
+milliseconds, loads nothing, and is the same on every device and in every compute dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from phi2.data.encode import Encoded
+from phi2.files import one_line, read_json, write_whole
+from phi2.hub import resolve
+from phi2.tokenizer import Tokenizer
+from phi2.training.config import TrainingConfig
+from phi2.training.setup import compute_dtype
+
+FILE = "inputs.json"
+SAMPLED = 1024  # numbers of a weight that its digest reads at least; of a matrix one in every row
+
+Inputs = dict[str, str | None]  # what a person calls it -> its digest, None where it cannot be known
+
+
+def inputs_of(
+    config: TrainingConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[Encoded],
+    eval_rows: Sequence[Encoded],
+    from_scratch: bool = False,
+) -> Inputs:
+    """Digests of what every run depends on."""
+    evaluation = {"evaluation data": digest_of_rows(eval_rows) + digest_of_columns(eval_rows)} if eval_rows else {}
+    adapter = {} if config.adapter is None else {"adapter": digest_of_adapter(resolve(config.adapter))}
+    return {
+        "data": digest_of_rows(rows),
+        "columns of the data": digest_of_columns(rows),
+        **evaluation,
+        **start_of(config, from_scratch),
+        **adapter,
+        "tokenizer": digest_of_tokenizer(config, tokenizer),
+        "chat template": digest_of_texts([tokenizer.chat_template or ""]),
+        "compute dtype": str(compute_dtype(config)),
+    }
+
+
+def start_of(config: TrainingConfig, from_scratch: bool) -> Inputs:
+    """The weights a run begins with, whether or not they train; a run from random ones has only their shapes."""
+    folder = resolve(config.model)
+    if from_scratch:
+        return {"start model": digest_of_texts([_content(folder / "config.json")])}
+    return {"start model" if config.lora is None else "base model": digest_of_model(folder)}
+
+
+def require_same_inputs(run: Path, now: Inputs, resumed: bool) -> None:
+    """Writes down what a run begins with; when it is resumed, compares. What cannot be compared is told.
+
+    Raises:
+        ValueError: naming what has changed since.
+    """
+    before = _read(run) if resumed else {}
+    unknown = [name for name in now if None in (before.get(name), now[name]) or not _alike(before[name], now[name])]
+    changed = [name for name in now if name not in unknown and before[name] != now[name]]
+    if changed:
+        raise ValueError(f"{run}: the {' and the '.join(changed)} changed since this run began; it cannot be resumed")
+    if resumed and unknown:
+        what = " and the ".join(unknown)
+        warnings.warn(f"{run}: whether the {what} changed since this run began is not known", stacklevel=2)
+    if not resumed:
+        (run / FILE).unlink(missing_ok=True)
+    note_inputs(run, now)
+
+
+def note_inputs(run: Path, inputs: Inputs) -> None:
+    """Puts those of the digests that are known into inputs.json."""
+    known = {name: digest for name, digest in inputs.items() if digest is not None}
+    write_whole(run / FILE, json.dumps(_read(run) | known, indent=1))
+
+
+def _read(run: Path) -> Inputs:
+    return read_json(run / FILE) if (run / FILE).exists() else {}
+
+
+def _alike(digest: str, other: str) -> bool:
+    """Whether both were made in the same way, which stands before the colon: others do not tell a change."""
+    return digest.rpartition(":")[0] == other.rpartition(":")[0]
+
+
+def digest_of_texts(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_of_rows(rows: Sequence[Encoded]) -> str:
+    """Of the token ids and masks of every row, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for value in (getattr(row, field.name) for field in fields(row)):
+            if isinstance(value, np.ndarray):
+                digest.update(len(value).to_bytes(8, "little") + value.tobytes())
+    return digest.hexdigest()
+
+
+def digest_of_columns(rows: Sequence[Encoded]) -> str:
+    """Of the scores, weights and labels of every row, in order."""
+    return digest_of_texts(json.dumps(getattr(row, "columns", {}), sort_keys=True) for row in rows)
+
+
+def digest_of_tokenizer(config: TrainingConfig, tokenizer: Tokenizer) -> str:
+    """Of `tokenizer.json`, beside the adapter where there is one, and of the ids that begin, end and pad a text."""
+    folders = [resolve(name) for name in (config.adapter, config.model) if name is not None]
+    path = next(folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file())
+    return digest_of_texts([_content(path), repr((tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))])
+
+
+def digest_of_model(folder: Path) -> str | None:
+    """Of a checkpoint as it lies in its files, None without weights. How tensors are spread over files does not count.
+
+    Raises:
+        ValueError: naming the file that is damaged.
+    """
+    single = folder / "model.safetensors"
+    return _digest_of_files(folder / "config.json", [single] if single.is_file() else folder.glob("model*.safetensors"))
+
+
+def digest_of_adapter(folder: Path) -> str | None:
+    """Of an adapter as it lies in its files, None without weights.
+
+    Raises:
+        ValueError: naming the file that is damaged.
+    """
+    return _digest_of_files(folder / "adapter_config.json", folder.glob("adapter_model.safetensors"))
+
+
+def _digest_of_files(config: Path, weights: Iterable[Path]) -> str | None:
+    """Of the configuration, and of each tensor's name, shape, dtype and evenly spaced numbers."""
+    samples = {name: sample for path in weights for name, sample in _samples(path).items()}
+    if not samples:
+        return None
+    digest = hashlib.sha256(_content(config).encode() if config.is_file() else b"")
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return f"files:{digest.hexdigest()}"
+
+
+def _content(path: Path) -> str:
+    """A JSON file, however it is laid out."""
+    return json.dumps(read_json(path), sort_keys=True)
+
+
+def _samples(path: Path) -> dict[str, bytes]:
+    """Shape, dtype and some numbers of each tensor; only the pages that hold these are read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: _sample(file.get_tensor(name)) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or damaged ({one_line(error)})") from error
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    numbers = tensor.flatten()
+    width = tensor.shape[-1] if tensor.ndim > 1 else len(numbers)
+    taken = numbers[:: max(1, min(len(numbers) // SAMPLED, width))].contiguous().view(torch.uint8)
+    return f"{tuple(tensor.shape)} {tensor.dtype}".encode() + taken.numpy().tobytes()
