@@ -45,7 +45,7 @@ def task_measured(rows: list[dict], absent: dict[str, str]) -> None:
     """Tells of a task of a benchmark.
 
     Args:
-        rows: of `benchmarks.gpu.report`'s table, one for each side.
+        rows: of the table of `report` in benchmarks/harness/gpu.py, one for each side.
         absent: why other sides are left out.
     """
     said = [f"{row['side']} {row['ms']} ms" for row in rows] + [

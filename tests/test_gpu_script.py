@@ -42,13 +42,15 @@ if name == "fails":
     sys.exit("Traceback:\\nRuntimeError: an illegal memory access")
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from benchmarks import gpu, ops, run
+from benchmarks import run
+from benchmarks.cases.elementwise import gelu_task, rotary_task
+from benchmarks.harness import gpu
 from benchmarks.registry import case
 
 @case("tiny", 3, "a tiny gelu and a tiny rotary")
 def tiny(turns):
     cpu, dtype = torch.device("cpu"), torch.float32
-    tasks = [ops.gelu_task(cpu, dtype, 3, 48), ops.rotary_task(cpu, dtype, 1, 7, 2, 80, 32)]
+    tasks = [gelu_task(cpu, dtype, 3, 48), rotary_task(cpu, dtype, 1, 7, 2, 80, 32)]
     tasks[0].peers["Liger"] = lambda: exec("import no_such_package")
     return gpu.report(tasks, turns, {{}})
 
