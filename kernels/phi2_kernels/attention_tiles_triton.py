@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels.visibility import Tables, Visibility
 
 
 class AttentionLaunch(NamedTuple):
@@ -209,6 +210,12 @@ def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
         return (WIDE if D <= 128 else WIDEST)[kernel]
     arch = architecture(x.device)
     return (LAUNCH[arch] | (NARROW.get(arch, {}) if D <= 64 else {}))[kernel]
+
+
+def tables_of(visibility: Visibility, q: Tensor) -> Tables:
+    """The tables of the kernels' own block sizes; of q the device, dtype and head dim count."""
+    ranges = visibility.key_ranges(launch_of("forward", q).block_m)
+    return Tables(visibility.until, ranges, visibility.query_ends(launch_of("dkdv", q).block_n))
 
 
 def options(launch: AttentionLaunch, q: Tensor, k: Tensor) -> dict[str, Any]:

@@ -42,6 +42,19 @@ class Run(NamedTuple):
         return self.keys == [(self.start, self.end)]
 
 
+class Tables(NamedTuple):
+    """What the kernels of attention read of a `Visibility`; nothing when plain causal.
+
+    Attributes:
+        until: (B, S) int32.
+        key_ranges, query_ends: those of the block sizes of the kernels.
+    """
+
+    until: Tensor | None
+    key_ranges: Tensor | None = None
+    query_ends: Tensor | None = None
+
+
 def runs_of(until: list[int]) -> list[Run]:
     """Cuts a row into runs of queries so that, past keys being whole ranges, only the last range of each is causal.
 
