@@ -21,7 +21,7 @@ from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side, Task
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair, EncodedSequence
-from phi2.data.packing import TokenRow, row_of_pairs, row_of_sequences
+from phi2.training.packing import TokenRow, row_of_pairs, row_of_sequences
 from phi2_kernels.attention import attention
 from phi2_kernels.visibility import Visibility
 

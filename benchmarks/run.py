@@ -35,7 +35,7 @@ from benchmarks import (  # noqa: F401  they register their cases
 )
 from benchmarks.gpu import DeviceError
 from benchmarks.registry import CASES, GateError, Measure, Report, Spread
-from phi2.training.run import environment
+from phi2.runs.folder import environment
 
 RESULTS = Path(__file__).parent / "results"
 

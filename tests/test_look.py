@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phi2.data.encode import EncodedPair
-from phi2.data.loader import Windows
 from phi2.data.records import Origin
-from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, preference_loss
+from phi2.losses.pairwise import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, preference_loss
 from phi2.losses.properties import made_up_pairs, only, require_pure, uses_batch
 from phi2.training.dpo import train
 from phi2.training.look import look_at_loss, varied
+from phi2.training.window import Windows
 
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phi2.losses.preference import Columns, PairBatch
+from phi2.losses.pairwise import Columns, PairBatch
 
 Loss = Callable[[PairBatch], Tensor]
 STEPS = 64  # of the made-up log-probabilities in a nat

@@ -16,22 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from phi2.checkpoints.peft_files import restore_adapter
+from phi2.checkpoints.weights import load_model, load_shape
 from phi2.data.encode import EncodedPair
-from phi2.data.packing import row_of_pairs
+from phi2.files import write_whole
 from phi2.hub import resolve
 from phi2.losses.head import target_logps
-from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, find_loss, load_loss_file
+from phi2.losses.pairwise import PREFERENCE_LOSSES, PairBatch, bind_loss, find_loss, load_loss_file
 from phi2.losses.properties import require_numbers
 from phi2.losses.source import source_of_loss
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import restore_adapter
+from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
+from phi2.runs.folder import Interrupted, Log, delayed_interrupt, open_run, write_settings
+from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
 from phi2.training.batch import pair_batch
-from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import DPOConfig
-from phi2.training.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
 from phi2.training.look import look_at_loss
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
+from phi2.training.packing import row_of_pairs
 from phi2.training.reference import (
     Precomputed,
     Reference,
@@ -43,7 +46,6 @@ from phi2.training.reference import (
     require_fit,
     warn_of_another_vocabulary,
 )
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings, write_whole
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -62,7 +64,6 @@ from phi2.training.setup import (
     windows_of,
     write_samples,
 )
-from phi2.weights import load_model, load_shape
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
 STEP_0_TOLERANCE = 1e-3
@@ -139,7 +140,7 @@ def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
     Raises:
         ValueError: when neither the model nor its adapter drops anything.
     """
-    shape, lora = model.config, getattr(model, "lora_config", None)
+    shape, lora = model.config, model.lora_config
     rates = (shape.resid_pdrop, shape.embd_pdrop, shape.attention_dropout, lora.lora_dropout if lora else 0)
     if not config.disable_dropout and not any(rates):
         raise ValueError("disable_dropout false needs a dropout, got 0 in the model's config.json and in lora_dropout")

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from phi2.data.encode import EncodedPair
-from phi2.data.loader import Windows
-from phi2.losses.preference import PairBatch
+from phi2.losses.pairwise import PairBatch
 from phi2.losses.properties import Loss, made_up_pairs, require_pure, uses_batch
 from phi2.training.batch import column_gaps, numeric_columns
+from phi2.training.window import Windows
 
 SPREAD, CANDIDATES = 8, 1024  # pairs over the whole data set that are looked at, and among which columns are
 

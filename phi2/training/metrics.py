@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phi2.losses.preference import PairBatch
+from phi2.losses.pairwise import PairBatch
 
 
 @torch.no_grad()

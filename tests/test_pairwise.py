@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, load_loss_file, preference_loss
+from phi2.losses.pairwise import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, load_loss_file, preference_loss
 
 BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2.")}
 WITH_REFERENCE = sorted(name for name, loss in BUILT_IN.items() if not loss.reference_free)
