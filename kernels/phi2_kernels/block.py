@@ -37,7 +37,6 @@ from phi2_kernels.block_weights import (
     Joined,
     Layout,
     Weights,
-    any_of,
     apart,
     flatten,
     joined,
@@ -210,8 +209,9 @@ def _forward(
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None, number: int) -> Tensor:
     """Dropout, and its backward pass too."""
-    if seed is None or p == 0:
+    if not p:
         return x
+    assert seed is not None
     return x * keep_mask(x, p, seed, number) / (1 - p)
 
 
@@ -224,24 +224,24 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """dx, the gradients of `Joined`, each empty where none is needed, the LayerNorm's in one, dA and dB of adapters."""
     layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton)
-    w, shape, ops, need = joined(tensors, layout), Shape(*dims), _ops(triton), any_of(needs)
+    w, shape, ops, need = joined(tensors, layout), Shape(*dims), _ops(triton), unflatten(needs)
     h, attended, mean, rstd, lse = saved
     rows, dy, flat = x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
     f, outputs = flat[:, shape.qkv_width :], _outputs(w, shape)
     grads = [_dropped(dy, w.dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
-    db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if need.b_out else []
+    db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if any(need.b_out) else []
     grads = [grad.to(dtype) for grad in grads]
 
     dm = _side_by_side([grad @ w.w_out[o.columns].T for grad, o in zip(grads, outputs, strict=True)], dim=1)  # (N, M)
     dw_out, adapters_out = x.new_empty(0, dtype=dtype), []
-    if need.w_out or w.adapters_out:
+    if any(need.w_out) or w.adapters_out:
         m = torch.empty_like(dm)
         m[:, : shape.attention_width] = attended
         ops.gelu(f, m[:, shape.attention_width :])
         for grad, output in zip(grads, outputs, strict=True):
             for group, columns in output.adapters:
                 adapters_out += adapters_backward(group, m[:, columns], [grad], dm[:, columns], seed)
-        if need.w_out:
+        if any(need.w_out):
             products = [m[:, o.columns].T @ grad for grad, o in zip(grads, outputs, strict=True)]
             dw_out = _side_by_side(products, dim=0)  # (M, C)
         del m  # before attention needs room
@@ -254,15 +254,15 @@ def _backward(
     ops.gelu_backward(dm[:, shape.attention_width :], f, dh[:, shape.qkv_width :])
 
     dn, dw_in, adapters_in = dh @ w.w_in, x.new_empty(0, dtype=dtype), []  # (N, C)
-    if need.w_in or w.adapters_in:
+    if any(need.w_in) or w.adapters_in:
         n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
-        dw_in = dh.T @ n if need.w_in else dw_in  # (E, C)
+        dw_in = dh.T @ n if any(need.w_in) else dw_in  # (E, C)
         for group in group_adapters(w.adapters_in, IN_MASKS):
             adapters_in += adapters_backward(group, n, [dh[:, a.start : a.end] for a in group.adapters], dn, seed)
-    dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=need.norm)
+    dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=any(need.norm))
     no_sums = x.new_empty(0, dtype=torch.float32)
-    db_in = dh.sum(dim=0, dtype=torch.float32) if need.b_in else no_sums
-    db_out = torch.stack((db_out[0], db_out[-1])) if need.b_out else no_sums.clone()  # (2, C)
+    db_in = dh.sum(dim=0, dtype=torch.float32) if any(need.b_in) else no_sums
+    db_out = torch.stack((db_out[0], db_out[-1])) if any(need.b_out) else no_sums.clone()  # (2, C)
     return [dx.view(x.shape), dnorm, dw_in, db_in, dw_out, db_out, *adapters_in, *adapters_out]
 
 
@@ -281,11 +281,11 @@ def _(x, angles, tables, seed, tensors, *layout):
 
 @_backward.register_fake
 def _(dy, x, angles, tables, seed, saved, tensors, needs, *layout):
-    dtype, need, parts = Layout(*layout).dtype, any_of(needs), unflatten(tensors)
+    dtype, need, parts = Layout(*layout).dtype, unflatten(needs), unflatten(tensors)
     C, E, M = x.shape[2], sum(map(len, parts.w_in)), sum(w.shape[1] for w in parts.w_out)
-    norm = x.new_empty((2, C if need.norm else 0), dtype=torch.float32)
-    dw_in = x.new_empty((E, C) if need.w_in else 0, dtype=dtype)
-    db_in = x.new_empty(E if need.b_in else 0, dtype=torch.float32)
-    dw_out = x.new_empty((M, C) if need.w_out else 0, dtype=dtype)
-    db_out = x.new_empty((2, C) if need.b_out else 0, dtype=torch.float32)
+    norm = x.new_empty((2, C if any(need.norm) else 0), dtype=torch.float32)
+    dw_in = x.new_empty((E, C) if any(need.w_in) else 0, dtype=dtype)
+    db_in = x.new_empty(E if any(need.b_in) else 0, dtype=torch.float32)
+    dw_out = x.new_empty((M, C) if any(need.w_out) else 0, dtype=dtype)
+    db_out = x.new_empty((2, C) if any(need.b_out) else 0, dtype=torch.float32)
     return [torch.empty_like(x), norm, dw_in, db_in, dw_out, db_out, *map(torch.empty_like, parts.matrices)]

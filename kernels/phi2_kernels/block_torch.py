@@ -68,7 +68,9 @@ def attend_backward(
     visibility = Visibility(q.shape[2], k.shape[2], tables.until, q.device)
     q, do = q.float(), do.float()
     k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, D)
-    scores = (q @ k.mT * scale).masked_fill(~visibility.mask, float("-inf"))  # (B, H, T, T)
+    scores = q @ k.mT * scale  # (B, H, T, T)
+    if visibility.mask is not None:
+        scores = scores.masked_fill(~visibility.mask, float("-inf"))
     p = scores.softmax(dim=-1).nan_to_num(0.0)
     ds = p * (do @ v.mT - (do * o).sum(dim=-1, keepdim=True)) * scale
     dq.copy_(ds @ k)

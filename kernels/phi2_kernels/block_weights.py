@@ -67,11 +67,6 @@ def tensors_of(w: Weights) -> PerTensor:
     return PerTensor((w.norm_weight, w.norm_bias), w.w_in, w.b_in, w.w_out, w.b_out, matrices)
 
 
-def any_of(needs: list[bool]) -> PerTensor:
-    """Which groups have a tensor whose gradient is needed, as one boolean each."""
-    return PerTensor(*map(any, unflatten(needs)))
-
-
 class Layout(NamedTuple):
     """What a block is beside its tensors, in types that an operator of torch takes.
 
@@ -121,10 +116,11 @@ def joined(flat: list[Tensor], layout: Layout) -> Joined:
     tensors, into = unflatten(flat), layout.into
     matrices = tensors.matrices[::2], tensors.matrices[1::2]
     adapters = tuple(map(Adapter, layout.starts, layout.ends, *matrices, layout.scalings, layout.rates))
-    groups = tensors.w_in, tensors.b_in, [w.T for w in tensors.w_out]
-    w_in, b_in, w_out = (_one_matrix(parts).to(layout.dtype) for parts in groups)
-    b_dense, b_fc2 = tensors.b_out
-    return Joined(*tensors.norm, w_in, b_in, w_out, (b_dense, b_fc2), adapters[:into], adapters[into:], layout.dropout)
+    parts = tensors.w_in, tensors.b_in, [w.T for w in tensors.w_out]
+    w_in, b_in, w_out = (_one_matrix(each).to(layout.dtype) for each in parts)
+    (weight, bias), (b_dense, b_fc2) = tensors.norm, tensors.b_out
+    groups = adapters[:into], adapters[into:]
+    return Joined(weight, bias, w_in, b_in, w_out, (b_dense, b_fc2), *groups, layout.dropout)
 
 
 def apart(grads: list[Tensor], flat: list[Tensor]) -> list[Tensor]:
@@ -141,7 +137,7 @@ def apart(grads: list[Tensor], flat: list[Tensor]) -> list[Tensor]:
     return flatten(PerTensor(list(norm), *into, out, (b_dense, b_fc2), matrices))
 
 
-def are_adjacent(parts: list[Tensor]) -> bool:
+def are_adjacent(parts: Sequence[Tensor]) -> bool:
     """Whether each tensor begins in memory where the one before it ends."""
     ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
     storages = {part.untyped_storage().data_ptr() for part in parts}
@@ -149,9 +145,9 @@ def are_adjacent(parts: list[Tensor]) -> bool:
     return len(storages) == 1 and begins_at_end and all(part.is_contiguous() for part in parts)
 
 
-def _one_matrix(parts: list[Tensor]) -> Tensor:
+def _one_matrix(parts: Sequence[Tensor]) -> Tensor:
     """The tensors as one along dim 0: where they lie, if they are neighbours, else a copy."""
     if not are_adjacent(parts):
-        return torch.cat(parts)
+        return torch.cat(list(parts))
     first = parts[0]
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

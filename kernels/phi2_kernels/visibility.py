@@ -124,6 +124,7 @@ class Visibility:
     @cached_property
     def runs(self) -> list[list[Run]]:
         """For each row of a square pass, its runs of queries."""
+        assert self.until is not None, "a plain causal pass is one run"
         return [runs_of(row) for row in self.until.tolist()]
 
     @cached_property

@@ -84,6 +84,18 @@ def test_kernels_and_torch_agree_in_every_gradient(shape, kind, until, poison):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
+def test_a_stream_of_one_token_has_gradients():
+    """There is no mask then."""
+    x, weights = draw(SHAPES["grouped"], **KINDS["trainable"])
+    angles, one = rotary_angles(torch.arange(1)[None], 8, 10000.0), x[:, :1].detach().requires_grad_()
+    seen = Visibility(1, 1, None, x.device)
+    ours, expected = (
+        torch.autograd.grad(block(one, weights, SHAPES["grouped"], angles, seen, impl=impl).sum(), one)[0]
+        for impl in ("triton", "torch")
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_are_neighbours_are_found():
     whole = torch.randn(6, 4)
     assert are_adjacent(list(whole.split([1, 2, 3])))
