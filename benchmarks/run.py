@@ -21,19 +21,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (  # noqa: F401  they register their cases
-    aot,
+from benchmarks import stream
+from benchmarks.cases import (  # noqa: F401  they register their cases
+    attention,
+    block,
+    elementwise,
     full_size,
     inference,
-    ops,
-    ops_attention,
-    ops_block,
-    ops_prefix,
-    ops_step,
+    prefix,
     quantized,
+    step,
     training,
 )
-from benchmarks.gpu import DeviceError
+from benchmarks.harness import aot  # noqa: F401  it registers one too
+from benchmarks.harness.gpu import DeviceError
 from benchmarks.registry import CASES, GateError, Measure, Report, Spread
 from phi2.runs.folder import environment
 
@@ -112,6 +113,7 @@ def publish(name: str, report: Report, load: float) -> None:
     with (RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line))
+    stream.tell(table(name, report), **line)
 
 
 def device_name() -> str:

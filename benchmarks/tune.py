@@ -3,7 +3,7 @@
     python -m benchmarks.tune --list
     python -m benchmarks.tune --op attention_forward,attention_dq
 
-Candidates are compiled ahead of time, and those over a budget are dropped: that needs no GPU (`tune_sieve.py`). On one
+Candidates are compiled ahead of time, and those over a budget are dropped: that needs no GPU (`sieve.py`). On one
 the others must compute what the shipped launch computes; then they are timed in turns, and the JSON line of each op is
 added to benchmarks/results/<device>.jsonl. The library itself runs what stands in its tables, and nothing of this.
 """
@@ -23,13 +23,13 @@ from typing import NamedTuple
 import torch
 from triton.errors import TritonError
 
-from benchmarks import gpu
-from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side
+from benchmarks.harness.sass import CHIPS
+from benchmarks.harness.sieve import Candidate, sieve
+from benchmarks.harness.spec import OPS, Launch, Op, label, launched_as
 from benchmarks.registry import GateError, Measure, Report, Spread
 from benchmarks.run import columns, publish
-from benchmarks.sass import CHIPS
-from benchmarks.tune_ops import OPS, Launch, Op, label, launched_as
-from benchmarks.tune_sieve import Candidate, sieve
 from phi2_kernels._dispatch import architecture
 
 ALLOWED = ROUNDING[torch.bfloat16]  # ||output - that of the shipped launch|| / ||that||

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from phi2.inference.chat import ChatSession
     from phi2.inference.generate import generate, stream
     from phi2.lora_config import LoraConfig
-    from phi2.losses.pairwise import PairBatch, preference_loss
+    from phi2.losses.batch import PairBatch
+    from phi2.losses.registry import preference_loss
 
 __version__ = "0.1.0"
 __all__ = ["ChatSession", "LoraConfig", "PairBatch", "generate", "load", "preference_loss", "save_pretrained", "stream"]
@@ -20,10 +21,10 @@ __all__ = ["ChatSession", "LoraConfig", "PairBatch", "generate", "load", "prefer
 _HOMES = {  # where each name lives: it is imported when it is first asked for, and torch with it
     "ChatSession": "phi2.inference.chat",
     "LoraConfig": "phi2.lora_config",
-    "PairBatch": "phi2.losses.pairwise",
+    "PairBatch": "phi2.losses.batch",
     "generate": "phi2.inference.generate",
     "load": "phi2.checkpoints.weights",
-    "preference_loss": "phi2.losses.pairwise",
+    "preference_loss": "phi2.losses.registry",
     "save_pretrained": "phi2.checkpoints.weights",
     "stream": "phi2.inference.generate",
 }

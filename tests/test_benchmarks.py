@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import run
+from benchmarks.harness.processes import WARM_UP, duel, flop_counter
 from benchmarks.registry import CASES, Case, GateError, Measure, Report, Spread
-from benchmarks.sides import WARM_UP, duel, flop_counter
 from phi2_kernels.linear_logprob import linear_logprob
 
 SIDES = """

@@ -11,9 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu, ops, ops_attention, ops_block, ops_prefix, run
-from benchmarks.gpu import OURS, Rates, Side, Task, Work
-from benchmarks.ops_prefix import Layout, Pair
+from benchmarks import run
+from benchmarks.cases import attention as ops_attention
+from benchmarks.cases import block as ops_block
+from benchmarks.cases import elementwise as ops
+from benchmarks.cases import prefix as ops_prefix
+from benchmarks.cases.prefix import Layout, Pair
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import OURS, Rates, Side, Task, Work
 from benchmarks.registry import CASES, Case, GateError
 from phi2.config import Phi2Config
 

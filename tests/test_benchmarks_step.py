@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu, ops_step, run
-from benchmarks.gpu import OURS, Work
+from benchmarks import run
+from benchmarks.cases import step as ops_step
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import OURS, Work
 from benchmarks.registry import GateError
 from phi2.config import Phi2Config
 

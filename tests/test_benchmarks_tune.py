@@ -17,12 +17,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
-from benchmarks import gpu, run, tune, tune_calls, tune_sieve
-from benchmarks.aot import Row
+from benchmarks import run, tune
+from benchmarks.harness import calls as tune_calls
+from benchmarks.harness import gpu
+from benchmarks.harness import sieve as tune_sieve
+from benchmarks.harness.aot import Row
+from benchmarks.harness.sieve import Candidate, sieve
+from benchmarks.harness.spec import OPS, Launch, Op, label, launched_as
 from benchmarks.registry import GateError, Spread
 from benchmarks.tune import Timed, proposals
-from benchmarks.tune_ops import OPS, Launch, Op, label, launched_as
-from benchmarks.tune_sieve import Candidate, sieve
 from phi2_kernels import gelu_triton
 from phi2_kernels.attention_tiles_triton import AttentionLaunch as Tile
 
@@ -223,8 +226,8 @@ def test_an_unknown_op_ends_in_one_line_that_lists_the_ops(capsys):
 
 def test_a_compiler_that_fails_ends_in_one_line(monkeypatch, capsys):
     def fail(*_):
-        raise ChildProcessError("benchmarks.tune_sieve ended with exit code 1")
+        raise ChildProcessError("benchmarks.harness.sieve ended with exit code 1")
 
     monkeypatch.setattr(tune_sieve, "printed_by", fail)
     assert tune.main(["--op", "gelu_forward"]) == 1
-    assert capsys.readouterr().err == "no number: benchmarks.tune_sieve ended with exit code 1\n"
+    assert capsys.readouterr().err == "no number: benchmarks.harness.sieve ended with exit code 1\n"

@@ -19,7 +19,8 @@ from phi2.data.encode import EncodedPair
 from phi2.data.records import Origin
 from phi2.lora import disabled, lora_modules
 from phi2.lora_config import LoraConfig
-from phi2.losses.pairwise import PREFERENCE_LOSSES, PairBatch, bind_loss
+from phi2.losses.batch import PairBatch
+from phi2.losses.registry import PREFERENCE_LOSSES, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, reference

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from phi2.checkpoints.weights import load_model, load_tokenizer, save_pretrained
 from phi2.lora_config import LoraConfig
-from phi2.losses.pairwise import PREFERENCE_LOSSES, preference_loss
+from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.losses.source import source_of_loss
 from phi2.runs.inputs import digest_of_adapter, digest_of_model
 from phi2.training import dpo, sft

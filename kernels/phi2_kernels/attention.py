@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
-from phi2_kernels.decode_attention import decode_attention
+from phi2_kernels.decode_attention import decode_attention, unsupported_head_dim
 from phi2_kernels.visibility import Run, Visibility
 
 MAX_BATCH_HEADS = 65535  # of all batch rows: how far the second dim of a grid goes
@@ -120,8 +120,8 @@ def _unsupported_reason(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility,
 
 def unsupported_heads(B: int, H: int, H_kv: int, D: int, visibility: Visibility) -> str:
     """What keeps the kernels from so many heads of so many dims."""
-    if D % 16 or D > 256 or D.bit_count() > 3:
-        return f"the head dim must be a sum of at most three powers of two from 16 to 256, got {D}"
+    if reason := unsupported_head_dim(D):
+        return reason
     if H % H_kv:
         return f"the number of query heads must be a multiple of {H_kv} key-value heads, got {H}"
     if B * H > MAX_BATCH_HEADS:

@@ -27,7 +27,7 @@ class AttentionLaunch(NamedTuple):
     num_stages: int
 
 
-# By architecture, for heads up to 80 wide. Forward and dq read one table of key ranges, so their block_m is equal.
+# By architecture. Forward and dq read one table of key ranges, so their block_m is equal.
 LAUNCH = {
     80: {
         "forward": AttentionLaunch(128, 64, num_warps=4, num_stages=3),
@@ -40,34 +40,21 @@ LAUNCH = {
         "dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2),
     },
 }
-# Heads up to 64 wide, where the tile above would spill.
-NARROW = {80: {"dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2)}}
-# Heads of more than 80 dims, which neither Phi-2 nor phi-1.5 has: what fits, not tuned.
-WIDE = {  # up to 128
-    "forward": AttentionLaunch(64, 64, num_warps=4, num_stages=2),
-    "dkdv": AttentionLaunch(32, 64, num_warps=4, num_stages=2),
-    "dq": AttentionLaunch(64, 32, num_warps=4, num_stages=2),
-}
-WIDEST = dict.fromkeys(WIDE, AttentionLaunch(32, 32, num_warps=4, num_stages=2))  # up to 256
+NARROW = {
+    80: {"dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2)}
+}  # heads up to 64: where the tile above would spill
 FLOAT32 = {  # exact products, without tensor cores
     "forward": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
     "dkdv": AttentionLaunch(16, 32, num_warps=4, num_stages=2),
     "dq": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
 }
-WIDE_FLOAT32 = dict.fromkeys(FLOAT32, AttentionLaunch(16, 16, num_warps=4, num_stages=1))
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the largest score of none: -inf - -inf would be NaN
 
 
 def pieces_of(D: int) -> tuple[int, ...]:
-    """The powers of two that sum up to a head dim.
-
-    Triton lays the warps of a loop's matmuls one way, which the last of them decides: along the rows of its tile, or
-    along the columns where these are more. Beyond 128 dims a row's sums are too long for the registers of one warp, so
-    the largest piece goes last.
-    """
-    pieces = [1 << bit for bit in range(D.bit_length()) if D >> bit & 1]
-    return tuple(pieces if D > 128 else reversed(pieces))
+    """The powers of two that sum up to a head dim, the largest first."""
+    return tuple(1 << bit for bit in reversed(range(D.bit_length())) if D >> bit & 1)
 
 
 @triton.constexpr_function
@@ -205,13 +192,10 @@ def seen_keys(queries, rows, begin, inside, until_ptr):
 
 def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
     """How "forward", "dkdv" or "dq" runs on the device of x, with its dtype and head dim."""
-    D = x.shape[-1]
     if x.dtype == torch.float32:
-        return (FLOAT32 if D <= 80 else WIDE_FLOAT32)[kernel]
-    if D > 80:
-        return (WIDE if D <= 128 else WIDEST)[kernel]
+        return FLOAT32[kernel]
     arch = architecture(x.device)
-    return (LAUNCH[arch] | (NARROW.get(arch, {}) if D <= 64 else {}))[kernel]
+    return (LAUNCH[arch] | (NARROW.get(arch, {}) if x.shape[-1] <= 64 else {}))[kernel]
 
 
 def tables_of(visibility: Visibility, q: Tensor) -> Tables:

@@ -95,9 +95,8 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, un
 
 
 def _unsupported_reason(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tensor | None) -> str:
-    D = q.shape[3]
-    if D % 16 or D > 256 or D.bit_count() > 3:
-        return f"the head dim must be a sum of at most three powers of two from 16 to 256, got {D}"
+    if reason := unsupported_head_dim(q.shape[3]):
+        return reason
     if q.shape[1] // k.shape[1] > MAX_GROUP_SIZE:
         return f"at most {MAX_GROUP_SIZE} query heads can share a key-value head, got {q.shape[1] // k.shape[1]}"
     if not q.dtype == k.dtype == v.dtype:
@@ -106,6 +105,11 @@ def _unsupported_reason(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None,
         return "lengths and until must be int32"
     column = None if lengths is None else lengths[:, None]  # any stride will do, so that one number can serve all rows
     return unsupported_layout(q, q=q, k=k, v=v, until=until, lengths=column)
+
+
+def unsupported_head_dim(D: int) -> str:
+    """What keeps the kernels from heads of so many dims: Phi has 64 or 80."""
+    return f"the head dim must be a multiple of 16 up to 80, got {D}" if D % 16 or D > 80 else ""
 
 
 @custom_op("phi2::decode_attention", mutates_args=())

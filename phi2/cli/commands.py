@@ -325,7 +325,7 @@ def _about(command: Command, asked: bool) -> str:
     about = command.run.__doc__.splitlines()[0]
     if command.run is not dpo or not asked:
         return about
-    from phi2.losses.pairwise import PREFERENCE_LOSSES
+    from phi2.losses.registry import PREFERENCE_LOSSES
 
-    knobs = {name: ", ".join(f"{k}={v:g}" for k, v in loss.knobs.items()) for name, loss in PREFERENCE_LOSSES.items()}
+    knobs = {name: ", ".join(f"{k}={v}" for k, v in loss.knobs.items()) for name, loss in PREFERENCE_LOSSES.items()}
     return about + " Losses: " + "; ".join(f"{name}({text})" for name, text in knobs.items()) + "."

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import aot, run, sass
-from benchmarks.aot import Row, violations
-from benchmarks.aot_launches import FORMS, OTHER_WIDTHS, PADDED, UNALIGNED, UNORDERED
+from benchmarks import run
+from benchmarks.harness import aot, sass
+from benchmarks.harness.aot import Row, violations
+from benchmarks.harness.launches import FORMS, OTHER_WIDTHS, PADDED, UNALIGNED, UNORDERED
+from benchmarks.harness.sass import Code
 from benchmarks.registry import GateError
-from benchmarks.sass import Code
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
 

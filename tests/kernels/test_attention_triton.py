@@ -91,8 +91,8 @@ def test_causal_equals_a_dense_mask_at_every_length(T, device, poison):
     check(*make_qkv(T, H=2, H_kv=2, device=device), make_visibility(T, T, device=device))
 
 
-@pytest.mark.parametrize("D", [16, 48, 64, 96, 112, 144, 224])
-def test_every_sum_of_three_powers_of_two_is_a_head_dim(D, device, poison):
+@pytest.mark.parametrize("D", [16, 32, 48, 64])
+def test_every_multiple_of_16_up_to_80_is_a_head_dim(D, device, poison):
     check(*make_qkv(35, D=D, device=device), make_visibility(35, 35, device=device))
 
 
@@ -112,7 +112,7 @@ def test_blocks_need_not_be_square(M, N, rows, device, poison, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("D, H", [(80, 2), (112, 1), (224, 1)])
+@pytest.mark.parametrize("D, H", [(80, 2), (64, 1)])
 @pytest.mark.parametrize("rows", [[], [[140] * 70 + [105] * 35 + [140] * 35]], ids=["causal", "pair"])
 def test_half_precision_is_as_good_as_torchs(dtype, D, H, rows, device, poison):
     q, k, v = make_qkv(140, D=D, H=H, H_kv=H, dtype=dtype, device=device)
@@ -376,10 +376,7 @@ def test_forward_and_dq_read_the_same_table():
     for launches in (
         *attention_tiles_triton.LAUNCH.values(),
         attention_tiles_triton.LAUNCH[80] | attention_tiles_triton.NARROW[80],
-        attention_tiles_triton.WIDE,
-        attention_tiles_triton.WIDEST,
         attention_tiles_triton.FLOAT32,
-        attention_tiles_triton.WIDE_FLOAT32,
     ):
         assert launches["forward"].block_m == launches["dq"].block_m
 
@@ -392,7 +389,8 @@ def strided(x):
     "change, complaint",
     [
         (lambda q, k, v, s: (q, k, v, s, 0.1), "dropout must be 0, got 0.1"),
-        (lambda q, k, v, s: (q[..., :72], k[..., :72], v[..., :72], s), "powers of two from 16 to 256, got 72"),
+        (lambda q, k, v, s: (q[..., :72], k[..., :72], v[..., :72], s), "multiple of 16 up to 80, got 72"),
+        (lambda *_: (*make_qkv(20, D=96), make_visibility(20, 20)), "multiple of 16 up to 80, got 96"),
         (lambda q, k, v, s: (strided(q), k, v, s), r"must be contiguous, got strides \[2, 1, 1\]"),
         (lambda q, k, v, s: (q, k[:, :3], v[:, :3], s), "multiple of 3 key-value heads, got 4"),
         (lambda q, k, v, s: (q, k[:, :, 1:], v[:, :, 1:], s), r"twice \(B, H_kv, 20, D\), got"),
@@ -407,3 +405,8 @@ def test_what_the_kernels_cannot_do_is_said_in_one_line(change, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         attention(*arguments, impl="triton")
     assert "\n" not in str(error.value)
+
+
+def test_a_head_dim_that_no_phi_has_is_left_to_torch(device):
+    inputs = *make_qkv(20, D=96, device=device), make_visibility(20, 20, device=device)
+    assert torch.equal(attention(*inputs), attention(*inputs, impl="torch"))

@@ -301,7 +301,7 @@ WIDE = torch.zeros(1, T, 8208)
     [
         (torch.zeros(3, T, C), SHAPES["grouped"], (T, T, PACKED[:1]), "until must have 3 rows, got 1"),
         (torch.zeros(2, T, C), SHAPES["grouped"], (8, 8, None), "must be of 21 queries and keys, got 8 and 8"),
-        (torch.zeros(2, T, C), Shape(2, 2, 40), (T, T, None), "powers of two from 16 to 256, got 40"),
+        (torch.zeros(2, T, C), Shape(2, 2, 40), (T, T, None), "multiple of 16 up to 80, got 40"),
         (torch.zeros(2, T, C), Shape(3, 2, 16), (T, T, None), "multiple of 2 key-value heads, got 3"),
         (torch.zeros(1, T, C).expand(32768, -1, -1), SHAPES["heads 80"], (T, T, None), "at most 65535, got 65536"),
         (WIDE, SHAPES["heads 80"], (T, T, None), "at most 8192 columns, got 8208"),

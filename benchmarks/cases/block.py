@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu
-from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work
-from benchmarks.ops_attention import attention_work
+from benchmarks.cases.attention import attention_work
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward

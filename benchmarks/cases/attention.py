@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu
-from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_back
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_back
 from benchmarks.registry import Report, case
 from phi2_kernels.attention import attention, attention_ref
 from phi2_kernels.visibility import Visibility

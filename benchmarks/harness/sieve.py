@@ -10,8 +10,8 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from benchmarks.aot import Row, compile_only, distinct, printed_by, row_of, violations
-from benchmarks.tune_ops import OPS, Launch, launched_as
+from benchmarks.harness.aot import Row, compile_only, distinct, printed_by, row_of, violations
+from benchmarks.harness.spec import OPS, Launch, launched_as
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def sieve(name: str, arch: int, launches: list[Launch] | None = None) -> list[Ca
     """
     launches = launches or OPS[name].launches(arch)
     values = [list(launch.values()) if isinstance(launch, dict) else launch for launch in launches]
-    found = json.loads(printed_by("benchmarks.tune_sieve", json.dumps([name, arch, values])))
+    found = json.loads(printed_by("benchmarks.harness.sieve", json.dumps([name, arch, values])))
     candidates = [Candidate(launch, [Row(**row) for row in rows]) for launch, rows in zip(launches, found, strict=True)]
     return sorted(candidates, key=_rank)
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import stream
 from benchmarks.registry import GateError, Measure, Report, Spread
 
 Inputs = tuple[Any, ...]
@@ -333,7 +334,9 @@ def report(tasks: list[Task], turns: int, facts: dict[str, str | int | float]) -
         times = race(task.inputs, standing.sides, turns, task.sets, task.in_graph)
         torch.cuda.empty_cache()
         measures += [] if task.is_fact else [*_speeds(task, times), *_peaks(task, peaks)]
-        table += [_row(task, name, times[name], peaks[name], standing, measured, promised) for name in times]
+        rows = [_row(task, name, times[name], peaks[name], standing, measured, promised) for name in times]
+        stream.task_measured(rows)
+        table += rows
     errors = max(standing.errors[OURS] for standing in found)
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     return Report(versions, f"all outputs within {errors:.1e} of their size of float32", measures, facts, table)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.harness.processes import THREADS, Turns, duel
 from benchmarks.registry import Report, case
-from benchmarks.sides import THREADS, Turns, duel
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
 from phi2.model import Phi2ForCausalLM

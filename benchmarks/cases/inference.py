@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.cases.training import base_model, parameters, shared_folder
+from benchmarks.harness.processes import THREADS, Turns, duel
 from benchmarks.registry import Report, case
-from benchmarks.sides import THREADS, Turns, duel
-from benchmarks.training import base_model, parameters, shared_folder
 from phi2.checkpoints.weights import load_model, save_pretrained
 from phi2.data.sources import load_records
 from phi2.inference.generate import generate

@@ -1,10 +1,10 @@
 """Shipped launches of every kernel, compiled for an A100 and an H100 where there is neither, and held to their budgets.
 
-`benchmarks/aot_launches.py` lists them.
+`benchmarks/harness/launches.py` lists them.
 
 The launchers run as they do in training, on tensors that have a shape and a dtype but no memory and say they are on a
 GPU; Triton specialises and compiles what they launch, and the launch itself is left out. So what is read here is the
-code that a GPU would run, down to the divisibility of strides. `benchmarks/sass.py` reads it.
+code that a GPU would run, down to the divisibility of strides. `benchmarks/harness/sass.py` reads it.
 
     python -m benchmarks.run --case aot_report
 
@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.aot_launches import FORMS, OTHER_WIDTHS, PADDED, SHIPPED, WORK, D
+from benchmarks.harness.launches import FORMS, OTHER_WIDTHS, PADDED, SHIPPED, WORK, D
+from benchmarks.harness.sass import CHIPS, Code
 from benchmarks.registry import GateError, Measure, Report, Spread, case
-from benchmarks.sass import CHIPS, Code
 
 STACK = 16  # bytes of a thread that may not fit its registers
 TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
@@ -215,7 +215,7 @@ def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
 def measure(forms: Iterable[str] = tuple(FORMS)) -> list[Row]:
     """`compiled_rows` of all architectures, each in a process of its own."""
     with ThreadPoolExecutor(len(CHIPS)) as pool:
-        printed = pool.map(lambda arch: printed_by("benchmarks.aot", str(arch), *forms), CHIPS)
+        printed = pool.map(lambda arch: printed_by("benchmarks.harness.aot", str(arch), *forms), CHIPS)
         return [Row(**row) for rows in printed for row in json.loads(rows)]
 
 

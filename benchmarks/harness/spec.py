@@ -16,9 +16,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks import aot_launches
-from benchmarks import tune_calls as calls
-from benchmarks.gpu import Inputs, Outputs
+from benchmarks.harness import calls
+from benchmarks.harness import launches as aot_launches
+from benchmarks.harness.gpu import Inputs, Outputs
 
 Launch = Any  # a NamedTuple or a dict, as the table has it
 

@@ -14,9 +14,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu
-from benchmarks.gpu import ROUNDING, Outputs, Side, Task, Work
-from benchmarks.ops_block import implementation
+from benchmarks.cases.block import implementation
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Outputs, Side, Task, Work
 from benchmarks.registry import Report, case
 from phi2.cache import KVCache
 from phi2.config import Phi2Config

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, ops_attention, ops_block
-from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side, Task
+from benchmarks.cases import attention as ops_attention
+from benchmarks.cases import block as ops_block
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair, EncodedSequence

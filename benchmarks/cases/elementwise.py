@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu
-from benchmarks.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_back
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_back
 from benchmarks.registry import Report, case
 from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
 from phi2_kernels.gelu import gelu, gelu_ref

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.harness.processes import THREADS, Turns, duel
 from benchmarks.registry import Report, case
-from benchmarks.sides import THREADS, Turns, duel
 from phi2.checkpoints.peft_files import save_adapter
 from phi2.checkpoints.weights import save_pretrained
 from phi2.config import Phi2Config

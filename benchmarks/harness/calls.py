@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, ops_attention
-from benchmarks.aot_launches import B, C, D, F, H, N, S, V
-from benchmarks.gpu import Inputs, Outputs
-from benchmarks.ops import FORMS
+from benchmarks.cases import attention as ops_attention
+from benchmarks.cases.elementwise import FORMS
+from benchmarks.harness import gpu
+from benchmarks.harness.gpu import Inputs, Outputs
+from benchmarks.harness.launches import B, C, D, F, H, N, S, V
 from phi2_kernels import (
     attention_backward_triton,
     attention_forward_triton,
