@@ -9,6 +9,16 @@
     packed documents       the end of the key's document
     prefix-shared pair     prompt keys: end of the pair; chosen keys: end of chosen; rejected keys: end of rejected
 
+Two documents, a and b; and a pair of a prompt p, its chosen answer c and its rejected answer r:
+
+    key      a a a b b          key      p p c c r
+    until    3 3 3 5 5          until    5 5 4 4 5
+    query a  x . . . .          query p  x . . . .
+          a  x x . . .                p  x x . . .
+          a  x x x . .                c  x x x . .
+          b  . . . x .                c  x x x x .
+          b  . . . x x                r  x x . . x
+
 Everything that an implementation of attention derives from it is made once here and used by every layer: a mask, runs
 of queries for fused calls, tables of what a block of a Triton kernel need not look at.
 
