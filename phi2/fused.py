@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from phi2.config import Phi2Config
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.block import Shape, Weights, are_adjacent, block
+from phi2_kernels.block import Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter
+from phi2_kernels.block_weights import are_adjacent
 from phi2_kernels.visibility import Visibility
 
 

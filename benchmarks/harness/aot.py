@@ -205,8 +205,10 @@ def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
     ]
     flags = [name.lower() for name, value in constants.items() if value is True and name.isupper()]
     pieces = [f"d{sum(constants['PIECES'])}"] if "PIECES" in constants else []
-    exact = ["float32"] if signature.get("q_ptr") == "*fp32" else []
-    given = [name for name in ("until_ptr", "scales", "zeros") if signature.get(name, "constexpr") != "constexpr"]
+    exact = ["float32"] if getattr(signature.get("q"), "ptr", "") == "*fp32" else []
+    given = [
+        name for name in ("until_ptr", "until", "scales", "zeros") if signature.get(name, "constexpr") != "constexpr"
+    ]
     return " ".join([*pieces, *exact, *tile, *flags, *given])
 
 

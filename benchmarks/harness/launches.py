@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -28,7 +28,7 @@ class Work(NamedTuple):
 
 WORK: dict[str, Callable[..., Work]] = {  # of a launch's constants and the types of its pointers
     "attention forward": lambda **constants: attention_work(2, **constants),
-    "attention delta": lambda BLOCK_M, D, o_ptr, **_: Work(dram_bytes=2 * BLOCK_M * D * BYTES[o_ptr]),
+    "attention delta": lambda BLOCK_M, D, o, **_: Work(dram_bytes=2 * BLOCK_M * D * BYTES[o.ptr]),
     "attention dkdv": lambda **constants: attention_work(4, **constants),
     "attention dq": lambda **constants: attention_work(3, **constants),
     "gelu forward": lambda BLOCK_N, BLOCK_F, **_: Work(dram_bytes=BLOCK_N * BLOCK_F * 4),
@@ -49,10 +49,10 @@ WORK: dict[str, Callable[..., Work]] = {  # of a launch's constants and the type
 BYTES = {"*fp32": 4, "*bf16": 2}
 
 
-def attention_work(matmuls: int, BLOCK_M: int, BLOCK_N: int, PIECES: tuple[int, ...], q_ptr: str, **_) -> Work:
+def attention_work(matmuls: int, BLOCK_M: int, BLOCK_N: int, PIECES: tuple[int, ...], q: Any, **_) -> Work:
     """One tile of queries by keys, of heads that are as wide as their pieces together."""
     work = matmuls * BLOCK_M * BLOCK_N * sum(PIECES)
-    return Work(float32=work) if q_ptr == "*fp32" else Work(work)
+    return Work(float32=work) if q.ptr == "*fp32" else Work(work)
 
 
 def product_work(codes: tuple[str, ...], BLOCK_N: int, BLOCK_K: int, GROUP: int, PARTS: int, **_) -> Work:
