@@ -41,10 +41,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     tell(f"  FAILED {report.nodeid}: {error}", **line, error=error)
 
 
-def task_measured(rows: list[dict]) -> None:
-    """Tells of a task of a benchmark: one row of `benchmarks.gpu.report`'s table for each of its sides."""
-    times = ", ".join(f"{row['side']} {row['ms']} ms" for row in rows)
-    tell(f"  {rows[0]['task']}: {times}", task=rows[0]["task"], sides=rows)
+def task_measured(rows: list[dict], absent: dict[str, str]) -> None:
+    """Tells of a task of a benchmark.
+
+    Args:
+        rows: of the table of `report` in benchmarks/harness/gpu.py, one for each side.
+        absent: why other sides are left out.
+    """
+    said = [f"{row['side']} {row['ms']} ms" for row in rows] + [
+        f"without {name} ({why})" for name, why in absent.items()
+    ]
+    tell(f"  {rows[0]['task']}: {', '.join(said)}", task=rows[0]["task"], sides=rows, absent=absent)
 
 
 def step_ended(name: str, seconds: int, code: int, output: str) -> None:

@@ -35,9 +35,11 @@ def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:
     if on and model.config.qk_layernorm:
         raise ValueError("fused blocks cannot have qk_layernorm; load this model with fuse off")
     for layer in model.model.layers:
-        layer.fused_forward = fused_forward if on else None
         if on:
             _join_block(layer)
+        elif layer.fused_forward is not None:
+            _part_block(layer)
+        layer.fused_forward = fused_forward if on else None
 
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
@@ -90,6 +92,14 @@ def _join_block(layer: Block) -> None:
     _join([linear.weight for linear in layer.inputs])
     _join([linear.bias for linear in layer.inputs])
     _join([linear.weight for linear in layer.outputs], transposed=True)
+
+
+@torch.no_grad()
+def _part_block(layer: Block) -> None:
+    """Gives a block's weights memory of their own again, laid out as a checkpoint's."""
+    for linear in (*layer.inputs, *layer.outputs):
+        for parameter in (linear.weight, linear.bias):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 @torch.inference_mode(False)  # what is made within would be of no use to training

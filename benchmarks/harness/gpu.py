@@ -335,7 +335,7 @@ def report(tasks: list[Task], turns: int, facts: dict[str, str | int | float]) -
         torch.cuda.empty_cache()
         measures += [] if task.is_fact else [*_speeds(task, times), *_peaks(task, peaks)]
         rows = [_row(task, name, times[name], peaks[name], standing, measured, promised) for name in times]
-        stream.task_measured(rows)
+        stream.task_measured(rows, standing.absent)
         table += rows
     errors = max(standing.errors[OURS] for standing in found)
     versions = {name: version for name in PACKAGES if (version := _version(name))}

@@ -21,9 +21,8 @@ from safetensors import SafetensorError, safe_open
 from phi2.data.encode import Encoded
 from phi2.files import one_line, read_json, write_whole
 from phi2.hub import resolve
+from phi2.runs.config import RunConfig
 from phi2.tokenizer import Tokenizer
-from phi2.training.config import TrainingConfig
-from phi2.training.setup import compute_dtype
 
 FILE = "inputs.json"
 SAMPLED = 1024  # numbers of a weight that its digest reads at least; of a matrix one in every row
@@ -32,10 +31,11 @@ Inputs = dict[str, str | None]  # what a person calls it -> its digest, None whe
 
 
 def inputs_of(
-    config: TrainingConfig,
+    config: RunConfig,
     tokenizer: Tokenizer,
     rows: Sequence[Encoded],
     eval_rows: Sequence[Encoded],
+    dtype: torch.dtype,
     from_scratch: bool = False,
 ) -> Inputs:
     """Digests of what every run depends on."""
@@ -49,11 +49,11 @@ def inputs_of(
         **adapter,
         "tokenizer": digest_of_tokenizer(config, tokenizer),
         "chat template": digest_of_texts([tokenizer.chat_template or ""]),
-        "compute dtype": str(compute_dtype(config)),
+        "compute dtype": str(dtype),
     }
 
 
-def start_of(config: TrainingConfig, from_scratch: bool) -> Inputs:
+def start_of(config: RunConfig, from_scratch: bool) -> Inputs:
     """The weights a run begins with, whether or not they train; a run from random ones has only their shapes."""
     folder = resolve(config.model)
     if from_scratch:
@@ -114,7 +114,7 @@ def digest_of_columns(rows: Sequence[Encoded]) -> str:
     return digest_of_texts(json.dumps(getattr(row, "columns", {}), sort_keys=True) for row in rows)
 
 
-def digest_of_tokenizer(config: TrainingConfig, tokenizer: Tokenizer) -> str:
+def digest_of_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str:
     """Of `tokenizer.json`, beside the adapter where there is one, and of the ids that begin, end and pad a text."""
     folders = [resolve(name) for name in (config.adapter, config.model) if name is not None]
     path = next(folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file())

@@ -15,7 +15,7 @@ from phi2.data.encode import EncodedPair
 from phi2.losses.batch import PairBatch
 from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
 from phi2.losses.registry import BoundLoss
-from phi2.training.batch import column_gaps, numeric_columns
+from phi2.training.pairs import column_gaps, numeric_columns
 from phi2.training.window import Windows
 
 SPREAD, CANDIDATES = 8, 1024  # pairs over the whole data set that are looked at, and among which columns are
