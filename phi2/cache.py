@@ -127,7 +127,7 @@ class StepCache:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As in `KVCache`, with T = 1 and S = max_length; q is rotated where it lies. A full cache stores nothing."""
         tables = (table.flatten(0, 2) for table in angles)  # (B, R/2)
-        rotary_and_store(q[:, 0], k[:, 0], v[:, 0], *tables, None, self.slots, self.keys[layer], self.values[layer])
+        rotary_and_store(q[:, 0], k[:, 0], v[:, 0], *tables, self.slots, self.keys[layer], self.values[layer])
         return q, self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
 
     def advance(self, tokens: int) -> None:

@@ -51,9 +51,9 @@ def gelu_inputs(device: torch.device, seed: int) -> Inputs:
 
 
 def rotary_inputs(device: torch.device, seed: int) -> Inputs:
-    """The queries and keys in rows that end with values (N, 2 H, D), and the tables of S positions."""
+    """The queries and keys in rows that end with values (N, 2 H, D), and the tables of S tokens."""
     rows = gpu.random(seed, device)(N, 3 * H, D, dtype=HALF)
-    return rows[:, : 2 * H], *_tables(device), torch.arange(N, device=device, dtype=torch.int32) % S
+    return rows[:, : 2 * H], *_tables(device)
 
 
 def _tables(device: torch.device) -> list[Tensor]:
@@ -61,11 +61,11 @@ def _tables(device: torch.device) -> list[Tensor]:
 
 
 def token_inputs(device: torch.device, seed: int) -> Inputs:
-    """One token's q, k and v (1, H, D), tables, its position (1,), and the cache (1, H, S, D), twice."""
+    """One token's q, k and v (1, H, D), tables, its slot (1,), and the cache (1, H, S, D), twice."""
     normal = gpu.random(seed, device)
-    position = torch.full((1,), S // 2, device=device, dtype=torch.int32)
+    slot = torch.full((1,), S // 2, device=device, dtype=torch.int32)
     cache = (normal(1, H, S, D, dtype=HALF) for _ in range(2))
-    return *(normal(1, H, D, dtype=HALF) for _ in range(3)), *_tables(device), position, *cache
+    return *(normal(1, H, D, dtype=HALF) for _ in range(3)), *_tables(device), slot, *cache
 
 
 def logits_inputs(device: torch.device, seed: int) -> Inputs:
@@ -132,13 +132,13 @@ def gelu_backward(sums: bool, x: Tensor, grad: Tensor, bias: Tensor) -> Outputs:
     return {"grad of x": dx, "grad of bias": summed}
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Outputs:
-    rotary_triton.apply_rotary(x, cos, sin, positions, False)
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Outputs:
+    rotary_triton.apply_rotary(x, cos, sin, False)
     return {"rotated": x}
 
 
-def apply_rotary_and_store(q, k, v, cos, sin, position, keys, values) -> Outputs:
-    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, position, position, keys, values)
+def apply_rotary_and_store(q, k, v, cos, sin, slot, keys, values) -> Outputs:
+    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, slot, keys, values)
     return {"query": q, "key": keys[:, :, S // 2], "value": values[:, :, S // 2]}
 
 

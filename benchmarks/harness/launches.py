@@ -117,10 +117,10 @@ def layer_norm() -> None:
 def rotary() -> None:
     from phi2_kernels import rotary_triton
 
-    angles, positions = floats(S, 16), whole(N)
-    rotary_triton.apply_rotary(empty(N, 3 * H, D)[:, : 2 * H], angles, angles, positions, False)
+    angles = floats(S, 16)
+    rotary_triton.apply_rotary(empty(N, 3 * H, D)[:, : 2 * H], angles, angles, False)
     q, cache = empty(B, H, D), empty(B, H, S, D)
-    rotary_triton.apply_rotary_and_store(q, q, q, angles, angles, positions[:B], positions[:B], cache, cache)
+    rotary_triton.apply_rotary_and_store(q, q, q, angles, angles, whole(B), cache, cache)
 
 
 def linear_logprob() -> None:

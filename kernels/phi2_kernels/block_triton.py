@@ -48,7 +48,7 @@ def norm_backward(
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
     """Rotates x (N, heads, D) in place."""
-    rotary_triton.apply_rotary(x, cos, sin, None, inverse)
+    rotary_triton.apply_rotary(x, cos, sin, inverse)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tables: Tables) -> Tensor:
