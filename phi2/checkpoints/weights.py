@@ -212,12 +212,16 @@ def save_pretrained(
         )
     dtypes = {name: tensor.dtype if dtype is None else _named_dtype(dtype) for name, tensor in state.items()}
     limit = max(model.config.vocab_size, len(tokenizer))  # an end or pad beyond it went with the row it had
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     pad = model.config.pad_token_id
-    kept = {**ids, "pad_token_id": None if pad is None or pad >= limit else pad}
-    config = replace(model.config, **kept, dtype=str(_most_common(state, dtypes)).removeprefix("torch."))
+    config = replace(
+        model.config,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=None if pad is None or pad >= limit else pad,
+        dtype=str(_most_common(state, dtypes)).removeprefix("torch."),
+    )
     ends = sorted(end for end in tokenizer.stop_ids if end < limit)
-    generation = {**ids, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     with whole_folder(_place(Path(folder), overwrite)) as unfinished:
         _write_json(unfinished / "config.json", config.to_dict())
         _save_tensors(state, unfinished, max_shard_size, dtypes)
@@ -279,7 +283,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         isinstance(v, str) and v == Path(v).name for v in weight_map.values()
     ):
         raise ValueError(f"{index}: weight_map must give each tensor the name of a file in the same folder")
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{index}: names the shard {shard}, which is not there")

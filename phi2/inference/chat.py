@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class ChatSession:
         """The whole reply to `text`; errors are those of `send`."""
         return "".join(chunk.text for chunk in self.send(text))
 
-    def send(self, text: str) -> Iterator[Chunk]:
+    def send(self, text: str) -> Generator[Chunk, None, None]:
         """The reply to `text` as it is made; nothing happens before the iteration starts.
 
         Turns of the past that leave no room for this one and max_new_tokens (half of the context at most) are trimmed,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from reprlib import repr as short_repr
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     prompt_style: str | None = None,
-    **sampling,
+    **sampling: Any,
 ) -> Generation | list[Generation]:
     """Replies to one prompt, or to a batch of them in one go.
 
@@ -53,18 +53,31 @@ def generate(
         ValueError: for a setting out of range, a prompt that is empty or does not fit the context, or logits that are
             not finite.
     """
-    params = SamplingParams(**sampling)
     single = _is_one_prompt(prompts)
-    ids = encode_prompts(tokenizer, [prompts] if single else prompts, prompt_style, model.config)
-    chunks: list[list[Chunk]] = [[] for _ in ids]
-    for row, chunk in decode(model, tokenizer, ids, params):
-        chunks[row].append(chunk)
-    generations = [join(row) for row in chunks]
+    batch = cast(Sequence[Prompt], [prompts] if single else prompts)
+    generations = generate_batch(model, tokenizer, batch, prompt_style=prompt_style, **sampling)
     return generations[0] if single else generations
 
 
+def generate_batch(
+    model: Phi2ForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    prompt_style: str | None = None,
+    **sampling: Any,
+) -> list[Generation]:
+    """`generate` for a list of prompts."""
+    params = SamplingParams(**sampling)
+    ids = encode_prompts(tokenizer, prompts, prompt_style, model.config)
+    chunks: list[list[Chunk]] = [[] for _ in ids]
+    for row, chunk in decode(model, tokenizer, ids, params):
+        chunks[row].append(chunk)
+    return [join(row) for row in chunks]
+
+
 def stream(
-    model: Phi2ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, prompt_style: str | None = None, **sampling
+    model: Phi2ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, prompt_style: str | None = None, **sampling: Any
 ) -> Iterator[Chunk]:
     """The reply to one prompt as it is made, a chunk for each token. Arguments and errors are those of `generate`."""
     params = SamplingParams(**sampling)
@@ -100,12 +113,16 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
 def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, prompt_style: str | None) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, prompt_style or "raw")
+    _require_conversation(prompt, prompt_style)
+    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
+
+
+def _require_conversation(prompt: Any, prompt_style: str | None) -> None:
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         hint = "; put a single message in a list" if isinstance(prompt, Mapping) else ""
         raise ValueError(f"a prompt must be a str or a list of messages, got {short_repr(prompt)}{hint}")
     if prompt_style is not None:
         raise ValueError(f"prompt_style {prompt_style!r} is for texts; a conversation takes the tokenizer's template")
-    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
 
 
 def check_prompt(ids: list[int], config: Phi2Config) -> None:
@@ -169,7 +186,9 @@ class _Batch:
         pads = [width - len(ids) for ids in prompts]
         padded = torch.tensor([[0] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=device)
         self.input_ids = padded[:, cache.length :]  # (B, T), then (B, 1)
-        self.pads = self.visible_until = self._recorded = None
+        self.pads: Tensor | None = None
+        self.visible_until: Tensor | None = None
+        self._recorded: RecordedStep | None = None
         if any(pads):
             self.pads = torch.tensor(pads, dtype=torch.int32, device=device)[:, None]  # (B, 1)
             index = torch.arange(cache.max_length, device=device)
@@ -208,7 +227,7 @@ class _Batch:
         self.sampler.keep(kept)
         self.cache.keys, self.cache.values = self.cache.keys[:, kept], self.cache.values[:, kept]
         self.input_ids = self.input_ids[kept]
-        if self.pads is not None:
+        if self.pads is not None and self.visible_until is not None:
             self.pads, self.visible_until = self.pads[kept], self.visible_until[kept]
         self._recorded = None
 

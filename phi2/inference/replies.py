@@ -74,7 +74,7 @@ class Reply:
         limit: int,
     ) -> None:
         self._decoder, self._cutter = tokenizer.stream(), StopCutter(params.stop)
-        self._seed = None if params.temperature == 0 else params.seed + row
+        self._seed = None if params.temperature == 0 or params.seed is None else params.seed + row
         self._stop_ids, self._limit = stop_ids, limit
         self._prompt, self._new, self._count = prompt, new, 0  # tokens: prompt, those not cached, generated
         self._started = perf_counter()
@@ -147,6 +147,7 @@ class StopCutter:
 def join(chunks: list[Chunk]) -> Generation:
     """The reply whose chunks these are."""
     last = chunks[-1]
+    assert last.finish_reason is not None
     return Generation(
         text="".join(chunk.text for chunk in chunks),
         token_ids=[chunk.token_id for chunk in chunks],
