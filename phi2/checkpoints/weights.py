@@ -11,7 +11,7 @@ import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phi2.checkpoints.layouts import refuse_older_layouts
 from phi2.checkpoints.peft_files import load_adapter, require_adapter
 from phi2.config import Phi2Config
 from phi2.files import one_line, read_json, whole_folder
@@ -35,14 +36,6 @@ from phi2.tokenizer import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT_FORMATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
 INDEX = "model.safetensors.index.json"
-OLDER_LAYOUTS = {  # a part of a tensor's name that no other layout has
-    "layers.0.wte.": "mixformer-sequential (September 2023)",
-    "transformer.embd.": "phi-msft (December 2023)",
-    "transformer.h.": "phi-msft (December 2023)",
-    ".self_attn.query_key_value.": "transformers 4.36 (fused query_key_value)",
-}
-
-
 GENERATION_KEYS = frozenset(  # of generation_config.json: read, or without influence on the text
     "bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config use_cache"
     " cache_implementation cache_config return_legacy_cache output_attentions output_hidden_states output_scores"
@@ -164,7 +157,7 @@ def load_model(
     folder, device = Path(folder), pick_device(device)
     dtype = None if dtype is None else pick_dtype(dtype, device)
     config, stored = load_config(folder), _stored_tensors(folder)
-    _refuse_older_layouts(folder, stored)
+    refuse_older_layouts(folder, stored)
     config = _with_stored_rows(config, stored)
     with torch.device("meta"):
         model = Phi2ForCausalLM(config)
@@ -321,13 +314,6 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 def _is_harmless(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")  # a table some versions of transformers saved; it is computed here
-
-
-def _refuse_older_layouts(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        for part, layout in OLDER_LAYOUTS.items():
-            if part in name:
-                raise ValueError(f"{folder}: {name} is of the older layout {layout}, which is not read yet")
 
 
 def _check_fit(folder: Path, expected: dict[str, Tensor], stored: dict[str, StoredTensor]) -> None:
