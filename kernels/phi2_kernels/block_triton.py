@@ -68,9 +68,9 @@ def attend_backward(
 
 def gelu(x: Tensor, y: Tensor) -> None:
     """Writes y (N, F)."""
-    gelu_triton.forward(x, None, y)
+    gelu_triton.forward(x, y)
 
 
 def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor) -> None:
     """Writes dx (N, F)."""
-    gelu_triton.backward(grad, x, None, dx, sums=False)
+    gelu_triton.backward(grad, x, dx)
