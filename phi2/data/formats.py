@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from phi2.data import columns, readers
 from phi2.data.columns import SYSTEM, VARIABLES, Reading, account, is_set, template_variables
+from phi2.data.messages import ROLES, read_text
 from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, Record, Row, Turns, Unpaired
-from phi2.data.turns import ROLES, read_text
 
 MAX_LABEL_CHARS = 64  # a longer string is a text, not a label; keeping those would double the memory of a data set
 

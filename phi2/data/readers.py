@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from phi2.data.columns import VARIABLES, Reading, account, is_set, template_variables
-from phi2.data.records import Chat, Message, Pair, Plain, Row, Turns, Unpaired
-from phi2.data.turns import (
+from phi2.data.messages import (
     read_dialogue,
     read_history,
     read_text,
@@ -21,6 +20,7 @@ from phi2.data.turns import (
     require_last_assistant,
     require_turn,
 )
+from phi2.data.records import Chat, Message, Pair, Plain, Row, Turns, Unpaired
 
 ANSWERS = ("chosen", "rejected")
 
