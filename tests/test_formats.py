@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phi2.data import columns
 from phi2.data.columns import FATES, IGNORED, KEPT, NOT_READ
 from phi2.data.formats import FORMATS, columns_read, document, is_conversation, parse_row
-from phi2.data.records import Chat, Message, Origin, Pair, RowError, Turns
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, RowError
 
 ORIGIN = Origin("data.jsonl", 17)
 ASK, YES, NO = Message("user", "Is 7 prime?"), Message("assistant", "Yes."), Message("assistant", "No.")
@@ -68,7 +68,7 @@ SET = {  # a value of each column and key that some format reads
 }
 
 
-def messages_of(record) -> Turns:
+def messages_of(record) -> Messages:
     """All turns that a record holds, with its template variables where it has some."""
     if isinstance(record, Chat):
         return record.messages

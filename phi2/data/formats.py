@@ -21,7 +21,7 @@ from typing import NamedTuple
 from phi2.data import columns, readers
 from phi2.data.columns import SYSTEM, VARIABLES, Reading, account, is_set, template_variables
 from phi2.data.messages import ROLES, read_text
-from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, Record, Row, Turns, Unpaired
+from phi2.data.records import KINDS, Chat, Message, Messages, Origin, Pair, Plain, Record, Row, Unpaired
 
 MAX_LABEL_CHARS = 64  # a longer string is a text, not a label; keeping those would double the memory of a data set
 
@@ -51,23 +51,25 @@ _ASK, _BESIDE_ASK = ("context", "instruction", "input"), ("input", "context", "h
 _BESIDE = ("context", "history")
 _pair, _ask_pair = readers.read_reply_pair, partial(readers.read_reply_pair, asks=_ASK)
 _math_pair = partial(_ask_pair, answers=("chosen_response", "rejected_response"))
-_turns_pair, _turns_label = readers.read_turns_pair, readers.read_turns_label
+_messages_pair, _messages_label = readers.read_messages_pair, readers.read_messages_label
 _kto_reply = partial(readers.read_reply_label, asks=_ASK, answer="output", label="kto_tag")
 _reply = readers.read_reply
 FORMATS = {
     "prompt-pair": _preference(("prompt", "chosen", "rejected"), readers.read_prompt_pair, talks=None),
-    "sharegpt-pair": _preference(("conversations", "chosen", "rejected"), partial(_turns_pair, column="conversations")),
+    "sharegpt-pair": _preference(
+        ("conversations", "chosen", "rejected"), partial(_messages_pair, column="conversations")
+    ),
     "alpaca-pair": _preference(("instruction", "chosen", "rejected"), _ask_pair, _BESIDE_ASK),
     "math-pair": _preference(("instruction", "chosen_response", "rejected_response"), _math_pair, _BESIDE_ASK),
     "orca-pair": _preference(("input", "chosen", "rejected"), partial(_pair, asks=("context", "input")), _BESIDE),
     "qa-pair": _preference(("question", "chosen", "rejected"), partial(_pair, asks=("context", "question")), _BESIDE),
     "openai-pair": _preference(("input", "preferred_output", "non_preferred_output"), readers.read_openai_pair),
-    "messages-pair": _preference(("messages", "chosen", "rejected"), partial(_turns_pair, column="messages")),
+    "messages-pair": _preference(("messages", "chosen", "rejected"), partial(_messages_pair, column="messages")),
     "bare-pair": _preference(("chosen", "rejected"), readers.read_bare_pair),
-    "messages-label": _unpaired(("messages", "label"), partial(_turns_label, column="messages", label="label")),
-    "messages-kto": _unpaired(("messages", "kto_tag"), partial(_turns_label, column="messages", label="kto_tag")),
+    "messages-label": _unpaired(("messages", "label"), partial(_messages_label, column="messages", label="label")),
+    "messages-kto": _unpaired(("messages", "kto_tag"), partial(_messages_label, column="messages", label="kto_tag")),
     "sharegpt-kto": _unpaired(
-        ("conversations", "kto_tag"), partial(_turns_label, column="conversations", label="kto_tag")
+        ("conversations", "kto_tag"), partial(_messages_label, column="conversations", label="kto_tag")
     ),
     "alpaca-kto": _unpaired(("instruction", "output", "kto_tag"), _kto_reply, _BESIDE_ASK),
     "prompt-completion-label": _unpaired(
@@ -207,7 +209,7 @@ def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, reading: Readin
     system, variables = _system_text(row, reading), template_variables(row, reading)
     if system:
         field = "messages" if isinstance(record, Chat) else "prompt"
-        record = replace(record, **{field: _opened(getattr(record, field), system, reading)})
+        record = replace(record, **{field: _with_system(getattr(record, field), system, reading)})
     return replace(record, variables={**(record.variables or {}), **variables}) if variables else record
 
 
@@ -219,12 +221,12 @@ def _system_text(row: Row, reading: Reading) -> str:
     return next(iter(texts.values()), "")
 
 
-def _opened(turns: Turns, system: str, reading: Reading) -> Turns:
+def _with_system(messages: Messages, system: str, reading: Reading) -> Messages:
     """The turns behind a system turn; a conversation that brings its own keeps it, if the two are the same."""
-    own = [turn.content.strip() for turn in turns if turn.role == "system"]
+    own = [message.content.strip() for message in messages if message.role == "system"]
     if own and system.strip() not in own:
         raise reading.refused("two-systems", "the system column differs from the system turn of the conversation")
-    return turns if own else (Message("system", system), *turns)
+    return messages if own else (Message("system", system), *messages)
 
 
 def document() -> str:

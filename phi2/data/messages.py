@@ -20,7 +20,7 @@ from phi2.data.columns import (
     require_plain,
     require_unicode,
 )
-from phi2.data.records import Message, Turns
+from phi2.data.records import Message, Messages
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "human": "user",
@@ -39,7 +39,7 @@ def read_text(value: Any, name: str, reading: Reading) -> str:
     return require_unicode(value, name, reading)
 
 
-def read_turns(value: Any, name: str, reading: Reading, speaker: str = "") -> Turns:
+def read_messages(value: Any, name: str, reading: Reading, speaker: str = "") -> Messages:
     """A list of turns; a lone turn is a list of one, and where `speaker` is given a text is that role's turn.
 
     Args:
@@ -53,10 +53,10 @@ def read_turns(value: Any, name: str, reading: Reading, speaker: str = "") -> Tu
         raise reading.refused("not-a-list", f"{name} must be a list of messages, got {type(value).__name__}")
     if not value:
         raise reading.refused("no-messages", f"{name} is an empty list")
-    return tuple(_turn(turn, name, reading) for turn in value)
+    return tuple(_message(message, name, reading) for message in value)
 
 
-def _turn(value: Any, name: str, reading: Reading) -> Message:
+def _message(value: Any, name: str, reading: Reading) -> Message:
     """One turn, in OpenAI's names (role, content) or ShareGPT's (from, value)."""
     if not isinstance(value, Mapping):
         raise reading.refused("not-a-message", f"a turn of {name} must be an object, got {type(value).__name__}")
@@ -66,7 +66,7 @@ def _turn(value: Any, name: str, reading: Reading) -> Message:
         raise reading.refused("unknown-role", f"role must be one of {', '.join(ROLES)}, got {str(role)[:40]!r}")
     train, keys = True, None
     if len(value) > 2:
-        train, keys = _further_keys(value, spoken, name, reading)
+        train, keys = _other_keys(value, spoken, name, reading)
     if content is None and keys and "tool_calls" in keys:
         return Message(ROLES[role], "", train, {"content": None, **keys})
     return Message(ROLES[role], _content(content, name, reading), train, keys)
@@ -91,7 +91,7 @@ def _part(part: Any, name: str, reading: Reading) -> str:
     return read_text(part.get("text"), f"the content of a turn of {name}", reading)
 
 
-def _further_keys(
+def _other_keys(
     value: Mapping[str, Any], spoken: tuple[str, str], name: str, reading: Reading
 ) -> tuple[bool, dict[str, Any] | None]:
     """Whether the turn is learnt, and what the chat template may want to know of it."""
@@ -102,7 +102,7 @@ def _further_keys(
         if key in reading.ignore:
             reading.fates[f"{name}.{key}"] = IGNORED
         elif key in ("weight", "train"):
-            train &= _is_learnt(key, item, reading)
+            train &= _train_flag(key, item, reading)
         elif key in TEMPLATE_KEYS:
             keys[key] = _tool_calls(item, reading) if key == "tool_calls" else require_plain(item, key, reading)
         else:
@@ -116,7 +116,7 @@ def _count(key: str, where: str, reading: Reading) -> None:
     reading.fates[f"{where}.{key}"] = IGNORED if key in reading.ignore else NOT_READ
 
 
-def _is_learnt(key: str, value: Any, reading: Reading) -> bool:
+def _train_flag(key: str, value: Any, reading: Reading) -> bool:
     if not (isinstance(value, Real) and value in (0, 1)):
         allowed = "0 or 1" if key == "weight" else "true or false"
         raise reading.refused(f"bad-{key}", f"the {key} of a turn must be {allowed}, got {str(value)[:40]!r}")
@@ -129,7 +129,7 @@ def _tool_calls(value: Any, reading: Reading) -> Any:
     return require_plain(calls, "tool_calls", reading)
 
 
-def read_history(value: Any, reading: Reading) -> Turns:
+def read_history(value: Any, reading: Reading) -> Messages:
     """Earlier questions with their answers, [[question, answer], ...], as turns."""
     pairs = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
@@ -141,7 +141,7 @@ def read_history(value: Any, reading: Reading) -> Turns:
     )
 
 
-def read_dialogue(text: str, name: str, reading: Reading) -> Turns | None:
+def read_dialogue(text: str, name: str, reading: Reading) -> Messages | None:
     """The turns of a text that runs "Human: ...", empty line, "Assistant: ..."; None for any other text.
 
     Source: anthropics/hh-rlhf, whose texts begin with two newlines.
@@ -152,33 +152,33 @@ def read_dialogue(text: str, name: str, reading: Reading) -> Turns | None:
     return tuple(Message(SPEAKERS[who], words.strip()) for who, words in zip(parts[::2], parts[1::2], strict=True))
 
 
-def require_answer(text: str, name: str, reading: Reading) -> None:
+def require_nonempty(text: str, name: str, reading: Reading) -> None:
     for marker in END_MARKERS:
         text = text.replace(marker, "")
     if not text.strip():
         raise reading.refused("empty-answer", f"{name} is empty")
 
 
-def require_turn(turn: Message, name: str, reading: Reading) -> None:
+def require_nonempty_message(message: Message, name: str, reading: Reading) -> None:
     """An answer is words, or calls of tools."""
-    if not (turn.keys and {"tool_calls", "function_call", "refusal"} & turn.keys.keys()):
-        require_answer(turn.content, name, reading)
+    if not (message.keys and {"tool_calls", "function_call", "refusal"} & message.keys.keys()):
+        require_nonempty(message.content, name, reading)
 
 
-def require_last_assistant(messages: Turns, reading: Reading) -> None:
-    if not any(turn.role == "assistant" for turn in messages):
+def require_last_assistant(messages: Messages, reading: Reading) -> None:
+    if not any(message.role == "assistant" for message in messages):
         raise reading.refused("no-assistant", "no turn is the assistant's")
     if messages[-1].role != "assistant":
         raise reading.refused("last-role", f"the last turn must be the assistant's, got {messages[-1].role}")
 
 
-def require_answers(turns: Turns, name: str, reading: Reading) -> None:
+def require_completion(messages: Messages, name: str, reading: Reading) -> None:
     """All that is left after the prompt is scored by the loss, so all of it must be the assistant's words."""
-    if not turns:
+    if not messages:
         raise reading.refused("answer-is-prefix", f"{name} is only the beginning of the other answer")
-    if any(turn.role != "assistant" for turn in turns):
+    if any(message.role != "assistant" for message in messages):
         raise reading.refused("mixed-answer", f"after the prompt {name} has turns that are not the assistant's")
-    for turn in turns:
-        require_turn(turn, name, reading)
-        if not turn.train:
+    for message in messages:
+        require_nonempty_message(message, name, reading)
+        if not message.train:
             raise reading.refused("untrained-answer", f"a turn of {name} has weight 0, and all of an answer is scored")

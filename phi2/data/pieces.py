@@ -24,7 +24,7 @@ from typing import NamedTuple
 from phi2.data.columns import NAMES
 from phi2.data.config import SpecialTokens, TrainOn
 from phi2.data.formats import is_conversation
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError, Turns
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, RowError
 from phi2.tokenizer import Tokenizer
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag by which a template marks the assistant's words
@@ -146,13 +146,13 @@ def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Ch
     return marked
 
 
-def _mark(value: str | Turns | dict | None, tokenizer: Tokenizer) -> str | Turns | dict | None:
+def _mark(value: str | Messages | dict | None, tokenizer: Tokenizer) -> str | Messages | dict | None:
     if isinstance(value, tuple):
         return tuple(Message(*tokenizer.special_text.mark(turn)) for turn in value)
     return tokenizer.special_text.mark(value)
 
 
-def _conversations(record: Chat | Plain | Pair) -> list[Turns]:
+def _conversations(record: Chat | Plain | Pair) -> list[Messages]:
     """Each conversation that a record holds, whole."""
     if isinstance(record, Chat):
         return [record.messages]
@@ -203,7 +203,7 @@ def _require_read(record: Chat | Pair, messages: Iterable[Message], tokenizer: T
     return {"names_not_written"} if unread else set()
 
 
-def _changed(messages: Turns, text: str) -> set[str]:
+def _changed(messages: Messages, text: str) -> set[str]:
     """Counts a conversation whose words the template leaves out, such as a system turn it has no place for."""
     written = all(message.content.strip() in text for message in messages)
     return set() if written else {"content_not_written"}

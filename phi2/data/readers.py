@@ -13,19 +13,19 @@ from phi2.data.columns import VARIABLES, Reading, account, is_set, template_vari
 from phi2.data.messages import (
     read_dialogue,
     read_history,
+    read_messages,
     read_text,
-    read_turns,
-    require_answer,
-    require_answers,
+    require_completion,
     require_last_assistant,
-    require_turn,
+    require_nonempty,
+    require_nonempty_message,
 )
-from phi2.data.records import Chat, Message, Pair, Plain, Row, Turns, Unpaired
+from phi2.data.records import Chat, Message, Messages, Pair, Plain, Row, Unpaired
 
 ANSWERS = ("chosen", "rejected")
 
 
-def opening(row: Row, reading: Reading, asks: tuple[str, ...]) -> Turns:
+def opening(row: Row, reading: Reading, asks: tuple[str, ...]) -> Messages:
     """The turns before the answer where they have columns: earlier ones if there are any, and the user's request."""
     history = read_history(row["history"], reading) if is_set(row.get("history")) else ()
     parts = [read_text(row[column], column, reading) for column in asks if row.get(column) is not None]
@@ -35,33 +35,33 @@ def opening(row: Row, reading: Reading, asks: tuple[str, ...]) -> Turns:
 # ---- supervised rows ----
 
 
-def _chat(messages: Turns, reading: Reading) -> Chat:
+def _chat(messages: Messages, reading: Reading) -> Chat:
     require_last_assistant(messages, reading)
-    answers = [turn for turn in messages if turn.role == "assistant" and turn.train]
+    answers = [message for message in messages if message.role == "assistant" and message.train]
     if not answers:
         raise reading.refused("nothing-to-train", "every assistant turn has weight 0")
-    for turn in answers:
-        require_turn(turn, "an assistant turn", reading)
+    for message in answers:
+        require_nonempty_message(message, "an assistant turn", reading)
     return Chat(messages, reading.origin)
 
 
 def _plain(prompt: str, completion: str, name: str, reading: Reading) -> Plain:
     record = Plain(read_text(prompt, "prompt", reading), read_text(completion, name, reading), reading.origin)
-    require_answer(completion, name, reading)
+    require_nonempty(completion, name, reading)
     return record
 
 
 def read_chat(row: Row, reading: Reading, column: str) -> Chat:
-    return _chat(read_turns(row[column], column, reading), reading)
+    return _chat(read_messages(row[column], column, reading), reading)
 
 
 def read_prompt_completion(row: Row, reading: Reading) -> Plain | Chat:
     """Two texts stay texts; messages become a chat in which the prompt's assistant turns are context, not targets."""
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         return _plain(row["prompt"], row["completion"], "completion", reading)
-    prompt = read_turns(row["prompt"], "prompt", reading, speaker="user")
-    context = tuple(turn._replace(train=turn.train and turn.role != "assistant") for turn in prompt)
-    return _chat(context + read_turns(row["completion"], "completion", reading, speaker="assistant"), reading)
+    prompt = read_messages(row["prompt"], "prompt", reading, speaker="user")
+    context = tuple(message._replace(train=message.train and message.role != "assistant") for message in prompt)
+    return _chat(context + read_messages(row["completion"], "completion", reading, speaker="assistant"), reading)
 
 
 def read_reply(row: Row, reading: Reading, asks: tuple[str, ...], answer: str) -> Chat:
@@ -80,11 +80,11 @@ def read_prompt_pair(row: Row, reading: Reading) -> Pair:
     texts = row["prompt"], row["chosen"], row["rejected"]
     if all(isinstance(text, str) for text in texts):
         return _text_pair(*texts, reading)
-    return _message_pair(row, read_turns(row["prompt"], "prompt", reading, speaker="user"), reading)
+    return _message_pair(row, read_messages(row["prompt"], "prompt", reading, speaker="user"), reading)
 
 
-def read_turns_pair(row: Row, reading: Reading, column: str) -> Pair:
-    return _message_pair(row, read_turns(row[column], column, reading), reading)
+def read_messages_pair(row: Row, reading: Reading, column: str) -> Pair:
+    return _message_pair(row, read_messages(row[column], column, reading), reading)
 
 
 def read_reply_pair(row: Row, reading: Reading, asks: tuple[str, ...], answers: tuple[str, str] = ANSWERS) -> Pair:
@@ -107,7 +107,7 @@ def read_openai_pair(row: Row, reading: Reading) -> Pair:
     if not isinstance(request, Mapping):
         raise reading.refused("not-a-request", f"input must be an object with messages, got {type(request).__name__}")
     request = reading.left(request, "input.")
-    prompt = read_turns(request.get("messages"), "input.messages", reading)
+    prompt = read_messages(request.get("messages"), "input.messages", reading)
     pair = _message_pair(row, prompt, reading, ("preferred_output", "non_preferred_output"))
     account(request, request.keys() - {"messages", *VARIABLES}, {}, reading, "input.")
     return replace(pair, variables=template_variables(request, reading))
@@ -122,8 +122,8 @@ def _text_pair(prompt: str, chosen: str, rejected: str, reading: Reading) -> Pai
         raise reading.refused("prompt-repeated", "chosen and rejected must not begin with the prompt again")
     if chosen == rejected:
         raise reading.refused("same-answers", "chosen and rejected are equal")
-    require_answer(chosen, "chosen", reading)
-    require_answer(rejected, "rejected", reading)
+    require_nonempty(chosen, "chosen", reading)
+    require_nonempty(rejected, "rejected", reading)
     return pair
 
 
@@ -133,13 +133,13 @@ def _repeats(answer: str, prompt: str) -> bool:
     return answer.startswith(prompt) or (bool(begins) and answer.lstrip().startswith(begins))
 
 
-def _message_pair(row: Row, prompt: Turns, reading: Reading, answers: tuple[str, str] = ANSWERS) -> Pair:
-    chosen, rejected = (read_turns(row[column], column, reading, speaker="assistant") for column in answers)
+def _message_pair(row: Row, prompt: Messages, reading: Reading, answers: tuple[str, str] = ANSWERS) -> Pair:
+    chosen, rejected = (read_messages(row[column], column, reading, speaker="assistant") for column in answers)
     return _divided(prompt, chosen, rejected, reading, answers)
 
 
 def _divided(
-    prompt: Turns, chosen: Turns, rejected: Turns, reading: Reading, answers: tuple[str, str] = ANSWERS
+    prompt: Messages, chosen: Messages, rejected: Messages, reading: Reading, answers: tuple[str, str] = ANSWERS
 ) -> Pair:
     """Divides a pair at the first message that differs: what the two share is prompt, whichever column it was in."""
     shared = _shared_prefix(chosen, rejected)
@@ -147,7 +147,7 @@ def _divided(
         raise reading.refused("same-answers", "chosen and rejected are equal")
     if chosen[0].role == "assistant":
         prompt = _without_answer(prompt, (chosen, rejected)) + chosen[:shared]
-    elif {_spoken(turn) for turn in prompt} <= {_spoken(turn) for turn in chosen[:shared]}:
+    elif {_spoken(message) for message in prompt} <= {_spoken(message) for message in chosen[:shared]}:
         prompt = chosen[:shared]  # the answers carry the prompt in front, and the prompt's own column only repeats it
     elif prompt in (chosen, rejected):  # a column of messages that is one of the two dialogues
         prompt = chosen[:shared]
@@ -155,12 +155,12 @@ def _divided(
         raise reading.refused("prompt-mismatch", "chosen and rejected begin with other turns than the prompt")
     if not prompt:
         raise reading.refused("no-prompt", "chosen and rejected share no first turn, so there is no prompt")
-    for turns, name in zip((chosen, rejected), answers, strict=True):
-        require_answers(turns[shared:], name, reading)
+    for messages, name in zip((chosen, rejected), answers, strict=True):
+        require_completion(messages[shared:], name, reading)
     return Pair(prompt, chosen[shared:], rejected[shared:], reading.origin, {})
 
 
-def _without_answer(prompt: Turns, answers: tuple[Turns, Turns]) -> Turns:
+def _without_answer(prompt: Messages, answers: tuple[Messages, Messages]) -> Messages:
     """The prompt alone, where its column holds one of the two dialogues whole."""
     for answer in answers:
         if [*map(_spoken, prompt[-len(answer) :])] == [*map(_spoken, answer)]:
@@ -168,20 +168,20 @@ def _without_answer(prompt: Turns, answers: tuple[Turns, Turns]) -> Turns:
     return prompt
 
 
-def _shared_prefix(first: Turns, second: Turns) -> int:
+def _shared_prefix(first: Messages, second: Messages) -> int:
     same = [a == b for a, b in zip(first, second, strict=False)]
     return same.index(False) if False in same else len(same)
 
 
-def _spoken(turn: Message) -> tuple[str, str]:
-    return turn.role, turn.content.strip()
+def _spoken(message: Message) -> tuple[str, str]:
+    return message.role, message.content.strip()
 
 
 # ---- rows with a label ----
 
 
-def read_turns_label(row: Row, reading: Reading, column: str, label: str) -> Unpaired:
-    messages = read_turns(row[column], column, reading)
+def read_messages_label(row: Row, reading: Reading, column: str, label: str) -> Unpaired:
+    messages = read_messages(row[column], column, reading)
     require_last_assistant(messages, reading)
     return _unpaired(messages[:-1], messages[-1:], row[label], label, reading)
 
@@ -191,8 +191,8 @@ def read_prompt_completion_label(row: Row, reading: Reading) -> Unpaired:
     if isinstance(prompt, str) and isinstance(completion, str):
         prompt, completion = read_text(prompt, "prompt", reading), read_text(completion, "completion", reading)
     else:
-        completion = read_turns(completion, "completion", reading, speaker="assistant")
-        prompt = read_turns(prompt, "prompt", reading, speaker="user")
+        completion = read_messages(completion, "completion", reading, speaker="assistant")
+        prompt = read_messages(prompt, "prompt", reading, speaker="user")
     return _unpaired(prompt, completion, row["label"], "label", reading)
 
 
@@ -201,13 +201,13 @@ def read_reply_label(row: Row, reading: Reading, asks: tuple[str, ...], answer: 
     return _unpaired(opening(row, reading, asks), (reply,), row[label], label, reading)
 
 
-def _unpaired(prompt: str | Turns, completion: str | Turns, good: Any, name: str, reading: Reading) -> Unpaired:
+def _unpaired(prompt: str | Messages, completion: str | Messages, good: Any, name: str, reading: Reading) -> Unpaired:
     if not isinstance(good, bool):
         raise reading.refused("bad-label", f"{name} must be true or false, got {str(good)[:40]!r}")
     if not prompt:
         raise reading.refused("no-prompt", "there is nothing before the answer")
     if isinstance(completion, str):
-        require_answer(completion, "completion", reading)
+        require_nonempty(completion, "completion", reading)
     else:
-        require_answers(completion, "completion", reading)
+        require_completion(completion, "completion", reading)
     return Unpaired(prompt, completion, good, reading.origin)

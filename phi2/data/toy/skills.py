@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record, Turns
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Record
 from phi2.data.toy.instructions import BY_NAME, Demand, carry_out, neglect, words
 from phi2.data.toy.prose import paragraph
 from phi2.data.toy.world import (
@@ -62,7 +62,7 @@ class Item:
 
     skill: str
     combination: tuple
-    messages: Turns
+    messages: Messages
     answer: str
     wrong: tuple[str, ...]
     check: Check = field(repr=False)
@@ -255,31 +255,31 @@ SMALL_TALK = (
 KINDS = ("pretrain", "sft", "dpo")
 
 
-def _turn(question: str, answer: str) -> Turns:
+def _exchange(question: str, answer: str) -> Messages:
     return Message("user", question), Message("assistant", answer)
 
 
-def _small_talk(rng: random.Random) -> Turns:
+def _small_talk(rng: random.Random) -> Messages:
     said, reply = rng.choice(SMALL_TALK)
-    return _turn(rng.choice(said), reply)
+    return _exchange(rng.choice(said), reply)
 
 
-def _plain_question(rng: random.Random) -> Turns:
+def _plain_question(rng: random.Random) -> Messages:
     asked = any_fact(rng)
-    return _turn(capital(asked.question()), sentence(asked.clause()))
+    return _exchange(capital(asked.question()), sentence(asked.clause()))
 
 
-def _single_sum(rng: random.Random) -> Turns:
+def _single_sum(rng: random.Random) -> Messages:
     *problem, result = rng.choice(SUMS)
-    return _turn(_in_words(tuple(problem), rng), f"{' '.join(map(str, problem))} = {result}.")
+    return _exchange(_in_words(tuple(problem), rng), f"{' '.join(map(str, problem))} = {result}.")
 
 
-def _follow_up(rng: random.Random) -> Turns:
+def _follow_up(rng: random.Random) -> Messages:
     """Two questions about one animal, the second of which calls it "it"."""
     animal = rng.choice(ANIMALS)
     first, second = (fact(animal, attribute) for attribute in rng.sample(tuple(ATTRIBUTES), 2))
-    opening = _turn(capital(first.question()), sentence(first.clause()))
-    return opening + _turn(f"And {second.question('it')}", sentence(second.clause("it")))
+    opening = _exchange(capital(first.question()), sentence(first.clause()))
+    return opening + _exchange(f"And {second.question('it')}", sentence(second.clause("it")))
 
 
 def demonstrate(item: Item, rng: random.Random) -> str:
@@ -288,7 +288,7 @@ def demonstrate(item: Item, rng: random.Random) -> str:
     return item.wrong[0] if careless else item.answer
 
 
-def _sft(split: str, rng: random.Random) -> Iterator[Turns]:
+def _sft(split: str, rng: random.Random) -> Iterator[Messages]:
     for skill, rows in SFT_ROWS.items():
         for item in itertools.islice(_stream(skill, split, rng), rows):
             greeting = _small_talk(rng) if rng.random() < 0.05 else ()
@@ -297,8 +297,8 @@ def _sft(split: str, rng: random.Random) -> Iterator[Turns]:
         yield from (make(rng) for _ in range(UNGRADED_ROWS))
 
 
-def _with_system(turns: Turns, rng: random.Random) -> Turns:
-    return (Message("system", SYSTEM), *turns) if rng.random() < 0.1 else turns
+def _with_system(messages: Messages, rng: random.Random) -> Messages:
+    return (Message("system", SYSTEM), *messages) if rng.random() < 0.1 else messages
 
 
 def preferences(split: str, rng: random.Random) -> Iterator[tuple[Item, str]]:
@@ -328,7 +328,7 @@ def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     if kind == "pretrain":
         return [Plain("", paragraph(split, rng), Origin(file, row)) for row in range(1, PRETRAIN_ROWS + 1)]
     if kind == "sft":
-        chats = [_with_system(turns, rng) for turns in _sft(split, rng)]
+        chats = [_with_system(messages, rng) for messages in _sft(split, rng)]
         rng.shuffle(chats)
         return [Chat(chat, Origin(file, row)) for row, chat in enumerate(chats, start=1)]
     pairs = list(preferences(split, rng))
