@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from phi2.data import columns
 from phi2.data.columns import FATES, IGNORED, KEPT, NOT_READ
-from phi2.data.formats import FORMATS, columns_read, document, is_conversation, parse_row
+from phi2.data.formats import FORMATS, columns_read, document, is_conversational, parse_row
 from phi2.data.records import Chat, Message, Messages, Origin, Pair, RowError
 
 ORIGIN = Origin("data.jsonl", 17)
@@ -110,7 +110,7 @@ def test_the_table_of_formats_names_every_format_column_and_key():
 def test_a_column_is_said_to_be_read_when_and_only_when_it_changes_the_record(name):
     row, format = ROWS[name], name.split(" of ")[0]
     plain = parse_row(row, ORIGIN, format)
-    said = columns_read(format, is_conversation(plain))
+    said = columns_read(format, is_conversational(plain))
     for column, value in SET.items():
         if column in row:
             continue
@@ -149,7 +149,7 @@ def test_every_extra_column_is_read_refused_or_counted(name, column, value, igno
     if column in row:
         return
     plain, ignore = parse_row(row, ORIGIN, format), frozenset({column} if ignored else ())
-    said = columns_read(format, is_conversation(plain))
+    said = columns_read(format, is_conversational(plain))
     try:
         _, fates = read({**row, column: value}, format, ignore=ignore)
     except RowError as error:
@@ -241,7 +241,7 @@ def test_nulls_and_empty_values_are_nothing():
 
 @pytest.mark.parametrize("column", columns.SYSTEM)
 @pytest.mark.parametrize(
-    "name", [name for name in ROWS if is_conversation(parse_row(ROWS[name], ORIGIN, name.split(" of ")[0]))]
+    "name", [name for name in ROWS if is_conversational(parse_row(ROWS[name], ORIGIN, name.split(" of ")[0]))]
 )
 def test_a_system_text_is_the_first_turn_of_every_conversation(name, column):
     record = parse_row({**ROWS[name], column: "Be brief."}, ORIGIN, name)

@@ -42,27 +42,29 @@ class Format(NamedTuple):
     required: tuple[str, ...]
     parse: Callable[[Row, Reading], Record]
     optional: tuple[str, ...] = ()
-    talks: bool | None = True
+    conversational: bool | None = True
 
 
 _supervised, _preference, _unpaired = (partial(Format, kind) for kind in KINDS)
 # what was asked, in the order in which it is put together; the first is what the question is about
-_ASK, _BESIDE_ASK = ("context", "instruction", "input"), ("input", "context", "history")
-_BESIDE = ("context", "history")
-_pair, _ask_pair = readers.read_reply_pair, partial(readers.read_reply_pair, asks=_ASK)
-_math_pair = partial(_ask_pair, answers=("chosen_response", "rejected_response"))
+_PROMPT, _OPTIONAL = ("context", "instruction", "input"), ("context", "history")
+_OPTIONAL_INPUT = ("input", *_OPTIONAL)
+_instruction, _pair = readers.read_instruction, readers.read_instruction_pair
+_alpaca_pair = partial(_pair, prompt=_PROMPT)
+_math_pair = partial(_alpaca_pair, answers=("chosen_response", "rejected_response"))
+_alpaca_kto = partial(readers.read_instruction_label, prompt=_PROMPT, answer="output", label="kto_tag")
 _messages_pair, _messages_label = readers.read_messages_pair, readers.read_messages_label
-_kto_reply = partial(readers.read_reply_label, asks=_ASK, answer="output", label="kto_tag")
-_reply = readers.read_reply
 FORMATS = {
-    "prompt-pair": _preference(("prompt", "chosen", "rejected"), readers.read_prompt_pair, talks=None),
+    "prompt-pair": _preference(("prompt", "chosen", "rejected"), readers.read_prompt_pair, conversational=None),
     "sharegpt-pair": _preference(
         ("conversations", "chosen", "rejected"), partial(_messages_pair, column="conversations")
     ),
-    "alpaca-pair": _preference(("instruction", "chosen", "rejected"), _ask_pair, _BESIDE_ASK),
-    "math-pair": _preference(("instruction", "chosen_response", "rejected_response"), _math_pair, _BESIDE_ASK),
-    "orca-pair": _preference(("input", "chosen", "rejected"), partial(_pair, asks=("context", "input")), _BESIDE),
-    "qa-pair": _preference(("question", "chosen", "rejected"), partial(_pair, asks=("context", "question")), _BESIDE),
+    "alpaca-pair": _preference(("instruction", "chosen", "rejected"), _alpaca_pair, _OPTIONAL_INPUT),
+    "math-pair": _preference(("instruction", "chosen_response", "rejected_response"), _math_pair, _OPTIONAL_INPUT),
+    "orca-pair": _preference(("input", "chosen", "rejected"), partial(_pair, prompt=("context", "input")), _OPTIONAL),
+    "qa-pair": _preference(
+        ("question", "chosen", "rejected"), partial(_pair, prompt=("context", "question")), _OPTIONAL
+    ),
     "openai-pair": _preference(("input", "preferred_output", "non_preferred_output"), readers.read_openai_pair),
     "messages-pair": _preference(("messages", "chosen", "rejected"), partial(_messages_pair, column="messages")),
     "bare-pair": _preference(("chosen", "rejected"), readers.read_bare_pair),
@@ -71,17 +73,23 @@ FORMATS = {
     "sharegpt-kto": _unpaired(
         ("conversations", "kto_tag"), partial(_messages_label, column="conversations", label="kto_tag")
     ),
-    "alpaca-kto": _unpaired(("instruction", "output", "kto_tag"), _kto_reply, _BESIDE_ASK),
+    "alpaca-kto": _unpaired(("instruction", "output", "kto_tag"), _alpaca_kto, _OPTIONAL_INPUT),
     "prompt-completion-label": _unpaired(
-        ("prompt", "completion", "label"), readers.read_prompt_completion_label, talks=None
+        ("prompt", "completion", "label"), readers.read_prompt_completion_label, conversational=None
     ),
     "messages": _supervised(("messages",), partial(readers.read_chat, column="messages")),
     "conversations": _supervised(("conversations",), partial(readers.read_chat, column="conversations")),
-    "prompt-completion": _supervised(("prompt", "completion"), readers.read_prompt_completion, talks=None),
-    "alpaca": _supervised(("instruction", "output"), partial(_reply, asks=_ASK, answer="output"), _BESIDE_ASK),
-    "gpteacher": _supervised(("instruction", "response"), partial(_reply, asks=_ASK, answer="response"), _BESIDE_ASK),
-    "qa": _supervised(("question", "answer"), partial(_reply, asks=("context", "question"), answer="answer"), _BESIDE),
-    "text": _supervised(("text",), readers.read_running_text, talks=False),
+    "prompt-completion": _supervised(("prompt", "completion"), readers.read_prompt_completion, conversational=None),
+    "alpaca": _supervised(
+        ("instruction", "output"), partial(_instruction, prompt=_PROMPT, answer="output"), _OPTIONAL_INPUT
+    ),
+    "gpteacher": _supervised(
+        ("instruction", "response"), partial(_instruction, prompt=_PROMPT, answer="response"), _OPTIONAL_INPUT
+    ),
+    "qa": _supervised(
+        ("question", "answer"), partial(_instruction, prompt=("context", "question"), answer="answer"), _OPTIONAL
+    ),
+    "text": _supervised(("text",), readers.read_running_text, conversational=False),
 }
 CHAT_COLUMNS = (*SYSTEM, *VARIABLES)
 _CHAT = frozenset(CHAT_COLUMNS)
@@ -89,17 +97,17 @@ _CHAT = frozenset(CHAT_COLUMNS)
 _PAIR_TEXTS = {name for f in FORMATS.values() if f.kind == "preference" for name in f.required} | set(CHAT_COLUMNS)
 
 
-def columns_read(name: str, talks: bool) -> frozenset[str]:
-    """The columns that a format reads; `talks` is whether the row is a conversation."""
+def columns_read(name: str, conversational: bool) -> frozenset[str]:
+    """The columns that a format reads; `conversational` is whether the row is a conversation."""
     layout = FORMATS[name]
-    return frozenset((*layout.required, *layout.optional, *(CHAT_COLUMNS if talks else ())))
+    return frozenset((*layout.required, *layout.optional, *(CHAT_COLUMNS if conversational else ())))
 
 
 _REQUIRED = {
     kind: [(name, frozenset(f.required)) for name, f in FORMATS.items() if kind in (None, f.kind)]
     for kind in (None, *KINDS)
 }
-_READ = {(name, talks): columns_read(name, talks) for name in FORMATS for talks in (False, True)}
+_READ = {(name, chat): columns_read(name, chat) for name in FORMATS for chat in (False, True)}
 
 
 def detect_format(row: Row, kind: str | None = None) -> str:
@@ -152,16 +160,16 @@ def parse_row(
         if row.get(column) is None:
             raise reading.refused("missing-column", f"format {name} needs the column {column!r}")
     record = FORMATS[name].parse(row, reading)
-    talks = is_conversation(record)
-    if talks and not _CHAT.isdisjoint(present):
+    conversational = is_conversational(record)
+    if conversational and not _CHAT.isdisjoint(present):
         record = _with_chat_columns(record, row, reading)
     if isinstance(record, Pair):
         record.columns.update(_columns(row))
-    account(row, present - _READ[name, talks], getattr(record, "columns", {}), reading)
+    account(row, present - _READ[name, conversational], getattr(record, "columns", {}), reading)
     return record
 
 
-def is_conversation(record: Record) -> bool:
+def is_conversational(record: Record) -> bool:
     """Whether the chat template writes this record out."""
     return isinstance(record, Chat) or not (isinstance(record, Plain) or isinstance(record.prompt, str))
 
@@ -265,7 +273,7 @@ def document() -> str:
 def _format_line(name: str) -> tuple[str, ...]:
     layout = FORMATS[name]
     chat = {True: ["those of conversations"], None: ["those of conversations where its texts are messages"], False: []}
-    also = ", ".join([*layout.optional, *chat[layout.talks]])
+    also = ", ".join([*layout.optional, *chat[layout.conversational]])
     return name, layout.kind, ", ".join(layout.required), also
 
 

@@ -39,14 +39,14 @@ def read_text(value: Any, name: str, reading: Reading) -> str:
     return require_unicode(value, name, reading)
 
 
-def read_messages(value: Any, name: str, reading: Reading, speaker: str = "") -> Messages:
-    """A list of turns; a lone turn is a list of one, and where `speaker` is given a text is that role's turn.
+def read_messages(value: Any, name: str, reading: Reading, role: str = "") -> Messages:
+    """A list of turns; a lone turn is a list of one, and where `role` is given a text is that role's turn.
 
     Args:
         name: the column, for errors and counts.
     """
-    if speaker and isinstance(value, str):
-        return (Message(speaker, read_text(value, name, reading)),)
+    if role and isinstance(value, str):
+        return (Message(role, read_text(value, name, reading)),)
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from phi2.data.columns import NAMES
 from phi2.data.config import SpecialTokens, TrainOn
-from phi2.data.formats import is_conversation
+from phi2.data.formats import is_conversational
 from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, RowError
 from phi2.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ def pair_texts(
         raise RowError(record.origin, "wrong-kind", f"a preference row must be a Pair, got {type(record).__name__}")
     record, flags = _spelled(record, tokenizer, special_tokens)
     texts = [record.prompt, record.chosen, record.rejected]
-    if is_conversation(record):
+    if is_conversational(record):
         flags |= _require_read(record, (*record.prompt, *record.chosen, *record.rejected), tokenizer)
         texts = _dialogue(record, tokenizer)
         turns = (record.prompt, record.chosen, record.rejected)
@@ -114,13 +114,13 @@ def _spelled(
         raise RowError(record.origin, "special-token", reason)
     if special_tokens == "text":
         return _marked(record, token, tokenizer), {"special_text_kept"}
-    inside = texts if is_conversation(record) else [_without_end(text, tokenizer) for text in texts]
+    inside = texts if is_conversational(record) else [_without_end(text, tokenizer) for text in texts]
     return record, set() if tokenizer.special_text.find(inside) is None else {"special_text_in_content"}
 
 
 def _texts(record: Chat | Plain | Pair) -> list:
     """All text of a record that reaches the model; raw texts as they are read, each answer behind its prompt."""
-    if is_conversation(record):
+    if is_conversational(record):
         return [getattr(record, field, None) for field in TEXTS]
     answers = [record.completion] if isinstance(record, Plain) else [record.chosen, record.rejected]
     return [record.prompt + answer for answer in answers]
@@ -129,7 +129,7 @@ def _texts(record: Chat | Plain | Pair) -> list:
 def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Chat | Plain | Pair:
     """The record with marks around every special token that it spells."""
     special, find = tokenizer.special_text, tokenizer.special_text.pattern.findall
-    if not is_conversation(record) and any(
+    if not is_conversational(record) and any(
         find(text) != find(record.prompt) + find(text[len(record.prompt) :]) for text in _texts(record)
     ):
         reason = f"{token!r} is spelled where the prompt ends and its answer begins: it cannot stay text"
@@ -156,7 +156,7 @@ def _conversations(record: Chat | Plain | Pair) -> list[Messages]:
     """Each conversation that a record holds, whole."""
     if isinstance(record, Chat):
         return [record.messages]
-    return [record.prompt + record.chosen, record.prompt + record.rejected] if is_conversation(record) else []
+    return [record.prompt + record.chosen, record.prompt + record.rejected] if is_conversational(record) else []
 
 
 # ---- how a text ends ----
@@ -254,9 +254,9 @@ def _generated(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) -> tupl
 
 def _dialogue(record: Pair, tokenizer: Tokenizer) -> list[str]:
     """The rendered prompt, and what each of the two answers adds to it."""
-    opening = _render(record.prompt, tokenizer, record, add_generation_prompt=True)
+    prompt = _render(record.prompt, tokenizer, record, add_generation_prompt=True)
     wholes = [_render(messages, tokenizer, record) for messages in _conversations(record)]
-    return [opening, *(whole[_prefix_length(opening, whole, record.origin) :] for whole in wholes)]
+    return [prompt, *(whole[_prefix_length(prompt, whole, record.origin) :] for whole in wholes)]
 
 
 def _prefix_length(text: str, whole: str, origin: Origin) -> int:

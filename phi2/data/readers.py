@@ -25,10 +25,10 @@ from phi2.data.records import Chat, Message, Messages, Pair, Plain, Row, Unpaire
 ANSWERS = ("chosen", "rejected")
 
 
-def opening(row: Row, reading: Reading, asks: tuple[str, ...]) -> Messages:
+def read_prompt(row: Row, reading: Reading, prompt: tuple[str, ...]) -> Messages:
     """The turns before the answer where they have columns: earlier ones if there are any, and the user's request."""
     history = read_history(row["history"], reading) if is_set(row.get("history")) else ()
-    parts = [read_text(row[column], column, reading) for column in asks if row.get(column) is not None]
+    parts = [read_text(row[column], column, reading) for column in prompt if row.get(column) is not None]
     return (*history, Message("user", "\n\n".join(part for part in parts if part)))
 
 
@@ -59,14 +59,14 @@ def read_prompt_completion(row: Row, reading: Reading) -> Plain | Chat:
     """Two texts stay texts; messages become a chat in which the prompt's assistant turns are context, not targets."""
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         return _plain(row["prompt"], row["completion"], "completion", reading)
-    prompt = read_messages(row["prompt"], "prompt", reading, speaker="user")
+    prompt = read_messages(row["prompt"], "prompt", reading, role="user")
     context = tuple(message._replace(train=message.train and message.role != "assistant") for message in prompt)
-    return _chat(context + read_messages(row["completion"], "completion", reading, speaker="assistant"), reading)
+    return _chat(context + read_messages(row["completion"], "completion", reading, role="assistant"), reading)
 
 
-def read_reply(row: Row, reading: Reading, asks: tuple[str, ...], answer: str) -> Chat:
+def read_instruction(row: Row, reading: Reading, prompt: tuple[str, ...], answer: str) -> Chat:
     reply = Message("assistant", read_text(row[answer], answer, reading))
-    return _chat((*opening(row, reading, asks), reply), reading)
+    return _chat((*read_prompt(row, reading, prompt), reply), reading)
 
 
 def read_running_text(row: Row, reading: Reading) -> Plain:
@@ -80,15 +80,17 @@ def read_prompt_pair(row: Row, reading: Reading) -> Pair:
     texts = row["prompt"], row["chosen"], row["rejected"]
     if all(isinstance(text, str) for text in texts):
         return _text_pair(*texts, reading)
-    return _message_pair(row, read_messages(row["prompt"], "prompt", reading, speaker="user"), reading)
+    return _message_pair(row, read_messages(row["prompt"], "prompt", reading, role="user"), reading)
 
 
 def read_messages_pair(row: Row, reading: Reading, column: str) -> Pair:
     return _message_pair(row, read_messages(row[column], column, reading), reading)
 
 
-def read_reply_pair(row: Row, reading: Reading, asks: tuple[str, ...], answers: tuple[str, str] = ANSWERS) -> Pair:
-    return _message_pair(row, opening(row, reading, asks), reading, answers)
+def read_instruction_pair(
+    row: Row, reading: Reading, prompt: tuple[str, ...], answers: tuple[str, str] = ANSWERS
+) -> Pair:
+    return _message_pair(row, read_prompt(row, reading, prompt), reading, answers)
 
 
 def read_bare_pair(row: Row, reading: Reading) -> Pair:
@@ -96,7 +98,7 @@ def read_bare_pair(row: Row, reading: Reading) -> Pair:
     if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
         dialogues = [read_dialogue(row[name], name, reading) for name in ANSWERS]
         if None not in dialogues:
-            return _divided((), *dialogues, reading)
+            return _extract_prompt((), *dialogues, reading)
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         raise reading.refused("no-prompt", "two texts do not tell where the prompt ends: a column 'prompt' is needed")
     return _message_pair(row, (), reading)
@@ -118,7 +120,7 @@ def _text_pair(prompt: str, chosen: str, rejected: str, reading: Reading) -> Pai
     pair = Pair(*texts, reading.origin, {})
     if not prompt:
         raise reading.refused("no-prompt", "prompt is empty")
-    if _repeats(chosen, prompt) and _repeats(rejected, prompt):
+    if _begins_with(chosen, prompt) and _begins_with(rejected, prompt):
         raise reading.refused("prompt-repeated", "chosen and rejected must not begin with the prompt again")
     if chosen == rejected:
         raise reading.refused("same-answers", "chosen and rejected are equal")
@@ -127,18 +129,18 @@ def _text_pair(prompt: str, chosen: str, rejected: str, reading: Reading) -> Pai
     return pair
 
 
-def _repeats(answer: str, prompt: str) -> bool:
+def _begins_with(answer: str, prompt: str) -> bool:
     """Whether an answer begins with its prompt; white space before it and at the seam may differ."""
     begins = prompt.strip()
     return answer.startswith(prompt) or (bool(begins) and answer.lstrip().startswith(begins))
 
 
 def _message_pair(row: Row, prompt: Messages, reading: Reading, answers: tuple[str, str] = ANSWERS) -> Pair:
-    chosen, rejected = (read_messages(row[column], column, reading, speaker="assistant") for column in answers)
-    return _divided(prompt, chosen, rejected, reading, answers)
+    chosen, rejected = (read_messages(row[column], column, reading, role="assistant") for column in answers)
+    return _extract_prompt(prompt, chosen, rejected, reading, answers)
 
 
-def _divided(
+def _extract_prompt(
     prompt: Messages, chosen: Messages, rejected: Messages, reading: Reading, answers: tuple[str, str] = ANSWERS
 ) -> Pair:
     """Divides a pair at the first message that differs: what the two share is prompt, whichever column it was in."""
@@ -146,8 +148,8 @@ def _divided(
     if chosen == rejected:
         raise reading.refused("same-answers", "chosen and rejected are equal")
     if chosen[0].role == "assistant":
-        prompt = _without_answer(prompt, (chosen, rejected)) + chosen[:shared]
-    elif {_spoken(message) for message in prompt} <= {_spoken(message) for message in chosen[:shared]}:
+        prompt = _without_completion(prompt, (chosen, rejected)) + chosen[:shared]
+    elif set(_stripped(prompt)) <= set(_stripped(chosen[:shared])):
         prompt = chosen[:shared]  # the answers carry the prompt in front, and the prompt's own column only repeats it
     elif prompt in (chosen, rejected):  # a column of messages that is one of the two dialogues
         prompt = chosen[:shared]
@@ -160,10 +162,10 @@ def _divided(
     return Pair(prompt, chosen[shared:], rejected[shared:], reading.origin, {})
 
 
-def _without_answer(prompt: Messages, answers: tuple[Messages, Messages]) -> Messages:
+def _without_completion(prompt: Messages, answers: tuple[Messages, Messages]) -> Messages:
     """The prompt alone, where its column holds one of the two dialogues whole."""
     for answer in answers:
-        if [*map(_spoken, prompt[-len(answer) :])] == [*map(_spoken, answer)]:
+        if _stripped(prompt[-len(answer) :]) == _stripped(answer):
             return prompt[: -len(answer)]
     return prompt
 
@@ -173,8 +175,9 @@ def _shared_prefix(first: Messages, second: Messages) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def _spoken(message: Message) -> tuple[str, str]:
-    return message.role, message.content.strip()
+def _stripped(messages: Messages) -> list[tuple[str, str]]:
+    """Roles and words, without the white space around them."""
+    return [(message.role, message.content.strip()) for message in messages]
 
 
 # ---- rows with a label ----
@@ -191,14 +194,14 @@ def read_prompt_completion_label(row: Row, reading: Reading) -> Unpaired:
     if isinstance(prompt, str) and isinstance(completion, str):
         prompt, completion = read_text(prompt, "prompt", reading), read_text(completion, "completion", reading)
     else:
-        completion = read_messages(completion, "completion", reading, speaker="assistant")
-        prompt = read_messages(prompt, "prompt", reading, speaker="user")
+        completion = read_messages(completion, "completion", reading, role="assistant")
+        prompt = read_messages(prompt, "prompt", reading, role="user")
     return _unpaired(prompt, completion, row["label"], "label", reading)
 
 
-def read_reply_label(row: Row, reading: Reading, asks: tuple[str, ...], answer: str, label: str) -> Unpaired:
+def read_instruction_label(row: Row, reading: Reading, prompt: tuple[str, ...], answer: str, label: str) -> Unpaired:
     reply = Message("assistant", read_text(row[answer], answer, reading))
-    return _unpaired(opening(row, reading, asks), (reply,), row[label], label, reading)
+    return _unpaired(read_prompt(row, reading, prompt), (reply,), row[label], label, reading)
 
 
 def _unpaired(prompt: str | Messages, completion: str | Messages, good: Any, name: str, reading: Reading) -> Unpaired:
