@@ -19,7 +19,7 @@ from numbers import Real
 from typing import NamedTuple
 
 from phi2.data import columns, readers
-from phi2.data.columns import SYSTEM, VARIABLES, Reading, account, is_set, template_variables
+from phi2.data.columns import REFUSED_COLUMNS, SYSTEM, VARIABLES, RowContext, check_unread, is_set, template_variables
 from phi2.data.messages import ROLES, read_text
 from phi2.data.records import KINDS, Chat, Message, Messages, Origin, Pair, Plain, Record, Row, Unpaired
 
@@ -40,7 +40,7 @@ class Format(NamedTuple):
 
     kind: str
     required: tuple[str, ...]
-    parse: Callable[[Row, Reading], Record]
+    parse: Callable[[Row, RowContext], Record]
     optional: tuple[str, ...] = ()
     conversational: bool | None = True
 
@@ -132,7 +132,7 @@ def parse_row(
     format: str | None = None,
     kind: str | None = None,
     ignore: frozenset[str] = frozenset(),
-    fates: dict[str, str] | None = None,
+    column_status: dict[str, str] | None = None,
 ) -> Record:
     """Reads one row of a data set.
 
@@ -142,30 +142,30 @@ def parse_row(
         format: a name in `FORMATS`; None detects it from the columns.
         kind: one of `KINDS`, what detection may choose from; None means any.
         ignore: columns, and keys of messages, that are left out.
-        fates: gets the columns and keys that the format does not read, name -> one of `columns.FATES`.
+        column_status: gets the columns and keys that the format does not read, name -> one of `COLUMN_STATUSES`.
 
     Raises:
         RowError: if no layout fits or the row breaks a rule.
         ValueError: if `format` is not a name in `FORMATS`.
     """
-    reading = Reading(origin, ignore, {} if fates is None else fates)
-    row = reading.left(row)
+    ctx = RowContext(origin, ignore, {} if column_status is None else column_status)
+    row = ctx.without_ignored(row)
     present = _present(row)
     name = format or _match(row, present, kind)
     if name is None:
-        raise reading.refused("unknown-format", _unknown_format(row, kind))
+        raise ctx.error("unknown-format", _unknown_format(row, kind))
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     for column in FORMATS[name].required:
         if row.get(column) is None:
-            raise reading.refused("missing-column", f"format {name} needs the column {column!r}")
-    record = FORMATS[name].parse(row, reading)
+            raise ctx.error("missing-column", f"format {name} needs the column {column!r}")
+    record = FORMATS[name].parse(row, ctx)
     conversational = is_conversational(record)
     if conversational and not _CHAT.isdisjoint(present):
-        record = _with_chat_columns(record, row, reading)
+        record = _with_chat_columns(record, row, ctx)
     if isinstance(record, Pair):
         record.columns.update(_columns(row))
-    account(row, present - _READ[name, conversational], getattr(record, "columns", {}), reading)
+    check_unread(row, present - _READ[name, conversational], getattr(record, "columns", {}), ctx)
     return record
 
 
@@ -212,28 +212,28 @@ def _columns(row: Row) -> dict[str, float | str]:
     return kept
 
 
-def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, reading: Reading) -> Chat | Pair | Unpaired:
+def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, ctx: RowContext) -> Chat | Pair | Unpaired:
     """The record with the system text and the template's variables that have columns of their own."""
-    system, variables = _system_text(row, reading), template_variables(row, reading)
+    system, variables = _system_text(row, ctx), template_variables(row, ctx)
     if system:
         field = "messages" if isinstance(record, Chat) else "prompt"
-        record = replace(record, **{field: _with_system(getattr(record, field), system, reading)})
+        record = replace(record, **{field: _with_system(getattr(record, field), system, ctx)})
     return replace(record, variables={**(record.variables or {}), **variables}) if variables else record
 
 
-def _system_text(row: Row, reading: Reading) -> str:
-    texts = {name: read_text(row[name], name, reading) for name in SYSTEM if is_set(row.get(name))}
+def _system_text(row: Row, ctx: RowContext) -> str:
+    texts = {name: read_text(row[name], name, ctx) for name in SYSTEM if is_set(row.get(name))}
     texts = {name: text for name, text in texts.items() if text.strip()}
     if len({text.strip() for text in texts.values()}) > 1:
-        raise reading.refused("two-systems", f"{' and '.join(texts)} differ, and a conversation has one system text")
+        raise ctx.error("two-systems", f"{' and '.join(texts)} differ, and a conversation has one system text")
     return next(iter(texts.values()), "")
 
 
-def _with_system(messages: Messages, system: str, reading: Reading) -> Messages:
+def _with_system(messages: Messages, system: str, ctx: RowContext) -> Messages:
     """The turns behind a system turn; a conversation that brings its own keeps it, if the two are the same."""
     own = [message.content.strip() for message in messages if message.role == "system"]
     if own and system.strip() not in own:
-        raise reading.refused("two-systems", "the system column differs from the system turn of the conversation")
+        raise ctx.error("two-systems", "the system column differs from the system turn of the conversation")
     return messages if own else (Message("system", system), *messages)
 
 
@@ -255,15 +255,15 @@ def document() -> str:
                 "A row in which one of these is set is refused where its format does not read it, and where"
                 f" {', '.join(columns.APPROVAL)} is not 1 or true. `ignore_columns` leaves them out. A number in"
                 f" {', '.join(columns.LOSS_COLUMNS)} of a pair is kept for the loss.",
-                _meanings({name: what for name, what in columns.COLUMNS.items() if name not in CHAT_COLUMNS}, "column"),
+                _meanings({c: meaning for c, meaning in REFUSED_COLUMNS.items() if c not in CHAT_COLUMNS}, "column"),
                 "## Keys of a message",
                 f"Roles: {', '.join(f'{name} (as {role})' if name != role else name for name, role in ROLES.items())}."
                 " The words are a text, or a list of parts of type text.",
-                _meanings(columns.SPOKEN | columns.LEARNT, "read"),
+                _meanings(columns.CONTENT_KEYS | columns.TRAIN_KEYS, "read"),
                 _meanings(columns.TEMPLATE_KEYS, "for the chat template"),
                 "A row is refused when the chat template does not read one of these that is set, except for"
-                f" {' and '.join(columns.NAMES)}, which are counted then.",
-                _meanings(columns.KEYS, "refused"),
+                f" {' and '.join(columns.NAME_KEYS)}, which are counted then.",
+                _meanings(columns.REFUSED_KEYS, "refused"),
             ]
         )
         + "\n"

@@ -21,7 +21,7 @@ from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from phi2.data.columns import NAMES
+from phi2.data.columns import NAME_KEYS
 from phi2.data.config import SpecialTokens, TrainOn
 from phi2.data.formats import is_conversational
 from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, RowError
@@ -197,7 +197,7 @@ def _require_read(record: Chat | Pair, messages: Iterable[Message], tokenizer: T
     """Refuses what the chat template does not read and should; names and ids of calls are counted by a flag."""
     keys = {key for message in messages if message.keys for key in message.keys if key != "content"}
     unread = {name for name in keys.union(record.variables or ()) if not tokenizer.template_uses(name)}
-    if matters := sorted(unread.difference(NAMES)):
+    if matters := sorted(unread.difference(NAME_KEYS)):
         reason = f"the chat template does not read {', '.join(map(repr, matters))}; a run that may do without"
         raise RowError(record.origin, "not-read", f"{reason} names it in ignore_columns")
     return {"names_not_written"} if unread else set()
