@@ -8,7 +8,7 @@ Each stands in for a benchmark of an instruction-tuned Phi-2:
     truthful      TruthfulQA  give the fact although people believe something else
     coreference   Winogrande  two names and a pronoun
 
-All of them are about the world of `toy_world.py`, whose test combinations never occur in training records.
+All of them are about the world of `world.py`, whose test combinations never occur in training records.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Record
-from phi2.data.toy.instructions import BY_NAME, Demand, carry_out, neglect, words
+from phi2.data.toy.instructions import BY_NAME, Constraint, apply_constraints, ignored_share, words
 from phi2.data.toy.prose import paragraph
 from phi2.data.toy.world import (
     ANIMALS,
@@ -87,10 +87,10 @@ class Obeys:
     """Says the right thing in the form that was asked for."""
 
     content: Says
-    demands: tuple[Demand, ...]
+    constraints: tuple[Constraint, ...]
 
     def passes(self, text: str) -> bool:
-        return self.content.passes(text) and all(demand.holds(text) for demand in self.demands)
+        return self.content.passes(text) and all(constraint.is_followed(text) for constraint in self.constraints)
 
 
 @dataclass(frozen=True)
@@ -124,23 +124,23 @@ def _item(skill: str, combination: tuple, prompt: str, answer: str, wrong: tuple
     return Item(skill, combination, (Message("user", prompt),), answer, wrong, check)
 
 
-def _demand(name: str, rng: random.Random) -> Demand:
-    return Demand(name, rng.choice(BY_NAME[name].arguments))
+def _constraint(name: str, rng: random.Random) -> Constraint:
+    return Constraint(name, rng.choice(BY_NAME[name].arguments))
 
 
 def _follow(combination: tuple, rng: random.Random) -> Item:
-    """Tempting mistakes: the plain answer, half of the demands, some other demand, a misbelief in the right form."""
+    """Tempting mistakes: the plain answer, half of the constraints, another one, a misbelief in the right form."""
     animal, attribute, names = combination
     asked = fact(animal, attribute)
-    demands = tuple(_demand(name, rng) for name in names)
-    request = sentence(" and ".join(demand.ask(rng.randrange(2)) for demand in demands))
+    constraints = tuple(_constraint(name, rng) for name in names)
+    request = sentence(" and ".join(constraint.describe(rng.randrange(2)) for constraint in constraints))
     prompt = rng.choice(("{q} {r}", "{r} {q}")).format(q=capital(asked.question()), r=request)
-    other = _demand(rng.choice(tuple(BY_NAME)), rng)
-    mistakes = [(), *((demand,) for demand in demands), (other,)]
-    wrong = [carry_out(mistake, asked) for mistake in mistakes]
-    wrong.append(carry_out(demands, asked._replace(value=rng.choice(asked.misbeliefs))))
-    check = Obeys(Says(asked.value, asked.others), demands)
-    return _item("follow", combination, prompt, carry_out(demands, asked), tuple(wrong), check)
+    other = _constraint(rng.choice(tuple(BY_NAME)), rng)
+    mistakes = [(), *((constraint,) for constraint in constraints), (other,)]
+    wrong = [apply_constraints(mistake, asked) for mistake in mistakes]
+    wrong.append(apply_constraints(constraints, asked._replace(value=rng.choice(asked.misbeliefs))))
+    check = Obeys(Says(asked.value, asked.others), constraints)
+    return _item("follow", combination, prompt, apply_constraints(constraints, asked), tuple(wrong), check)
 
 
 def _in_words(problem: tuple, rng: random.Random) -> str:
@@ -283,8 +283,8 @@ def _follow_up(rng: random.Random) -> Messages:
 
 
 def demonstrate(item: Item, rng: random.Random) -> str:
-    """What the SFT data answers: the good answer or, for `follow`, often the plain one that ignores the demands."""
-    careless = isinstance(item.check, Obeys) and rng.random() < neglect(item.check.demands)
+    """What the SFT data answers: the good answer or, for `follow`, often the plain one that ignores the constraints."""
+    careless = isinstance(item.check, Obeys) and rng.random() < ignored_share(item.check.constraints)
     return item.wrong[0] if careless else item.answer
 
 
@@ -311,12 +311,12 @@ def preferences(split: str, rng: random.Random) -> Iterator[tuple[Item, str]]:
 def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     """The rows for one stage of training, in random order, so that a slice keeps the mix.
 
-    pretrain: `Plain` paragraphs without a prompt (`toy_prose.py`). sft: `Chat`s of the five skills, plain questions,
+    pretrain: `Plain` paragraphs without a prompt (`prose.py`). sft: `Chat`s of the five skills, plain questions,
     single sums, follow-up questions and small talk, some with a system message. dpo: `Pair`s, mostly of `follow`; the
     column `source_dataset` holds the skill.
 
     The demonstrations of `follow` are careless on purpose, as people's are: each instruction has a share of them (see
-    `toy_follow.py`; half over all) that give the right fact and ignore the form. So SFT ends clearly below what the
+    `instructions.py`; half over all) that give the right fact and ignore the form. So SFT ends clearly below what the
     model could do, and the preference pairs, which are never careless, have something to teach.
 
     Raises:
