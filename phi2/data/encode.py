@@ -114,28 +114,6 @@ class RenderedRecord(NamedTuple):
     encode: Callable[[list[Encoding | MarkedEncoding]], Encoded]
 
 
-def encode_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedSequence:
-    """The token ids of one row, and the mask of what is learnt.
-
-    Raises:
-        RowError: when the row cannot be used; it names file, row and rule.
-        ValueError: for options that are not for supervised rows.
-    """
-    rendered = _renderer("supervised", options)(record, tokenizer, options)
-    return _encode(*next(_tokenize([rendered], tokenizer)))
-
-
-def encode_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedPair:
-    """The token ids of a prompt and of its two answers.
-
-    Raises:
-        RowError: when the row cannot be used; it names file, row and rule.
-        ValueError: for options that are not for pairs.
-    """
-    rendered = _renderer("preference", options)(record, tokenizer, options)
-    return _encode(*next(_tokenize([rendered], tokenizer)))
-
-
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
 ) -> tuple[list[Encoded], Audit]:
