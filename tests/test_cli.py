@@ -7,12 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 import yaml
 
 import phi2
-from phi2.cli.commands import COMMANDS, main
+from phi2.checkpoints import convert
+from phi2.cli.commands import COMMANDS, _config_class, main
+from phi2.demo.quickstart import quickstart
+from phi2.evaluation.toy import evaluate
+from phi2.inference.config import SamplingParams
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--device", "cpu", "--lora.r", "4"]
 
@@ -33,6 +39,34 @@ def test_every_flag_has_a_sentence_of_help(command, capsys):
     assert code == 0 and flags
     own = [flag for flag in flags if not flag.split()[0].endswith(".help")]
     assert [flag.split()[0] for flag in own if len(flag.split()) < 4] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("merge", convert.merge_adapter),
+        ("convert", convert.convert),
+        ("quickstart", quickstart),
+        ("evaluate", evaluate),
+    ],
+)
+def test_the_defaults_of_a_command_are_those_of_its_function(command, function):
+    told = COMMANDS[command]
+    own = signature(_config_class(told) or told.run).parameters
+    for name, parameter in signature(function).parameters.items():
+        if name in own:
+            assert own[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_setting_of_sampling_is_a_flag_with_its_own_default(command):
+    flags = {field.name: field.default for field in fields(_config_class(COMMANDS[command]))}
+    assert {field.name: field.default for field in fields(SamplingParams)}.items() <= flags.items()
+
+
+def test_a_bad_setting_of_sampling_is_told_before_a_model_is_looked_for(capsys):
+    code, _, err = run(capsys, "chat", "--model", "/nowhere", "--top_k", "5")
+    assert (code, err) == (2, "phi2 chat: top_k 5 needs a temperature above 0, got 0 (greedy)\n")
 
 
 def test_the_overview_names_every_command(capsys):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phi2.inference.sampling import Sampler, SamplingParams, draw, process_logits
+from phi2.inference.config import SamplingParams
+from phi2.inference.sampling import Sampler, draw, process_logits
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from phi2.checkpoints.weights import load
 from phi2.data.inspect import InspectConfig, inspect_data
+from phi2.inference.config import SamplingParams
 from phi2.inference.generate import generate
-from phi2.inference.sampling import SamplingParams
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
 from phi2.training.config import DPOConfig, SFTConfig

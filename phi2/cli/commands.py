@@ -13,77 +13,34 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phi2 import __version__
 from phi2.cli.flags import UsageError, parse
+
+if TYPE_CHECKING:
+    from phi2.cli.configs import EvaluateConfig, GenerateConfig, ReplyConfig
+    from phi2.data.inspect import InspectConfig
+    from phi2.training.config import DPOConfig, SFTConfig
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell counts them: 128 and the number of SIGINT, of SIGPIPE
 
 
-def answer(  # not `generate`: the parser would look under that name in the package, and load torch for it
-    model: str,
-    prompt: str,
-    adapter: str | None = None,
-    system: str | None = None,
-    prompt_style: Literal["auto", "raw", "instruct", "chatml", "chat"] = "auto",
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = 0,
-    stop: list[str] | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: Literal["int8", "int4"] | None = None,
-) -> None:
-    """Answer one prompt, streaming.
-
-    Args:
-        model: Folder, hub id, "nano" or "nano-instruct".
-        prompt: The text; "-" reads it from standard input.
-        adapter: Folder or hub id of a LoRA adapter.
-        system: System message; the prompt is then a user's turn.
-        prompt_style: How the model sees the prompt; auto is its chat template (chat) if it has one, else raw.
-        max_new_tokens: Tokens to generate at most.
-        temperature: 0 is greedy.
-        top_k: Keep the k most likely tokens; 0 keeps all.
-        top_p: Keep the most likely tokens up to this probability.
-        min_p: Keep tokens at least this many times as likely as the likeliest.
-        repetition_penalty: Above 1, makes tokens that are there already less likely.
-        seed: Of the sampling; null takes a new one and tells it.
-        stop: String the answer ends before; give the flag again for another.
-        device: cpu, cuda, or auto.
-        dtype: float32, bfloat16, float16, or auto.
-        quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
-    """
+def generate(config: GenerateConfig) -> None:
+    """Answer one prompt, streaming."""
     import phi2
 
-    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    style = ("raw" if tokenizer.chat_template is None else "chat") if prompt_style == "auto" else prompt_style
-    if system is not None:
-        if prompt_style not in ("auto", "chatml", "chat"):
-            raise ValueError(f"system needs prompt_style chatml (or auto), got {prompt_style!r}")
-        text, style = [{"role": "system", "content": system}, {"role": "user", "content": text}], None
+    loaded, tokenizer = config.load()
+    text: Any = sys.stdin.read() if config.prompt == "-" else config.prompt
+    own_style = "raw" if tokenizer.chat_template is None else "chat"
+    style: str | None = own_style if config.prompt_style == "auto" else config.prompt_style
+    if config.system is not None:
+        if config.prompt_style not in ("auto", "chatml", "chat"):
+            raise ValueError(f"system needs prompt_style chatml (or auto), got {config.prompt_style!r}")
+        text, style = [{"role": "system", "content": config.system}, {"role": "user", "content": text}], None
     chunk = None
-    for chunk in phi2.stream(
-        loaded,
-        tokenizer,
-        text,
-        prompt_style=style,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop or (),
-    ):
+    for chunk in phi2.stream(loaded, tokenizer, text, prompt_style=style, **config.sampling):
         print(chunk.text, end="", flush=True)
     print()
     if chunk is not None:
@@ -95,46 +52,20 @@ def answer(  # not `generate`: the parser would look under that name in the pack
         )
 
 
-def chat(
-    model: str,
-    adapter: str | None = None,
-    system: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: Literal["int8", "int4"] | None = None,
-) -> None:
-    """Talk with a model in the terminal; /help lists what can be typed.
-
-    Args:
-        model: Folder, hub id, "nano" or "nano-instruct".
-        adapter: Folder or hub id of a LoRA adapter.
-        system: System message.
-        max_new_tokens: Tokens of a reply at most.
-        temperature: 0 is greedy.
-        top_p: Keep the most likely tokens up to this probability.
-        repetition_penalty: Above 1, makes tokens that are there already less likely.
-        seed: Of the sampling; null takes a new one and tells it.
-        device: cpu, cuda, or auto.
-        dtype: float32, bfloat16, float16, or auto.
-        quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
-    """
+def chat(config: ReplyConfig) -> None:
+    """Talk with a model in the terminal; /help lists what can be typed."""
     import phi2
     from phi2.inference.chat import run_chat, told_if_untaught
 
-    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
-    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    session = phi2.ChatSession(loaded, tokenizer, system, repetition_penalty=repetition_penalty, **sampling)
-    told = [told_if_untaught(loaded, tokenizer), f"seed {session.params.seed}" if seed is None else None]
+    loaded, tokenizer = config.load()
+    session = phi2.ChatSession(loaded, tokenizer, config.system, **config.sampling)
+    seed = f"seed {session.params.seed}" if config.seed is None else None
+    told = [told_if_untaught(loaded, tokenizer), seed]
     print("".join(f"{line}\n" for line in told if line), end="", file=sys.stderr)
     run_chat(session)
 
 
-def sft(config: Any) -> None:
+def sft(config: SFTConfig) -> None:
     """Supervised fine-tuning, with LoRA or in full."""
     from phi2.lab.report import write_report
     from phi2.training.sft import train
@@ -142,7 +73,7 @@ def sft(config: Any) -> None:
     _announce(run := train(config), write_report(run))
 
 
-def dpo(config: Any) -> None:
+def dpo(config: DPOConfig) -> None:
     """Preference optimisation: DPO and its family, with LoRA or in full."""
     from phi2.lab.report import write_report
     from phi2.training.dpo import train
@@ -186,35 +117,16 @@ def convert(
     print(f"wrote {convert(model, output, dtype, vocab_size, add_chatml)}")
 
 
-def evaluate(
-    model: str,
-    adapter: str | None = None,
-    questions: int = 100,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: Literal["int8", "int4"] | None = None,
-) -> None:
-    """Grade a model on the five toy skills, with 95 % intervals.
-
-    Args:
-        model: Folder, hub id, "nano" or "nano-instruct".
-        adapter: Folder or hub id of a LoRA adapter.
-        questions: Held-out questions of each skill.
-        seed: Of the choice of questions.
-        device: cpu, cuda, or auto.
-        dtype: float32, bfloat16, float16, or auto.
-        quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
-    """
-    import phi2
+def evaluate(config: EvaluateConfig) -> None:
+    """Grade a model on the five toy skills, with 95 % intervals."""
     from phi2.evaluation.toy import evaluate
 
-    loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
-    for skill, score in evaluate(loaded, tokenizer, questions, seed).items():
+    loaded, tokenizer = config.load()
+    for skill, score in evaluate(loaded, tokenizer, config.questions, config.seed).items():
         print(f"{skill:<12} {score}")
 
 
-def inspect(config: Any) -> None:
+def inspect(config: InspectConfig) -> None:
     """Show rows as a run would see them: every token, which ones are learnt, and the audit of all rows."""
     from phi2.data.inspect import inspect_data
 
@@ -241,13 +153,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command(answer),
-    "chat": Command(chat),
+    "generate": Command(generate, "phi2.cli.configs:GenerateConfig"),
+    "chat": Command(chat, "phi2.cli.configs:ReplyConfig"),
     "sft": Command(sft, "phi2.training.config:SFTConfig"),
     "dpo": Command(dpo, "phi2.training.config:DPOConfig"),
     "merge": Command(merge),
     "convert": Command(convert),
-    "evaluate": Command(evaluate),
+    "evaluate": Command(evaluate, "phi2.cli.configs:EvaluateConfig"),
     "inspect": Command(inspect, "phi2.data.inspect:InspectConfig"),
     "quickstart": Command(quickstart),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -71,7 +71,7 @@ def parse(
 
 def with_lists(arguments: list[str], signature: Callable[..., Any]) -> list[str]:
     """Makes one `--stop=["A", "B"]`, which is how the parser takes a list, of `--stop A --stop B`."""
-    flags = {f"--{name}" for name, hint in get_type_hints(signature).items() if _takes_a_list_only(hint)}
+    flags = {f"--{name}" for name, hint in get_type_hints(signature).items() if _takes_a_list(hint)}
     others, left = [], iter(arguments)
     lists: defaultdict[str, list[str]] = defaultdict(list)
     for argument in left:
@@ -85,9 +85,10 @@ def with_lists(arguments: list[str], signature: Callable[..., Any]) -> list[str]
     return [*others, *(f"{flag}={json.dumps(values)}" for flag, values in lists.items())]
 
 
-def _takes_a_list_only(hint: Any) -> bool:
+def _takes_a_list(hint: Any) -> bool:
+    """A list of texts; not `data`, where one text may name several sources."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return str not in kinds and any(get_origin(kind) is list for kind in kinds)
+    return any(get_origin(kind) in (list, Sequence) and get_args(kind) == (str,) for kind in kinds)
 
 
 def _elements(value: str) -> list[Any]:

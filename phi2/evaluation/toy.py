@@ -68,7 +68,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def evaluate(
-    model: Phi2ForCausalLM, tokenizer: Tokenizer, questions: int = 200, seed: int = 0, split: str = "test"
+    model: Phi2ForCausalLM, tokenizer: Tokenizer, questions: int = 100, seed: int = 0, split: str = "test"
 ) -> dict[str, Score]:
     """Answers this many questions of every skill greedily and grades the answers.
 

@@ -17,9 +17,9 @@ import torch
 
 from phi2.cache import KVCache
 from phi2.files import write_whole
+from phi2.inference.config import SamplingParams
 from phi2.inference.generate import check_prompt, decode
 from phi2.inference.replies import Chunk
-from phi2.inference.sampling import SamplingParams
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
+from phi2.inference.config import SamplingParams
 from phi2.inference.replies import Chunk, Generation, Reply, join
-from phi2.inference.sampling import Sampler, SamplingParams
+from phi2.inference.sampling import Sampler
 from phi2.inference.step import RecordedStep, can_record
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer

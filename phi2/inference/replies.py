@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from phi2.inference.sampling import SamplingParams
+from phi2.inference.config import SamplingParams
 from phi2.tokenizer import Tokenizer
 
 

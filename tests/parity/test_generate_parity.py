@@ -15,8 +15,9 @@ from transformers.generation import logits_process as hf
 
 from phi2.checkpoints.weights import load
 from phi2.config import Phi2Config
+from phi2.inference.config import SamplingParams
 from phi2.inference.generate import generate
-from phi2.inference.sampling import SamplingParams, process_logits
+from phi2.inference.sampling import process_logits
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
