@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (GateError, DeviceError, FileNotFoundError, ChildProcessError) as error:
             print(f"{name}: no number: {error}", file=sys.stderr)
             return 1
-        print(table(name, report))
+        print(text := table(name, report))
+        stream.tell(text)
         publish(name, report, load)
     return 0
 
@@ -113,7 +114,7 @@ def publish(name: str, report: Report, load: float) -> None:
     with (RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line))
-    stream.tell(table(name, report), **line)
+    stream.tell(**line)
 
 
 def device_name() -> str:

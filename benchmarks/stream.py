@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 LENGTH = 300  # of a line that somebody else wrote
 
 
-def tell(text: str, **line: Any) -> None:
-    """Appends a line to both files, to that for people only if there is a text; nothing without OUT."""
-    if "OUT" not in os.environ:
+def tell(text: str = "", **line: Any) -> None:
+    """Appends a text to the one file and a line to the other, as far as they are given; nothing without OUT."""
+    folder = os.environ.get("OUT")
+    if not folder:
         return
-    for name, content in (("results.jsonl", json.dumps(line)), ("results.txt", text)):
+    for name, content in (("results.txt", text), ("results.jsonl", json.dumps(line) if line else "")):
         if content:
-            with Path(os.environ["OUT"], name).open("ab", buffering=0) as file:
+            with Path(folder, name).open("ab", buffering=0) as file:
                 file.write(f"{content}\n".encode())
 
 
@@ -34,7 +35,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
     if not report.failed:
-        tell("", **line)
+        tell(**line)
         return
     crash = getattr(report.longrepr, "reprcrash", None)
     error = _lines(crash.message if crash else report.longreprtext)[0]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from phi2.config import Phi2Config
+from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
 from phi2_kernels.block import Shape, Weights, block
@@ -34,7 +35,7 @@ def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:
     """
     if on and model.config.qk_layernorm:
         raise ValueError("fused blocks cannot have qk_layernorm; load this model with fuse off")
-    for layer in model.model.layers:
+    for layer in model.model.blocks:
         if on:
             _join_block(layer)
         elif layer.fused_forward is not None:
@@ -53,7 +54,7 @@ def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibi
 
 
 def _shape_of(config: Phi2Config) -> Shape:
-    return Shape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return Shape(config.num_attention_heads, config.kv_heads, config.head_dim)
 
 
 def _weights_of(layer: Block) -> Weights:
@@ -72,7 +73,7 @@ def _weights_of(layer: Block) -> Weights:
     )
 
 
-def _adapters(linears: Sequence[nn.Module], widths: list[int]) -> tuple[Adapter, ...]:
+def _adapters(linears: Sequence[PhiLinear], widths: list[int]) -> tuple[Adapter, ...]:
     """The adapters that are on, each with its columns: `widths` says how many every linear has."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     on = [linear.adapter if isinstance(linear, LoraLinear) else None for linear in linears]
@@ -104,7 +105,7 @@ def _part_block(layer: Block) -> None:
 
 @torch.inference_mode(False)  # what is made within would be of no use to training
 @torch.no_grad()
-def _join(parameters: list[nn.Parameter], transposed: bool = False) -> None:
+def _join(parameters: list[Tensor], transposed: bool = False) -> None:
     """Lays parameters one behind the other; `transposed`: the rows of their transposes."""
     parts = [p.data.T if transposed else p.data for p in parameters]
     if are_adjacent(parts):

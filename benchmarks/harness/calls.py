@@ -45,15 +45,15 @@ def norm_inputs(device: torch.device, seed: int) -> Inputs:
 
 
 def gelu_inputs(device: torch.device, seed: int) -> Inputs:
-    """x and the gradient of y (N, F), bias (F,)."""
+    """x and the gradient of y (N, F)."""
     normal = gpu.random(seed, device)
-    return normal(N, F, dtype=HALF), normal(N, F, dtype=HALF), normal(F, dtype=HALF)
+    return normal(N, F, dtype=HALF), normal(N, F, dtype=HALF)
 
 
 def rotary_inputs(device: torch.device, seed: int) -> Inputs:
-    """The queries and keys in rows that end with values (N, 2 H, D), and the tables of S positions."""
+    """The queries and keys in rows that end with values (N, 2 H, D), and the tables of S tokens."""
     rows = gpu.random(seed, device)(N, 3 * H, D, dtype=HALF)
-    return rows[:, : 2 * H], *_tables(device), torch.arange(N, device=device, dtype=torch.int32) % S
+    return rows[:, : 2 * H], *_tables(device)
 
 
 def _tables(device: torch.device) -> list[Tensor]:
@@ -61,11 +61,11 @@ def _tables(device: torch.device) -> list[Tensor]:
 
 
 def token_inputs(device: torch.device, seed: int) -> Inputs:
-    """One token's q, k and v (1, H, D), tables, its position (1,), and the cache (1, H, S, D), twice."""
+    """One token's q, k and v (1, H, D), tables, its slot (1,), and the cache (1, H, S, D), twice."""
     normal = gpu.random(seed, device)
-    position = torch.full((1,), S // 2, device=device, dtype=torch.int32)
+    slot = torch.full((1,), S // 2, device=device, dtype=torch.int32)
     cache = (normal(1, H, S, D, dtype=HALF) for _ in range(2))
-    return *(normal(1, H, D, dtype=HALF) for _ in range(3)), *_tables(device), position, *cache
+    return *(normal(1, H, D, dtype=HALF) for _ in range(3)), *_tables(device), slot, *cache
 
 
 def logits_inputs(device: torch.device, seed: int) -> Inputs:
@@ -122,23 +122,23 @@ def norm_backward(
 
 def gelu_forward(x: Tensor, *_) -> Outputs:
     y = torch.empty_like(x)
-    gelu_triton.forward(x, None, y)
+    gelu_triton.forward(x, y)
     return {"output": y}
 
 
-def gelu_backward(sums: bool, x: Tensor, grad: Tensor, bias: Tensor) -> Outputs:
+def gelu_backward(x: Tensor, grad: Tensor) -> Outputs:
     dx = torch.empty_like(x)
-    summed = gelu_triton.backward(grad, x, bias if sums else None, dx, sums=sums)
-    return {"grad of x": dx, "grad of bias": summed}
+    gelu_triton.backward(grad, x, dx)
+    return {"grad of x": dx}
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Outputs:
-    rotary_triton.apply_rotary(x, cos, sin, positions, False)
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Outputs:
+    rotary_triton.apply_rotary(x, cos, sin, False)
     return {"rotated": x}
 
 
-def apply_rotary_and_store(q, k, v, cos, sin, position, keys, values) -> Outputs:
-    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, position, position, keys, values)
+def apply_rotary_and_store(q, k, v, cos, sin, slot, keys, values) -> Outputs:
+    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, slot, keys, values)
     return {"query": q, "key": keys[:, :, S // 2], "value": values[:, :, S // 2]}
 
 

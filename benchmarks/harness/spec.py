@@ -90,8 +90,9 @@ def on_both(*candidates: tuple) -> dict[int, list[tuple]]:
     return {80: [*candidates], 90: [*candidates]}
 
 
-def gelu(entry: str, kernel: str, candidates: dict[int, list[tuple]], call: Callable[..., Outputs], flag: str) -> Op:
-    return Op(("gelu_triton", entry), f"gelu {kernel}", candidates, aot_launches.gelu, calls.gelu_inputs, call, flag)
+def gelu(entry: str, call: Callable[..., Outputs]) -> Op:
+    candidates = on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8))
+    return Op(("gelu_triton", entry), f"gelu {entry}", candidates, aot_launches.gelu, calls.gelu_inputs, call)
 
 
 def gemv(form: str, M: int, candidates: dict[int, list[tuple]]) -> Op:
@@ -161,28 +162,9 @@ OPS = {
             ("backward_sums", partial(calls.norm_backward, True), "sums"),
         )
     },
-    # rows, columns, warps; with a gradient, how many times as many rows
-    "gelu_forward": gelu(
-        "forward",
-        "forward",
-        on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8)),
-        calls.gelu_forward,
-        "",
-    ),
-    "gelu_backward": gelu(
-        "backward",
-        "backward",
-        on_both((4, 1024, 4, 1), (1, 1024, 4, 1), (2, 1024, 4, 1), (1, 2048, 4, 1), (4, 1024, 8, 1)),
-        partial(calls.gelu_backward, False),
-        "no sums",
-    ),
-    "gelu_backward_sums": gelu(
-        "backward_sums",
-        "backward",
-        on_both((4, 1024, 4, 16), (4, 1024, 4, 8), (2, 1024, 4, 32), (1, 1024, 4, 64), (4, 1024, 8, 16)),
-        partial(calls.gelu_backward, True),
-        "sums",
-    ),
+    # rows, columns, warps
+    "gelu_forward": gelu("forward", calls.gelu_forward),
+    "gelu_backward": gelu("backward", calls.gelu_backward),
     # heads, warps
     "apply_rotary": Op(
         ("rotary_triton", "apply_rotary"),

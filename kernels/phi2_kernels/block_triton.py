@@ -48,7 +48,7 @@ def norm_backward(
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
     """Rotates x (N, heads, D) in place."""
-    rotary_triton.apply_rotary(x, cos, sin, None, inverse)
+    rotary_triton.apply_rotary(x, cos, sin, inverse)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tables: Tables) -> Tensor:
@@ -68,9 +68,9 @@ def attend_backward(
 
 def gelu(x: Tensor, y: Tensor) -> None:
     """Writes y (N, F)."""
-    gelu_triton.forward(x, None, y)
+    gelu_triton.forward(x, y)
 
 
 def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor) -> None:
     """Writes dx (N, F)."""
-    gelu_triton.backward(grad, x, None, dx, sums=False)
+    gelu_triton.backward(grad, x, dx)

@@ -32,10 +32,10 @@ class Weights(NamedTuple):
     norm_weight: Tensor
     norm_bias: Tensor
     eps: float
-    w_in: tuple[Tensor, Tensor, Tensor, Tensor]
-    b_in: tuple[Tensor, Tensor, Tensor, Tensor]
-    w_out: tuple[Tensor, Tensor]
-    b_out: tuple[Tensor, Tensor]
+    w_in: tuple[Tensor, ...]
+    b_in: tuple[Tensor, ...]
+    w_out: tuple[Tensor, ...]
+    b_out: tuple[Tensor, ...]
     adapters_in: tuple[Adapter, ...] = ()
     adapters_out: tuple[Adapter, ...] = ()
     dropout: float = 0.0

@@ -1,9 +1,8 @@
 """What every run is told: what it starts from, where it leaves its results, and how often it says something.
 
-The command line reads its flags from here, so torch is not imported.
+The command line reads its flags from here, so torch is not imported, and annotations are types, not texts: it
+would look those up in the file of the class that takes them over.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -68,7 +68,7 @@ def require_same_inputs(run: Path, now: Inputs, resumed: bool) -> None:
         ValueError: naming what has changed since.
     """
     before = _read(run) if resumed else {}
-    unknown = [name for name in now if None in (before.get(name), now[name]) or not _alike(before[name], now[name])]
+    unknown = [name for name in now if not _alike(before.get(name), now[name])]
     changed = [name for name in now if name not in unknown and before[name] != now[name]]
     if changed:
         raise ValueError(f"{run}: the {' and the '.join(changed)} changed since this run began; it cannot be resumed")
@@ -90,8 +90,10 @@ def _read(run: Path) -> Inputs:
     return read_json(run / FILE) if (run / FILE).exists() else {}
 
 
-def _alike(digest: str, other: str) -> bool:
-    """Whether both were made in the same way, which stands before the colon: others do not tell a change."""
+def _alike(digest: str | None, other: str | None) -> bool:
+    """Whether both are known and made in the same way, which stands before the colon: others do not tell a change."""
+    if digest is None or other is None:
+        return False
     return digest.rpartition(":")[0] == other.rpartition(":")[0]
 
 

@@ -27,6 +27,7 @@ def sft(session: Session | None = None, **settings: Any) -> Path:
     if session is None:
         return sft_loop.train(SFTConfig(**settings))
     session.require_kind(SFTConfig.kind)
+    assert isinstance(session.config, SFTConfig)
     return sft_loop.fit(session, replace(session.config, **settings))
 
 
@@ -35,4 +36,5 @@ def dpo(session: Session | None = None, **settings: Any) -> Path:
     if session is None:
         return dpo_loop.train(DPOConfig(**settings))
     session.require_kind(DPOConfig.kind)
+    assert isinstance(session.config, DPOConfig)
     return dpo_loop.fit(session, replace(session.config, **settings))

@@ -3,10 +3,8 @@
 Each is put together from parts: where a run starts and what it leaves (`phi2.runs.config`), how rows become tokens
 (`phi2.data.config`), how its updates are made, and what only it has. What a person has set, that is, other than its
 default, and what would change nothing, is an error that says which setting it needs. The command line reads its flags
-from here, so torch is not imported.
+from here, so torch is not imported, and annotations are types, not texts.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal

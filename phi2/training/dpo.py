@@ -49,7 +49,7 @@ def train(config: DPOConfig) -> Path:
     return fit(start(config), config)
 
 
-def fit(session: Session, config: DPOConfig) -> Path:
+def fit(session: Session[EncodedPair], config: DPOConfig) -> Path:
     """Runs, or resumes, a preference run on what the session has loaded, and returns its folder.
 
     Raises:
@@ -103,9 +103,10 @@ def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
 
 def with_all_knobs(config: DPOConfig, loss: BoundLoss) -> DPOConfig:
     """The config with the loss's own values where it was silent, so that the run folder tells what was used."""
-    knobs = dict(loss.knobs)
-    named = {name: knobs.pop(name, None) for name in ("beta", "label_smoothing")}
-    return replace(config, **named, loss_args=knobs)
+    beta, smoothing = loss.number("beta"), loss.number("label_smoothing")
+    own = {"beta": beta, "label_smoothing": smoothing}
+    others = {name: value for name, value in loss.knobs.items() if own.get(name) is None}
+    return replace(config, beta=beta, label_smoothing=smoothing, loss_args=others)
 
 
 def preference_inputs(config: DPOConfig, loss: BoundLoss) -> Inputs:
@@ -162,11 +163,14 @@ def require_agreement(config: DPOConfig, pairs: PairBatch, loss: BoundLoss) -> N
     """Refuses a start at which policy and reference, the same weights, do not give the same log-probabilities."""
     cached = config.precompute_ref_log_probs
     tolerance = CACHED_TOLERANCE[compute_dtype(config)] if cached else STEP_0_TOLERANCE
+    assert pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None
     chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
     rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
     apart = torch.cat((chosen, rejected), dim=1).abs().max().item()
-    reference = {"policy_chosen_logps": pairs.ref_chosen_logps, "policy_rejected_logps": pairs.ref_rejected_logps}
-    expected, actual = loss(replace(pairs, **reference)).mean().item(), loss(pairs).mean().item()
+    agreeing = replace(
+        pairs, policy_chosen_logps=pairs.ref_chosen_logps, policy_rejected_logps=pairs.ref_rejected_logps
+    )
+    expected, actual = loss(agreeing).mean().item(), loss(pairs).mean().item()
     if not (math.isfinite(expected) and math.isfinite(actual)):
         raise ValueError(f"step 1: loss {config.loss!r} is {actual}, and {expected} where policy and reference agree")
     if not apart <= tolerance or not abs(actual - expected) <= tolerance * max(1.0, abs(expected)):

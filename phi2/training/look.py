@@ -57,7 +57,8 @@ def varied(pairs: Sequence[EncodedPair], gaps: dict[str, str]) -> list[EncodedPa
     candidates = pairs[:: max(1, len(pairs) // CANDIDATES)]
     spread = candidates[:: max(1, len(candidates) // SPREAD)][:SPREAD]
     names = [name for name in pairs[0].columns if name not in gaps]
-    ends = [end(candidates, key=lambda pair, name=name: pair.columns[name]) for name in names for end in (min, max)]
+    by = [lambda pair, name=name: pair.columns[name] for name in names]
+    ends = [end(candidates, key=key) for key in by for end in (min, max)]
     return list({id(pair): pair for pair in (*spread, *ends)}.values())
 
 

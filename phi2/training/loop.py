@@ -13,7 +13,7 @@ import torch
 
 from phi2.checkpoints.peft_files import save_adapter
 from phi2.checkpoints.weights import save_pretrained
-from phi2.inference.generate import generate
+from phi2.inference.generate import generate_batch
 from phi2.lora import has_adapter
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.card import write_card
@@ -131,9 +131,11 @@ def _write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: To
     """Answers every sample prompt greedily and appends the answers to samples.jsonl."""
     if not config.sample_prompts:
         return
-    style = {"prompt_style": tokenizer.prompt_style}
+    style = tokenizer.prompt_style
     with (Path(config.output) / "samples.jsonl").open("a", encoding="utf-8") as file:
         for prompt in config.sample_prompts:
-            answer = generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, **style)
+            (answer,) = generate_batch(
+                model, tokenizer, [prompt], prompt_style=style, max_new_tokens=128, temperature=0.0
+            )
             line = {"step": step, "prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

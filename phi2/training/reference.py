@@ -23,7 +23,7 @@ from phi2.lora import disabled
 from phi2.losses.head import target_logps
 from phi2.losses.registry import BoundLoss
 from phi2.model import Phi2ForCausalLM
-from phi2.runs.inputs import note_inputs, require_same_inputs
+from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
 from phi2.training.packing import TokenRow
@@ -92,7 +92,7 @@ def other_reference(config: DPOConfig, loss: BoundLoss) -> Path | None:
 
 def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPair], resumed: bool) -> None:
     """Refuses a reference cache that has other numbers than it had; what was scored again is the same reference's."""
-    cache = {"reference cache": reference.digest(pairs)}
+    cache: Inputs = {"reference cache": reference.digest(pairs)}
     if resumed and reference.complete:
         require_same_inputs(run, cache, resumed)
     note_inputs(run, cache)

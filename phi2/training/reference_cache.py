@@ -102,7 +102,8 @@ def fingerprint(model: Phi2ForCausalLM, adapters: bool, compute_dtype: torch.dty
     Args:
         adapters: whether its adapters belong to it.
     """
-    scalings = {name: module.active.scaling for name, module in lora_modules(model).items()} if adapters else {}
+    layers = lora_modules(model).items() if adapters else ()
+    scalings = {name: module.active.scaling for name, module in layers if module.active is not None}
     digest = hashlib.sha256(repr((model.config.to_dict(), model.dtype, compute_dtype, scalings)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if adapters or ".lora_" not in name:

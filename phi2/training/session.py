@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from phi2.checkpoints.peft_files import load_adapter
 from phi2.checkpoints.weights import load_config, load_model, load_tokenizer, pick_device
 from phi2.data.audit import Audit
 from phi2.data.config import EncodeConfig
-from phi2.data.encode import Encoded, encode_records
+from phi2.data.encode import Encoded, EncodedPair, EncodedSequence, encode_records
 from phi2.data.sources import Loaded, load_records, require_ignored, split_records
 from phi2.files import write_whole
 from phi2.fused import fuse
@@ -35,7 +35,7 @@ from phi2.lora import attach, detach
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.checkpoint import last_checkpoint
 from phi2.tokenizer import Tokenizer
-from phi2.training.config import SFTConfig, TrainingConfig
+from phi2.training.config import DPOConfig, SFTConfig, TrainingConfig
 from phi2.training.precision import compute_dtype
 
 SHARED = (  # settings that all fits of a session have in common
@@ -44,15 +44,18 @@ SHARED = (  # settings that all fits of a session have in common
 )
 
 
-class Rows(NamedTuple):
+Row = TypeVar("Row", EncodedSequence, EncodedPair)
+
+
+class Rows(NamedTuple, Generic[Row]):
     """Encoded rows, and by file name what became of the others."""
 
-    train: list[Encoded]
-    evaluation: list[Encoded]
+    train: list[Row]
+    evaluation: list[Row]
     audits: dict[str, Audit]
 
 
-class Session:
+class Session(Generic[Row]):
     """What runs with the same model, data and encoding share.
 
     Attributes:
@@ -108,7 +111,7 @@ class Session:
         return tokenizer
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> Rows[Row]:
         """Training and evaluation rows as token ids; their audits are printed."""
         config = self.config
         loaded, held = load_records(config.data, config.kind, config.ignore_columns), Loaded([], Audit())
@@ -125,11 +128,11 @@ class Session:
         held_out, eval_audit = self._encoded("eval_audit.json", test, held.dropped)
         return Rows(rows, held_out, {"data_audit.json": audit, "eval_audit.json": eval_audit})
 
-    def _encoded(self, name: str, records: list, dropped: Audit) -> tuple[list[Encoded], Audit]:
+    def _encoded(self, name: str, records: list, dropped: Audit) -> tuple[list[Row], Audit]:
         rows, audit = encode_records(records, self.tokenizer, self.config, self.config.kind)
         audit.merge(dropped)
         print(f"\n{name}\n{audit.table()}")
-        return rows, audit
+        return cast(list[Row], rows), audit  # of the kind of the settings
 
     def keep_audits(self, run: Path) -> None:
         """Writes them into a run folder; a run that goes on has them already."""
@@ -188,6 +191,10 @@ class Session:
         return load_model(checkpoint / "model" if checkpoint else resolve(config.model), device, torch.float32)
 
 
+@overload
+def start(config: SFTConfig) -> Session[EncodedSequence]: ...
+@overload
+def start(config: DPOConfig) -> Session[EncodedPair]: ...
 def start(config: TrainingConfig) -> Session:
     """Opens a session for runs with the model, data and encoding of `config`; the rest of it is that of each fit."""
     return Session(config)

@@ -34,7 +34,7 @@ def train(config: SFTConfig) -> Path:
     return fit(start(config), config)
 
 
-def fit(session: Session, config: SFTConfig) -> Path:
+def fit(session: Session[EncodedSequence], config: SFTConfig) -> Path:
     """Runs, or resumes, a supervised run on what the session has loaded, and returns its folder.
 
     Raises:
