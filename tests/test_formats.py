@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from phi2.data import columns
 from phi2.data.columns import COLUMN_STATUSES, IGNORED, KEPT, NOT_READ
-from phi2.data.formats import FORMATS, columns_read, document, is_conversational, parse_row
-from phi2.data.records import Chat, Message, Messages, Origin, Pair, RowError
+from phi2.data.formats import FORMATS, columns_read, document, parse_row
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, RowError, is_conversational
 
 ORIGIN = Origin("data.jsonl", 17)
 ASK, YES, NO = Message("user", "Is 7 prime?"), Message("assistant", "Yes."), Message("assistant", "No.")

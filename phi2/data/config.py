@@ -51,6 +51,7 @@ class EncodeConfig:
         if self.max_prompt_length is not None:
             if self.truncation_mode != "keep_end":
                 raise ValueError(f"max_prompt_length needs truncation_mode keep_end, got {self.truncation_mode}")
+            assert self.max_length is not None  # else truncation_mode was refused above
             if not 0 < self.max_prompt_length < self.max_length:
                 raise ValueError(
                     f"max_prompt_length must be in [1, {self.max_length - 1}], got {self.max_prompt_length}"

@@ -21,8 +21,20 @@ from typing import NamedTuple
 from phi2.data import columns, readers
 from phi2.data.columns import REFUSED_COLUMNS, SYSTEM, VARIABLES, RowContext, check_unread, is_set, template_variables
 from phi2.data.messages import ROLES, read_text
-from phi2.data.records import KINDS, Chat, Message, Messages, Origin, Pair, Plain, Record, Row, Unpaired
+from phi2.data.records import (
+    KINDS,
+    Chat,
+    Conversational,
+    Message,
+    Messages,
+    Origin,
+    Pair,
+    Record,
+    Row,
+    is_conversational,
+)
 
+FLOAT_MAX = sys.float_info.max
 MAX_LABEL_CHARS = 64  # a longer string is a text, not a label; keeping those would double the memory of a data set
 
 
@@ -160,18 +172,13 @@ def parse_row(
         if row.get(column) is None:
             raise ctx.error("missing-column", f"format {name} needs the column {column!r}")
     record = FORMATS[name].parse(row, ctx)
-    conversational = is_conversational(record)
-    if conversational and not _CHAT.isdisjoint(present):
+    if is_conversational(record) and not _CHAT.isdisjoint(present):
         record = _with_chat_columns(record, row, ctx)
     if isinstance(record, Pair):
         record.columns.update(_columns(row))
-    check_unread(row, present - _READ[name, conversational], getattr(record, "columns", {}), ctx)
+    kept = record.columns if isinstance(record, Pair) else {}
+    check_unread(row, present - _READ[name, is_conversational(record)], kept, ctx)
     return record
-
-
-def is_conversational(record: Record) -> bool:
-    """Whether the chat template writes this record out."""
-    return isinstance(record, Chat) or not (isinstance(record, Plain) or isinstance(record.prompt, str))
 
 
 def _present(row: Row) -> set[str]:
@@ -207,17 +214,19 @@ def _columns(row: Row) -> dict[str, float | str]:
             continue
         if isinstance(value, str) and len(value) <= MAX_LABEL_CHARS:
             kept[name] = value
-        elif isinstance(value, Real) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
+        elif isinstance(value, Real) and value <= FLOAT_MAX and not value < -FLOAT_MAX:  # neither NaN nor infinite
             kept[name] = float(value)
     return kept
 
 
-def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, ctx: RowContext) -> Chat | Pair | Unpaired:
+def _with_chat_columns(record: Conversational, row: Row, ctx: RowContext) -> Conversational:
     """The record with the system text and the template's variables that have columns of their own."""
     system, variables = _system_text(row, ctx), template_variables(row, ctx)
     if system:
-        field = "messages" if isinstance(record, Chat) else "prompt"
-        record = replace(record, **{field: _with_system(getattr(record, field), system, ctx)})
+        if isinstance(record, Chat):
+            record = replace(record, messages=_with_system(record.messages, system, ctx))
+        else:
+            record = replace(record, prompt=_with_system(record.prompt, system, ctx))
     return replace(record, variables={**(record.variables or {}), **variables}) if variables else record
 
 

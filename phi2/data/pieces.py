@@ -15,20 +15,20 @@ So it is in trl too, except that trl gives a second end token to text that ends 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import groupby, pairwise
-from typing import NamedTuple
+from itertools import chain, groupby, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 from phi2.data.columns import NAME_KEYS
 from phi2.data.config import SpecialTokens, TrainOn
-from phi2.data.formats import is_conversational
-from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, RowError
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Record, RowError, is_conversational
 from phi2.tokenizer import Tokenizer
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag by which a template marks the assistant's words
 TEXTS = ("messages", "prompt", "completion", "chosen", "rejected", "variables")  # the fields of records that hold text
+Written = TypeVar("Written", Chat, Plain, Pair[str], Pair[Messages])  # the records that become token ids
 
 
 class Piece(NamedTuple):
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 def supervised_pieces(
-    record: Chat | Plain,
+    record: Record,
     tokenizer: Tokenizer,
     train_on: TrainOn,
     append_eos: bool,
@@ -56,23 +56,23 @@ def supervised_pieces(
     Raises:
         RowError: when the row cannot be written out.
     """
-    if not isinstance(record, Chat | Plain):
-        raise RowError(
-            record.origin, "wrong-kind", f"a supervised row must be Chat or Plain, got {type(record).__name__}"
-        )
-    record, flags = _with_special_text(record, tokenizer, special_tokens)
     if isinstance(record, Chat):
+        record, flags = _with_special_text(record, tokenizer, special_tokens)
         flags |= _require_template_reads(record, record.messages, tokenizer)
         pieces, last_is_learnt = _chat_pieces(record, tokenizer, train_on), record.messages[-1].train
         flags |= _content_flags(record.messages, _joined_text(pieces))
-    else:
+    elif isinstance(record, Plain):
+        record, flags = _with_special_text(record, tokenizer, special_tokens)
         pieces, last_is_learnt = [Piece(record.prompt, train_on == "all"), Piece(record.completion, True)], True
+    else:
+        reason = f"a supervised row must be Chat or Plain, got {type(record).__name__}"
+        raise RowError(record.origin, "wrong-kind", reason)
     end, flag = _end_token(_joined_text(pieces), tokenizer, append_eos)
     return _merged([*pieces, Piece(end, last_is_learnt)]), flags | {flag}
 
 
 def pair_texts(
-    record: Pair, tokenizer: Tokenizer, append_eos: bool, special_tokens: SpecialTokens = "token"
+    record: Record, tokenizer: Tokenizer, append_eos: bool, special_tokens: SpecialTokens = "token"
 ) -> tuple[list[str], set[str]]:
     """The prompt, the chosen and the rejected answer as text.
 
@@ -87,13 +87,15 @@ def pair_texts(
     """
     if not isinstance(record, Pair):
         raise RowError(record.origin, "wrong-kind", f"a preference row must be a Pair, got {type(record).__name__}")
-    record, flags = _with_special_text(record, tokenizer, special_tokens)
-    texts = [record.prompt, record.chosen, record.rejected]
     if is_conversational(record):
-        flags |= _require_template_reads(record, (*record.prompt, *record.chosen, *record.rejected), tokenizer)
+        record, flags = _with_special_text(record, tokenizer, special_tokens)
+        parts = record.prompt, record.chosen, record.rejected
+        flags |= _require_template_reads(record, chain(*parts), tokenizer)
         texts = _rendered_pair(record, tokenizer)
-        turns = (record.prompt, record.chosen, record.rejected)
-        flags = flags.union(*(_content_flags(*some) for some in zip(turns, texts, strict=True)))
+        flags = flags.union(*(_content_flags(part, text) for part, text in zip(parts, texts, strict=True)))
+    else:
+        record, flags = _with_special_text(record, tokenizer, special_tokens)
+        texts = [record.prompt, record.chosen, record.rejected]
     ends, names = zip(*(_end_token(text, tokenizer, append_eos) for text in texts[1:]), strict=True)
     return [texts[0], *(text + end for text, end in zip(texts[1:], ends, strict=True))], flags.union(names)
 
@@ -102,8 +104,8 @@ def pair_texts(
 
 
 def _with_special_text(
-    record: Chat | Plain | Pair, tokenizer: Tokenizer, special_tokens: SpecialTokens
-) -> tuple[Chat | Plain | Pair, set[str]]:
+    record: Written, tokenizer: Tokenizer, special_tokens: SpecialTokens
+) -> tuple[Written, set[str]]:
     """The record with its special tokens as they are to be read, and the flag that says so."""
     texts = _texts(record)
     token = tokenizer.special_text.find(texts)
@@ -118,7 +120,7 @@ def _with_special_text(
     return record, set() if tokenizer.special_text.find(inside) is None else {"special_text_in_content"}
 
 
-def _texts(record: Chat | Plain | Pair) -> list:
+def _texts(record: Chat | Plain | Pair[str] | Pair[Messages]) -> list[Any]:
     """All text of a record that reaches the model; raw texts as they are read, each answer behind its prompt."""
     if is_conversational(record):
         return [getattr(record, field, None) for field in TEXTS]
@@ -126,7 +128,7 @@ def _texts(record: Chat | Plain | Pair) -> list:
     return [record.prompt + answer for answer in answers]
 
 
-def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Chat | Plain | Pair:
+def _marked(record: Written, token: str, tokenizer: Tokenizer) -> Written:
     """The record with marks around every special token that it spells."""
     special, find = tokenizer.special_text, tokenizer.special_text.pattern.findall
     if not is_conversational(record) and any(
@@ -139,24 +141,26 @@ def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Ch
         marked = replace(record, **{field: _mark(value, tokenizer) for field, value in values.items()})
     except ValueError as error:
         raise RowError(record.origin, "special-token", str(error)) from error
-    for plain, other in zip(_conversations(record), _conversations(marked), strict=True):
-        if special.unmark(_render(other, tokenizer, marked)) != _render(plain, tokenizer, record):
+    for text, plain in zip(_rendered(marked, tokenizer), _rendered(record, tokenizer), strict=True):
+        if special.unmark(text) != plain:
             reason = f"the text spells {token!r}, and the chat template changes it: it cannot stay text"
             raise RowError(record.origin, "special-token", reason)
     return marked
 
 
-def _mark(value: str | Messages | dict | None, tokenizer: Tokenizer) -> str | Messages | dict | None:
+def _mark(value: Any, tokenizer: Tokenizer) -> Any:
     if isinstance(value, tuple):
         return tuple(Message(*tokenizer.special_text.mark(turn)) for turn in value)
     return tokenizer.special_text.mark(value)
 
 
-def _conversations(record: Chat | Plain | Pair) -> list[Messages]:
+def _rendered(record: Chat | Plain | Pair[str] | Pair[Messages], tokenizer: Tokenizer) -> Iterator[str]:
     """Each conversation that a record holds, whole."""
     if isinstance(record, Chat):
-        return [record.messages]
-    return [record.prompt + record.chosen, record.prompt + record.rejected] if is_conversational(record) else []
+        yield _render(record.messages, tokenizer, record)
+    elif is_conversational(record):
+        yield _render(record.prompt + record.chosen, tokenizer, record)
+        yield _render(record.prompt + record.rejected, tokenizer, record)
 
 
 # ---- how a text ends ----
@@ -193,7 +197,9 @@ def _without_end_token(text: str, tokenizer: Tokenizer) -> str:
 # ---- conversations ----
 
 
-def _require_template_reads(record: Chat | Pair, messages: Iterable[Message], tokenizer: Tokenizer) -> set[str]:
+def _require_template_reads(
+    record: Chat | Pair[Messages], messages: Iterable[Message], tokenizer: Tokenizer
+) -> set[str]:
     """Refuses what the chat template does not read and should; names and ids of calls are counted by a flag."""
     keys = {key for message in messages if message.keys for key in message.keys if key != "content"}
     unread = {name for name in keys.union(record.variables or ()) if not tokenizer.template_uses(name)}
@@ -233,7 +239,8 @@ def _message_spans(record: Chat, turns: Iterable[int], whole: str, tokenizer: To
     for i in turns:
         before = _render(messages[:i], tokenizer, record, messages[i].role == "assistant")
         through = whole if i == len(messages) - 1 else _render(messages[: i + 1], tokenizer, record)
-        ranges.append(tuple(_prefix_length(text, whole, record.origin) for text in (before, through)))
+        start, end = (_prefix_length(text, whole, record.origin) for text in (before, through))
+        ranges.append((start, end))
     return ranges
 
 
@@ -252,10 +259,10 @@ def _generation_spans(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) 
     return whole, [(a, b) for a, b in spans if any(start <= a and b <= end for start, end in ranges)]
 
 
-def _rendered_pair(record: Pair, tokenizer: Tokenizer) -> list[str]:
+def _rendered_pair(record: Pair[Messages], tokenizer: Tokenizer) -> list[str]:
     """The rendered prompt, and what each of the two answers adds to it."""
     prompt = _render(record.prompt, tokenizer, record, add_generation_prompt=True)
-    wholes = [_render(messages, tokenizer, record) for messages in _conversations(record)]
+    wholes = list(_rendered(record, tokenizer))
     return [prompt, *(whole[_prefix_length(prompt, whole, record.origin) :] for whole in wholes)]
 
 
@@ -267,7 +274,7 @@ def _prefix_length(text: str, whole: str, origin: Origin) -> int:
 
 
 def _render(
-    messages: Sequence[Message], tokenizer: Tokenizer, record: Chat | Pair, add_generation_prompt: bool = False
+    messages: Messages, tokenizer: Tokenizer, record: Chat | Pair[Messages], add_generation_prompt: bool = False
 ) -> str:
     if tokenizer.chat_template is not None:
         try:

@@ -20,7 +20,7 @@ from phi2.data.messages import (
     require_nonempty,
     require_nonempty_message,
 )
-from phi2.data.records import Chat, Message, Messages, Pair, Plain, Row, Unpaired
+from phi2.data.records import Chat, Message, Messages, Pair, Plain, Row, Text, Unpaired
 
 ANSWERS = ("chosen", "rejected")
 
@@ -76,35 +76,35 @@ def read_running_text(row: Row, ctx: RowContext) -> Plain:
 # ---- preference rows ----
 
 
-def read_prompt_pair(row: Row, ctx: RowContext) -> Pair:
+def read_prompt_pair(row: Row, ctx: RowContext) -> Pair[str] | Pair[Messages]:
     texts = row["prompt"], row["chosen"], row["rejected"]
     if all(isinstance(text, str) for text in texts):
         return _text_pair(*texts, ctx)
     return _message_pair(row, read_messages(row["prompt"], "prompt", ctx, role="user"), ctx)
 
 
-def read_messages_pair(row: Row, ctx: RowContext, column: str) -> Pair:
+def read_messages_pair(row: Row, ctx: RowContext, column: str) -> Pair[Messages]:
     return _message_pair(row, read_messages(row[column], column, ctx), ctx)
 
 
 def read_instruction_pair(
     row: Row, ctx: RowContext, prompt: tuple[str, ...], answers: tuple[str, str] = ANSWERS
-) -> Pair:
+) -> Pair[Messages]:
     return _message_pair(row, read_prompt(row, ctx, prompt), ctx, answers)
 
 
-def read_bare_pair(row: Row, ctx: RowContext) -> Pair:
+def read_bare_pair(row: Row, ctx: RowContext) -> Pair[Messages]:
     """Two lists of messages, or two whole dialogues in text, that begin alike."""
     if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
-        dialogues = [read_dialogue(row[name], name, ctx) for name in ANSWERS]
-        if None not in dialogues:
-            return _extract_prompt((), *dialogues, ctx)
+        chosen, rejected = (read_dialogue(row[name], name, ctx) for name in ANSWERS)
+        if chosen is not None and rejected is not None:
+            return _extract_prompt((), chosen, rejected, ctx)
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         raise ctx.error("no-prompt", "two texts do not tell where the prompt ends: a column 'prompt' is needed")
     return _message_pair(row, (), ctx)
 
 
-def read_openai_pair(row: Row, ctx: RowContext) -> Pair:
+def read_openai_pair(row: Row, ctx: RowContext) -> Pair[Messages]:
     request = row["input"]
     if not isinstance(request, Mapping):
         raise ctx.error("not-a-request", f"input must be an object with messages, got {type(request).__name__}")
@@ -115,9 +115,9 @@ def read_openai_pair(row: Row, ctx: RowContext) -> Pair:
     return replace(pair, variables=template_variables(request, ctx))
 
 
-def _text_pair(prompt: str, chosen: str, rejected: str, ctx: RowContext) -> Pair:
-    texts = (read_text(text, "a text of the pair", ctx) for text in (prompt, chosen, rejected))
-    pair = Pair(*texts, ctx.origin, {})
+def _text_pair(prompt: str, chosen: str, rejected: str, ctx: RowContext) -> Pair[str]:
+    for text in (prompt, chosen, rejected):
+        read_text(text, "a text of the pair", ctx)
     if not prompt:
         raise ctx.error("no-prompt", "prompt is empty")
     if _begins_with(chosen, prompt) and _begins_with(rejected, prompt):
@@ -126,7 +126,7 @@ def _text_pair(prompt: str, chosen: str, rejected: str, ctx: RowContext) -> Pair
         raise ctx.error("same-answers", "chosen and rejected are equal")
     require_nonempty(chosen, "chosen", ctx)
     require_nonempty(rejected, "rejected", ctx)
-    return pair
+    return Pair(prompt, chosen, rejected, ctx.origin, {})
 
 
 def _begins_with(answer: str, prompt: str) -> bool:
@@ -135,14 +135,14 @@ def _begins_with(answer: str, prompt: str) -> bool:
     return answer.startswith(prompt) or (bool(begins) and answer.lstrip().startswith(begins))
 
 
-def _message_pair(row: Row, prompt: Messages, ctx: RowContext, answers: tuple[str, str] = ANSWERS) -> Pair:
+def _message_pair(row: Row, prompt: Messages, ctx: RowContext, answers: tuple[str, str] = ANSWERS) -> Pair[Messages]:
     chosen, rejected = (read_messages(row[column], column, ctx, role="assistant") for column in answers)
     return _extract_prompt(prompt, chosen, rejected, ctx, answers)
 
 
 def _extract_prompt(
     prompt: Messages, chosen: Messages, rejected: Messages, ctx: RowContext, answers: tuple[str, str] = ANSWERS
-) -> Pair:
+) -> Pair[Messages]:
     """Divides a pair at the first message that differs: what the two share is prompt, whichever column it was in."""
     shared = _shared_prefix(chosen, rejected)
     if chosen == rejected:
@@ -183,28 +183,29 @@ def _stripped(messages: Messages) -> list[tuple[str, str]]:
 # ---- rows with a label ----
 
 
-def read_messages_label(row: Row, ctx: RowContext, column: str, label: str) -> Unpaired:
+def read_messages_label(row: Row, ctx: RowContext, column: str, label: str) -> Unpaired[Messages]:
     messages = read_messages(row[column], column, ctx)
     require_last_assistant(messages, ctx)
     return _unpaired(messages[:-1], messages[-1:], row[label], label, ctx)
 
 
-def read_prompt_completion_label(row: Row, ctx: RowContext) -> Unpaired:
+def read_prompt_completion_label(row: Row, ctx: RowContext) -> Unpaired[str] | Unpaired[Messages]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        prompt, completion = read_text(prompt, "prompt", ctx), read_text(completion, "completion", ctx)
-    else:
-        completion = read_messages(completion, "completion", ctx, role="assistant")
-        prompt = read_messages(prompt, "prompt", ctx, role="user")
-    return _unpaired(prompt, completion, row["label"], "label", ctx)
+        texts = read_text(prompt, "prompt", ctx), read_text(completion, "completion", ctx)
+        return _unpaired(*texts, row["label"], "label", ctx)
+    answer = read_messages(completion, "completion", ctx, role="assistant")
+    return _unpaired(read_messages(prompt, "prompt", ctx, role="user"), answer, row["label"], "label", ctx)
 
 
-def read_instruction_label(row: Row, ctx: RowContext, prompt: tuple[str, ...], answer: str, label: str) -> Unpaired:
+def read_instruction_label(
+    row: Row, ctx: RowContext, prompt: tuple[str, ...], answer: str, label: str
+) -> Unpaired[Messages]:
     reply = Message("assistant", read_text(row[answer], answer, ctx))
     return _unpaired(read_prompt(row, ctx, prompt), (reply,), row[label], label, ctx)
 
 
-def _unpaired(prompt: str | Messages, completion: str | Messages, good: Any, name: str, ctx: RowContext) -> Unpaired:
+def _unpaired(prompt: Text, completion: Text, good: Any, name: str, ctx: RowContext) -> Unpaired[Text]:
     if not isinstance(good, bool):
         raise ctx.error("bad-label", f"{name} must be true or false, got {str(good)[:40]!r}")
     if not prompt:

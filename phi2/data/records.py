@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 KINDS = ("supervised", "preference", "unpaired")
 
@@ -49,6 +52,7 @@ class RowError(ValueError):
 
 
 Messages = tuple[Message, ...]
+Text = TypeVar("Text", str, Messages)  # as it stands, or for the chat template
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +77,37 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Generic[Text]):
     """Two answers to one prompt, all three texts or all three messages. The answers hold only what follows the prompt.
 
     `columns` has the row's other numbers as floats (scores, ratings, weights, margins) and its short strings (such as
     `source_dataset`), for losses and reports. `variables` goes to the chat template beside messages.
     """
 
-    prompt: str | Messages
-    chosen: str | Messages
-    rejected: str | Messages
+    prompt: Text
+    chosen: Text
+    rejected: Text
     origin: Origin
     columns: dict[str, float | str]
     variables: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Unpaired:
+class Unpaired(Generic[Text]):
     """One answer and whether it is a good one: prompt and completion are both texts or both messages."""
 
-    prompt: str | Messages
-    completion: str | Messages
+    prompt: Text
+    completion: Text
     label: bool
     origin: Origin
     variables: dict[str, Any] | None = None
 
 
-Record = Chat | Plain | Pair | Unpaired
+Conversational = Chat | Pair[Messages] | Unpaired[Messages]
+Record = Conversational | Plain | Pair[str] | Unpaired[str]
 Row = Mapping[str, Any]
+
+
+def is_conversational(record: Record) -> TypeIs[Conversational]:
+    """Whether the chat template writes this record out."""
+    return isinstance(record, Chat) or not (isinstance(record, Plain) or isinstance(record.prompt, str))

@@ -259,7 +259,7 @@ def _slots(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) ->
             continue
         column_status: dict[str, str] = {}
         try:
-            record = parse_row(row, origin, source and source.format, kind, ignore, column_status)
+            record = parse_row(row, origin, source.format if source else None, kind, ignore, column_status)
             dropped.count_columns({name: status for name, status in column_status.items() if name not in filtered_by})
         except RowError as error:
             dropped.drop(error)
