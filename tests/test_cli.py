@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import fields
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,9 +18,11 @@ import yaml
 import phi2
 from phi2.checkpoints import convert
 from phi2.cli.commands import COMMANDS, _config_class, main
+from phi2.data.sources import SOURCES, TOYS
 from phi2.demo.quickstart import quickstart
 from phi2.evaluation.toy import evaluate
 from phi2.inference.config import SamplingParams
+from phi2.losses.registry import PREFERENCE_LOSSES
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--device", "cpu", "--lora.r", "4"]
 
@@ -67,6 +71,23 @@ def test_every_setting_of_sampling_is_a_flag_with_its_own_default(command):
 def test_a_bad_setting_of_sampling_is_told_before_a_model_is_looked_for(capsys):
     code, _, err = run(capsys, "chat", "--model", "/nowhere", "--top_k", "5")
     assert (code, err) == (2, "phi2 chat: top_k 5 needs a temperature above 0, got 0 (greedy)\n")
+
+
+def test_the_help_of_a_loss_and_of_data_names_all_there_are(capsys):
+    _, out, _ = run(capsys, "dpo", "--help")
+    text = re.sub(r"-?\n +", "", out.partition("options:")[2]).replace(" ", "")
+    for name in (*SOURCES, *TOYS):
+        assert name.replace("-", "") in text.replace("-", "")
+    for name, loss in PREFERENCE_LOSSES.items():
+        assert f"{name}({','.join(f'{knob}={value}' for knob, value in loss.knobs.items())})" in text
+
+
+def test_the_readme_names_every_source():
+    (line,) = (
+        line for line in (Path(__file__).parents[1] / "README.md").read_text().splitlines() if "(`--data`)" in line
+    )
+    named = re.search(r"named sources \((.*?)\)", line)[1]
+    assert named.split(", ") == [*SOURCES, *TOYS]
 
 
 def test_the_overview_names_every_command(capsys):

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -145,22 +145,38 @@ def quickstart(output: str = "runs/quickstart", seed: int = 0) -> None:
     quickstart(output, seed)
 
 
+def named_sources() -> str:
+    """What `--data` takes beside files and hub data sets."""
+    from phi2.data.sources import SOURCES, TOYS
+
+    return f"Named sources: {', '.join([*SOURCES, *TOYS])}."
+
+
+def registered_losses() -> str:
+    """What `--loss` takes, with the knobs of each."""
+    from phi2.losses.registry import PREFERENCE_LOSSES
+
+    knobs = {name: ", ".join(f"{k}={v}" for k, v in loss.knobs.items()) for name, loss in PREFERENCE_LOSSES.items()}
+    return f"One of {'; '.join(f'{name}({text})' for name, text in knobs.items())}; or one of loss_file."
+
+
 class Command(NamedTuple):
-    """A function, and where its config class is if it takes one."""
+    """A function, where its config class is if it takes one, and flags whose help a registry completes."""
 
     run: Callable[..., None]
     config: str = ""
+    choices: Mapping[str, Callable[[], str]] = {}
 
 
 COMMANDS = {
     "generate": Command(generate, "phi2.cli.configs:GenerateConfig"),
     "chat": Command(chat, "phi2.cli.configs:ReplyConfig"),
-    "sft": Command(sft, "phi2.training.config:SFTConfig"),
-    "dpo": Command(dpo, "phi2.training.config:DPOConfig"),
+    "sft": Command(sft, "phi2.training.config:SFTConfig", {"data": named_sources}),
+    "dpo": Command(dpo, "phi2.training.config:DPOConfig", {"data": named_sources, "loss": registered_losses}),
     "merge": Command(merge),
     "convert": Command(convert),
     "evaluate": Command(evaluate, "phi2.cli.configs:EvaluateConfig"),
-    "inspect": Command(inspect, "phi2.data.inspect:InspectConfig"),
+    "inspect": Command(inspect, "phi2.data.inspect:InspectConfig", {"data": named_sources}),
     "quickstart": Command(quickstart),
 }
 
@@ -196,8 +212,9 @@ def _command(name: str, *arguments: str) -> int:
 
 def _run(title: str, command: Command, arguments: list[str]) -> int:
     try:
-        about = _about(command, asked=not {"-h", "--help"}.isdisjoint(arguments))
-        parse(title, about, command.run, _config_class(command), arguments)()
+        asked = not {"-h", "--help"}.isdisjoint(arguments)
+        choices = {flag: read() for flag, read in command.choices.items()} if asked else {}
+        parse(title, _summary(command), command.run, _config_class(command), arguments, choices)()
     except UsageError as error:
         return _fail(title, str(error), BAD_USAGE)
     except BrokenPipeError:
@@ -235,14 +252,3 @@ def _summary(command: Command) -> str:
 def _config_class(command: Command) -> type | None:
     module, _, name = command.config.partition(":")
     return getattr(importlib.import_module(module), name) if module else None
-
-
-def _about(command: Command, asked: bool) -> str:
-    """First line of the docstring; for dpo, when help is asked for, also the registered losses with their knobs."""
-    about = _summary(command)
-    if command.run is not dpo or not asked:
-        return about
-    from phi2.losses.registry import PREFERENCE_LOSSES
-
-    knobs = {name: ", ".join(f"{k}={v}" for k, v in loss.knobs.items()) for name, loss in PREFERENCE_LOSSES.items()}
-    return about + " Losses: " + "; ".join(f"{name}({text})" for name, text in knobs.items()) + "."

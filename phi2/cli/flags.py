@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -37,7 +37,12 @@ class UsageError(Exception):
 
 
 def parse(
-    command: str, about: str, run: Callable[..., None], config: type | None, arguments: list[str]
+    command: str,
+    about: str,
+    run: Callable[..., None],
+    config: type | None,
+    arguments: list[str],
+    choices: Mapping[str, str] = {},
 ) -> Callable[[], None]:
     """The call that a command line asks for.
 
@@ -47,6 +52,7 @@ def parse(
         run: takes its flags as arguments, or one object of the class `config`.
         config: whose fields are the flags.
         arguments: the flags.
+        choices: by flag, what its help says besides.
 
     Raises:
         UsageError: one line saying what is wrong.
@@ -61,6 +67,9 @@ def parse(
         parser.add_function_arguments(run, as_group=False)
     else:
         parser.add_class_arguments(config, as_group=False)
+    for action in parser._actions:
+        if action.dest in choices:
+            action.help = f"{action.help} {choices[action.dest]}"
     try:
         parsed = parser.instantiate(parser.parse_args(with_lists(arguments, config or run)))
         values = {key: value for key, value in vars(parsed).items() if key != "config"}

@@ -204,3 +204,23 @@ def load_loss_file(path: str | Path) -> None:
         exec(code, {"__name__": Path(path).stem, "__file__": str(path)})
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"loss_file {path}: {type(error).__name__}: {error}") from error
+
+
+def document() -> str:
+    """docs/losses.md: every loss of this package, what it is, and its knobs."""
+    head = [
+        "# Preference losses",
+        "",
+        "By `python -m phi2.losses`; the letters are those of `pairwise.py`.",
+        "",
+    ]
+    columns = ["| `--loss` | what it is | knobs | reference | source |", "|---|---|---|---|---|"]
+    own = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2.")}
+    return "\n".join([*head, *columns, *(_row(name, loss) for name, loss in own.items())]) + "\n"
+
+
+def _row(name: str, loss: PreferenceLoss) -> str:
+    about, _, source = " ".join((inspect.getdoc(loss.function) or "").split()).partition(" Source: ")
+    knobs = ", ".join(f"{knob} {value}" for knob, value in loss.knobs.items())
+    reference = "none" if loss.reference_free else "needed"
+    return f"| `{name}` | {about} | {knobs} | {reference} | {source.rstrip('.')} |"
