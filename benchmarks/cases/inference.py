@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases.training import base_model, parameters, shared_folder
-from benchmarks.harness.processes import THREADS, Turns, duel
+from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
 from phi2.data.sources import load_records
 from phi2.generate import generate
@@ -24,8 +24,8 @@ from phi2.weights import load_model, save_pretrained
 TOLERANCE = {"token_ids": 0.0, "logprobs": 1e-4}
 
 
-class Task(NamedTuple):
-    """What both sides load, read and write."""
+class Job(NamedTuple):
+    """What both load, read and write."""
 
     folder: Path
     prompt: str
@@ -51,8 +51,8 @@ def _compare(prompt_tokens: int, new_tokens: int, turns: int) -> Report:
             model.lm_head.bias[sorted(tokenizer.stop_ids)] = -1e4
             model.lm_head.bias[len(tokenizer) :] = -1e4
         save_pretrained(model, tokenizer, folder / "base")
-        task = Task(folder, _text(tokenizer, prompt_tokens), new_tokens)
-        result = duel(ours, transformers_generate, task, turns, TOLERANCE)
+        job = Job(folder, _text(tokenizer, prompt_tokens), new_tokens)
+        result = compare(ours, transformers_generate, job, turns, TOLERANCE)
     return Report(
         peer={"transformers": metadata.version("transformers")},
         gate=f"{new_tokens} equal tokens, log-probabilities by at most {result.largest_difference['logprobs']:.1e}",
@@ -68,30 +68,30 @@ def _text(tokenizer: Tokenizer, tokens: int) -> str:
     return tokenizer.decode(ids[:tokens])
 
 
-def ours(turns: Turns, task: Task) -> None:
-    model = load_model(task.folder / "base", torch.device("cpu"), torch.float32)
-    tokenizer = Tokenizer.from_folder(task.folder / "base")
+def ours(timer: Timer, job: Job) -> None:
+    model = load_model(job.folder / "base", torch.device("cpu"), torch.float32)
+    tokenizer = Tokenizer.from_folder(job.folder / "base")
     while True:
-        turns.begin()
-        reply = generate(model, tokenizer, task.prompt, max_new_tokens=task.new_tokens, temperature=0.0)
-        turns.end()
-        turns.report(token_ids=reply.token_ids, logprobs=reply.logprobs)
+        timer.start()
+        reply = generate(model, tokenizer, job.prompt, max_new_tokens=job.new_tokens, temperature=0.0)
+        timer.stop()
+        timer.report(token_ids=reply.token_ids, logprobs=reply.logprobs)
 
 
-def transformers_generate(turns: Turns, task: Task) -> None:
+def transformers_generate(timer: Timer, job: Job) -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.PhiForCausalLM.from_pretrained(task.folder / "base", dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(task.folder / "base")
-    options = dict(max_new_tokens=task.new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    model = transformers.PhiForCausalLM.from_pretrained(job.folder / "base", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.folder / "base")
+    options = dict(max_new_tokens=job.new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True)
     while True:
-        turns.begin()
-        inputs = tokenizer(task.prompt, return_tensors="pt")
+        timer.start()
+        inputs = tokenizer(job.prompt, return_tensors="pt")
         reply = model.generate(**inputs, **options)
         tokens = reply.sequences[0, inputs["input_ids"].shape[1] :]
         tokenizer.decode(tokens)
-        turns.end()
+        timer.stop()
         logprobs = torch.cat(reply.logits).log_softmax(dim=-1).gather(1, tokens[:, None])
-        turns.report(token_ids=tokens.tolist(), logprobs=logprobs.flatten().tolist())
+        timer.report(token_ids=tokens.tolist(), logprobs=logprobs.flatten().tolist())

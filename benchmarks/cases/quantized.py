@@ -1,6 +1,6 @@
 """Decoding on a CPU at full size: our int8 and int4 weights against transformers in bfloat16.
 
-Both sides read the same tokens one at a time behind the same prompt; weights are random and the same, ours rounded.
+Both read the same tokens one at a time behind the same prompt; weights are random and the same, ours rounded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.processes import THREADS, Turns, duel
+from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
@@ -22,8 +22,8 @@ PROMPT, NEW = 64, 8  # tokens
 ROUNDING = {"int8": 0.04, "int4": 0.25}  # of the largest logit: what rounding random weights does through 32 layers
 
 
-class Task(NamedTuple):
-    """What both sides read; the format is ours."""
+class Job(NamedTuple):
+    """What both read; the format is ours."""
 
     config: Phi2Config
     ids: Tensor  # (1, PROMPT + NEW)
@@ -42,7 +42,7 @@ def decode_int4_vs_transformers(turns: int) -> Report:
 
 def _compare(config: Phi2Config, format: str, turns: int) -> Report:
     ids = torch.randint(config.vocab_size, (1, PROMPT + NEW), generator=torch.Generator().manual_seed(0))
-    result = duel(ours, transformers_bfloat16, Task(config, ids, format), turns, {"logits": ROUNDING[format]})
+    result = compare(ours, transformers_bfloat16, Job(config, ids, format), turns, {"logits": ROUNDING[format]})
     return Report(
         peer={"transformers": metadata.version("transformers")},
         gate=f"logits of {NEW} tokens apart by at most {result.largest_difference['logits']:.1e} of the largest",
@@ -61,33 +61,33 @@ def random_model(config: Phi2Config) -> Phi2ForCausalLM:
 
 
 @torch.no_grad()
-def ours(turns: Turns, task: Task) -> None:
-    model = random_model(task.config)
-    quantize_model(model, task.format)
-    cache = KVCache(task.config, 1, PROMPT + NEW, torch.bfloat16)
-    model.model(task.ids[:, :PROMPT], cache=cache)
+def ours(timer: Timer, job: Job) -> None:
+    model = random_model(job.config)
+    quantize_model(model, job.format)
+    cache = KVCache(job.config, 1, PROMPT + NEW, torch.bfloat16)
+    model.model(job.ids[:, :PROMPT], cache=cache)
     while True:
         cache.truncate(PROMPT)
-        turns.begin()
-        logits = [model(task.ids[:, i : i + 1], cache=cache)[0, 0] for i in range(PROMPT, PROMPT + NEW)]
-        turns.end()
-        turns.report(logits=torch.stack(logits).float().numpy())
+        timer.start()
+        logits = [model(job.ids[:, i : i + 1], cache=cache)[0, 0] for i in range(PROMPT, PROMPT + NEW)]
+        timer.stop()
+        timer.report(logits=torch.stack(logits).float().numpy())
 
 
 @torch.no_grad()
-def transformers_bfloat16(turns: Turns, task: Task) -> None:
+def transformers_bfloat16(timer: Timer, job: Job) -> None:
     import transformers
 
-    config = transformers.PhiConfig(**task.config.to_dict())
+    config = transformers.PhiConfig(**job.config.to_dict())
     with torch.device("meta"):
         model = transformers.PhiForCausalLM(config).to(torch.bfloat16).eval()
-    model.load_state_dict(random_model(task.config).state_dict(), assign=True)
+    model.load_state_dict(random_model(job.config).state_dict(), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not in a state dict
     past = transformers.DynamicCache()
-    model(task.ids[:, :PROMPT], past_key_values=past)
+    model(job.ids[:, :PROMPT], past_key_values=past)
     while True:
-        turns.begin()
-        logits = [model(task.ids[:, i : i + 1], past_key_values=past).logits[0, 0] for i in range(PROMPT, PROMPT + NEW)]
-        turns.end()
+        timer.start()
+        logits = [model(job.ids[:, i : i + 1], past_key_values=past).logits[0, 0] for i in range(PROMPT, PROMPT + NEW)]
+        timer.stop()
         past.crop(-NEW)
-        turns.report(logits=torch.stack(logits).float().numpy())
+        timer.report(logits=torch.stack(logits).float().numpy())

@@ -6,12 +6,11 @@ that the busiest unit allows, and where that is the same by how busy all units a
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from benchmarks.harness.aot import Row, compile_only, distinct, printed_by, row_of, violations
-from benchmarks.harness.spec import OPS, Launch, launched_as
+from benchmarks.harness import aot
+from benchmarks.harness.aot import Row, violations
+from benchmarks.harness.spec import Launch, entries
 
 
 @dataclass(frozen=True)
@@ -37,28 +36,11 @@ def _rank(candidate: Candidate) -> tuple[bool, float, float]:
 
 
 def sieve(name: str, arch: int, launches: list[Launch] | None = None) -> list[Candidate]:
-    """The launches of an op from the best to the worst by the model, dropped ones last.
+    """The launches of an entry from the best to the worst by the model, dropped ones last.
 
     Args:
-        launches: default: those of `OPS`.
+        launches: default: those of its spec.
     """
-    launches = launches or OPS[name].launches(arch)
-    values = [list(launch.values()) if isinstance(launch, dict) else launch for launch in launches]
-    found = json.loads(printed_by("benchmarks.harness.sieve", json.dumps([name, arch, values])))
-    candidates = [Candidate(launch, [Row(**row) for row in rows]) for launch, rows in zip(launches, found, strict=True)]
-    return sorted(candidates, key=_rank)
-
-
-def compiled(name: str, arch: int, launch: Launch) -> list[Row]:
-    """Of the process that has no interpreter."""
-    op = OPS[name]
-    with compile_only(arch, op.kernel) as launched, launched_as(op, arch, launch):
-        op.compiles()
-    rows = (row_of(*code, "candidate", arch) for code in distinct(launched))
-    return [row for row in rows if op.has_made(row.launch)]
-
-
-if __name__ == "__main__":
-    name, arch, values = json.loads(sys.argv[1])
-    launches = (OPS[name].launch(arch, each) for each in values)
-    print(json.dumps([[asdict(row) for row in compiled(name, arch, launch)] for launch in launches]))
+    launches = launches or entries()[name].launches(arch)
+    jobs = [(name, list(launch.values() if isinstance(launch, dict) else launch)) for launch in launches]
+    return sorted(map(Candidate, launches, aot.rows_of(arch, jobs)), key=_rank)
