@@ -10,7 +10,7 @@ INTERRUPTED = 130  # 128 and the number of SIGINT
 def main() -> int:
     """Runs the command line and returns its exit code."""
     try:
-        from phi2.cli import main
+        from phi2.cli.commands import main
 
         return main()
     except KeyboardInterrupt:

@@ -1,54 +1,63 @@
 #!/usr/bin/env bash
-# What wants a GPU, in one go: the tests of the kernels, then each GPU case, all in processes of their own.
-#     benchmarks/gpu.sh                      everything, in order of worth: some ten minutes on 16 cores
+# What wants a GPU, in order of worth, each step in processes of its own:
+#     benchmarks/gpu.sh                      the tests of the kernels and every case: within 9 minutes on 16 cores
+#     benchmarks/gpu.sh quick                the tests and what a user waits for: within 4 minutes
 #     benchmarks/gpu.sh tests head block     some of it
 #     benchmarks/gpu.sh tune                 not part of everything: which launch of attention and gemv is fastest
-# What fails does not stop the rest, and what is killed has told all it knew: $OUT (default: a new folder) gets a line of
-# tests.jsonl for each test as it ends, of summary.txt for each step, and the measurements of benchmarks/results.
-# Exit code 1 when anything failed. CASE_SECONDS limits each step, and is twice that for the tests.
+# It may be killed at any moment: results.txt and results.jsonl in $OUT (default: a new folder) tell each test, each
+# measurement and each step as it ends (benchmarks/stream.py), output.txt has all that was printed. Exit code 1 when
+# anything failed.
+# All steps share LIMIT seconds. A step may take its share of those left, by weight, so none takes from those behind it.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
-python=${PYTHON:-python3}
 export OUT=${OUT:-$(mktemp -d)}
-steps=${*:-tests attention_forward attention_forward_backward block head decode_step decode_ops prefix_sharing elementwise}
-failed=0
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}  # one for all steps, torch.compile's too, and for the next visit
+python=${PYTHON:-python3}
 
-# Workers share Triton's cache; a test that hangs ends its worker, and another takes its place.
-plugins=(-p benchmarks.stream)
-if "$python" -c "import xdist, pytest_timeout" 2>/dev/null; then
-  plugins+=(-n "${WORKERS:-12}" --timeout=60 --timeout-method=thread)
-fi
+all="tests block decode_step decode_ops attention_forward_backward attention_forward head prefix_sharing elementwise"
+limit=525 steps=$*
+case $steps in
+  "") steps=$all ;;
+  quick) limit=225 steps="tests block decode_step attention_forward_backward" ;;
+esac
+limit=${LIMIT:-$limit}
 
+weight() { case $1 in tests) echo 6 ;; block | decode_step | tune) echo 3 ;; *) echo 2 ;; esac }
+
+# A test that hangs ends its worker, and another worker takes its place.
+has() { "$python" -c "import $1" 2>/dev/null; }
+flags=(-q -p benchmarks.stream)
+has xdist && flags+=(-n 12)
+has pytest_timeout && flags+=(--timeout=30)
+has "xdist, pytest_timeout" && flags+=(--timeout-method=thread)
+read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py}"
+
+command_of() {
+  case $1 in
+    tests) command=("$python" -m pytest "${flags[@]}" "${files[@]}") ;;
+    tune) command=("$python" -m benchmarks.tune --op attention_forward,attention_dkdv,attention_dq,gemv_half,gemv_int8,gemv_int4) ;;
+    *) command=("$python" -m benchmarks.run --case "$1") ;;
+  esac
+}
+
+touch "$OUT/results.txt" "$OUT/results.jsonl" "$OUT/output.txt"
+child= failed=0 waiting=0
+trap '[ -z "$child" ] || { kill "$child"; wait "$child"; }; exit 143' TERM INT HUP  # `timeout` leads and ends a group
+for name in $steps; do waiting=$((waiting + $(weight "$name"))); done
 for name in $steps; do
-  seconds=${CASE_SECONDS:-90}
-  if [ "$name" = tests ]; then
-    seconds=$((2 * seconds))
-    files=(tests/kernels tests/test_step.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py)
-    command=("$python" -m pytest -m "${MARK:-gpu}" -q "${plugins[@]}" "${files[@]}")  # a GPU's machine may lack what others import
-  elif [ "$name" = tune ]; then
-    ops=attention_forward,attention_dkdv,attention_dq,gemv_half,gemv_int8,gemv_int4
-    command=("$python" -m benchmarks.tune --op "$ops")
-  else
-    command=("$python" -m benchmarks.run --case "$name")
-  fi
-  start=$SECONDS
-  timeout "$seconds" "${command[@]}" >"$OUT/$name.tmp" 2>&1
+  share=$(((limit - SECONDS) * $(weight "$name") / waiting))
+  waiting=$((waiting - $(weight "$name")))
+  told=$(wc -l <"$OUT/results.txt") printed=$(wc -l <"$OUT/output.txt") start=$SECONDS
+  command_of "$name"
+  timeout -k 5 "$((share > 1 ? share : 1))" "${command[@]}" >>"$OUT/output.txt" 2>&1 &
+  child=$!
+  wait "$child"
   code=$?
-  {
-    echo "$name: $((SECONDS - start)) s, exit code $code"
-    case $name in
-      tests) grep -c '"passed"' "$OUT/tests.jsonl"; grep '"failed"' "$OUT/tests.jsonl" | cut -c 1-300 ;;
-      tune) grep -v '^{' "$OUT/$name.tmp" ;;
-      *) if [ $code -eq 0 ]; then grep -v '^{' "$OUT/$name.tmp"; else tail -n 1 "$OUT/$name.tmp" | cut -c 1-300; fi ;;
-    esac
-  } >>"$OUT/summary.txt"
-  cat "$OUT/$name.tmp" >>"$OUT/output.txt"
-  rm "$OUT/$name.tmp"
+  child=
   [ $code -eq 0 ] || failed=1
-  if [ -d benchmarks/results ]; then cp -r benchmarks/results "$OUT/"; fi
+  tail -n +$((printed + 1)) "$OUT/output.txt" | "$python" -m benchmarks.stream "$name" $((SECONDS - start)) $code
+  tail -n +$((told + 1)) "$OUT/results.txt"
 done
-
-cat "$OUT/summary.txt"
-echo "full output: $OUT"
+echo "all results: $OUT"
 exit $failed

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import stream
 from benchmarks.harness.gpu import DeviceError
 from benchmarks.registry import CASES, GateError, Measure, Report, Spread, load
-from phi2.training.run import environment
+from phi2.runs.folder import environment
 
 load()
 RESULTS = Path(__file__).parent / "results"
@@ -101,6 +102,7 @@ def publish(name: str, report: Report, load: float) -> None:
     with (RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line))
+    stream.tell(table(name, report), **line)
 
 
 def device_name() -> str:

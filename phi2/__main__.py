@@ -2,7 +2,7 @@
 
 import sys
 
-from phi2.cli import main
+from phi2.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,10 +52,10 @@ class KVCache:
         """
         return Visibility(tokens, self.length + tokens, until, self.keys.device)
 
-    def turn_and_store(
+    def apply_rotary_and_store(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turns queries and keys by their angles and stores keys and values behind the stored ones.
+        """Rotates queries and keys by their angles and stores keys and values behind the stored ones.
 
         `length` moves only in `advance`, once every layer has stored.
 
@@ -122,10 +122,10 @@ class StepCache:
         """
         return Visibility(1, self.keys.shape[3], until, self.keys.device, filled=self.slots + 1)
 
-    def turn_and_store(
+    def apply_rotary_and_store(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `KVCache`, with T = 1 and S = max_length; q is turned where it lies. A full cache stores nothing."""
+        """As in `KVCache`, with T = 1 and S = max_length; q is rotated where it lies. A full cache stores nothing."""
         tables = (table.flatten(0, 2) for table in angles)  # (B, R/2)
         rotary_and_store(q[:, 0], k[:, 0], v[:, 0], *tables, None, self.slots, self.keys[layer], self.values[layer])
         return q, self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)

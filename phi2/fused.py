@@ -12,13 +12,15 @@ Blocks run unfused where the fused form does not exist: with a key-value cache, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from phi2.config import Phi2Config
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.block import Shape, Weights, block, follow
+from phi2_kernels.block import Shape, Weights, are_adjacent, block
 from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.visibility import Visibility
 
@@ -47,20 +49,12 @@ def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibi
         return block(x, _weights_of(layer), _shape_of(layer.self_attn.config), angles, visibility, dtype)
 
 
-def _inputs(layer: Block) -> list[nn.Linear]:
-    return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.fc1]
-
-
-def _outputs(layer: Block) -> list[nn.Linear]:
-    return [layer.self_attn.dense, layer.mlp.fc2]
-
-
 def _shape_of(config: Phi2Config) -> Shape:
     return Shape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
 
 
 def _weights_of(layer: Block) -> Weights:
-    into, out, norm = _inputs(layer), _outputs(layer), layer.input_layernorm
+    into, out, norm = layer.inputs, layer.outputs, layer.input_layernorm
     return Weights(
         norm.weight,
         norm.bias,
@@ -75,15 +69,14 @@ def _weights_of(layer: Block) -> Weights:
     )
 
 
-def _adapters(linears: list[nn.Linear], widths: list[int]) -> tuple[Adapter, ...]:
+def _adapters(linears: Sequence[nn.Module], widths: list[int]) -> tuple[Adapter, ...]:
     """The adapters that are on, each with its columns: `widths` says how many every linear has."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    on = [linear.adapter if isinstance(linear, LoraLinear) else None for linear in linears]
     return tuple(
-        Adapter(
-            end - width, end, linear.lora_A.weight, linear.lora_B.weight, linear.scaling, _rate(linear.lora_dropout)
-        )
-        for linear, width, end in zip(linears, widths, ends, strict=True)
-        if isinstance(linear, LoraLinear) and linear.enabled
+        Adapter(end - width, end, lora.lora_A.weight, lora.lora_B.weight, lora.scaling, _rate(lora.lora_dropout))
+        for lora, width, end in zip(on, widths, ends, strict=True)
+        if lora is not None
     )
 
 
@@ -93,10 +86,9 @@ def _rate(dropout: nn.Dropout) -> float:
 
 def _join_block(layer: Block) -> None:
     """Moves a block's weights together unless they are."""
-    into, out = _inputs(layer), _outputs(layer)
-    _join([linear.weight for linear in into])
-    _join([linear.bias for linear in into])
-    _join([linear.weight for linear in out], transposed=True)
+    _join([linear.weight for linear in layer.inputs])
+    _join([linear.bias for linear in layer.inputs])
+    _join([linear.weight for linear in layer.outputs], transposed=True)
 
 
 @torch.inference_mode(False)  # what is made within would be of no use to training
@@ -104,7 +96,7 @@ def _join_block(layer: Block) -> None:
 def _join(parameters: list[nn.Parameter], transposed: bool = False) -> None:
     """Lays parameters one behind the other; `transposed`: the rows of their transposes."""
     parts = [p.data.T if transposed else p.data for p in parameters]
-    if follow(parts):
+    if are_adjacent(parts):
         return
     pieces = torch.cat(parts).split([len(part) for part in parts])
     for parameter, piece in zip(parameters, pieces, strict=True):

@@ -6,12 +6,12 @@ environment (`HF_TOKEN` or a login), and `HF_HUB_OFFLINE=1` keeps everything to 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from phi2.files import one_line
 
 ASSETS = Path(__file__).parent / "assets"
 BUILT_IN = ("nano", "nano-instruct")  # tiny models of this package: a base, and what its own recipe made of it
@@ -63,48 +63,9 @@ def resolve(path_or_id: str | Path, revision: str | None = None, kind: str = "mo
     return _download(str(path_or_id), revision, kind)
 
 
-def push(
-    folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, message: str | None = None
-) -> str:
-    """Uploads a folder to a model repository on the hub, created if need be, and returns the address of the commit.
-
-    Raises:
-        FileNotFoundError: when there is no such folder.
-        ValueError: when the hub cannot be reached or refuses.
-    """
-    from huggingface_hub import HfApi
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    with _hub_errors_in_one_line(f"{repo_id}:", revision):
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
-    return commit.commit_url
-
-
 def of_a_run(folder: Path) -> str:
     """For an error about a folder that lacks a file: where it is, when the folder is that of a run."""
     return next((f"; did you mean {folder / name}?" for name in ("adapter", "model") if (folder / name).is_dir()), "")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        ValueError: one line naming the file, when it is not UTF-8, not JSON or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _download(repo_id: str, revision: str | None, kind: str) -> Path:

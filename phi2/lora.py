@@ -3,8 +3,9 @@
     y = x W^T + b + s * dropout(x) A^T B^T        A (r, in), B (out, r), s = lora_alpha / r
 
 B starts at zero, so a fresh adapter changes nothing, and switching adapters off gives the base model back bit for bit:
-the reference of DPO costs no second model. A and B are float32 also on a half-precision base. A layer keeps its own
-parameters under their own names and gains `lora_A.weight` and `lora_B.weight`; `phi2.peft_files` writes and reads them.
+the reference of DPO costs no second model. A and B are float32 also on a half-precision or quantised base. A layer
+keeps its own parameters under their own names and gains `lora_A.weight` and `lora_B.weight`, those of the adapter that
+is active; `peft_files.py` writes and reads them. Adapters have names, and share one base.
 
 Source: arXiv:2106.09685 Eq. 3; precisions, initialisation and matching of names as in peft 0.21, `tuners/lora`.
 Dims: N rows, r LoRA rank.
@@ -16,37 +17,32 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from phi2.lora_config import LoraConfig, as_tuple, pattern_matches
-from phi2_kernels.gemv import linear
+from phi2_kernels.weight_forms import Weight
 
 HEAD = "lm_head"
+DEFAULT = "default"  # name of an adapter that was given none, as in peft
 
 
-class LoraLinear(nn.Linear):
-    """A linear layer with an adapter; weight and bias are the parameters of the layer it replaces.
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A low-rank change of one layer: s * dropout(x) A^T B^T.
 
     Attributes:
-        lora_A, lora_B: linears without bias, (r, in) and (out, r), float32. Not initialised here.
-        scaling: multiplies the change.
-        enabled: False computes the base layer alone.
+        lora_A, lora_B: linears without bias, (r, in) and (out, r), float32.
+        scaling: s.
     """
 
-    def __init__(self, base: nn.Linear, r: int, scaling: float, dropout: float) -> None:
-        nn.Module.__init__(self)  # not Linear's: that would allocate a second weight
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        where = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = skip_init(nn.Linear, base.in_features, r, bias=False, **where)
-        self.lora_B = skip_init(nn.Linear, r, base.out_features, bias=False, **where)
-        self.lora_dropout = nn.Dropout(dropout)
-        self.scaling, self.enabled, self._plain = scaling, True, type(base)
-        self.train(base.training)
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+    lora_dropout: nn.Dropout
+    scaling: float
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -55,66 +51,185 @@ class LoraLinear(nn.Linear):
         self.lora_A.weight.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator))
         self.lora_B.weight.zero_()
 
-    def lora_hidden(self, x: Tensor) -> Tensor:
-        """dropout(x) A^T, (..., r), in float32 (under autocast in autocast's dtype)."""
-        return self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype)))
+    def hidden(self, x: Tensor) -> Tensor:
+        """s * dropout(x) A^T, (..., r), in float32 (under autocast in autocast's dtype)."""
+        return self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))) * self.scaling
+
+    def change(self) -> Tensor:
+        """s * B A, (out, in) float32."""
+        return (self.lora_B.weight.float() @ self.lora_A.weight.float()).mul_(self.scaling)
+
+
+class LoraLinear(nn.Module):
+    """A linear layer and its adapters, of which one at most is active in a pass.
+
+    Any linear can be the base: float, int8 or int4. Its parameters and buffers are the layer's own, under the names
+    they had, and so are A and B of the active adapter. The other adapters are no part of the model until they are
+    active: what trains, saves or counts parameters does not see them.
+
+    Attributes:
+        base: the layer that this one stands for.
+        adapters: by name.
+        enabled: False computes the base alone.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "base", base)  # beside the tree of modules, where it would lend its name to its weight
+        self._parameters, self._buffers = base._parameters, base._buffers  # the same dicts: nothing can come apart
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.adapters: dict[str, LoraAdapter] = {}
+        self.active: LoraAdapter | None = None
+        self.enabled = True
+        self.train(base.training)
+
+    def add(self, name: str, r: int, scaling: float, dropout: float) -> None:
+        """Another adapter, whose weights are yet to be written."""
+        where = {"device": self.bias.device, "dtype": torch.float32}
+        lora_A = skip_init(nn.Linear, self.in_features, r, bias=False, **where)
+        lora_B = skip_init(nn.Linear, r, self.out_features, bias=False, **where)
+        self.adapters[name] = LoraAdapter(lora_A, lora_B, nn.Dropout(dropout), scaling)
+
+    def activate(self, name: str) -> None:
+        """From now on the layer computes, and shows, this adapter; none if it has none of that name."""
+        self.active = self.adapters.get(name)
+        for part in ("lora_A", "lora_B", "lora_dropout"):
+            self._modules.pop(part, None)
+            if self.active is not None:
+                self.add_module(part, getattr(self.active, part).train(self.training))
+
+    @property
+    def adapter(self) -> LoraAdapter | None:
+        """What is added to the base now."""
+        return self.active if self.enabled else None
+
+    @property
+    def form(self) -> Weight | None:
+        """The weight alone, where the layer is no more than a product with it."""
+        return self.base.form if self.adapter is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out) in the dtype of the base; base and change are added in float32 and rounded once."""
-        out = linear(x, self.weight, self.bias)
-        if not self.enabled:
+        out = self.base(x)
+        if self.adapter is None:
             return out
-        return out.add_(self.lora_B(self.lora_hidden(x) * self.scaling))
+        return out.add_(self.adapter.lora_B(self.adapter.hidden(x)))
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The layer that it replaced, whose weight has taken up s * B A: added in float32, rounded once.
+    def merged(self) -> nn.Module:
+        """The base, whose weight has taken up the active adapter: added in float32, rounded once.
 
         Raises:
             ValueError: when the sum is not finite in the dtype of the weight, which then stays as it was.
         """
-        total = (self.lora_B.weight.float() @ self.lora_A.weight.float()).mul_(self.scaling) + self.weight
-        total = total.to(self.weight.dtype)
+        assert self.active is not None
+        if not self.weight.is_floating_point():
+            raise ValueError(f"an adapter can be merged into a float weight only, got {self.weight.dtype}")
+        total = (self.active.change() + self.weight).to(self.weight.dtype)
         if not total.isfinite().all():
             raise ValueError(f"weight and adapter add up to numbers that are not finite in {total.dtype}")
         self.weight.copy_(total)
-        plain = self._plain(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight, plain.bias = self.weight, self.bias
-        return plain.train(self.training)
+        return self.base.train(self.training)
+
+    def _apply(self, function, recurse: bool = True):
+        """`.to(...)` and its like: also on the adapters that are not part of the model now."""
+        for adapter in self.adapters.values():
+            if adapter is not self.active:
+                adapter.lora_A._apply(function)
+                adapter.lora_B._apply(function)
+        return super()._apply(function, recurse)
 
 
-def attach(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
-    """Freezes the model and gives every targeted layer a fresh adapter, the only thing left to train.
+class AdaptableModel(nn.Module):
+    """A model that adapters can be put on.
+
+    Attributes:
+        adapters: their settings by name.
+        active_adapter: name of the one that is computed.
+        brought_by_adapter: parts of the model that an adapter's file replaced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: dict[str, LoraConfig] = {}
+        self.active_adapter: str | None = None
+        self.brought_by_adapter: tuple[str, ...] = ()
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """Of the active adapter."""
+        return None if self.active_adapter is None else self.adapters[self.active_adapter]
+
+
+def attach(model: AdaptableModel, config: LoraConfig, seed: int = 0, name: str = DEFAULT) -> None:
+    """Freezes the model and gives every targeted layer a fresh adapter, active from now on and all that is trained.
 
     Args:
-        model: a `Phi2ForCausalLM` without an adapter.
-        config: which layers, and the size of the adapters; kept as `model.lora_config`.
+        model: it may have adapters of other names.
+        config: which layers, and the size of the adapters; kept in `model.adapters`.
         seed: the same seed gives the same adapter on every device.
+        name: of the adapter.
 
     Raises:
-        ValueError: when a target or a pattern matches no layer, or the model has an adapter already.
+        ValueError: when a target or a pattern matches no layer, or the model has an adapter of that name already.
     """
     names = target_names(model, config)
     _refuse_unmatched(model, config, names)
-    insert(model, config, names)
+    insert(model, config, names, name)
     generator = torch.Generator().manual_seed(seed)
     for module in lora_modules(model).values():
-        module.init_weights(generator)
+        module.adapters[name].init_weights(generator)
 
 
-def insert(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
-    """Freezes the model and puts adapters, of weights yet to be written, on the layers called `names`.
+def insert(model: AdaptableModel, config: LoraConfig, layers: list[str], name: str = DEFAULT) -> None:
+    """Freezes the model and puts an adapter on these layers, active from now on, whose weights are yet to be written.
 
     Raises:
-        ValueError: when the model has an adapter already.
+        ValueError: when the model has an adapter of that name already.
     """
-    if has_adapter(model):
+    if name in model.adapters:
         raise ValueError("the model has an adapter already: merge it first")
-    model.requires_grad_(False)
-    for name in names:
-        base = model.get_submodule(name)
-        model.set_submodule(name, LoraLinear(base, config.rank(name), config.scaling(name), config.lora_dropout))
-    model.lora_config, model.brought_by_adapter = config, ()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".lora_" in parameter_name)
+    for layer in layers:
+        linear = model.get_submodule(layer)
+        if not isinstance(linear, LoraLinear):
+            linear = LoraLinear(linear)
+            model.set_submodule(layer, linear)
+        linear.add(name, config.rank(layer), config.scaling(layer), config.lora_dropout)
+    model.adapters[name] = config
+    activate(model, name)
+
+
+def activate(model: AdaptableModel, name: str) -> None:
+    """Makes the adapter of this name the one that the model computes, shows, trains and saves.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if name not in model.adapters:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(model.adapters) or 'none'}")
+    model.active_adapter = name
+    for module in _layers(model).values():
+        module.activate(name)
+
+
+def detach(model: AdaptableModel, name: str = DEFAULT) -> None:
+    """Takes the adapter of this name off. The base stays frozen, and is bit for bit what it was.
+
+    Another adapter has to be made active before it is used again.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    activate(model, name)
+    for layer, module in _layers(model).items():
+        module.adapters.pop(name, None)
+        module.activate(name)
+        if not module.adapters:
+            model.set_submodule(layer, module.base)
+    del model.adapters[name]
+    model.active_adapter = None
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -152,7 +267,7 @@ def _is_in_chosen_block(name: str, config: LoraConfig) -> bool:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: AdaptableModel) -> Iterator[None]:
     """Inside it the model is its base. For passes without gradient: recomputed activations would see the adapter again.
 
     Raises:
@@ -168,25 +283,33 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.enabled = enabled
 
 
-def merge(model: nn.Module) -> None:
-    """Adds every adapter to its weight, one layer at a time: afterwards the model is plain, and trainable throughout.
+def merge(model: AdaptableModel) -> None:
+    """Adds the active adapter to its weights, one layer at a time: afterwards the model is plain, trainable throughout.
 
     In half precision the merged model is not the adapted one to the last bit, since each weight is rounded.
 
     Raises:
-        ValueError: naming the layer whose sum is not finite, or when there is no adapter.
+        ValueError: naming the layer whose sum is not finite, or when there is no adapter, or more than one.
     """
-    for name, module in _adapted(model).items():
+    layers = _adapted(model)
+    if len(model.adapters) > 1:
+        raise ValueError(f"the model has the adapters {', '.join(model.adapters)}: detach all but one before merging")
+    for name, module in layers.items():
         try:
             model.set_submodule(name, module.merged())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    del model.lora_config
+    model.adapters, model.active_adapter, model.brought_by_adapter = {}, None, ()
     model.requires_grad_(True)
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
-    """The layers with an adapter by name, in the model's order."""
+    """The layers that the active adapter is on, by name, in the model's order."""
+    return {name: module for name, module in _layers(model).items() if module.active is not None}
+
+
+def _layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The layers that any adapter is on."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
@@ -195,17 +318,12 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """`<layer>.lora_A.weight` and `<layer>.lora_B.weight` of every adapter, without gradient."""
+    """`<layer>.lora_A.weight` and `<layer>.lora_B.weight` of the active adapter, without gradient."""
     state = {}
     for name, module in lora_modules(model).items():
         state[f"{name}.lora_A.weight"] = module.lora_A.weight.detach()
         state[f"{name}.lora_B.weight"] = module.lora_B.weight.detach()
     return state
-
-
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every adapter, in the order of `adapter_state`."""
-    return [p for module in lora_modules(model).values() for p in (module.lora_A.weight, module.lora_B.weight)]
 
 
 def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
@@ -216,7 +334,9 @@ def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Of every linear, whatever form its weight has; A and B of adapters are none of the model's."""
+    linears = (name for name, module in model.named_modules() if hasattr(module, "out_features"))
+    return [name for name in linears if ".lora_" not in name]
 
 
 def _refuse_unmatched(model: nn.Module, config: LoraConfig, names: list[str]) -> None:

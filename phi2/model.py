@@ -17,12 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from phi2.cache import KVCache, StepCache
 from phi2.config import Phi2Config
+from phi2.lora import AdaptableModel
 from phi2_kernels.attention import attention
 from phi2_kernels.gelu import gelu
 from phi2_kernels.gemv import linear
 from phi2_kernels.layer_norm import layer_norm
 from phi2_kernels.rotary import rotary, rotary_angles
 from phi2_kernels.visibility import Visibility
+from phi2_kernels.weight_forms import Weight
 
 
 class Linear(nn.Linear):
@@ -30,6 +32,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    @property
+    def form(self) -> Weight:
+        """The weight and its bias, as a decode step reads them."""
+        return Weight(self.weight, bias=self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -65,7 +72,7 @@ class Attention(nn.Module):
         if cache is None:
             q, k = rotary(q, *angles), rotary(k, *angles)
         else:
-            q, k, v = cache.turn_and_store(self.layer, q, k, v, angles)
+            q, k, v = cache.apply_rotary_and_store(self.layer, q, k, v, angles)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, H_kv, S, D) twice
         out = attention(q, k, v, visibility, self.config.attention_dropout if self.training else 0.0)
         return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -98,6 +105,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.fused_forward = None  # `phi2.fused.fuse` puts the two-matmul form here
+
+    @property
+    def inputs(self) -> tuple[nn.Module, ...]:
+        """The linears that read the normed stream: q, k, v, fc1. Fused and decoding form take them from here."""
+        return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj, self.mlp.fc1
+
+    @property
+    def outputs(self) -> tuple[nn.Module, ...]:
+        """The linears that write to the residual stream: dense and fc2."""
+        return self.self_attn.dense, self.mlp.fc2
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | StepCache | None
@@ -171,7 +188,7 @@ class Phi2Model(nn.Module):
         return block(*inputs)
 
 
-class Phi2ForCausalLM(nn.Module):
+class Phi2ForCausalLM(AdaptableModel):
     """Phi with its language-model head.
 
     `model(...)` takes the arguments of `Phi2Model.forward` and returns logits; training calls `model.model(...)` for

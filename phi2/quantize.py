@@ -25,11 +25,25 @@ from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8, unpa
 GROUP = 32
 
 
+class FrozenProduct(torch.autograd.Function):
+    """y = x W^T + bias with a weight that does not train: only x has a gradient, dy W, for which W is made again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: QuantizedLinear | Int4LinearOnCPU) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x).clone()  # itself it may be a view, which LoRA could not add to in place
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return dy @ ctx.linear.dense().to(dy.dtype), None
+
+
 class QuantizedLinear(nn.Module):
     """A linear whose weight is int8 or int4."""
 
     def __init__(self, weight: Weight, bias: Tensor) -> None:
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
@@ -40,14 +54,24 @@ class QuantizedLinear(nn.Module):
         return Weight(self.weight, self.scales, self.zeros, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return FrozenProduct.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         return gemv(x, self.form)
+
+    def dense(self) -> Tensor:
+        """W (N, K) float32."""
+        return self.form.dense()
 
 
 class Int4LinearOnCPU(nn.Module):
     """An int4 linear with its codes in the order in which torch's kernel reads them on this CPU; bfloat16."""
 
+    form = None  # its codes are torch's to read
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
         packed, scales, zeros, _ = quantize_int4(linear.weight.detach(), GROUP)
         codes = unpack_int4(packed, GROUP).flatten(1).int()  # (N, K)
         offsets = (8 - zeros.float()) * scales.float()  # torch counts from the middle of the codes
@@ -57,8 +81,16 @@ class Int4LinearOnCPU(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        return FrozenProduct.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self.weight, GROUP, self.scales)
         return (y + self.bias).view(*x.shape[:-1], -1)
+
+    def dense(self) -> Tensor:
+        """W (N, K) bfloat16: what the kernel makes of the rows of an identity."""
+        rows = torch.eye(self.in_features, dtype=self.scales.dtype)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales).T
 
 
 def _int8(linear: nn.Linear) -> nn.Module:
@@ -80,7 +112,7 @@ FORMATS: dict[str, tuple[Callable[[nn.Linear], nn.Module], Callable[[nn.Linear],
 
 
 def quantize_model(model: nn.Module, format: str) -> None:
-    """Replaces every linear of a model by a quantised one, in place; what is left can generate, not train.
+    """Replaces every linear of a model by a quantised one, in place; what is left can generate, and carry adapters.
 
     Args:
         model: a `Phi2ForCausalLM` without an adapter, on the device it will run on.

@@ -19,10 +19,10 @@ from typing import Any
 
 import tokenizers
 
-from phi2.hub import read_json
-from phi2.special_text import SpecialText
-from phi2.stream_decoder import StreamDecoder
-from phi2.tokenizer_files import (
+from phi2.files import read_json, write_whole
+from phi2.text.special_text import SpecialText
+from phi2.text.stream_decoder import StreamDecoder
+from phi2.text.tokenizer_files import (
     read_backend,
     read_config,
     read_stop_ids,
@@ -30,7 +30,6 @@ from phi2.tokenizer_files import (
     read_text,
     special_tokens,
     unnamed_special_tokens,
-    write_whole,
 )
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -198,7 +197,7 @@ class Tokenizer:
         Raises:
             ValueError: as `render`.
         """
-        from phi2 import template  # here and below: jinja2 is loaded for those who render
+        from phi2.text import template  # here and below: jinja2 is loaded for those who render
 
         if self.chat_template is None:
             raise ValueError(
@@ -215,7 +214,7 @@ class Tokenizer:
         Raises:
             ValueError: for a template that is not one.
         """
-        from phi2 import template
+        from phi2.text import template
 
         return self.chat_template is not None and template.uses(self.chat_template, name)
 
@@ -297,7 +296,7 @@ class Tokenizer:
         return changed
 
     def _with_template_file(self, path: Path) -> Tokenizer:
-        from phi2 import template
+        from phi2.text import template
 
         source = read_text(path)
         if not source.strip():
@@ -387,7 +386,7 @@ def _added_token(tokenizer: Tokenizer) -> re.Pattern:
 @lru_cache(maxsize=8)
 def _special_text(tokenizer: Tokenizer, chat_template: str | None) -> SpecialText:
     """Knows the special tokens, and what else of the added ones ends a text or is written by the template."""
-    from phi2 import template
+    from phi2.text import template
 
     written = "" if chat_template is None else template.literals(chat_template)
     added = tokenizer.backend.get_added_tokens_decoder().items()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from phi2.data import toy
 from phi2.data.records import Chat, Pair, Plain, Record
+from phi2.data.toy import skills
 
 VOCABULARY = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -58,7 +58,7 @@ def train() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    corpus = (text for kind in toy.KINDS for record in toy.records(kind) for text in texts(record))
+    corpus = (text for kind in skills.KINDS for record in skills.records(kind) for text in texts(record))
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer

@@ -49,9 +49,9 @@ def tiny_tokenizer():
 @pytest.fixture(scope="session")
 def make_phi(tiny_tokenizer, tmp_path_factory) -> Callable[..., Path]:
     """Writes a random Phi of two layers with `tiny_tokenizer`: make_phi(seed=0, **fields of Phi2Config) -> folder."""
+    from phi2.checkpoints.weights import save_pretrained
     from phi2.config import Phi2Config
     from phi2.model import Phi2ForCausalLM
-    from phi2.weights import save_pretrained
 
     shape = dict(vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     fixed = dict(max_position_embeddings=256, initializer_range=0.2, resid_pdrop=0.0)
@@ -167,7 +167,8 @@ def full_disk() -> Callable[[int], AbstractContextManager]:
 
 KILLED_RUN = """
 import os, signal, torch
-from phi2.lora import LoraConfig
+
+from phi2.lora_config import LoraConfig
 from phi2.training import {module} as loop
 from phi2.training.{module} import {config.__class__.__name__}
 
@@ -257,7 +258,8 @@ class Recording(TorchDispatchMode):
 @pytest.fixture
 def recordings(monkeypatch) -> list[Recording]:
     """Lets the CPU record decode steps; each recording is in the list."""
-    import phi2.step
+    import phi2.inference.generate
+    import phi2.inference.step
 
     made = []
 
@@ -265,10 +267,10 @@ def recordings(monkeypatch) -> list[Recording]:
         with Recording() as recording:
             result = launch()
         made.append(recording)
-        if isinstance(step := getattr(launch, "__self__", None), phi2.step.RecordedStep):
+        if isinstance(step := getattr(launch, "__self__", None), phi2.inference.step.RecordedStep):
             step._device_cache.advance(-1)  # a real recording runs nothing
         return recording.replay, result
 
-    monkeypatch.setattr(phi2.step, "record", record)  # below by its module: `phi2.generate` is the function
-    monkeypatch.setattr(sys.modules["phi2.generate"], "can_record", lambda device: True)
+    monkeypatch.setattr(phi2.inference.step, "record", record)
+    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: True)
     return made

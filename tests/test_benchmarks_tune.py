@@ -26,7 +26,7 @@ from benchmarks.harness.spec import Entry, Shapes, label
 from benchmarks.registry import GateError, Spread
 from benchmarks.tune import OPS, Timed, proposals
 from phi2_kernels import gelu_triton
-from phi2_kernels.attention_tiles_triton import Launch as Tile
+from phi2_kernels.attention_tiles_triton import AttentionLaunch as Tile
 
 KERNELS = Path(gelu_triton.__file__).parent
 GELU = OPS["gelu_forward"]
@@ -195,7 +195,7 @@ def test_a_proposal_reads_like_the_table_it_is_for():
     (line,) = tune.advice({"attention_dkdv": Tile(32, 64, 4, 2)}, 80)
     where, _, entry = line.partition(": ")
     assert where == f"{OPS['attention_dkdv'].file}.py, LAUNCH[80]"
-    assert eval("{" + entry + "}", {"Launch": Tile}) == {"dkdv": Tile(32, 64, 4, 2)}
+    assert eval("{" + entry + "}", {"AttentionLaunch": Tile}) == {"dkdv": Tile(32, 64, 4, 2)}
 
 
 def test_without_a_gpu_it_prints_the_static_half_and_says_what_is_missing(rows, monkeypatch, capsys):

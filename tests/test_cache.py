@@ -18,7 +18,7 @@ def test_stored_keys_and_values_come_back_behind_the_earlier_ones():
     for start, end in ((0, 3), (3, 5)):
         for layer in range(2):
             new = (x[:, :, start:end].transpose(1, 2) for x in (q, k + layer, v))
-            _, keys, values = cache.turn_and_store(layer, *new, tuple(x[:, start:end] for x in UNTURNED))
+            _, keys, values = cache.apply_rotary_and_store(layer, *new, tuple(x[:, start:end] for x in UNTURNED))
         cache.advance(end - start)
     assert torch.equal(keys.transpose(1, 2), k + 1) and torch.equal(values.transpose(1, 2), v)
 
@@ -26,7 +26,7 @@ def test_stored_keys_and_values_come_back_behind_the_earlier_ones():
 def test_tokens_that_do_not_fit_are_refused():
     cache = KVCache(CONFIG, 1, 4, torch.float32)
     with pytest.raises(ValueError, match="holds 4 tokens, 5 were asked for"):
-        cache.turn_and_store(0, *torch.zeros(3, 1, 5, 2, 16), UNTURNED)
+        cache.apply_rotary_and_store(0, *torch.zeros(3, 1, 5, 2, 16), UNTURNED)
 
 
 def test_truncating_forgets_and_cannot_invent():

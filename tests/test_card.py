@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from phi2.data.sources import DataSpec
-from phi2.lora import LoraConfig
-from phi2.training.card import write_card
+from phi2.lora_config import LoraConfig
+from phi2.runs.card import write_card
 from phi2.training.dpo import DPOConfig
 from phi2.training.sft import SFTConfig
 

@@ -15,13 +15,13 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 
-from phi2.chat import TAUGHT, ChatSession, run_chat, turn_end_probability
-from phi2.cli import main
+from phi2.checkpoints.weights import load
+from phi2.cli.commands import main
 from phi2.config import Phi2Config
-from phi2.generate import generate
+from phi2.inference.chat import TAUGHT, ChatSession, run_chat, turn_end_probability
+from phi2.inference.generate import generate
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
-from phi2.weights import load
 
 CONTEXT = 256
 

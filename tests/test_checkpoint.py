@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from phi2.lora import LoraConfig
+from phi2.lora_config import LoraConfig
+from phi2.runs.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from phi2.training import sft
-from phi2.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from phi2.training.optim import Optimizer
 
 
@@ -46,7 +46,7 @@ def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
 
 
 def test_what_was_not_finished_is_no_checkpoint(tmp_path):
-    for name in ("step-3", "partial-7", "step-8.old", "step-"):
+    for name in ("step-3", ".step-7.unfinished", "step-8.old", "step-"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert last_checkpoint(tmp_path).name == "step-3"
 
@@ -84,7 +84,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it_and_nothing_else(tm
 
 
 def test_a_partial_checkpoint_of_a_killed_run_is_written_anew(tmp_path, optimizer):
-    left = tmp_path / "checkpoints" / "partial-2" / "model"
+    left = tmp_path / "checkpoints" / ".step-2.unfinished" / "model"
     left.mkdir(parents=True)
     (left / "weights").write_text("half")
     save_checkpoint(tmp_path, 2, optimizer, write_weights, keep=1)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import phi2
-from phi2.cli import COMMANDS, main
+from phi2.cli.commands import COMMANDS, main
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--device", "cpu", "--lora.r", "4"]
 
@@ -238,7 +238,9 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
 )
 def test_what_needs_no_model_does_not_wait_for_torch(tmp_path, line, code):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
-    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from phi2.cli import main; sys.exit(main({line!r}))"
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from phi2.__main__ import main; sys.exit(main({line!r}))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr[-500:]
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi2.convert import convert, merge_adapter
-from phi2.lora import LoraConfig, attach, lora_modules
-from phi2.peft_files import save_adapter
-from phi2.weights import load
+from phi2.checkpoints.convert import convert, merge_adapter
+from phi2.checkpoints.peft_files import save_adapter
+from phi2.checkpoints.weights import load
+from phi2.lora import attach, lora_modules
+from phi2.lora_config import LoraConfig
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def test_merging_rounds_once_to_each_dtype_and_leaves_the_other_tensors_alone(mi
         layer = layers.get(name.removesuffix(".weight"))
         expected = state[name] if "lm_head" not in name else model.state_dict()[name]  # the adapter brings its own head
         if layer is not None:
-            change = layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+            change = layer.active.scaling * layer.lora_B.weight @ layer.lora_A.weight
             expected = (expected.float() + change).to(state[name].dtype)
         assert tensor.dtype == state[name].dtype and torch.equal(tensor, expected), name
 

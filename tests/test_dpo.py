@@ -14,17 +14,19 @@ import yaml
 from torch import Tensor
 
 import phi2
+from phi2.checkpoints.weights import load_model
 from phi2.data.encode import EncodedPair
 from phi2.data.records import Origin
-from phi2.lora import LoraConfig, disabled, lora_modules
-from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss
+from phi2.lora import disabled, lora_modules
+from phi2.lora_config import LoraConfig
+from phi2.losses.batch import PairBatch
+from phi2.losses.registry import PREFERENCE_LOSSES, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
 from phi2.training.optim import Optimizer
 from phi2.training.setup import load_data, load_policy
-from phi2.weights import load_model
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))

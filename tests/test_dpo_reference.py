@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 import phi2
+from phi2.checkpoints.weights import load_model, save_pretrained
 from phi2.data.encode import EncodedPair
-from phi2.lora import LoraConfig, merge
+from phi2.lora import merge
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, train
 from phi2.training.setup import load_data, windows_of
-from phi2.weights import load_model, save_pretrained
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from phi2.lora import LoraConfig
+from phi2.lora_config import LoraConfig
 from phi2.training import dpo
 from phi2.training.dpo import train
 

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from phi2.convert import convert, merge_adapter
-from phi2.generate import generate
+from phi2.checkpoints.convert import convert, merge_adapter
+from phi2.checkpoints.weights import load
+from phi2.inference.generate import generate
 from phi2.training import dpo, sft
-from phi2.weights import load
 
 LISTED, BEYOND = 65, 270  # an ordinary token, and an embedding row without one
 

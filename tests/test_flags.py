@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phi2.flags import UsageError, parse
+from phi2.cli.flags import UsageError, parse
 from phi2.training.dpo import DPOConfig
 from phi2.training.sft import SFTConfig
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from phi2.checkpoints.weights import load, load_model, save_pretrained
 from phi2.config import Phi2Config
 from phi2.fused import fuse
-from phi2.generate import generate
-from phi2.lora import LoraConfig, attach, disabled, lora_modules, merge
+from phi2.inference.generate import generate
+from phi2.lora import attach, disabled, lora_modules, merge
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, sft
 from phi2.training.reference import frozen_copy
-from phi2.weights import load, load_model, save_pretrained
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
 
@@ -25,6 +26,10 @@ SHAPE = dict(vocab_size=64, hidden_size=160, intermediate_size=96, num_hidden_la
 HEADS = {"heads 80": dict(num_attention_heads=2), "grouped": dict(num_attention_heads=10, num_key_value_heads=2)}
 EVERY = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head")
 PACKED = torch.tensor([[4, 4, 4, 4, 9, 9, 9, 9, 9], [0, 9, 9, 5, 5, 9, 9, 9, 9]], dtype=torch.int32)
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def make(dtype: torch.dtype = torch.float32, **changes) -> Phi2ForCausalLM:

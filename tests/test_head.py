@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from phi2.config import Phi2Config
-from phi2.lora import LoraConfig, attach, disabled, lora_modules
+from phi2.lora import attach, disabled, lora_modules
+from phi2.lora_config import LoraConfig
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 

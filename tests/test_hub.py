@@ -26,7 +26,7 @@ REPOSITORY = {
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The few answers of the hub's API that one download and one upload need; `server.refusal` refuses everything."""
+    """The few answers of the hub's API that one download needs; `server.refusal` refuses everything."""
 
     def do_GET(self) -> None:
         if "/resolve/" in self.path:
@@ -37,15 +37,6 @@ class HubHandler(BaseHTTPRequestHandler):
         return self.answer(json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": []}).encode())
 
     do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.posted.append((self.path, body))
-        reply = {"url": f"{constants.ENDPOINT}/owner/name", "commitOid": COMMIT}
-        reply["commitUrl"] = f"{constants.ENDPOINT}/owner/name/commit/{COMMIT}"
-        if "/preupload/" in self.path:
-            reply["files"] = [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
-        self.answer(json.dumps(reply).encode())
 
     def answer(self, body: bytes) -> None:
         status, code = self.server.refusal or (200, "")
@@ -196,29 +187,3 @@ def test_what_the_hub_refuses_is_one_line(server, status, code, match):
 def test_only_what_a_model_needs_is_downloaded(server):
     folder = hub.resolve("owner/name")
     assert {str(p.relative_to(folder)) for p in folder.rglob("*")} == {"config.json", "model.safetensors"}
-
-
-def test_push_uploads_the_files_of_the_folder(server, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    url = hub.push(tmp_path, "owner/name", private=True)
-    created, commit = json.loads(server.posted[0][1]), server.posted[-1]
-    assert created["name"] == "name" and "private" in str(created)
-    assert b'"path": "config.json"' in commit[1] and url.endswith(COMMIT)
-
-
-def test_push_of_a_missing_folder_names_it(tmp_path):
-    with one_line_error("gone: no such folder", FileNotFoundError):
-        hub.push(tmp_path / "gone", "owner/name")
-
-
-def test_a_refused_push_is_one_line(server, tmp_path):
-    server.refusal = (401, "")
-    with one_line_error("owner/name: .*401"):
-        hub.push(tmp_path, "owner/name")
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"', "[" * 100_000])
-def test_json_that_is_no_object_names_the_file(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with one_line_error("config.json: "):
-        hub.read_json(tmp_path / "config.json")

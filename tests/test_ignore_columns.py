@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi2 import cli
+from phi2.cli.commands import main
 from phi2.data.sources import DataSpec
 from phi2.tokenizer import Tokenizer
 from phi2.training.setup import load_data
@@ -64,5 +64,5 @@ def test_a_part_of_the_data_says_for_itself_what_is_ignored(tmp_path, nano):
 def test_the_flag_is_given_once_for_each_column(tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", {**SEEN, "video": "7.mp4"})
     flags = ["--ignore_columns", "images", "--ignore_columns", "video"]
-    assert cli.main(["inspect", "--model", "nano", "--data", data, *flags]) == 0
+    assert main(["inspect", "--model", "nano", "--data", data, *flags]) == 0
     assert "columns ignored as asked: images 1, video 1" in capsys.readouterr().out

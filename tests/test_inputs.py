@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi2.lora import LoraConfig
-from phi2.losses.preference import PREFERENCE_LOSSES, preference_loss
+from phi2.checkpoints.weights import load_model, load_tokenizer, save_pretrained
+from phi2.lora_config import LoraConfig
+from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.losses.source import source_of_loss
+from phi2.runs.inputs import digest_of_adapter, digest_of_model
 from phi2.training import dpo, sft
-from phi2.training.inputs import digest_of_adapter, digest_of_model
-from phi2.weights import load_model, load_tokenizer, save_pretrained
 
 LOSS = """import phi2
 import torch.nn.functional as F
@@ -202,7 +202,7 @@ def test_what_other_kinds_of_runs_depend_on_is_noticed(sft_config, own, tmp_path
     elif change == "start model":
         scale_norm(own["model"])
     else:  # "auto" on another device
-        monkeypatch.setattr("phi2.training.inputs.compute_dtype", lambda config: torch.bfloat16)
+        monkeypatch.setattr("phi2.runs.inputs.compute_dtype", lambda config: torch.bfloat16)
     with pytest.raises(ValueError, match=f": the {change} changed since this run began; it cannot be resumed"):
         resumed(sft, config)
 

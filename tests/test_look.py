@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phi2.data.encode import EncodedPair
-from phi2.data.loader import Windows
 from phi2.data.records import Origin
-from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, preference_loss
+from phi2.losses.batch import Columns, PairBatch
 from phi2.losses.properties import made_up_pairs, only, require_pure, uses_batch
+from phi2.losses.registry import PREFERENCE_LOSSES, BoundLoss, bind_loss, preference_loss
 from phi2.training.dpo import train
 from phi2.training.look import look_at_loss, varied
+from phi2.training.window import Windows
 
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
 
@@ -43,7 +44,8 @@ PAIRS = [pair(i + 1, chosen=1 + i % 5, rejected=1 + i % 7, weight=1.0 + i % 3) f
 
 
 def look(loss: Callable[[PairBatch], Tensor], pairs: list = PAIRS, eval_pairs: list = (), batch: int = 4, cut: int = 1):
-    look_at_loss("mine", loss, pairs, eval_pairs, Windows(len(pairs), batch, cut, seed=0), reference_free=False)
+    bound = BoundLoss("mine", loss, {}, reference_free=False, reward_scale=1.0, source=None)
+    look_at_loss(bound, pairs, eval_pairs, Windows(len(pairs), batch, cut, seed=0))
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(0, 900)), min_size=1, max_size=8)
@@ -52,9 +54,9 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(0, 900)), min_size
 @settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(BUILT_IN), lengths=LENGTHS, beta=st.floats(1e-3, 50))
 def test_every_built_in_loss_passes_whatever_the_lengths_and_beta(name, lengths, beta):
-    loss, reference_free = bind_loss(name, {"beta": beta}), PREFERENCE_LOSSES[name].reference_free
-    pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), Columns(), reference_free)
-    require_pure(name, loss, pairs)
+    loss = bind_loss(name, {"beta": beta})
+    pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), Columns(), loss.reference_free)
+    require_pure(loss, pairs)
     assert not uses_batch(loss, pairs)
 
 
@@ -124,9 +126,7 @@ def test_a_data_set_of_one_pair_has_nothing_to_compare():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_loss_of_each_pair_says_nothing(name):
-    look_at_loss(
-        name, bind_loss(name, {}), PAIRS, [], Windows(20, 4, 2, seed=0), PREFERENCE_LOSSES[name].reference_free
-    )
+    look_at_loss(bind_loss(name, {}), PAIRS, [], Windows(20, 4, 2, seed=0))
 
 
 # ---- of its pairs alone ----

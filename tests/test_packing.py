@@ -13,10 +13,10 @@ from torch import Tensor
 
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair, EncodedSequence
-from phi2.data.packing import TokenRow, best_fit, row_of_pairs, row_of_sequences, wrapped
 from phi2.data.records import Origin
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
+from phi2.training.packing import TokenRow, best_fit, row_of_pairs, row_of_sequences, wrapped
 
 VOCABULARY = 50
 ORIGIN = Origin("rows.jsonl", 1)

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.config import Phi2Config
-from phi2.lora import LoraConfig, adapter_state, attach, lora_modules
+from phi2.lora import adapter_state, attach, lora_modules
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import load_adapter, save_adapter
 
 SMALL = Phi2Config(
     vocab_size=67,

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from phi2.checkpoints.weights import load
 from phi2.demo.quickstart import Budget, quickstart
-from phi2.weights import load
 
 TINY = Budget(sft_steps=2, dpo_steps=2, questions=2)
 

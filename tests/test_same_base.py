@@ -8,11 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from phi2.convert import convert, merge_adapter
-from phi2.lora import LoraConfig, attach, lora_modules, merge
-from phi2.peft_files import load_adapter, save_adapter
-from phi2.same_base import is_same_base, sample_of_base
-from phi2.weights import load, load_model
+from phi2.checkpoints.convert import convert, merge_adapter
+from phi2.checkpoints.peft_files import load_adapter, save_adapter
+from phi2.checkpoints.same_base import is_same_base, sample_of_base
+from phi2.checkpoints.weights import load, load_model
+from phi2.lora import attach, lora_modules, merge
+from phi2.lora_config import LoraConfig
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phi2.sampling import Sampler, SamplingParams, draw, process_logits
+from phi2.inference.sampling import Sampler, SamplingParams, draw, process_logits
 
 CPU = torch.device("cpu")
 

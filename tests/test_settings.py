@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from phi2.checkpoints.weights import load
 from phi2.data.inspect import InspectConfig, inspect_data
-from phi2.generate import generate
+from phi2.inference.generate import generate
+from phi2.inference.sampling import SamplingParams
 from phi2.lora_config import LoraConfig
-from phi2.sampling import SamplingParams
 from phi2.training import dpo, sft
 from phi2.training.config import DPOConfig, SFTConfig, TrainingConfig
-from phi2.weights import load
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "fc1"))
 WITHOUT_EFFECT = {  # field -> why it may leave everything computed as it was
@@ -261,7 +261,7 @@ def test_a_warm_up_that_outlasts_the_run_is_refused_before_anything_is_loaded(sf
 def test_the_settings_of_a_finished_run_are_loaded_as_they_stand(sft_config, tmp_path):
     import yaml
 
-    from phi2.flags import parse
+    from phi2.cli.flags import parse
 
     run = sft.train(sft_config(max_steps=1))
     settings = yaml.safe_load((run / "config.yaml").read_text())

@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import phi2
-from phi2.lora import LoraConfig, lora_modules
+from phi2.checkpoints.weights import load_model
+from phi2.lora import lora_modules
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import sft
 from phi2.training.optim import Optimizer
 from phi2.training.setup import load_data, load_policy
 from phi2.training.sft import SFTConfig, evaluate, neftune, train
-from phi2.weights import load_model
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 PROMPTS = ["Q?", "Q??"]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi2.lora import LoraConfig
+from phi2.lora_config import LoraConfig
+from phi2.runs.folder import Interrupted
 from phi2.training import sft
-from phi2.training.run import Interrupted
 from phi2.training.sft import SFTConfig, train
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))

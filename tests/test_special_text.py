@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from phi2.special_text import END, START
+from phi2.text.special_text import END, START
 from phi2.tokenizer import Tokenizer
 
 

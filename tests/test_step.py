@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import phi2.step
+import phi2.inference.step
 from phi2.cache import KVCache, StepCache
-from phi2.chat import ChatSession
 from phi2.config import Phi2Config
-from phi2.generate import generate, stream
-from phi2.lora import LoraConfig, attach
+from phi2.inference.chat import ChatSession
+from phi2.inference.generate import generate, stream
+from phi2.inference.step import RecordedStep, block_step, record
+from phi2.lora import attach
+from phi2.lora_config import LoraConfig
 from phi2.model import Block, Phi2ForCausalLM
 from phi2.quantize import FORMATS, quantize_model
-from phi2.step import RecordedStep, block_step, record
 from phi2_kernels import _dispatch
 from phi2_kernels.rotary import rotary_angles
 
 SHAPE = dict(vocab_size=300, hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 PROMPTS = ["a", "What is the capital of France?", "def fib(n):", "12345 67890"]
-GENERATE = sys.modules["phi2.generate"]  # `phi2.generate` is the function
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -109,7 +107,7 @@ def test_a_recording_that_froze_the_count_is_noticed(recordings):
     cache, truth = (KVCache(model.config, 1, 8, torch.float32) for _ in range(2))
     expected = [model(tokens[:, i : i + 1], cache=truth) for i in range(8)]
     ids = tokens[:, :1].clone()
-    replay, logits = phi2.step.record(lambda: model(ids, cache=cache))
+    replay, logits = phi2.inference.step.record(lambda: model(ids, cache=cache))
     for i in range(1, 8):
         ids.copy_(tokens[:, i : i + 1])
         replay()
@@ -120,7 +118,7 @@ def test_a_batch_says_the_same_recorded_or_not_also_when_rows_leave(recordings, 
     model = tiny_model()
     recorded = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, temperature=1.0, seed=3)
     count = len(recordings)
-    monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
+    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: False)
     plain = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, temperature=1.0, seed=3)
     assert [row.token_ids for row in recorded] == [row.token_ids for row in plain]
     assert count >= 1
@@ -137,7 +135,7 @@ def test_every_kind_of_model_can_be_recorded(recordings, tiny_tokenizer, monkeyp
     if change in FORMATS:
         quantize_model(model, change)
     said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
-    monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
+    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: False)
     assert said.token_ids == generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12).token_ids
     assert recordings
 
@@ -147,7 +145,7 @@ def test_a_chat_goes_on_from_what_recorded_steps_stored(recordings, tiny_tokeniz
     chat, other = (ChatSession(model, tiny_tokenizer, max_new_tokens=6) for _ in range(2))
     first = [chat.reply("Hi"), chat.reply("Why?")]
     assert recordings
-    monkeypatch.setattr(GENERATE, "can_record", lambda device: False)
+    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: False)
     assert first == [other.reply("Hi"), other.reply("Why?")]
 
 
@@ -190,6 +188,6 @@ def test_a_cuda_graph_says_what_its_kernels_say_one_by_one(dtype):
 @needs_gpu
 def test_a_gpu_records_once_for_a_reply(monkeypatch, tiny_tokenizer):
     made = []
-    monkeypatch.setattr(phi2.step, "record", lambda *launch: made.append(launch) or record(*launch))
+    monkeypatch.setattr(phi2.inference.step, "record", lambda *launch: made.append(launch) or record(*launch))
     generate(tiny_model().cuda(), tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
     assert len(made) == 1

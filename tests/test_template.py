@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi2 import template, template_limits
-from phi2.template import literals, render, uses
+from phi2.text import template, template_limits
+from phi2.text.template import literals, render, uses
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 DOUBLING = "{% set ns = namespace(v=START) %}{% for i in range(200) %}{% set ns.v = STEP %}{% endfor %}{{ ns.v }}"

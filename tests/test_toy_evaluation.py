@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi2.data import toy
+from phi2.checkpoints.weights import load
+from phi2.data.toy.skills import SKILLS, grade, items
 from phi2.evaluation import toy as evaluation
 from phi2.evaluation.toy import Score, evaluate, wilson
-from phi2.generate import Generation, generate
-from phi2.weights import load
+from phi2.inference.generate import Generation, generate
 
 
 @pytest.fixture(scope="module")
@@ -57,40 +57,40 @@ def answering(answer):
 
 
 def test_every_answer_is_graded_against_its_own_question(monkeypatch):
-    right = {item.messages[-1].content: item.answer for skill in toy.SKILLS for item in toy.items(skill, "test", 70, 3)}
+    right = {item.messages[-1].content: item.answer for skill in SKILLS for item in items(skill, "test", 70, 3)}
     monkeypatch.setattr(evaluation, "generate", answering(right.get))
-    assert {skill: score.rate for skill, score in evaluate(None, None, 70, 3).items()} == dict.fromkeys(toy.SKILLS, 1.0)
+    assert {skill: score.rate for skill, score in evaluate(None, None, 70, 3).items()} == dict.fromkeys(SKILLS, 1.0)
 
 
 def test_wrong_answers_are_counted_as_wrong(monkeypatch):
-    asked = [item for skill in toy.SKILLS for item in toy.items(skill, "test", 40, 3)]
+    asked = [item for skill in SKILLS for item in items(skill, "test", 40, 3)]
     draw = random.Random(0)
     said = {item.messages[-1].content: draw.choice((item.answer, item.wrong[0])) for item in asked}
     monkeypatch.setattr(evaluation, "generate", answering(said.get))
     scores = evaluate(None, None, 40, 3)
-    for skill in toy.SKILLS:
-        items = toy.items(skill, "test", 40, 3)
-        assert scores[skill].successes == sum(toy.grade(item, said[item.messages[-1].content]) for item in items)
+    for skill in SKILLS:
+        asked = items(skill, "test", 40, 3)
+        assert scores[skill].successes == sum(grade(item, said[item.messages[-1].content]) for item in asked)
 
 
 def test_transcripts_hold_what_was_asked_said_and_right(monkeypatch):
     monkeypatch.setattr(evaluation, "generate", answering(lambda question: " nothing "))
     first = evaluate(None, None, 5, 0)["quiz"].transcripts[0]
-    item = toy.items("quiz", "test", 5, 0)[0]
+    item = items("quiz", "test", 5, 0)[0]
     assert first == evaluation.Transcript(item.messages[-1].content, "nothing", item.answer, False)
 
 
 def test_a_batch_is_graded_as_its_questions_one_by_one(nano):
     model, tokenizer = nano
     together = evaluate(model, tokenizer, 2, seed=1)
-    item = toy.items("truthful", "test", 2, 1)[1]
+    item = items("truthful", "test", 2, 1)[1]
     alone = generate(model, tokenizer, [m._asdict() for m in item.messages], max_new_tokens=evaluation.MAX_NEW_TOKENS)
     assert together["truthful"].transcripts[1].answer == alone.text.strip()
 
 
 def test_the_longest_right_answer_fits_the_tokens_allowed(nano):
     _, tokenizer = nano
-    answers = [item.answer for skill in toy.SKILLS for item in toy.items(skill, "test", 400)]
+    answers = [item.answer for skill in SKILLS for item in items(skill, "test", 400)]
     assert max(len(tokenizer.encode(answer)) for answer in answers) < evaluation.MAX_NEW_TOKENS
 
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phi2 import lora
+from phi2.checkpoints.peft_files import save_adapter
+from phi2.checkpoints.weights import load, load_config, load_model, pick_device, pick_dtype, save_pretrained
 from phi2.config import Phi2Config
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import save_adapter
 from phi2.tokenizer import Tokenizer
-from phi2.weights import load, load_config, load_model, pick_device, pick_dtype, save_pretrained
 
 CONFIG = Phi2Config(
     vocab_size=300,
@@ -32,6 +32,10 @@ CONFIG = Phi2Config(
 )
 SHARD = 40_000  # bytes; the model above then takes several files
 EMBEDDING, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.bias"
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def make_model(seed: int = 0) -> Phi2ForCausalLM:
@@ -377,7 +381,7 @@ def test_a_full_disk_leaves_the_old_model(folder):
 import resource, signal, sys
 from dataclasses import replace
 from phi2.model import Phi2ForCausalLM
-from phi2.weights import load, save_pretrained
+from phi2.checkpoints.weights import load, save_pretrained
 model, tokenizer = load(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))

@@ -178,11 +178,19 @@ def _padded_tiles():
 
 def _padded_launches() -> dict:
     """The tiles of a padded head that spill least; the shipped ones would spill kilobytes."""
-    from phi2_kernels.attention_tiles_triton import Launch
+    from phi2_kernels.attention_tiles_triton import AttentionLaunch
 
     return {
-        80: {"forward": Launch(128, 64, 8, 2), "dkdv": Launch(32, 64, 4, 2), "dq": Launch(128, 32, 8, 2)},
-        90: {"forward": Launch(128, 128, 8, 2), "dkdv": Launch(32, 128, 8, 2), "dq": Launch(128, 64, 8, 2)},
+        80: {
+            "forward": AttentionLaunch(128, 64, 8, 2),
+            "dkdv": AttentionLaunch(32, 64, 4, 2),
+            "dq": AttentionLaunch(128, 32, 8, 2),
+        },
+        90: {
+            "forward": AttentionLaunch(128, 128, 8, 2),
+            "dkdv": AttentionLaunch(32, 128, 8, 2),
+            "dq": AttentionLaunch(128, 64, 8, 2),
+        },
     }
 
 
@@ -207,10 +215,10 @@ def compile_all(shapes: Shapes, only_timed: bool = False) -> None:
         entry.compile(shapes, only_timed)
 
 
-def round_work(matmuls: int, BLOCK_M: int, BLOCK_N: int, PIECES: tuple[int, ...], q_ptr: str, **_) -> RoundWork:
+def round_work(matmuls: int, BLOCK_M: int, BLOCK_N: int, PIECES: tuple[int, ...], q: str, **_) -> RoundWork:
     """One tile of queries by keys, of heads that are as wide as their pieces together."""
     work = matmuls * BLOCK_M * BLOCK_N * sum(PIECES)
-    return RoundWork(float32=work) if q_ptr == "*fp32" else RoundWork(work)
+    return RoundWork(float32=work) if q == "*fp32" else RoundWork(work)
 
 
 HEADS = "B S H D -> B H S D"  # those of a token side by side
@@ -252,7 +260,7 @@ OTHERS = [PHI2._replace(D=D, half=dtype) for D in (32, 48) for dtype in (torch.b
 spec.OPS["attention"] = Op(
     work={
         "attention forward": partial(round_work, 2),
-        "attention delta": lambda BLOCK_M, D, o_ptr, **_: RoundWork(dram_bytes=2 * BLOCK_M * D * BYTES[o_ptr]),
+        "attention delta": lambda BLOCK_M, D, o, **_: RoundWork(dram_bytes=2 * BLOCK_M * D * BYTES[o]),
         "attention dkdv": partial(round_work, 4),
         "attention dq": partial(round_work, 3),
     },

@@ -19,7 +19,8 @@ from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, 
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
-from phi2.lora import LoraConfig, attach, lora_modules
+from phi2.lora import attach, lora_modules
+from phi2.lora_config import LoraConfig
 from phi2.model import Block
 from phi2_kernels import _dispatch
 from phi2_kernels.rotary import rotary_angles

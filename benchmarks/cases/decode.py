@@ -108,7 +108,7 @@ FILE, ATTENTION = "decode_attention_triton", "decode_attention attend"
 spec.OPS["decode_attention"] = Op(
     work={
         ATTENTION: lambda BLOCK_S, PIECES, **_: RoundWork(dram_bytes=BLOCK_S * sum(PIECES) * 4),
-        "decode_attention join": lambda BLOCK_SPLITS, **_: RoundWork(dram_bytes=BLOCK_SPLITS * PHI2.D * 4),
+        "decode_attention combine": lambda BLOCK_SPLITS, **_: RoundWork(dram_bytes=BLOCK_SPLITS * PHI2.D * 4),
     },
     entries={"decode_attention": Entry(FILE, "attend", ATTENTION, KEYS, (ATTEND,), in_graph=True)},
 )
@@ -144,13 +144,9 @@ def gemv_work(form: str, M: int, N: int, K: int) -> Work:
     return Work(2 * M * N * K, weight + 2 * M * (K + N))
 
 
-def round_work(codes: tuple[str, ...], BLOCK_N: int, BLOCK_K: int, GROUP: int, PARTS: int, **_) -> RoundWork:
-    """One round of a product's loop: codes and, for int4, scales and zeros; on tensor cores eight rows of x.
-
-    Args:
-        codes: the types of their pointers.
-    """
-    bits = {"*bf16": 16, "*i8": 8, "*u8": 4 + 32 // max(1, GROUP)}[codes[0]]
+def round_work(codes: str, BLOCK_N: int, BLOCK_K: int, GROUP: int, PARTS: int, **_) -> RoundWork:
+    """One round of a product's loop: codes and, for int4, scales and zeros; on tensor cores eight rows of x."""
+    bits = {"*bf16": 16, "*i8": 8, "*u8": 4 + 32 // max(1, GROUP)}[codes]
     matmuls = 0 if PARTS == 0 else 2 if GROUP else 1  # int4: codes by x, and ones by x
     return RoundWork(8 * matmuls * BLOCK_N * BLOCK_K, BLOCK_N * BLOCK_K * bits // 8)
 

@@ -154,21 +154,25 @@ def compare_rotary(device: torch.device, dtype: torch.dtype, B: int, T: int, H: 
 MANY_HEADS = spec.on_both((32, 1), (16, 1), (64, 1), (32, 2), (64, 2))
 FEW_HEADS = spec.on_both((16, 1), (8, 1), (32, 1), (16, 2), (32, 2))
 ANGLES = dict(cos="S 16:float32", sin="S 16:float32")
-TURN = Call("rotary_triton.turn", reads=dict(x="N 2H D", **ANGLES, positions="N:int32%S", inverse=False), over=("x",))
-TOKEN = dict.fromkeys("qkv", "1 H D") | ANGLES | dict.fromkeys(("positions", "slots"), "1:int32%S")
-TURN_AND_STORE = Call(
-    "rotary_triton.turn_and_store", reads=TOKEN | dict(keys="1 H S D", values="1 H S D"), over=("q", "keys", "values")
+APPLY = Call(
+    "rotary_triton.apply_rotary",
+    reads=dict(x="N 2H D", **ANGLES, positions="N:int32%S", inverse=False),
+    over=("x",),
 )
-STORE = "turn_and_store"
+TOKEN = dict(q="1 H D", k="1 H D", v="1 H D", positions="1:int32%S", slots="1:int32%S")
+STORE = Call(
+    "rotary_triton.apply_rotary_and_store",
+    reads=TOKEN | ANGLES | dict(keys="1 H S D", values="1 H S D"),
+    over=("q", "keys", "values"),
+)
+NAME = "apply_rotary_and_store"
 spec.OPS["rotary"] = Op(
     work={
-        "rotary turn": lambda BLOCK_H, HALF, **_: RoundWork(dram_bytes=BLOCK_H * HALF * 8),
-        f"rotary {STORE}": lambda BLOCK_H, D, **_: RoundWork(dram_bytes=BLOCK_H * D * 4),
+        "rotary apply_rotary": lambda BLOCK_H, HALF, **_: RoundWork(dram_bytes=BLOCK_H * HALF * 8),
+        f"rotary {NAME}": lambda BLOCK_H, D, **_: RoundWork(dram_bytes=BLOCK_H * D * 4),
     },
     entries={
-        "rotary_turn": Entry("rotary_triton", "turn", "rotary turn", MANY_HEADS, (TURN,)),
-        f"rotary_{STORE}": Entry(
-            "rotary_triton", STORE, f"rotary {STORE}", FEW_HEADS, (TURN_AND_STORE,), in_graph=True
-        ),
+        "apply_rotary": Entry("rotary_triton", "apply_rotary", "rotary apply_rotary", MANY_HEADS, (APPLY,)),
+        NAME: Entry("rotary_triton", NAME, f"rotary {NAME}", FEW_HEADS, (STORE,), in_graph=True),
     },
 )

@@ -86,7 +86,7 @@ def _make_twin(folder: Path) -> dict:
 
 @torch.no_grad()
 def _load(folder: Path, dtype: torch.dtype) -> dict:
-    from phi2.weights import load_model
+    from phi2.checkpoints.weights import load_model
 
     loaded = []
     seconds, peak = _peak(lambda: loaded.append(load_model(folder, "cpu", dtype)))

@@ -16,10 +16,10 @@ import torch
 from benchmarks.cases.training import base_model, parameters, shared_folder
 from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
+from phi2.checkpoints.weights import load_model, save_pretrained
 from phi2.data.sources import load_records
-from phi2.generate import generate
+from phi2.inference.generate import generate
 from phi2.tokenizer import Tokenizer
-from phi2.weights import load_model, save_pretrained
 
 TOLERANCE = {"token_ids": 0.0, "logprobs": 1e-4}
 

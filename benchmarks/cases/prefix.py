@@ -22,7 +22,7 @@ from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, 
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair, EncodedSequence
-from phi2.data.packing import TokenRow, row_of_pairs, row_of_sequences
+from phi2.training.packing import TokenRow, row_of_pairs, row_of_sequences
 from phi2_kernels.attention import attention as attend
 from phi2_kernels.visibility import Visibility
 

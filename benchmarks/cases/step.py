@@ -18,12 +18,12 @@ from benchmarks.cases.block import implementation
 from benchmarks.harness import comparison, gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
 from benchmarks.registry import Report, case
-from phi2 import step
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
+from phi2.inference import step
+from phi2.inference.step import RecordedStep
 from phi2.model import Phi2ForCausalLM
 from phi2.quantize import GROUP, quantize_model
-from phi2.step import RecordedStep
 from phi2_kernels.weight_forms import quantize_int4, quantize_int8
 
 BITS = {None: (16, 16), "int8": (8, 8), "int4": (4 + 2 * 16 / GROUP, 8)}  # of a weight in the blocks, and in the head

@@ -17,17 +17,18 @@ import torch
 
 from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
+from phi2.checkpoints.peft_files import save_adapter
+from phi2.checkpoints.weights import save_pretrained
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodeConfig, encode_records
 from phi2.data.records import Chat, Message, Pair
 from phi2.data.sources import load_records
-from phi2.lora import LoraConfig, attach
+from phi2.lora import attach
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import save_adapter
 from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, setup, sft
 from phi2.training.optim import Optimizer
-from phi2.weights import save_pretrained
 
 SHAPE = Phi2Config(  # 105 M parameters, Phi-2's head dim and vocabulary
     hidden_size=640, intermediate_size=2560, num_hidden_layers=8, num_attention_heads=8, resid_pdrop=0.0

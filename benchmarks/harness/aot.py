@@ -170,13 +170,14 @@ def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
     code = Code.read(compiled.asm["cubin"], arch, warps, shared)
     unpadded = {"PIECES": (spec.PHI2.D,)} if form == spec.PADDED else {}
     works = {name: work for op in spec.OPS.values() for name, work in op.work.items()}
-    work, chip = works[name](**compiled.src.signature | constants | unpadded), CHIPS[arch]
+    types = {argument.removesuffix("_ptr"): _first(type_) for argument, type_ in compiled.src.signature.items()}
+    work, chip = works[name](**types | constants | unpadded), CHIPS[arch]
     clocks = code.clocks(code.main_loop, work.dram_bytes)
     needed = max(work.multiply_adds / chip.tensor, work.float32 / chip.fp32, clocks["dram"])
     bound = max(clocks, key=clocks.get)
     return Row(
         kernel=name,
-        launch=_launch(compiled.src.signature, constants | unpadded),
+        launch=_launch(types, constants | unpadded),
         form=form,
         arch=arch,
         warps=warps,
@@ -194,7 +195,12 @@ def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
     )
 
 
-def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
+def _first(type_: str | tuple) -> str:
+    """Of a tensor its pointer's type, of several tensors the first one's."""
+    return _first(type_[0]) if isinstance(type_, tuple) else type_
+
+
+def _launch(types: dict[str, str], constants: dict[str, Any]) -> str:
     tile = [
         f"{name.removeprefix('BLOCK_').lower()}{value}"
         for name, value in constants.items()
@@ -202,8 +208,8 @@ def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
     ]
     flags = [name.lower() for name, value in constants.items() if value is True and name.isupper()]
     pieces = [f"d{sum(constants['PIECES'])}"] if "PIECES" in constants else []
-    exact = ["float32"] if signature.get("q_ptr") == "*fp32" else []
-    given = [name for name in ("until_ptr", "scales", "zeros") if signature.get(name, "constexpr") != "constexpr"]
+    exact = ["float32"] if types.get("q") == "*fp32" else []
+    given = [name for name in ("until", "scales", "zeros") if types.get(name, "constexpr") != "constexpr"]
     return " ".join([*pieces, *exact, *tile, *flags, *given])
 
 

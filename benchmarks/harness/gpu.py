@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import stream
 from benchmarks.harness.comparison import OURS, Comparison, Implementation, Inputs, Work, gate, random
 from benchmarks.registry import Measure, Report, Spread
 
@@ -146,7 +147,9 @@ def report(comparisons: list[Comparison], turns: int, facts: dict[str, str | int
         torch.cuda.empty_cache()
         measures += [] if each.is_fact else [*_speeds(each, times), *_peaks(each, peaks)]
         rates, errors = (measured, promised), passed.errors
-        table += [_row(each, name, times[name], peaks[name], errors[name], rates) for name in times]
+        rows = [_row(each, name, times[name], peaks[name], errors[name], rates) for name in times]
+        stream.task_measured(rows)
+        table += rows
     error = max(passed.errors[OURS] for passed in gated)
     installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}

@@ -97,10 +97,10 @@ def flop_counter():
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
-def _head_flops(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, unit, triton, **_) -> int:
-    """Logits, and with `unit` the gradient of what they are made of. Shapes stand for tensors."""
+def _head_flops(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, save_grad, triton, **_) -> int:
+    """Logits, and with `save_grad` the gradient of what they are made of. Shapes stand for tensors."""
     adapter = prod(adapter_hidden) if adapter_hidden else 0
-    return (1 + unit) * 2 * weight[0] * (prod(hidden) + adapter)
+    return (1 + save_grad) * 2 * weight[0] * (prod(hidden) + adapter)
 
 
 def _head_backward_flops(

@@ -31,18 +31,18 @@ def __getattr__(name: str) -> Any:
     return import_module(_LAZY[name])
 
 
-def use_triton(impl: str, x: Tensor, obstacle: Callable[[], str] = str) -> bool:
+def use_triton(impl: str, x: Tensor, unsupported_reason: Callable[[], str] = str) -> bool:
     """Whether an op runs its Triton kernels.
 
     `auto` stands for what the environment variable PHI2_IMPL said at the import. Without one it means Triton for
-    tensors on a GPU, unless there is an obstacle, and torch everywhere else. Only `auto` may choose: a named
+    tensors on a GPU, unless they are unsupported, and torch everywhere else. Only `auto` may choose: a named
     implementation runs or raises.
 
     Args:
         impl: one of `IMPLEMENTATIONS`.
         x: the op's first tensor; its device and dtype count.
-        obstacle: says what the kernels cannot do of this call, as the end of a sentence; empty when there is nothing.
-            It is asked only where the answer counts.
+        unsupported_reason: says what the kernels cannot do of this call, as the end of a sentence; empty when there is
+            nothing. It is asked only where the answer counts.
     Raises:
         ValueError: for an unknown name, or when `triton` was named and cannot run.
     """
@@ -51,13 +51,13 @@ def use_triton(impl: str, x: Tensor, obstacle: Callable[[], str] = str) -> bool:
         raise ValueError(f"impl (or PHI2_IMPL) must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "torch" or (impl == "auto" and not x.is_cuda):
         return False
-    reason = obstacle() or _general_obstacle(x)
+    reason = unsupported_reason() or _unsupported_tensor(x)
     if reason and impl == "triton":
         raise ValueError(f"impl='triton' cannot run: {reason}")
     return not reason
 
 
-def _general_obstacle(x: Tensor) -> str:
+def _unsupported_tensor(x: Tensor) -> str:
     """What keeps every kernel from running on a tensor."""
     if not _HAS_TRITON:
         return "triton is not installed"
@@ -68,7 +68,7 @@ def _general_obstacle(x: Tensor) -> str:
     return ""
 
 
-def layout_obstacle(first: Tensor, **tensors: Tensor | None) -> str:
+def unsupported_layout(first: Tensor, **tensors: Tensor | None) -> str:
     """What keeps the kernels from reading tensors: each must be on the first one's device, its last dim contiguous."""
     for name, x in tensors.items():
         if x is not None and x.device != first.device:

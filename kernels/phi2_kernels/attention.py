@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
-from phi2_kernels.decode_attention import decode_attention, head_dim_obstacle
+from phi2_kernels.decode_attention import decode_attention, unsupported_head_dim
 from phi2_kernels.visibility import Run, Visibility
 
-MAX_HEADS = 65535  # of all batch rows: how far the second dim of a grid goes
+MAX_BATCH_HEADS = 65535  # of all batch rows: how far the second dim of a grid goes
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
@@ -62,7 +62,7 @@ def attention(
     if visibility.queries == 1 and not dropout and not has_gradient:
         return decode_attention(q, k, v, visibility.filled, visibility.until, impl=impl)
     assert visibility.filled is None, "a cache that counts on the device has steps of one token without gradient"
-    if use_triton(impl, q, lambda: _obstacle(q, k, v, visibility, dropout)):
+    if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, visibility, dropout)):
         return _attention_on_triton(q, k, v, visibility)[0]
     if visibility.until is not None and visibility.queries == visibility.keys:
         return _attention_by_runs(q, k, v, visibility, dropout)
@@ -85,7 +85,7 @@ def attention_with_lse(
     """
     if visibility.filled is not None:
         raise ValueError("attention_with_lse must know its number of keys, got a cache that counts on the device")
-    if use_triton(impl, q, lambda: _obstacle(q, k, v, visibility, 0.0)):
+    if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, visibility, 0.0)):
         return _attention_on_triton(q, k, v, visibility)
     with torch.no_grad():
         lse = _scores_ref(q, k, visibility).logsumexp(dim=-1)
@@ -100,7 +100,7 @@ def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility
     return _attention(q, k, v, visibility.until, ranges, ends)
 
 
-def _obstacle(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> str:
+def _unsupported_reason(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> str:
     """What keeps the kernels from this call."""
     B, H, T, D = q.shape
     if dropout > 0:
@@ -117,17 +117,17 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: 
         return f"q, k, v and the visibility must be on one device, got {', '.join(map(str, devices))}"
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return f"the last dim of q, k and v must be contiguous, got strides {[x.stride(-1) for x in (q, k, v)]}"
-    return heads_obstacle(B, H, k.shape[1], D, visibility)
+    return unsupported_heads(B, H, k.shape[1], D, visibility)
 
 
-def heads_obstacle(B: int, H: int, H_kv: int, D: int, visibility: Visibility) -> str:
+def unsupported_heads(B: int, H: int, H_kv: int, D: int, visibility: Visibility) -> str:
     """What keeps the kernels from so many heads of so many dims."""
-    if reason := head_dim_obstacle(D):
+    if reason := unsupported_head_dim(D):
         return reason
     if H % H_kv:
         return f"the number of query heads must be a multiple of {H_kv} key-value heads, got {H}"
-    if B * H > MAX_HEADS:
-        return f"batch rows times query heads must be at most {MAX_HEADS}, got {B * H}"
+    if B * H > MAX_BATCH_HEADS:
+        return f"batch rows times query heads must be at most {MAX_BATCH_HEADS}, got {B * H}"
     if visibility.until is not None and visibility.until.shape[0] != B:
         return f"until must have {B} rows, got {visibility.until.shape[0]}"
     return ""
@@ -178,17 +178,17 @@ def _(do, q, k, v, o, lse, until, key_ranges, query_ends):
     return _heads_last(q), _heads_last(k), _heads_last(v)
 
 
-def _save(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     q, k, v, *tables = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, *tables)
 
 
-def _pull_back(ctx, do: Tensor, _) -> tuple[Tensor | None, ...]:
+def _backward(ctx, do: Tensor, _) -> tuple[Tensor | None, ...]:
     return *_attention_backward(do, *ctx.saved_tensors), None, None, None
 
 
-_attention.register_autograd(_pull_back, setup_context=_save)
+_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:

@@ -57,7 +57,7 @@ def _delta_kernel(
 
 
 @triton.jit
-def _pull_back_to_keys(
+def _dkdv_loop(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, keys, until, scale_log2, first, second,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -137,11 +137,11 @@ def _dkdv_kernel(
     lse_ptr += (b * H_kv + h) * GROUP * T
     delta_ptr += (b * H_kv + h) * GROUP * T
     for _ in range(GROUP):  # the query heads of a group, one after another
-        dk, dv = _pull_back_to_keys(
+        dk, dv = _dkdv_loop(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides[2], do_strides[2], keys, until, scale * LOG2E,
             before, behind, True, BLOCK_M, PIECES, PRECISION, UPCAST,
         )  # fmt: skip
-        dk, dv = _pull_back_to_keys(
+        dk, dv = _dkdv_loop(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides[2], do_strides[2], keys, until, scale * LOG2E,
             whole, whole, False, BLOCK_M, PIECES, PRECISION, UPCAST,
         )  # fmt: skip
@@ -156,11 +156,11 @@ def _dkdv_kernel(
 
 
 @triton.jit
-def _pull_back_to_queries(
+def _dq_loop(
     dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, first, second,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Walks over ranges of keys, as `_attend` does."""
+    """Walks over ranges of keys, as `_forward_loop` does."""
     TWO: tl.constexpr = until_ptr is not None
     rows = tl.arange(0, BLOCK_N)
     for i in range(tiles_in(first, second, BLOCK_N, TWO)):
@@ -201,11 +201,11 @@ def _dq_kernel(
     lse = tl.load(lse_ptr + (b * H + h) * T + row + rows, mask=exists, other=float("inf"))
     delta = tl.load(delta_ptr + (b * H + h) * T + row + rows, mask=exists, other=0.0)
     dq = zero_tiles(BLOCK_M, PIECES)
-    dq = _pull_back_to_queries(
+    dq = _dq_loop(
         dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
         whole1, whole2, False, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
-    dq = _pull_back_to_queries(
+    dq = _dq_loop(
         dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
         masked1, masked2, True, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip

@@ -35,11 +35,11 @@ from phi2_kernels.attention_tiles_triton import (
 
 
 @triton.jit
-def _attend(
-    top, total, acc, q, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, first, second,
+def _forward_loop(
+    row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, first, second,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Walks over two ranges of keys. top: largest score so far, in log2; total: sum of exp; acc: weighted values."""
+    """Walks over two ranges of keys. row_max: largest score so far, in log2; row_sum: of exp; acc: weighted values."""
     TWO: tl.constexpr = until_ptr is not None
     rows = tl.arange(0, BLOCK_N)
     for i in range(tiles_in(first, second, BLOCK_N, TWO)):
@@ -49,14 +49,14 @@ def _attend(
         s = inner(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             s = tl.where(seen_keys(queries, rows, begin, inside, until_ptr), s, float("-inf"))
-        top_new = tl.maximum(top, tl.max(s, axis=1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - top_new[:, None])
-        decay = tl.exp2(top - top_new)
-        total = total * decay + tl.sum(p, axis=1)
+        new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
         v = load_rows(v_ptr + begin.to(tl.int64) * v_stride, v_stride, rows, inside, PIECES, MASKED, UPCAST)
-        acc = add_product(scaled(acc, decay[:, None]), p.to(v[0].dtype), v, PRECISION)
-        top = top_new
-    return top, total, acc
+        acc = add_product(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, PRECISION)
+        row_max = new_max
+    return row_max, row_sum, acc
 
 
 @triton.jit
@@ -79,22 +79,23 @@ def _forward_kernel(
         ranges_ptr += (b * tl.num_programs(0) + block) * 6
     whole1, whole2, masked1, masked2 = key_ranges(ranges_ptr, S - T + row, S, BLOCK_M, BLOCK_N)
     q = load_rows(q_ptr, q_strides[2], rows, exists, PIECES, True, UPCAST)
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    queries = S - T + row + rows
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = zero_tiles(BLOCK_M, PIECES)
-    top, total, acc = _attend(
-        top, total, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
+    row_max, row_sum, acc = _forward_loop(
+        row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], queries, scale * LOG2E,
         whole1, whole2, False, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
-    top, total, acc = _attend(
-        top, total, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
+    row_max, row_sum, acc = _forward_loop(
+        row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], queries, scale * LOG2E,
         masked1, masked2, True, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
-    saw = total > 0
-    total = tl.where(saw, total, 1.0)
+    saw = row_sum > 0
+    row_sum = tl.where(saw, row_sum, 1.0)
     o_ptr = head_at(o_ptr, o_strides, b, h) + row.to(tl.int64) * o_strides[2]
-    store_rows(o_ptr, o_strides[2], rows, exists, scaled(acc, 1.0 / total[:, None]), PIECES)
-    lse = tl.where(saw, top / LOG2E + tl.log(total), float("-inf"))
+    store_rows(o_ptr, o_strides[2], rows, exists, scaled(acc, 1.0 / row_sum[:, None]), PIECES)
+    lse = tl.where(saw, row_max / LOG2E + tl.log(row_sum), float("-inf"))
     tl.store(lse_ptr + (b * H + h) * T + row + rows, lse, mask=exists)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from phi2_kernels._dispatch import architecture, tl, triton
 
 
-class Launch(NamedTuple):
+class AttentionLaunch(NamedTuple):
     """A kernel's tile, BLOCK_M queries by BLOCK_N keys, and how it is laid on the machine."""
 
     block_m: int
@@ -29,21 +29,23 @@ class Launch(NamedTuple):
 # By architecture. Forward and dq read one table of key ranges, so their block_m is equal.
 LAUNCH = {
     80: {
-        "forward": Launch(128, 64, num_warps=4, num_stages=3),
-        "dkdv": Launch(32, 64, num_warps=4, num_stages=2),
-        "dq": Launch(128, 32, num_warps=4, num_stages=2),
+        "forward": AttentionLaunch(128, 64, num_warps=4, num_stages=3),
+        "dkdv": AttentionLaunch(32, 64, num_warps=4, num_stages=2),
+        "dq": AttentionLaunch(128, 32, num_warps=4, num_stages=2),
     },
     90: {
-        "forward": Launch(128, 128, num_warps=8, num_stages=2),
-        "dkdv": Launch(64, 128, num_warps=8, num_stages=2),
-        "dq": Launch(128, 64, num_warps=8, num_stages=2),
+        "forward": AttentionLaunch(128, 128, num_warps=8, num_stages=2),
+        "dkdv": AttentionLaunch(64, 128, num_warps=8, num_stages=2),
+        "dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2),
     },
 }
-NARROW = {80: {"dq": Launch(128, 64, num_warps=8, num_stages=2)}}  # heads up to 64: where the tile above would spill
+NARROW = {
+    80: {"dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2)}
+}  # heads up to 64: where the tile above would spill
 FLOAT32 = {  # exact products, without tensor cores
-    "forward": Launch(32, 32, num_warps=4, num_stages=2),
-    "dkdv": Launch(16, 32, num_warps=4, num_stages=2),
-    "dq": Launch(32, 32, num_warps=4, num_stages=2),
+    "forward": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
+    "dkdv": AttentionLaunch(16, 32, num_warps=4, num_stages=2),
+    "dq": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
 }
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the largest score of none: -inf - -inf would be NaN
@@ -185,7 +187,7 @@ def seen_keys(queries, rows, begin, inside, until_ptr):
     return seen((queries - begin)[:, None], rows[None, :], until)
 
 
-def launch_of(kernel: str, x: Tensor) -> Launch:
+def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
     """How "forward", "dkdv" or "dq" runs on the device of x, with its dtype and head dim."""
     if x.dtype == torch.float32:
         return FLOAT32[kernel]
@@ -193,7 +195,7 @@ def launch_of(kernel: str, x: Tensor) -> Launch:
     return (LAUNCH[arch] | (NARROW.get(arch, {}) if x.shape[-1] <= 64 else {}))[kernel]
 
 
-def options(launch: Launch, q: Tensor, k: Tensor) -> dict[str, Any]:
+def options(launch: AttentionLaunch, q: Tensor, k: Tensor) -> dict[str, Any]:
     """What the three big kernels have in common. Float32 is multiplied as torch multiplies it, exactly by default."""
     return {
         "GROUP": q.shape[1] // k.shape[1],

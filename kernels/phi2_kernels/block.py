@@ -1,6 +1,6 @@
 """A whole parallel block of Phi as two matmuls, with a backward pass of its own.
 
-    n = LN(x)        [q k v f] = n W_in^T + b_in        m = [attention(turn(q), turn(k), v), gelu(f)]
+    n = LN(x)        [q k v f] = n W_in^T + b_in        m = [attention(rotary(q), rotary(k), v), gelu(f)]
     y = x + m W_out + b_out
 
 Attention and MLP read the same n and are added to the same x, so [Wq; Wk; Wv; Wfc1] are one matrix and so are
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
-from phi2_kernels.attention import heads_obstacle
-from phi2_kernels.block_adapters import Adapter, Reading, add, pull_back, readings
+from phi2_kernels.attention import unsupported_heads
+from phi2_kernels.block_adapters import Adapter, AdapterGroup, adapters_backward, add_adapters, group_adapters
 from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.layer_norm import MAX_COLUMNS
 from phi2_kernels.visibility import Visibility
@@ -48,29 +48,29 @@ class Shape(NamedTuple):
     head_dim: int
 
     @property
-    def attended(self) -> int:
+    def attention_width(self) -> int:
         """Columns of m that come from attention."""
         return self.heads * self.head_dim
 
     @property
-    def qkv(self) -> int:
+    def qkv_width(self) -> int:
         """Columns of h that go into attention."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     def split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as views of h (B, T, E): (B, H or H_kv, T, D)."""
-        sizes = [self.attended, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        parts = h[..., : self.qkv].split(sizes, dim=-1)
+        sizes = [self.attention_width, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        parts = h[..., : self.qkv_width].split(sizes, dim=-1)
         return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
 
-    def turned(self, h: Tensor) -> Tensor:
-        """q and k, the part of h (B, T, E) that rotary turns, as (N, H + H_kv, D)."""
+    def qk(self, h: Tensor) -> Tensor:
+        """q and k, the part of h (B, T, E) that is rotated, as (N, H + H_kv, D)."""
         columns = (self.heads + self.kv_heads) * self.head_dim
         return h.flatten(0, 1)[:, :columns].unflatten(-1, (-1, self.head_dim))
 
     def attention_columns(self, m: Tensor) -> Tensor:
         """The attention's columns of m (B, T, M) as (B, H, T, D)."""
-        return m[..., : self.attended].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return m[..., : self.attention_width].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class Weights(NamedTuple):
@@ -120,7 +120,7 @@ def block(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    triton = use_triton(impl, x, lambda: _obstacle(x, shape, visibility))
+    triton = use_triton(impl, x, lambda: _unsupported_reason(x, shape, visibility))
     x = x.contiguous()
     plain = weights.norm_weight, weights.norm_bias, *weights.w_in, *weights.b_in, *weights.w_out, *weights.b_out
     adapters = weights.adapters_in + weights.adapters_out
@@ -132,10 +132,10 @@ def block(
     layout = (spans, numbers, len(weights.adapters_in), list(shape), dtype or x.dtype, triton)
     tables = [table.flatten(0, 2).contiguous() for table in angles]  # (L, R/2)
     masks = _ops(triton).masks(visibility, x.new_empty(0, dtype=dtype or x.dtype))
-    return _Block.apply(x, tables, masks, seeds, layout, *plain, *matrices)
+    return _BlockFunction.apply(x, tables, masks, seeds, layout, *plain, *matrices)
 
 
-def _obstacle(x: Tensor, shape: Shape, visibility: Visibility) -> str:
+def _unsupported_reason(x: Tensor, shape: Shape, visibility: Visibility) -> str:
     """What keeps the kernels from a stream x."""
     B, T, C = x.shape
     if (visibility.queries, visibility.keys) != (T, T):
@@ -144,7 +144,7 @@ def _obstacle(x: Tensor, shape: Shape, visibility: Visibility) -> str:
         return f"the visibility must be on {x.device}, got {visibility.device}"
     if C > MAX_COLUMNS:
         return f"x must have at most {MAX_COLUMNS} columns, got {C}"
-    return heads_obstacle(B, *shape, visibility)
+    return unsupported_heads(B, *shape, visibility)
 
 
 def _ops(triton: bool):
@@ -158,7 +158,7 @@ def _ops(triton: bool):
     return block_torch
 
 
-class _Block(torch.autograd.Function):
+class _BlockFunction(torch.autograd.Function):
     """`tensors` are the PLAIN ones of the block, in the order of `Weights`, then A and B of each adapter."""
 
     @staticmethod
@@ -212,15 +212,15 @@ class _Output(NamedTuple):
 
     columns: slice
     bias: Tensor
-    readings: list[tuple[Reading, slice]]  # adapters, each with the columns of m it reads
+    adapters: list[tuple[AdapterGroup, slice]]  # adapters, each with the columns of m it reads
 
 
 def _outputs(w: _Parts, shape: Shape) -> list[_Output]:
     """One of all columns, or two where attention and MLP have a dropout of their own."""
-    each = [(Reading((a,), OUT_MASKS + i), slice(a.start, a.end)) for i, a in enumerate(w.adapters_out)]
+    each = [(AdapterGroup((a,), OUT_MASKS + i), slice(a.start, a.end)) for i, a in enumerate(w.adapters_out)]
     if not w.dropout:
         return [_Output(slice(None), w.b_out[0] + w.b_out[1], each)]
-    cut = shape.attended
+    cut = shape.attention_width
     first, second = ([pair for pair in each if (pair[1].start < cut) == is_first] for is_first in (True, False))
     return [_Output(slice(0, cut), w.b_out[0], first), _Output(slice(cut, None), w.b_out[1], second)]
 
@@ -239,7 +239,7 @@ def _apart(grads: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def follow(parts: list[Tensor]) -> bool:
+def are_adjacent(parts: list[Tensor]) -> bool:
     """Whether each tensor begins in memory where the one before it ends."""
     ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
     storages = {part.untyped_storage().data_ptr() for part in parts}
@@ -249,7 +249,7 @@ def follow(parts: list[Tensor]) -> bool:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """The tensors as one along dim 0: where they lie, if they are neighbours, else a copy."""
-    if not follow(parts):
+    if not are_adjacent(parts):
         return torch.cat(parts)
     first = parts[0]
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
@@ -265,21 +265,21 @@ def _forward(
     seed, rows = next(iter(seeds), None), x.flatten(0, 1)  # (N, C)
     n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, numbers[0], dtype)
     h = torch.addmm(w.b_in, n, w.w_in.T)  # (N, E)
-    for reading in readings(w.adapters_in, IN_MASKS):
-        add(reading, n, [h[:, a.start : a.end] for a in reading.adapters], seed)
+    for group in group_adapters(w.adapters_in, IN_MASKS):
+        add_adapters(group, n, [h[:, a.start : a.end] for a in group.adapters], seed)
     h = h.unflatten(0, x.shape[:2])  # (B, T, E)
-    ops.turn(shape.turned(h), *tables, inverse=False)
+    ops.apply_rotary(shape.qk(h), *tables, inverse=False)
     m = torch.empty((*h.shape[:2], w.w_out.shape[0]), dtype=dtype, device=x.device)  # (B, T, M)
     lse = ops.attend(*shape.split(h), shape.attention_columns(m), masks)
-    m, f = m.flatten(0, 1), h.flatten(0, 1)[:, shape.qkv :]
-    ops.gelu(f, m[:, shape.attended :])
+    m, f = m.flatten(0, 1), h.flatten(0, 1)[:, shape.qkv_width :]
+    ops.gelu(f, m[:, shape.attention_width :])
     stream = rows
     for number, output in enumerate(_outputs(w, shape)):
         y = torch.addmm(output.bias.to(dtype), m[:, output.columns], w.w_out[output.columns])  # (N, C)
-        for reading, columns in output.readings:
-            add(reading, m[:, columns], [y], seed)
+        for group, columns in output.adapters:
+            add_adapters(group, m[:, columns], [y], seed)
         stream = stream + _dropped(y, w.dropout, seed, number)
-    attended = m[:, : shape.attended].clone()  # (N, H D), not a view: the rest of m may go
+    attended = m[:, : shape.attention_width].clone()  # (N, H D), not a view: the rest of m may go
     return stream.view(x.shape), h, attended, mean, rstd, lse
 
 
@@ -300,7 +300,7 @@ def _backward(
     groups = (needs[:2], needs[2:6], needs[6:10], needs[10:12], needs[12:14])
     need_norm, need_w_in, need_b_in, need_w_out, need_b_out = map(any, groups)
     seed, rows, dy, flat = next(iter(seeds), None), x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
-    f, outputs = flat[:, shape.qkv :], _outputs(w, shape)
+    f, outputs = flat[:, shape.qkv_width :], _outputs(w, shape)
     grads = [_dropped(dy, w.dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
     db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if need_b_out else []
     grads = [grad.to(dtype) for grad in grads]
@@ -309,11 +309,11 @@ def _backward(
     dw_out, adapters_out = x.new_empty(0, dtype=dtype), []
     if need_w_out or w.adapters_out:
         m = torch.empty_like(dm)
-        m[:, : shape.attended] = attended
-        ops.gelu(f, m[:, shape.attended :])
+        m[:, : shape.attention_width] = attended
+        ops.gelu(f, m[:, shape.attention_width :])
         for grad, output in zip(grads, outputs, strict=True):
-            for reading, columns in output.readings:
-                adapters_out += pull_back(reading, m[:, columns], [grad], dm[:, columns], seed)
+            for group, columns in output.adapters:
+                adapters_out += adapters_backward(group, m[:, columns], [grad], dm[:, columns], seed)
         if need_w_out:
             products = [m[:, o.columns].T @ grad for grad, o in zip(grads, outputs, strict=True)]
             dw_out = _side_by_side(products, dim=0)  # (M, C)
@@ -322,16 +322,16 @@ def _backward(
     dh = torch.empty_like(h)  # (B, T, E)
     o, do = (shape.attention_columns(z.unflatten(0, x.shape[:2])) for z in (attended, dm))
     ops.attend_backward(do, *shape.split(h), o, lse, *shape.split(dh), masks)
-    ops.turn(shape.turned(dh), *tables, inverse=True)
+    ops.apply_rotary(shape.qk(dh), *tables, inverse=True)
     dh = dh.flatten(0, 1)  # (N, E)
-    ops.gelu_backward(dm[:, shape.attended :], f, dh[:, shape.qkv :])
+    ops.gelu_backward(dm[:, shape.attention_width :], f, dh[:, shape.qkv_width :])
 
     dn, dw_in, adapters_in = dh @ w.w_in, x.new_empty(0, dtype=dtype), []  # (N, C)
     if need_w_in or w.adapters_in:
         n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
         dw_in = dh.T @ n if need_w_in else dw_in  # (E, C)
-        for reading in readings(w.adapters_in, IN_MASKS):
-            adapters_in += pull_back(reading, n, [dh[:, a.start : a.end] for a in reading.adapters], dn, seed)
+        for group in group_adapters(w.adapters_in, IN_MASKS):
+            adapters_in += adapters_backward(group, n, [dh[:, a.start : a.end] for a in group.adapters], dn, seed)
     dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=need_norm)
     no_sums = x.new_empty(0, dtype=torch.float32)
     db_in = dh.sum(dim=0, dtype=torch.float32) if need_b_in else no_sums
@@ -347,14 +347,14 @@ def _side_by_side(parts: list[Tensor], dim: int) -> Tensor:
 def _(x, tables, masks, seeds, tensors, spans, numbers, into, dims, dtype, triton):
     shape = Shape(*dims)
     h = x.new_empty((*x.shape[:2], sum(map(len, tensors[2:6]))), dtype=dtype)
-    attended = h.new_empty((h.shape[0] * h.shape[1], shape.attended))
-    return torch.empty_like(x), h, attended, *_ops(triton).kept_numbers(x, shape)
+    attended = h.new_empty((h.shape[0] * h.shape[1], shape.attention_width))
+    return torch.empty_like(x), h, attended, *_ops(triton).empty_statistics(x, shape)
 
 
 @_backward.register_fake
 def _(dy, x, tables, masks, seeds, kept, tensors, needs, spans, numbers, into, dims, dtype, triton):
     shape, C, E = Shape(*dims), x.shape[2], kept[0].shape[2]
-    M = E - shape.qkv + shape.attended
+    M = E - shape.qkv_width + shape.attention_width
     groups = (needs[2:6], needs[6:10], needs[10:12], needs[12:14])
     sizes, dtypes = ((E, C), (E,), (M, C), (2, C)), (dtype, torch.float32) * 2
     norm = x.new_empty((2, C if any(needs[:2]) else 0), dtype=torch.float32)

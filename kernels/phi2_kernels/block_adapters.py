@@ -35,7 +35,7 @@ class Adapter(NamedTuple):
         return self.scaling / (1 - self.dropout)
 
 
-class Reading(NamedTuple):
+class AdapterGroup(NamedTuple):
     """Adapters that multiply the same input.
 
     Attributes:
@@ -55,35 +55,37 @@ class Reading(NamedTuple):
         return together.split([len(adapter.A) for adapter in self.adapters], dim=1)
 
 
-def readings(adapters: tuple[Adapter, ...], first_mask: int) -> list[Reading]:
+def group_adapters(adapters: tuple[Adapter, ...], first_mask: int) -> list[AdapterGroup]:
     """One for all adapters on an input, or one for each where they drop."""
     if any(adapter.dropout for adapter in adapters):
-        return [Reading((adapter,), first_mask + i) for i, adapter in enumerate(adapters)]
-    return [Reading(adapters)] if adapters else []
+        return [AdapterGroup((adapter,), first_mask + i) for i, adapter in enumerate(adapters)]
+    return [AdapterGroup(adapters)] if adapters else []
 
 
-def add(reading: Reading, x: Tensor, outputs: list[Tensor], seed: Tensor | None) -> None:
+def add_adapters(group: AdapterGroup, x: Tensor, outputs: list[Tensor], seed: Tensor | None) -> None:
     """Adds every adapter to its output (N, out), given the input x (N, in) before dropout."""
-    keep = reading.keep(x, seed)
-    inner = reading.inner(x if keep is None else x * keep)
-    for adapter, u, y in zip(reading.adapters, inner, outputs, strict=True):
+    keep = group.keep(x, seed)
+    inner = group.inner(x if keep is None else x * keep)
+    for adapter, u, y in zip(group.adapters, inner, outputs, strict=True):
         add_product_(y, u, adapter.B.T)
 
 
-def pull_back(reading: Reading, x: Tensor, grads: list[Tensor], dx: Tensor, seed: Tensor | None) -> list[Tensor]:
+def adapters_backward(
+    group: AdapterGroup, x: Tensor, grads: list[Tensor], dx: Tensor, seed: Tensor | None
+) -> list[Tensor]:
     """dA and dB of each adapter in turn; what they send to x is added to dx.
 
     Args:
-        x: as given to `add`.
+        x: as given to `add_adapters`.
         grads: of the outputs.
     """
-    keep = reading.keep(x, seed)
+    keep = group.keep(x, seed)
     x = x if keep is None else x * keep
-    dB = [product(grad.T, u) for grad, u in zip(grads, reading.inner(x), strict=True)]
-    dinner = torch.cat([product(grad, a.B) * a.factor for grad, a in zip(grads, reading.adapters, strict=True)], dim=1)
-    dA = product(x.T, dinner).split([len(adapter.A) for adapter in reading.adapters], dim=1)  # (in, r) each
+    dB = [product(grad.T, u) for grad, u in zip(grads, group.inner(x), strict=True)]
+    dinner = torch.cat([product(grad, a.B) * a.factor for grad, a in zip(grads, group.adapters, strict=True)], dim=1)
+    dA = product(x.T, dinner).split([len(adapter.A) for adapter in group.adapters], dim=1)  # (in, r) each
     del x  # as large as what comes
-    _add_kept(dx, dinner, torch.cat([adapter.A for adapter in reading.adapters]), keep)
+    _add_kept(dx, dinner, torch.cat([adapter.A for adapter in group.adapters]), keep)
     dA = [a.T.clone(memory_format=torch.contiguous_format) for a in dA]  # outputs of an op share no memory
     return [grad for pair in zip(dA, dB, strict=True) for grad in pair]
 

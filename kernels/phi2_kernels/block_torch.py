@@ -41,14 +41,14 @@ def masks(visibility: Visibility, head: Tensor) -> list[Tensor]:
     return [] if visibility.until is None else [visibility.until]
 
 
-def kept_numbers(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
+def empty_statistics(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors like the mean, rstd and logsumexp that `norm` and `attend` return."""
     mean, rstd = (x.new_empty((x.shape[0] * x.shape[1], 1), dtype=torch.float32) for _ in range(2))
     return mean, rstd, x.new_empty(0, dtype=torch.float32)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
-    """Turns x (N, heads, D) in place."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
+    """Rotates x (N, heads, D) in place."""
     rotary_(x, cos, sin, inverse=inverse, impl="torch")
 
 

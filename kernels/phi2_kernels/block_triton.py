@@ -28,7 +28,7 @@ def masks(visibility: Visibility, head: Tensor) -> list[Tensor]:
     return [visibility.until, ranges, visibility.query_ends(launch_of("dkdv", head).block_n)]
 
 
-def kept_numbers(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
+def empty_statistics(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors like the mean, rstd and logsumexp that `norm` and `attend` return."""
     mean, rstd = (x.new_empty(x.shape[0] * x.shape[1], dtype=torch.float32) for _ in range(2))
     return mean, rstd, x.new_empty((x.shape[0], shape.heads, x.shape[1]), dtype=torch.float32)
@@ -58,9 +58,9 @@ def norm_backward(
     return dx, layer_norm_triton.backward(dn, x, weight, mean, rstd, dx, skip, sums=sums)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
-    """Turns x (N, heads, D) in place."""
-    rotary_triton.turn(x, cos, sin, None, inverse)
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
+    """Rotates x (N, heads, D) in place."""
+    rotary_triton.apply_rotary(x, cos, sin, None, inverse)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, masks: list[Tensor]) -> Tensor:

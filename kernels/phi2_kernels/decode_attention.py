@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import layout_obstacle, use_triton
+from phi2_kernels._dispatch import unsupported_layout, use_triton
 
-MAX_HEADS = 8  # query heads of a key-value head
+MAX_GROUP_SIZE = 8  # query heads of a key-value head
 
 
 def decode_attention_ref(
@@ -62,7 +62,7 @@ def decode_attention(
         ValueError: when shapes do not agree, or when Triton was named and cannot run.
     """
     _check_attention(q, k, v, lengths, until)
-    if use_triton(impl, q, lambda: _attention_obstacle(q, k, v, lengths, until)):
+    if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, lengths, until)):
         return _decode_attention(q, k, v, lengths, until)
     seen = _seen(k.shape[2], lengths, until, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
@@ -94,20 +94,20 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, un
         raise ValueError(f"until must be of shape ({B}, {k.shape[2]}), got {tuple(until.shape)}")
 
 
-def _attention_obstacle(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tensor | None) -> str:
-    if reason := head_dim_obstacle(q.shape[3]):
+def _unsupported_reason(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tensor | None) -> str:
+    if reason := unsupported_head_dim(q.shape[3]):
         return reason
-    if q.shape[1] // k.shape[1] > MAX_HEADS:
-        return f"at most {MAX_HEADS} query heads can share a key-value head, got {q.shape[1] // k.shape[1]}"
+    if q.shape[1] // k.shape[1] > MAX_GROUP_SIZE:
+        return f"at most {MAX_GROUP_SIZE} query heads can share a key-value head, got {q.shape[1] // k.shape[1]}"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must be of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     if any(x is not None and x.dtype != torch.int32 for x in (lengths, until)):
         return "lengths and until must be int32"
     column = None if lengths is None else lengths[:, None]  # any stride will do, so that one number can serve all rows
-    return layout_obstacle(q, q=q, k=k, v=v, until=until, lengths=column)
+    return unsupported_layout(q, q=q, k=k, v=v, until=until, lengths=column)
 
 
-def head_dim_obstacle(D: int) -> str:
+def unsupported_head_dim(D: int) -> str:
     """What keeps the kernels from heads of so many dims: Phi has 64 or 80."""
     return f"the head dim must be a multiple of 16 up to 80, got {D}" if D % 16 or D > 80 else ""
 

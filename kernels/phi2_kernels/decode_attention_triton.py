@@ -17,7 +17,7 @@ from phi2_kernels.attention_tiles_triton import first_column, piece, pieces_of
 KEYS_PER_SPLIT, MIN_SPLITS, MAX_SPLITS = 256, 4, 64
 
 
-class Launch(NamedTuple):
+class DecodeLaunch(NamedTuple):
     """Keys that a program with one query head reads at a time, stages of its loop, and its warps."""
 
     lanes: int
@@ -25,7 +25,7 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-LAUNCH = {80: {"attend": Launch(32, 3, num_warps=4)}, 90: {"attend": Launch(32, 3, num_warps=4)}}
+LAUNCH = {80: {"attend": DecodeLaunch(32, 3, num_warps=4)}, 90: {"attend": DecodeLaunch(32, 3, num_warps=4)}}
 
 
 @triton.jit
@@ -47,11 +47,11 @@ def _scores(q, k):
 
 
 @triton.jit
-def _faded_plus(acc, fade, weights, v):
+def _rescaled_plus(acc, rescale, weights, v):
     """The running outputs of all lanes, one [BLOCK_G, BLOCK_S, piece] tile per piece."""
     added = ()
     for i in tl.static_range(len(acc)):
-        added = added + (acc[i] * fade[:, :, None] + weights[:, :, None] * v[i],)
+        added = added + (acc[i] * rescale[:, :, None] + weights[:, :, None] * v[i],)
     return added
 
 
@@ -84,8 +84,8 @@ def _attend_kernel(
     q = _load(q_ptr + b * q_batch + heads[:, None, None] * q_head, (g < G)[:, None, None], PIECES)
     k_ptr += b * k_batch + h * k_head
     v_ptr += b * v_batch + h * v_head
-    top = tl.full([BLOCK_G, BLOCK_S], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G, BLOCK_S], tl.float32)
+    lane_max = tl.full([BLOCK_G, BLOCK_S], float("-inf"), tl.float32)
+    lane_sum = tl.zeros([BLOCK_G, BLOCK_S], tl.float32)
     acc = _zero_heads(BLOCK_G, BLOCK_S, PIECES)
     for at in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         keys = at + tl.arange(0, BLOCK_S)
@@ -95,21 +95,21 @@ def _attend_kernel(
         rows = keys.to(tl.int64)[None, :, None]
         k = _load(k_ptr + rows * k_key, seen[None, :, None], PIECES)
         scores = tl.where(seen[None, :], _scores(q, k) * scale_log2, float("-inf"))
-        new_top = tl.maximum(top, scores)
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a lane that saw nothing yet
-        fade, weights = tl.exp2(top - safe_top), tl.exp2(scores - safe_top)
-        total = total * fade + weights
-        acc = _faded_plus(acc, fade, weights, _load(v_ptr + rows * v_key, seen[None, :, None], PIECES))
-        top = new_top
+        new_max = tl.maximum(lane_max, scores)
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # a lane that saw nothing yet
+        rescale, weights = tl.exp2(lane_max - safe_max), tl.exp2(scores - safe_max)
+        lane_sum = lane_sum * rescale + weights
+        acc = _rescaled_plus(acc, rescale, weights, _load(v_ptr + rows * v_key, seen[None, :, None], PIECES))
+        lane_max = new_max
 
-    highest = tl.max(top, axis=1)  # [BLOCK_G]
-    share = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[:, None])  # [BLOCK_G, BLOCK_S]
-    whole = tl.sum(total * share, axis=1)
-    saw = whole > 0.0
-    whole = tl.where(saw, whole, 1.0)
-    share = share / whole[:, None]
+    row_max = tl.max(lane_max, axis=1)  # [BLOCK_G]
+    share = tl.exp2(lane_max - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None])  # [BLOCK_G, BLOCK_S]
+    row_sum = tl.sum(lane_sum * share, axis=1)
+    saw = row_sum > 0.0
+    row_sum = tl.where(saw, row_sum, 1.0)
+    share = share / row_sum[:, None]
     row = (b * tl.num_programs(1) * G + heads) * splits + tl.program_id(2)  # of (B, H, splits)
-    tl.store(lse_ptr + row, tl.where(saw, highest + tl.log2(whole), float("-inf")), mask=g < G)
+    tl.store(lse_ptr + row, tl.where(saw, row_max + tl.log2(row_sum), float("-inf")), mask=g < G)
     for i in tl.static_range(len(PIECES)):
         columns = first_column(PIECES, i) + tl.arange(0, piece(PIECES, i))[None, :]
         output = tl.sum(acc[i] * share[:, :, None], axis=1)  # [BLOCK_G, piece]
@@ -117,7 +117,7 @@ def _attend_kernel(
 
 
 @triton.jit
-def _join_kernel(
+def _combine_kernel(
     partial_ptr, lse_ptr, o_ptr, o_batch, o_head, H, SPLITS, D,
     BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -125,10 +125,10 @@ def _join_kernel(
     s, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
     row = (b * H + h) * SPLITS + s
     lse = tl.load(lse_ptr + row, mask=s < SPLITS, other=float("-inf"))
-    highest = tl.max(lse, axis=0)
-    share = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
-    whole = tl.sum(share, axis=0)
-    share = share / tl.where(whole > 0.0, whole, 1.0)
+    row_max = tl.max(lse, axis=0)
+    share = tl.exp2(lse - tl.where(row_max == float("-inf"), 0.0, row_max))
+    row_sum = tl.sum(share, axis=0)
+    share = share / tl.where(row_sum > 0.0, row_sum, 1.0)
     mask = (s < SPLITS)[:, None] & (d < D)[None, :]
     partial = tl.load(partial_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_SPLITS, BLOCK_D]
     tl.store(o_ptr + b * o_batch + h * o_head + d, tl.sum(partial * share[:, None], axis=0), mask=d < D)
@@ -156,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tenso
         q, k, v, lengths, until, partial, lse, *strides, *masks, scale_log2, S, G, D, **_attend_blocks(D, G, q.device)
     )
     blocks = {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(D)}
-    _join_kernel[B, H](partial, lse, o, *o.stride()[:2], H, splits, D, **blocks, num_warps=4, enable_fp_fusion=True)
+    _combine_kernel[B, H](partial, lse, o, *o.stride()[:2], H, splits, D, **blocks, num_warps=4, enable_fp_fusion=True)
 
 
 def _attend_blocks(D: int, G: int, device: torch.device) -> dict[str, Any]:

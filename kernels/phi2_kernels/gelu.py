@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import layout_obstacle, use_triton
+from phi2_kernels._dispatch import unsupported_layout, use_triton
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,15 +38,15 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, lambda: _obstacle(x, bias)):
+    if use_triton(impl, x, lambda: _unsupported_reason(x, bias)):
         return _gelu(x.reshape(-1, x.shape[-1]), bias).view(x.shape)
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-def _obstacle(x: Tensor, bias: Tensor | None) -> str:
+def _unsupported_reason(x: Tensor, bias: Tensor | None) -> str:
     if bias is not None and bias.shape != x.shape[-1:]:
         return f"bias must be of shape {tuple(x.shape[-1:])}, got {tuple(bias.shape)}"
-    return layout_obstacle(x, x=x, bias=bias)
+    return unsupported_layout(x, x=x, bias=bias)
 
 
 @custom_op("phi2::gelu", mutates_args=())
@@ -79,15 +79,15 @@ def _(grad, x, bias, sums):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), dbias
 
 
-def _save(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _pull_back(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     x, bias = ctx.saved_tensors
     sums = ctx.needs_input_grad[1]  # False for a frozen bias, and for none
     dx, dbias = _gelu_backward(grad, x, bias, sums)
     return dx, dbias.to(bias.dtype) if sums else None
 
 
-_gelu.register_autograd(_pull_back, setup_context=_save)
+_gelu.register_autograd(_backward, setup_context=_setup_context)

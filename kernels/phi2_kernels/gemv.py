@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import layout_obstacle, use_triton
+from phi2_kernels._dispatch import unsupported_layout, use_triton
 from phi2_kernels.weight_forms import Weight
 
 MAX_ROWS = 8  # more are a matmul
@@ -50,7 +50,7 @@ def gemv_each(x: Tensor, weights: list[Weight], *, gelu_last: bool = False, impl
     """`gemv` with each of several weights of one form in one launch; `gelu_last`: the last goes through GELU (tanh)."""
     for weight in weights:
         _check(x, weight)
-    if use_triton(impl, x, lambda: _obstacle([x], weights)):
+    if use_triton(impl, x, lambda: _unsupported_reason([x], weights)):
         ys = _gemv_each(x.reshape(-1, x.shape[-1]), *_parts(weights), gelu_last)
         return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
     *ys, last = (_product(x, weight) for weight in weights)
@@ -63,7 +63,7 @@ def gemv_sum(xs: list[Tensor], weights: list[Weight], skip: Tensor, *, impl: str
         _check(x, weight)
         if skip.shape != (*x.shape[:-1], weight.shape[0]):
             raise ValueError(f"skip must be of shape {(*x.shape[:-1], weight.shape[0])}, got {tuple(skip.shape)}")
-    if use_triton(impl, skip, lambda: _obstacle(xs, weights) or layout_obstacle(xs[0], skip=skip)):
+    if use_triton(impl, skip, lambda: _unsupported_reason(xs, weights) or unsupported_layout(xs[0], skip=skip)):
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
         return _gemv_sum(rows, *_parts(weights), skip.reshape(-1, skip.shape[-1])).view(skip.shape)
     return sum((_product(x, weight) for x, weight in zip(xs, weights, strict=True)), skip)
@@ -145,7 +145,7 @@ def _check(x: Tensor, weight: Weight) -> None:
             raise ValueError(f"{name} must be of shape {size}, got {tuple(part.shape)}")
 
 
-def _obstacle(xs: list[Tensor], weights: list[Weight]) -> str:
+def _unsupported_reason(xs: list[Tensor], weights: list[Weight]) -> str:
     """What keeps the kernels from this call."""
     rows = xs[0].shape[:-1].numel()
     if rows > MAX_ROWS:
@@ -155,12 +155,13 @@ def _obstacle(xs: list[Tensor], weights: list[Weight]) -> str:
         return "all weights of a call must have one form, all or none a bias, and all x one dtype and number of rows"
     if weights[0].group not in (0, 16, 32, 64, 128, 256):
         return f"group must be a power of two from 16 to 256, got {weights[0].group}"
-    return next(filter(None, (_layout_obstacle(xs[0], x, w) for x, w in zip_longest(xs, weights, fillvalue=xs[0]))), "")
+    reasons = (_unsupported_weight(xs[0], x, w) for x, w in zip_longest(xs, weights, fillvalue=xs[0]))
+    return next(filter(None, reasons), "")
 
 
-def _layout_obstacle(first: Tensor, x: Tensor, weight: Weight) -> str:
+def _unsupported_weight(first: Tensor, x: Tensor, weight: Weight) -> str:
     parts = {name: part for name, part in weight._asdict().items() if part is not None}
     for name in parts.keys() & {"scales", "zeros"}:
         if not parts[name].is_contiguous():
             return f"{name} must be contiguous, got strides {parts[name].stride()}"
-    return layout_obstacle(first, x=x, **parts)
+    return unsupported_layout(first, x=x, **parts)

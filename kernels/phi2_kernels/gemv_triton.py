@@ -19,7 +19,7 @@ from phi2_kernels.gemv_lanes_triton import lane_sums
 from phi2_kernels.gemv_rows_triton import ROWS, row_sums
 
 
-class Launch(NamedTuple):
+class GemvLaunch(NamedTuple):
     """Columns and rows of the weight that a program reads at a time, its warps, and how far it reads ahead."""
 
     columns: int
@@ -29,11 +29,11 @@ class Launch(NamedTuple):
 
 
 # With one row of x: rows of the weight become fewer with more, that accumulators fit.
-_LANES = dict.fromkeys(("half", "int8", "int4"), Launch(512, 8, num_warps=4, num_stages=1))
+_LANES = dict.fromkeys(("half", "int8", "int4"), GemvLaunch(512, 8, num_warps=4, num_stages=1))
 _ROWS = {
-    "half rows": Launch(256, 16, num_warps=4, num_stages=3),
-    "int8 rows": Launch(256, 16, num_warps=4, num_stages=3),
-    "int4 rows": Launch(256, 16, num_warps=8, num_stages=1),
+    "half rows": GemvLaunch(256, 16, num_warps=4, num_stages=3),
+    "int8 rows": GemvLaunch(256, 16, num_warps=4, num_stages=3),
+    "int4 rows": GemvLaunch(256, 16, num_warps=8, num_stages=1),
 }
 LAUNCH = {80: _LANES | _ROWS, 90: _LANES | _ROWS}
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import layout_obstacle, use_triton
+from phi2_kernels._dispatch import unsupported_layout, use_triton
 
 MAX_COLUMNS = 8192  # a program of the kernels holds a whole row in its registers
 
@@ -47,15 +47,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: str
     if not weight.shape == bias.shape == x.shape[-1:]:
         shapes = f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         raise ValueError(f"weight and bias must be of shape {tuple(x.shape[-1:])}, {shapes}")
-    if use_triton(impl, x, lambda: _obstacle(x, weight, bias)):
+    if use_triton(impl, x, lambda: _unsupported_reason(x, weight, bias)):
         return _layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, eps)[0].view(x.shape)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _obstacle(x: Tensor, weight: Tensor, bias: Tensor) -> str:
+def _unsupported_reason(x: Tensor, weight: Tensor, bias: Tensor) -> str:
     if not 0 < x.shape[-1] <= MAX_COLUMNS:
         return f"x must have 1 to {MAX_COLUMNS} columns, got {x.shape[-1]}"
-    return layout_obstacle(x, x=x, weight=weight, bias=bias)
+    return unsupported_layout(x, x=x, weight=weight, bias=bias)
 
 
 @custom_op("phi2::layer_norm", mutates_args=())
@@ -96,7 +96,7 @@ def _(grad, x, weight, mean, rstd, sums):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), dweight_dbias
 
 
-def _save(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -104,11 +104,11 @@ def _save(ctx, inputs, output) -> None:
     ctx.bias_dtype = bias.dtype
 
 
-def _pull_back(ctx, grad: Tensor, *_) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+def _backward(ctx, grad: Tensor, *_) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     x, weight, mean, rstd = ctx.saved_tensors
     sums = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dx, (dweight, dbias) = _layer_norm_backward(grad, x, weight, mean, rstd, sums)
     return dx, dweight.to(weight.dtype) if sums else None, dbias.to(ctx.bias_dtype) if sums else None, None
 
 
-_layer_norm.register_autograd(_pull_back, setup_context=_save)
+_layer_norm.register_autograd(_backward, setup_context=_setup_context)

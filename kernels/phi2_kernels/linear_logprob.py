@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import layout_obstacle, use_triton
+from phi2_kernels._dispatch import unsupported_layout, use_triton
 from phi2_kernels.products import matmul
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on a CPU
@@ -73,12 +73,12 @@ def linear_logprob(
         raise ValueError(f"hidden has {hidden.shape[0]} rows, targets has {targets.shape[0]}; they must be equal")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be of shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    triton = use_triton(impl, hidden, lambda: layout_obstacle(hidden, bias=bias, targets=targets[:, None]))
-    moves = [x is not None and x.requires_grad for x in (hidden, weight, bias, adapter_hidden, adapter_weight)]
-    head_moves = moves[1] or moves[2] or moves[4]
-    unit = torch.is_grad_enabled() and any(moves) and not head_moves
+    triton = use_triton(impl, hidden, lambda: unsupported_layout(hidden, bias=bias, targets=targets[:, None]))
+    needs_grad = [x is not None and x.requires_grad for x in (hidden, weight, bias, adapter_hidden, adapter_weight)]
+    head_needs_grad = needs_grad[1] or needs_grad[2] or needs_grad[4]
+    save_grad = torch.is_grad_enabled() and any(needs_grad) and not head_needs_grad
     inputs = hidden, weight, bias, targets, adapter_hidden, adapter_weight
-    logp, _, entropies, _, _ = _linear_logprob(*inputs, entropy, unit, triton)
+    logp, _, entropies, _, _ = _linear_logprob(*inputs, entropy, save_grad, triton)
     return logp, entropies if entropy else None
 
 
@@ -102,18 +102,18 @@ class _Head:
         return logits
 
     def stats(
-        self, logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, entropies: Tensor | None, unit: bool
+        self, logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, entropies: Tensor | None, save_grad: bool
     ) -> Tensor | None:
-        """Writes (n,) log-probabilities, logsumexps and entropies; returns the gradient of logp if `unit` asks for it.
+        """Writes (n,) log-probabilities, logsumexps and entropies; returns the gradient of logp if `save_grad` says so.
 
         The logits are lost.
         """
         if self.triton:
             from phi2_kernels import linear_logprob_triton
 
-            dtype = self.dtype if unit else None
+            dtype = self.dtype if save_grad else None
             return linear_logprob_triton.stats(logits, self.bias, targets, logp, lse, entropies, dtype)
-        return _stats(logits, targets, logp, lse, entropies, self.dtype if unit else None)
+        return _stats(logits, targets, logp, lse, entropies, self.dtype if save_grad else None)
 
     def gradient(self, logits: Tensor, targets: Tensor, lse: Tensor, grad_logp: Tensor) -> Tensor:
         """(n, V), grad_logp times the gradient of logp. The logits are lost."""
@@ -124,11 +124,11 @@ class _Head:
         weights = logits.sub_(lse[:, None]).exp_()
         return _add_onehot_(weights.neg_(), targets).mul_(grad_logp[:, None]).to(self.dtype)
 
-    def pull_back(self, grad: Tensor) -> Tensor:
+    def hidden_grad(self, grad: Tensor) -> Tensor:
         """Gradient of the hidden states, (n, C) float32, from that of the logits."""
         return matmul(grad, self.weight)
 
-    def pull_back_adapter(self, grad: Tensor) -> Tensor:
+    def adapter_grad(self, grad: Tensor) -> Tensor:
         """Gradient of the adapter's hidden states, (n, r) float32, from that of the logits."""
         return matmul(grad, self.adapter_weight.to(self.dtype))
 
@@ -169,31 +169,31 @@ def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:
 @custom_op("phi2::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
-    adapter_hidden: Tensor | None, adapter_weight: Tensor | None, entropy: bool, unit: bool, triton: bool,
+    adapter_hidden: Tensor | None, adapter_weight: Tensor | None, entropy: bool, save_grad: bool, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp, lse and entropies (N,) in float32; with `unit` the gradients of logp, (N, C) and (N, r).
+    """logp, lse and entropies (N,) in float32; with `save_grad` the gradients of logp, (N, C) and (N, r).
 
     What was not asked for is empty.
     """
-    results = _new_results(hidden, adapter_hidden, entropy, unit)
-    logp, lse, entropies, unit_hidden, unit_adapter = results
+    results = _new_results(hidden, adapter_hidden, entropy, save_grad)
+    logp, lse, entropies, saved_grad_hidden, saved_grad_adapter = results
     head, targets = _Head(weight, bias, adapter_weight, triton), targets.contiguous()
     for chunk in _chunks(len(hidden), _chunk_rows(len(weight), weight.is_cuda)):
         logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))  # (n, V)
         spread = entropies[chunk] if entropy else None
-        grad = head.stats(logits, targets[chunk], logp[chunk], lse[chunk], spread, unit)
-        if unit:
-            unit_hidden[chunk] = head.pull_back(grad)
-        if unit and adapter_hidden is not None:
-            unit_adapter[chunk] = head.pull_back_adapter(grad)
+        grad = head.stats(logits, targets[chunk], logp[chunk], lse[chunk], spread, save_grad)
+        if save_grad:
+            saved_grad_hidden[chunk] = head.hidden_grad(grad)
+        if save_grad and adapter_hidden is not None:
+            saved_grad_adapter[chunk] = head.adapter_grad(grad)
         logits = grad = None  # one tensor: it goes before the next one comes
     return results
 
 
-def _new_results(hidden: Tensor, adapter_hidden: Tensor | None, entropy: bool, unit: bool) -> tuple[Tensor, ...]:
+def _new_results(hidden: Tensor, adapter_hidden: Tensor | None, entropy: bool, save_grad: bool) -> tuple[Tensor, ...]:
     logp, lse = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropies = _room(logp, entropy, hidden)
-    return logp, lse, entropies, _room(hidden, unit, hidden), _room(adapter_hidden, unit, hidden)
+    return logp, lse, entropies, _room(hidden, save_grad, hidden), _room(adapter_hidden, save_grad, hidden)
 
 
 def _room(x: Tensor | None, wanted: bool, beside: Tensor) -> Tensor:
@@ -204,8 +204,8 @@ def _room(x: Tensor | None, wanted: bool, beside: Tensor) -> Tensor:
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, unit, triton):
-    return _new_results(hidden, adapter_hidden, entropy, unit)
+def _(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, save_grad, triton):
+    return _new_results(hidden, adapter_hidden, entropy, save_grad)
 
 
 @custom_op("phi2::linear_logprob_backward", mutates_args=())
@@ -221,13 +221,13 @@ def _linear_logprob_backward(
         logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))
         grad = head.gradient(logits, targets[chunk], lse[chunk], grad_logp[chunk])  # (n, V)
         if needs[0]:
-            grad_hidden[chunk] = head.pull_back(grad)
+            grad_hidden[chunk] = head.hidden_grad(grad)
         if needs[1]:
             grad_weight += matmul(grad.T, hidden[chunk].to(head.dtype))
         if needs[2]:
             grad_bias += grad.sum(dim=0, dtype=torch.float32)
         if needs[3]:
-            grad_adapter_hidden[chunk] = head.pull_back_adapter(grad)
+            grad_adapter_hidden[chunk] = head.adapter_grad(grad)
         if needs[4]:
             grad_adapter_weight += matmul(grad.T, adapter_hidden[chunk].to(head.dtype))
         logits = grad = None  # one tensor: it goes before the next one comes
@@ -253,35 +253,35 @@ def _new_gradients(
     return rows[0], grad_weight, grad_bias, rows[1], grad_adapter_weight
 
 
-@custom_op("phi2::times_rows", mutates_args=())
-def _times_rows(unit: Tensor, factors: Tensor) -> Tensor:
-    """Rows of unit (N, C) times their factors (N,).
+@custom_op("phi2::scale_rows", mutates_args=())
+def _scale_rows(grad: Tensor, factors: Tensor) -> Tensor:
+    """Rows of grad (N, C) times their factors (N,).
 
-    An op without a gradient, so that differentiating twice is refused: unit depends on the hidden states, too.
+    An op without a gradient, so that differentiating twice is refused: grad depends on the hidden states, too.
     """
-    return (unit * factors[:, None]).to(unit.dtype)
+    return (grad * factors[:, None]).to(grad.dtype)
 
 
-@_times_rows.register_fake
-def _(unit, factors):
-    return torch.empty_like(unit)
+@_scale_rows.register_fake
+def _(grad, factors):
+    return torch.empty_like(grad)
 
 
-def _save(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, adapter_hidden, adapter_weight, _, ctx.head_is_frozen, ctx.triton = inputs
-    _, lse, entropies, unit_hidden, unit_adapter = output
-    ctx.mark_non_differentiable(lse, entropies, unit_hidden, unit_adapter)
+    _, lse, entropies, saved_grad_hidden, saved_grad_adapter = output
+    ctx.mark_non_differentiable(lse, entropies, saved_grad_hidden, saved_grad_adapter)
     if ctx.head_is_frozen:
-        ctx.save_for_backward(unit_hidden, unit_adapter)
+        ctx.save_for_backward(saved_grad_hidden, saved_grad_adapter)
     else:
         ctx.save_for_backward(hidden, weight, bias, targets, adapter_hidden, adapter_weight, lse)
 
 
-def _pull_back(ctx, grad_logp: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx, grad_logp: Tensor, *_) -> tuple[Tensor | None, ...]:
     if ctx.head_is_frozen:
-        units = zip(ctx.saved_tensors, (0, 4), strict=True)
+        saved = zip(ctx.saved_tensors, (0, 4), strict=True)
         hidden, adapter_hidden = (
-            _times_rows(unit, grad_logp) if ctx.needs_input_grad[i] else None for unit, i in units
+            _scale_rows(grad, grad_logp) if ctx.needs_input_grad[i] else None for grad, i in saved
         )
         return hidden, None, None, None, adapter_hidden, None, None, None, None
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]
@@ -292,4 +292,4 @@ def _pull_back(ctx, grad_logp: Tensor, *_) -> tuple[Tensor | None, ...]:
     return *cast[:3], None, *cast[3:], None, None, None
 
 
-_linear_logprob.register_autograd(_pull_back, setup_context=_save)
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -1,10 +1,10 @@
-"""Rotary position embedding on the first R of D dims, half-split: dim d turns with dim d + R/2.
+"""Rotary position embedding on the first R of D dims, half-split: dims d and d + R/2 are rotated together.
 
     angle(t, d) = position(t) * theta^(-2d/R)                 d < R/2
     y[d]        = x[d] * cos - x[d + R/2] * sin
     y[d + R/2]  = x[d + R/2] * cos + x[d] * sin
 
-The inverse turns by -angle, and is the backward pass too: a rotation's transpose.
+The inverse rotates by -angle, and is the backward pass too: a rotation's transpose.
 
 Dims: B batch, T tokens, N = B*T rows, H heads, D head dim (80 in Phi-2), R rotary dims (32 in Phi-2), L rows of a table
 of angles, S tokens a cache has room for.
@@ -36,7 +36,7 @@ def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Ten
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor:
-    """Turns the first R dims of every head by its position's angles, in float32, and passes the others through.
+    """Rotates the first R dims of every head by its position's angles, in float32, and passes the others through.
 
     Args:
         x: (B, T, H, D) queries or keys.
@@ -49,54 +49,54 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor
     """
     if cos.shape[:2] not in ((1, x.shape[1]), x.shape[:2]):
         raise ValueError(f"angles must be of (1 or {x.shape[0]}, {x.shape[1]}) tokens, got {tuple(cos.shape[:2])}")
-    if use_triton(impl, x, lambda: _obstacle(x, cos, sin)):
+    if use_triton(impl, x, lambda: _unsupported_reason(x, cos, sin)):
         tables = (table.flatten(0, 2) for table in (cos, sin))
         return _rotary(x.flatten(0, 1), *tables, False).view(x.shape)
     return _Rotary.apply(x, cos, sin)
 
 
 class _Rotary(torch.autograd.Function):
-    """The backward pass turns the other way, and needs nothing of x."""
+    """The backward pass rotates the other way, and needs nothing of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
+        return _rotated(grad, cos, -sin), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*(part.to(x.dtype) for part in turned), rest), dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*(part.to(x.dtype) for part in rotated), rest), dim=-1)
 
 
 def rotary_(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, inverse: bool = False, impl: str = "auto"
 ) -> None:
-    """Turns the first R dims of every head where they lie; the others are not touched. Carries no gradient.
+    """Rotates the first R dims of every head where they lie; the others are not touched. Carries no gradient.
 
     Args:
         x: (N, H, D) with contiguous heads, such as the q and k part of a wider buffer.
         cos, sin: (L, R/2) float32 tables.
-        positions: (N,) int32 rows of the tables; default: row n turns by entry n modulo L, which serves tables of all
-            N rows and tables of the T tokens that every batch row shares.
-        inverse: turn back.
+        positions: (N,) int32 rows of the tables; default: row n is rotated by entry n modulo L, which serves tables of
+            all N rows and tables of the T tokens that every batch row shares.
+        inverse: rotate back.
         impl: see `use_triton`.
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, lambda: _obstacle(x, cos, sin, positions)):
+    if use_triton(impl, x, lambda: _unsupported_reason(x, cos, sin, positions)):
         _rotary_(x, cos, sin, positions, inverse)
         return
     rows = _table_rows(x, cos, positions)
     cos, sin = cos[rows, None], sin[rows, None]  # (N, 1, R/2)
-    x.copy_(_turned(x, cos, -sin if inverse else sin))
+    x.copy_(_rotated(x, cos, -sin if inverse else sin))
 
 
 def _table_rows(x: Tensor, cos: Tensor, positions: Tensor | None) -> Tensor:
@@ -109,7 +109,7 @@ def rotary_and_store(
 ) -> None:  # fmt: skip
     """What a decode step does between its projections and its attention, for one token a row.
 
-    Turns q where it lies, and writes the turned k, and v, to each row's slot of the cache.
+    Rotates q where it lies, and writes the rotated k, and v, to each row's slot of the cache.
 
     Args:
         q: (B, H, D); it is overwritten.
@@ -123,18 +123,18 @@ def rotary_and_store(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    tables = cos, sin, positions, slots
-    if use_triton(impl, q, lambda: next(filter(None, (_obstacle(x, *tables) for x in (q, k, v, keys, values))), "")):
+    reasons = (_unsupported_reason(x, cos, sin, positions, slots) for x in (q, k, v, keys, values))
+    if use_triton(impl, q, lambda: next(filter(None, reasons), "")):
         _rotary_and_store(q, k, v, cos, sin, positions, slots, keys, values)
         return
     rotary_(q, cos, sin, positions, impl="torch")
     rows = torch.arange(len(k), device=k.device), slice(None), slots.long()
-    turned = _table_rows(k, cos, positions)
-    turn = (table[turned, None] for table in (cos, sin))  # (B, 1, R/2)
-    keys[rows], values[rows] = _turned(k, *turn).to(keys.dtype), v.to(values.dtype)
+    entries = _table_rows(k, cos, positions)
+    angles = (table[entries, None] for table in (cos, sin))  # (B, 1, R/2)
+    keys[rows], values[rows] = _rotated(k, *angles).to(keys.dtype), v.to(values.dtype)
 
 
-def _obstacle(x: Tensor, cos: Tensor, sin: Tensor, *indices: Tensor | None) -> str:
+def _unsupported_reason(x: Tensor, cos: Tensor, sin: Tensor, *indices: Tensor | None) -> str:
     if x.stride(-1) != 1:
         return f"the last dim must be contiguous, got stride {x.stride(-1)}"
     if not (cos.is_contiguous() and sin.is_contiguous() and cos.shape == sin.shape):
@@ -152,7 +152,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     from phi2_kernels import rotary_triton
 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rotary_triton.turn(x, cos, sin, None, inverse, y)
+    rotary_triton.apply_rotary(x, cos, sin, None, inverse, y)
     return y
 
 
@@ -161,24 +161,24 @@ def _(x, cos, sin, inverse):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _save(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     _, cos, sin, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _pull_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # sum().backward() sends expanded scalars
     return _rotary(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-_rotary.register_autograd(_pull_back, setup_context=_save)
+_rotary.register_autograd(_backward, setup_context=_setup_context)
 
 
 @custom_op("phi2::rotary_", mutates_args=("x",))
 def _rotary_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> None:
     from phi2_kernels import rotary_triton
 
-    rotary_triton.turn(x, cos, sin, positions, inverse)
+    rotary_triton.apply_rotary(x, cos, sin, positions, inverse)
 
 
 @custom_op("phi2::rotary_and_store", mutates_args=("q", "keys", "values"))
@@ -188,4 +188,4 @@ def _rotary_and_store(
 ) -> None:  # fmt: skip
     from phi2_kernels import rotary_triton
 
-    rotary_triton.turn_and_store(q, k, v, cos, sin, positions, slots, keys, values)
+    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, positions, slots, keys, values)

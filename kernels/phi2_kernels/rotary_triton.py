@@ -1,7 +1,7 @@
 """The Triton kernels of `rotary.py`. A program takes the heads of one token, whose angles it loads once.
 
 Each head is read as its two rotary halves, 32 bytes each in half precision with R = 32: whole sectors of memory, and
-nothing of the dims that do not turn unless they are copied to another place.
+nothing of the dims that are not rotated unless they are copied to another place.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
 
-_TURN = {"BLOCK_H": 32, "num_warps": 1}
+_APPLY = {"BLOCK_H": 32, "num_warps": 1}
 _STORE = {"BLOCK_H": 16, "num_warps": 1}  # few tokens: the fewest heads that still read 16 bytes at a time
-LAUNCH = {80: {"turn": _TURN, "turn_and_store": _STORE}, 90: {"turn": _TURN, "turn_and_store": _STORE}}
+_KERNELS = {"apply_rotary": _APPLY, "apply_rotary_and_store": _STORE}
+LAUNCH = {80: _KERNELS, 90: _KERNELS}
 
 
 @triton.jit
@@ -25,11 +26,11 @@ def _load_angles(cos_ptr, sin_ptr, entry, L, HALF: tl.constexpr, BLOCK_R: tl.con
 
 
 @triton.jit
-def _turn_heads(
+def _rotate_heads(
     x_ptr, y_ptr, x_stride, y_stride, heads, live, cos, sin,
     COPY_REST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = x turned, for one token; its other dims are copied where y is not x.  # [BLOCK_H, BLOCK_R]"""
+    """y = x rotated, for one token; its other dims are copied where y is not x.  # [BLOCK_H, BLOCK_R]"""
     dims = tl.arange(0, BLOCK_R)[None, :]
     mask = live[:, None] & (dims < HALF)
     x_ptrs, y_ptrs = x_ptr + heads[:, None] * x_stride + dims, y_ptr + heads[:, None] * y_stride + dims
@@ -53,7 +54,7 @@ def _copy_heads(
 
 
 @triton.jit
-def _turn_kernel(
+def _apply_rotary_kernel(
     x_ptr, y_ptr, cos_ptr, sin_ptr, positions_ptr, x_row, x_head, y_row, y_head, L, H,
     INVERSE: tl.constexpr, COPY_REST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -62,21 +63,21 @@ def _turn_kernel(
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     entry = row % L if positions_ptr is None else tl.load(positions_ptr + row)
     cos, sin = _load_angles(cos_ptr, sin_ptr, entry, L, HALF, BLOCK_R)
-    _turn_heads(
+    _rotate_heads(
         x_ptr + row.to(tl.int64) * x_row, y_ptr + row.to(tl.int64) * y_row, x_head, y_head, heads, heads < H,
         cos, -sin if INVERSE else sin, COPY_REST, HALF, D, BLOCK_R, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
-def _turn_and_store_kernel(
+def _apply_rotary_and_store_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, keys_row, keys_head, keys_slot, values_row, values_head, values_slot,
     L, S, H, H_KV,
     HALF: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, block, part): part 0 turns a block of heads of q, part 1 turns and stores k, part 2 stores v."""
+    """Program (b, block, part): part 0 rotates a block of heads of q, part 1 rotates and stores k, part 2 stores v."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     entry = row % L if positions_ptr is None else tl.load(positions_ptr + row)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -85,10 +86,10 @@ def _turn_and_store_kernel(
     cos, sin = _load_angles(cos_ptr, sin_ptr, entry, L, HALF, BLOCK_R)
     if part == 0:
         q_ptr += row * q_row
-        _turn_heads(q_ptr, q_ptr, q_head, q_head, heads, heads < H, cos, sin, False, HALF, D, BLOCK_R, BLOCK_REST)
+        _rotate_heads(q_ptr, q_ptr, q_head, q_head, heads, heads < H, cos, sin, False, HALF, D, BLOCK_R, BLOCK_REST)
     elif part == 1:
         k_ptr, keys_ptr = k_ptr + row * k_row, keys_ptr + row * keys_row + slot * keys_slot
-        _turn_heads(k_ptr, keys_ptr, k_head, keys_head, heads, kept, cos, sin, True, HALF, D, BLOCK_R, BLOCK_REST)
+        _rotate_heads(k_ptr, keys_ptr, k_head, keys_head, heads, kept, cos, sin, True, HALF, D, BLOCK_R, BLOCK_REST)
     else:
         v_ptr, values_ptr = v_ptr + row * v_row, values_ptr + row * values_row + slot * values_slot
         _copy_heads(v_ptr, values_ptr, v_head, values_head, heads, kept, 0, D, BLOCK_D)
@@ -100,8 +101,10 @@ def _dims(cos: Tensor, D: int) -> dict[str, int]:
 
 
 @on_its_device
-def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, y: Tensor | None = None) -> None:
-    """Turns x (N, H, D), a view with any strides but the last, where it lies, or into y.
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, y: Tensor | None = None
+) -> None:
+    """Rotates x (N, H, D), a view with any strides but the last, where it lies, or into y.
 
     Args:
         cos, sin, positions: as in `rotary_`.
@@ -109,7 +112,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse:
     N, H, D = x.shape
     if x.numel() == 0:
         return
-    launch = LAUNCH[architecture(x.device)]["turn"]
+    launch = LAUNCH[architecture(x.device)]["apply_rotary"]
     rest = D - 2 * cos.shape[1]
     flags = {"INVERSE": inverse, "COPY_REST": y is not None and rest > 0}
     target = x if y is None else y
@@ -117,11 +120,11 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse:
     blocks = _dims(cos, D) | {"BLOCK_D": triton.next_power_of_2(max(1, rest))} | launch
     grid = N, triton.cdiv(H, launch["BLOCK_H"])
     pointers = x, target, cos, sin, positions
-    _turn_kernel[grid](*pointers, *strides, len(cos), H, **flags, **blocks, enable_fp_fusion=True)
+    _apply_rotary_kernel[grid](*pointers, *strides, len(cos), H, **flags, **blocks, enable_fp_fusion=True)
 
 
 @on_its_device
-def turn_and_store(
+def apply_rotary_and_store(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
     keys: Tensor, values: Tensor,
 ) -> None:  # fmt: skip
@@ -129,10 +132,12 @@ def turn_and_store(
     (B, H, D), H_kv = q.shape, k.shape[1]
     if q.numel() == 0:
         return
-    launch = LAUNCH[architecture(q.device)]["turn_and_store"]
+    launch = LAUNCH[architecture(q.device)]["apply_rotary_and_store"]
     rest = triton.next_power_of_2(max(1, D - 2 * cos.shape[1]))
     blocks = _dims(cos, D) | {"BLOCK_REST": rest, "BLOCK_D": triton.next_power_of_2(D)} | launch
     strides = *(s for x in (q, k, v) for s in x.stride()[:2]), *(s for x in (keys, values) for s in x.stride()[:3])
     pointers = q, k, v, keys, values, cos, sin, positions, slots
     grid = B, triton.cdiv(max(H, H_kv), launch["BLOCK_H"]), 3
-    _turn_and_store_kernel[grid](*pointers, *strides, len(cos), keys.shape[2], H, H_kv, **blocks, enable_fp_fusion=True)
+    _apply_rotary_and_store_kernel[grid](
+        *pointers, *strides, len(cos), keys.shape[2], H, H_kv, **blocks, enable_fp_fusion=True
+    )

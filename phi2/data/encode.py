@@ -31,7 +31,7 @@ from phi2.data.audit import Audit
 from phi2.data.config import Boundary, EncodeConfig
 from phi2.data.pieces import Piece, pair_texts, supervised_pieces
 from phi2.data.records import Chat, Origin, Pair, Plain, Record, RowError
-from phi2.special_text import MarkedEncoding
+from phi2.text.special_text import MarkedEncoding
 from phi2.tokenizer import Tokenizer
 
 BATCH_ROWS = 1000

@@ -268,14 +268,14 @@ def _slots(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) ->
 
 
 def _toy_slots(spec: DataSpec, kind: str) -> list[Record]:
-    from phi2.data import toy
+    from phi2.data.toy import skills
 
     name, toy_kind = TOYS[spec.label]
     if toy_kind != kind:
         raise ValueError(f"{spec.label} holds {toy_kind} rows, and {kind} rows are needed")
     if spec.max_tokens is not None or spec.subsample is not None:
         raise ValueError(f"{spec.label} has no columns for max_tokens or subsample to read")
-    return toy.records(name, spec.split or "train")
+    return skills.records(name, spec.split or "train")
 
 
 def _filters(spec: DataSpec, source: Source | None, kind: str) -> dict[str, Callable[[Row], bool]]:

@@ -14,14 +14,14 @@ from math import ceil
 from pathlib import Path
 from time import perf_counter
 
-from phi2.chat import ChatSession
-from phi2.convert import merge_adapter
+from phi2.checkpoints.convert import merge_adapter
+from phi2.checkpoints.weights import load
 from phi2.data.sources import DataSpec
 from phi2.evaluation.toy import Score, evaluate
+from phi2.inference.chat import ChatSession
 from phi2.lab.report import write_comparison, write_report
-from phi2.lora import LoraConfig
+from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
-from phi2.weights import load
 
 BASE = "nano"
 LORA = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"))

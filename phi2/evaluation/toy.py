@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from phi2.data.toy import SKILLS, Item, grade, items
-from phi2.generate import generate
+from phi2.data.toy.skills import SKILLS, Item, grade, items
+from phi2.inference.generate import generate
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 

@@ -33,6 +33,6 @@ def target_logps(
         dtype = torch.get_autocast_dtype(device)
         picked, weight = picked.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):  # it would round the logits too
-        if isinstance(head, LoraLinear) and head.enabled:
-            adapter = (head.lora_hidden(picked) * head.scaling, head.lora_B.weight)
+        if isinstance(head, LoraLinear) and head.adapter is not None:
+            adapter = (head.adapter.hidden(picked), head.adapter.lora_B.weight)
         return linear_logprob(picked, weight, head.bias, targets, *adapter, entropy=entropy)

@@ -7,16 +7,15 @@ difference is the loss's own. Everything runs on the CPU and leaves torch's rand
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from phi2.losses.preference import Columns, PairBatch
+from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.registry import BoundLoss
 
-Loss = Callable[[PairBatch], Tensor]
 STEPS = 64  # of the made-up log-probabilities in a nat
 CLOSE = 1e-4  # by how much of the largest number of a batch the rounding of one formula may differ
 
@@ -44,7 +43,7 @@ def made_up_pairs(
     return PairBatch(*policies, *masks, *((None, None) if reference_free else refs), columns)
 
 
-def require_pure(name: str, loss: Loss, pairs: PairBatch) -> None:
+def require_pure(loss: BoundLoss, pairs: PairBatch) -> None:
     """Refuses a loss that depends on more than its pairs, or that changes them.
 
     Raises:
@@ -52,21 +51,21 @@ def require_pure(name: str, loss: Loss, pairs: PairBatch) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
-        once, again = _call(name, loss, pairs), _call(name, loss, pairs)
+        once, again = _call(loss, pairs), _call(loss, pairs)
         drawn = not torch.equal(before, torch.get_rng_state())
     if drawn or not torch.allclose(once, again, rtol=0, atol=0, equal_nan=True):
         raise ValueError(
-            f"loss {name!r} is no function of its pairs alone: it draws random numbers, or keeps something from one"
-            " call to the next"
+            f"loss {loss.name!r} is no function of its pairs alone: it draws random numbers, or keeps something from"
+            " one call to the next"
         )
 
 
-def _call(name: str, loss: Loss, pairs: PairBatch) -> Tensor:
+def _call(loss: BoundLoss, pairs: PairBatch) -> Tensor:
     given, untouched = _copy(pairs), _copy(pairs)
     values = loss(given).detach().clone()
     changed = [key for key, value in vars(given).items() if _is_changed(value, getattr(untouched, key))]
     if changed:  # the first is it: sums, which stand behind what they are made of, may differ because of it
-        raise ValueError(f"loss {name!r} changes what it is given ({changed[0]}): it must not work in place")
+        raise ValueError(f"loss {loss.name!r} changes what it is given ({changed[0]}): it must not work in place")
     return values
 
 
@@ -90,7 +89,7 @@ def _is_changed(value: Tensor | Columns | None, untouched: Tensor | Columns | No
     return False
 
 
-def require_numbers(name: str, loss: Loss, pairs: PairBatch) -> None:
+def require_numbers(loss: BoundLoss, pairs: PairBatch) -> None:
     """Refuses a loss that is no finite number for a pair, or whose gradient is none, where a run begins.
 
     Raises:
@@ -98,12 +97,12 @@ def require_numbers(name: str, loss: Loss, pairs: PairBatch) -> None:
     """
     values, *gradients = _outcome(loss, pairs)
     if not values.isfinite().all():
-        raise ValueError(f"step 1: loss {name!r} is {values[~values.isfinite()][0].item()} for a pair")
+        raise ValueError(f"step 1: loss {loss.name!r} is {values[~values.isfinite()][0].item()} for a pair")
     if not all(gradient.isfinite().all() for gradient in gradients):
-        raise ValueError(f"step 1: loss {name!r} is {values.mean().item():.4g}, but its gradient is no number")
+        raise ValueError(f"step 1: loss {loss.name!r} is {values.mean().item():.4g}, but its gradient is no number")
 
 
-def uses_batch(loss: Loss, pairs: PairBatch) -> bool:
+def uses_batch(loss: BoundLoss, pairs: PairBatch) -> bool:
     """Whether a pair's value or gradient differs when the pair stands alone."""
     whole = _outcome(loss, pairs)
     for index in range(len(pairs.chosen_mask)):
@@ -133,7 +132,7 @@ def only(pairs: PairBatch, index: int) -> PairBatch:
     return replace(pairs, **tensors, columns=pairs.columns.each(lambda values: values[one]))
 
 
-def _outcome(loss: Loss, pairs: PairBatch) -> Outcome:
+def _outcome(loss: BoundLoss, pairs: PairBatch) -> Outcome:
     policy = [logps.detach().requires_grad_() for logps in (pairs.policy_chosen_logps, pairs.policy_rejected_logps)]
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of statistics over a single pair

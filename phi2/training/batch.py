@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from phi2.data.encode import EncodedPair
-from phi2.losses.preference import Columns, PairBatch
+from phi2.losses.batch import Columns, PairBatch
 
 
 def pair_batch(batch: Sequence[EncodedPair], policy: Tensor, ref: Tensor | None) -> PairBatch:

@@ -8,7 +8,7 @@ answers' likelihood, where asked for, over all their tokens in the window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,22 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from phi2.checkpoints.peft_files import restore_adapter
+from phi2.checkpoints.weights import load_model, load_shape
 from phi2.data.encode import EncodedPair
-from phi2.data.packing import row_of_pairs
+from phi2.files import write_whole
 from phi2.hub import resolve
+from phi2.losses.batch import PairBatch
 from phi2.losses.head import target_logps
-from phi2.losses.preference import PREFERENCE_LOSSES, PairBatch, bind_loss, find_loss, load_loss_file
 from phi2.losses.properties import require_numbers
-from phi2.losses.source import source_of_loss
+from phi2.losses.registry import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import restore_adapter
+from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
+from phi2.runs.folder import Interrupted, Log, delayed_interrupt, open_run, write_settings
+from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
 from phi2.training.batch import pair_batch
-from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.training.config import DPOConfig
-from phi2.training.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
 from phi2.training.look import look_at_loss
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
+from phi2.training.packing import row_of_pairs
 from phi2.training.reference import (
     Precomputed,
     Reference,
@@ -43,7 +46,6 @@ from phi2.training.reference import (
     require_fit,
     warn_of_another_vocabulary,
 )
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings, write_whole
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,
@@ -62,15 +64,11 @@ from phi2.training.setup import (
     windows_of,
     write_samples,
 )
-from phi2.weights import load_model, load_shape
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
 STEP_0_TOLERANCE = 1e-3
 # A precomputed reference saw the rows in other batches, and half-precision matmuls round each shape in their own way.
 CACHED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-
-
-Loss = Callable[[PairBatch], Tensor]
 
 
 def train(config: DPOConfig) -> Path:
@@ -81,30 +79,28 @@ def train(config: DPOConfig) -> Path:
             other inputs; when policy and reference do not agree at the first step; when the loss is no number any more.
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
-    if config.loss_file is not None:
-        load_loss_file(config.loss_file)
-    config = with_all_knobs(config)
-    loss = bind_loss(config.loss, config.knobs)
-    if is_reference_free(config) and (config.reference != "auto" or config.precompute_ref_log_probs):
+    loss = bind_loss(config.loss, config.knobs, config.loss_file)
+    config = with_all_knobs(config, loss)
+    if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
         raise ValueError(f"loss {config.loss} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer = policy_tokenizer(config)
     pairs, eval_pairs = load_data(config, tokenizer, "preference")
     windows = windows_of(config, len(pairs))
     total = total_steps(config, windows)
-    inputs = inputs_of(config, tokenizer, pairs, eval_pairs) | preference_inputs(config)
+    inputs = inputs_of(config, tokenizer, pairs, eval_pairs) | preference_inputs(config, loss)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
     keep_loss_file(config, run)
-    look_at_loss(config.loss, loss, pairs, eval_pairs, windows, is_reference_free(config))
+    look_at_loss(loss, pairs, eval_pairs, windows)
     model = load_policy(config, checkpoint)
     require_embeddings(model, tokenizer)
     require_context(model, [*pairs, *eval_pairs])
     require_dropout(config, model)
     check_sample_prompts(config, model, tokenizer)
-    warn_of_another_vocabulary(other_reference(config), tokenizer)
+    warn_of_another_vocabulary(other_reference(config, loss), tokenizer)
     scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
-    reference = make_reference(config, model, checkpoint, scored)
+    reference = None if loss.reference_free else make_reference(config, model, checkpoint, scored)
     if isinstance(reference, Precomputed):
         require_same_cache(run, reference, scored, resumed=checkpoint is not None)
     save_weights = weights_saver(config, model, tokenizer)
@@ -139,29 +135,23 @@ def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
     Raises:
         ValueError: when neither the model nor its adapter drops anything.
     """
-    shape, lora = model.config, getattr(model, "lora_config", None)
+    shape, lora = model.config, model.lora_config
     rates = (shape.resid_pdrop, shape.embd_pdrop, shape.attention_dropout, lora.lora_dropout if lora else 0)
     if not config.disable_dropout and not any(rates):
         raise ValueError("disable_dropout false needs a dropout, got 0 in the model's config.json and in lora_dropout")
 
 
-def with_all_knobs(config: DPOConfig) -> DPOConfig:
-    """The config with the loss's own values where it was silent, so that the run folder tells what was used.
-
-    Raises:
-        ValueError: for an unknown loss.
-    """
-    knobs = {**find_loss(config.loss).knobs, **config.knobs}
+def with_all_knobs(config: DPOConfig, loss: BoundLoss) -> DPOConfig:
+    """The config with the loss's own values where it was silent, so that the run folder tells what was used."""
+    knobs = dict(loss.knobs)
     named = {name: knobs.pop(name, None) for name in ("beta", "label_smoothing")}
     return replace(config, **named, loss_args=knobs)
 
 
 def make_reference(
     config: DPOConfig, model: Phi2ForCausalLM, checkpoint: Path | None, pairs: Sequence[EncodedPair]
-) -> Reference | None:
-    """The reference that `config.reference` names; None for a loss that needs none."""
-    if is_reference_free(config):
-        return None
+) -> Reference:
+    """The reference that `config.reference` names."""
     kind = reference_kind(config)
     if kind == "adapters_off":
         scorer, live = model, adapters_off(model)
@@ -189,21 +179,17 @@ def start_of_run(config: DPOConfig, model: Phi2ForCausalLM) -> Phi2ForCausalLM:
     return start
 
 
-def is_reference_free(config: DPOConfig) -> bool:
-    return PREFERENCE_LOSSES[config.loss].reference_free
-
-
-def other_reference(config: DPOConfig) -> Path | None:
+def other_reference(config: DPOConfig, loss: BoundLoss) -> Path | None:
     """Folder of the reference where it is another checkpoint than the policy's."""
     kind = reference_kind(config)
-    return None if is_reference_free(config) or kind in ("adapters_off", "frozen_copy") else resolve(kind)
+    return None if loss.reference_free or kind in ("adapters_off", "frozen_copy") else resolve(kind)
 
 
-def preference_inputs(config: DPOConfig) -> Inputs:
+def preference_inputs(config: DPOConfig, loss: BoundLoss) -> Inputs:
     """Digests of what only a preference run depends on."""
-    source, folder = source_of_loss(PREFERENCE_LOSSES[config.loss].function, config.loss_file), other_reference(config)
+    folder = other_reference(config, loss)
     reference = {} if folder is None else {"reference": digest_of_model(folder)}
-    return {"loss": None if source is None else digest_of_texts([source]), **reference}
+    return {"loss": None if loss.source is None else digest_of_texts([loss.source]), **reference}
 
 
 def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPair], resumed: bool) -> None:
@@ -245,7 +231,11 @@ def score_pairs(
 
 @torch.no_grad()
 def check_start(
-    config: DPOConfig, model: Phi2ForCausalLM, reference: Reference | None, batch: Sequence[EncodedPair], loss: Loss
+    config: DPOConfig,
+    model: Phi2ForCausalLM,
+    reference: Reference | None,
+    batch: Sequence[EncodedPair],
+    loss: BoundLoss,
 ) -> None:
     """Before the first update loss and gradient are numbers; if the policy is the reference then, the loss is known.
 
@@ -258,10 +248,10 @@ def check_start(
     model.train(training)
     if reference is not None and starts_at_reference(config):
         require_agreement(config, pairs, loss)
-    require_numbers(config.loss, loss, pairs)
+    require_numbers(loss, pairs)
 
 
-def require_agreement(config: DPOConfig, pairs: PairBatch, loss: Loss) -> None:
+def require_agreement(config: DPOConfig, pairs: PairBatch, loss: BoundLoss) -> None:
     """Refuses a start at which policy and reference, the same weights, do not give the same log-probabilities."""
     cached = config.precompute_ref_log_probs
     tolerance = CACHED_TOLERANCE[compute_dtype(config)] if cached else STEP_0_TOLERANCE
@@ -290,7 +280,7 @@ def update(
     optimizer: Optimizer,
     batches: list[list[EncodedPair]],
     reference: Reference | None,
-    loss: Loss,
+    loss: BoundLoss,
 ) -> dict[str, float]:
     """One optimizer step over a window of micro-batches; returns the metrics of all its pairs."""
     count = sum(map(len, batches))
@@ -299,13 +289,13 @@ def update(
         pairs = score_pairs(model, batch, reference, autocast(config))
         losses = objective(config, pairs, loss, batches)
         optimizer.backward(losses.sum() / count)
-        gathered.append(pair_metrics(pairs, losses, reward_scale(config)))
+        gathered.append(pair_metrics(pairs, losses, loss.reward_scale))
     learning_rate = optimizer.learning_rate
     norm = optimizer.step()
     return {**means(gathered), "grad_norm": norm, "learning_rate": learning_rate}
 
 
-def objective(config: DPOConfig, pairs: PairBatch, loss: Loss, batches: Sequence[Sequence[EncodedPair]]) -> Tensor:
+def objective(config: DPOConfig, pairs: PairBatch, loss: BoundLoss, batches: Sequence[Sequence[EncodedPair]]) -> Tensor:
     """(B,) values whose mean over all `batches` is the loss plus the weighted NLL per chosen token."""
     losses = loss(pairs)
     if not config.nll_weight:
@@ -315,14 +305,13 @@ def objective(config: DPOConfig, pairs: PairBatch, loss: Loss, batches: Sequence
     return losses - config.nll_weight * per_pair * pairs.policy_chosen
 
 
-def reward_scale(config: DPOConfig) -> float:
-    """The loss's beta; 1 for a loss that has none."""
-    return config.knobs.get("beta", PREFERENCE_LOSSES[config.loss].knobs.get("beta", 1.0))
-
-
 @torch.no_grad()
 def evaluate(
-    config: DPOConfig, model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], reference: Reference | None, loss: Loss
+    config: DPOConfig,
+    model: Phi2ForCausalLM,
+    pairs: Sequence[EncodedPair],
+    reference: Reference | None,
+    loss: BoundLoss,
 ) -> dict[str, float]:
     """The metrics of training over a whole data set, names prefixed with eval_."""
     training, size = model.training, config.per_device_train_batch_size
@@ -331,6 +320,6 @@ def evaluate(
     gathered = []
     for batch in batches:
         scored = score_pairs(model, batch, reference, autocast(config))
-        gathered.append(pair_metrics(scored, objective(config, scored, loss, batches), reward_scale(config)))
+        gathered.append(pair_metrics(scored, objective(config, scored, loss, batches), loss.reward_scale))
     model.train(training)
     return {f"eval_{name}": value for name, value in means(gathered).items()}

@@ -12,46 +12,41 @@ from collections.abc import Sequence
 import torch
 
 from phi2.data.encode import EncodedPair
-from phi2.data.loader import Windows
-from phi2.losses.preference import PairBatch
-from phi2.losses.properties import Loss, made_up_pairs, require_pure, uses_batch
+from phi2.losses.batch import PairBatch
+from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
+from phi2.losses.registry import BoundLoss
 from phi2.training.batch import column_gaps, numeric_columns
+from phi2.training.window import Windows
 
 SPREAD, CANDIDATES = 8, 1024  # pairs over the whole data set that are looked at, and among which columns are
 
 
 def look_at_loss(
-    name: str,
-    loss: Loss,
-    pairs: Sequence[EncodedPair],
-    eval_pairs: Sequence[EncodedPair],
-    windows: Windows,
-    reference_free: bool,
+    loss: BoundLoss, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair], windows: Windows
 ) -> None:
     """Refuses a loss that would train on something else than it says; tells of one that uses the batch.
 
     Args:
         windows: of the run over `pairs`.
-        reference_free: whether the loss gets no reference.
     Raises:
         ValueError: when the loss is not pure, when it reads a column that is not a number in every row, or when it uses
             the batch and an update is more than one pass.
     """
     gaps = column_gaps([*pairs, *eval_pairs])
-    shown = shown_pairs(varied(pairs, gaps), gaps, reference_free)
-    require_pure(name, loss, shown)
+    shown = shown_pairs(varied(pairs, gaps), gaps, loss.reference_free)
+    require_pure(loss, shown)
     if not uses_batch(loss, shown):
         return
     sizes = [len(batch) for batch in windows.at(0)]
     if len(sizes) > 1:
         raise ValueError(
-            f"loss {name!r} gives a pair another value when other pairs stand beside it (it uses the batch): that is"
-            f" right only while an update is one pass; set gradient_accumulation_steps: 1 and, for updates of as many"
-            f" pairs as now, per_device_train_batch_size: {sum(sizes)}"
+            f"loss {loss.name!r} gives a pair another value when other pairs stand beside it (it uses the batch): that"
+            f" is right only while an update is one pass; set gradient_accumulation_steps: 1 and, for updates of as"
+            f" many pairs as now, per_device_train_batch_size: {sum(sizes)}"
         )
     last = len(windows.at(windows.per_epoch - 1)[0])
     warnings.warn(
-        f"loss {name!r} uses the batch: a pair's value depends on the pairs beside it, {sizes[0]} at a time"
+        f"loss {loss.name!r} uses the batch: a pair's value depends on the pairs beside it, {sizes[0]} at a time"
         f" ({last} in the last update of an epoch){', in evaluation too' if eval_pairs else ''}",
         stacklevel=2,
     )

@@ -7,28 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phi2.losses.preference import PairBatch
+from phi2.losses.batch import PairBatch
 
 
 @torch.no_grad()
-def pair_metrics(pairs: PairBatch, losses: Tensor, beta: float) -> dict[str, Tensor]:
+def pair_metrics(pairs: PairBatch, losses: Tensor, reward_scale: float) -> dict[str, Tensor]:
     """One value per pair, (B,), of everything that is reported.
 
-    Rewards are beta times the log-ratio to the reference; without one, beta times the log-probability per token. `kl`
+    Rewards are the log-ratio to the reference, times their scale; without one, the log-probability per token. `kl`
     estimates KL(reference to policy) per token as the mean of log ref - log policy over the chosen answers: exact in
     expectation if they were the reference's own samples, and never exploding, as estimators of the other direction do.
 
     Args:
         losses: (B,) of the same pairs.
-        beta: scale of the rewards.
+        reward_scale: that of the loss (`BoundLoss`).
     Source: metric names as in trl.
     """
     if pairs.ref_chosen_logps is None:
-        chosen = beta * pairs.policy_chosen / pairs.chosen_length
-        rejected = beta * pairs.policy_rejected / pairs.rejected_length
+        chosen = reward_scale * pairs.policy_chosen / pairs.chosen_length
+        rejected = reward_scale * pairs.policy_rejected / pairs.rejected_length
         reference = {}
     else:
-        chosen, rejected = beta * pairs.chosen_logratio, beta * pairs.rejected_logratio
+        chosen, rejected = reward_scale * pairs.chosen_logratio, reward_scale * pairs.rejected_logratio
         reference = {
             "ref_logps/chosen": pairs.ref_chosen,
             "ref_logps/rejected": pairs.ref_rejected,

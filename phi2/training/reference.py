@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,11 +23,12 @@ from tqdm import tqdm
 
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
-from phi2.data.packing import TokenRow, row_of_pairs
+from phi2.files import write_whole
 from phi2.lora import disabled, lora_modules
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
+from phi2.training.packing import TokenRow, row_of_pairs
 
 # The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_pairs`.
 Reference = Callable[[Sequence[EncodedPair], TokenRow], Tensor]
@@ -168,7 +168,7 @@ def fingerprint(model: Phi2ForCausalLM, adapters: bool, compute_dtype: torch.dty
     Args:
         adapters: whether its adapters belong to it.
     """
-    scalings = {name: module.scaling for name, module in lora_modules(model).items()} if adapters else {}
+    scalings = {name: module.active.scaling for name, module in lora_modules(model).items()} if adapters else {}
     digest = hashlib.sha256(repr((model.config.to_dict(), model.dtype, compute_dtype, scalings)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if adapters or ".lora_" not in name:
@@ -190,12 +190,7 @@ def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
 
 def _write_cache(path: Path, known: dict[bytes, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")  # runs side by side may share the cache
     keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 32)
     ends = np.cumsum([len(values) for values in known.values()])
     tensors = {"keys": keys, "logps": np.concatenate(list(known.values())), "ends": ends}
-    try:
-        partial.write_bytes(safetensors.numpy.save(tensors))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, safetensors.numpy.save(tensors))

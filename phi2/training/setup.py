@@ -10,23 +10,24 @@ from pathlib import Path
 
 import torch
 
+from phi2.checkpoints.peft_files import load_adapter, save_adapter
+from phi2.checkpoints.weights import load_config, load_model, load_tokenizer, pick_device, pick_dtype, save_pretrained
 from phi2.data.audit import Audit
 from phi2.data.encode import Encoded, encode_records
-from phi2.data.loader import Windows
 from phi2.data.sources import Loaded, load_records, require_ignored, split_records
+from phi2.files import write_whole
 from phi2.fused import fuse
-from phi2.generate import check_prompt, generate
 from phi2.hub import resolve
+from phi2.inference.generate import check_prompt, generate
 from phi2.lora import attach, has_adapter
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import load_adapter, save_adapter
+from phi2.runs.card import write_card
+from phi2.runs.checkpoint import last_checkpoint
+from phi2.runs.folder import last_metrics
 from phi2.tokenizer import Tokenizer
-from phi2.training.card import write_card
-from phi2.training.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 from phi2.training.optim import warmup_updates
-from phi2.training.run import last_metrics, write_whole
-from phi2.weights import load_config, load_model, load_tokenizer, pick_device, pick_dtype, save_pretrained
+from phi2.training.window import Windows
 
 
 def policy_tokenizer(config: TrainingConfig) -> Tokenizer:

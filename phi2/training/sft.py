@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from phi2.data.encode import EncodedSequence
-from phi2.data.packing import TokenRow, best_fit, row_of_sequences, wrapped
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
-from phi2.training.checkpoint import restore_checkpoint, save_checkpoint
+from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
+from phi2.runs.folder import Interrupted, Log, delayed_interrupt, open_run, write_settings
+from phi2.runs.inputs import inputs_of, require_same_inputs
 from phi2.training.config import SFTConfig
-from phi2.training.inputs import inputs_of, require_same_inputs
 from phi2.training.optim import Optimizer
-from phi2.training.run import Interrupted, Log, delayed_interrupt, open_run, write_settings
+from phi2.training.packing import TokenRow, best_fit, row_of_sequences, wrapped
 from phi2.training.setup import (
     autocast,
     check_sample_prompts,

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from phi2_kernels import attention_backward_triton, attention_forward_triton, attention_tiles_triton
 from phi2_kernels._dispatch import tl, triton
 from phi2_kernels.attention import _attention, attention, attention_with_lse
-from phi2_kernels.attention_tiles_triton import Launch
+from phi2_kernels.attention_tiles_triton import AttentionLaunch
 from phi2_kernels.visibility import Visibility
 
 LAYOUTS = {
@@ -106,7 +106,7 @@ def test_layouts_equal_a_dense_mask(layout, device, poison):
 def test_blocks_need_not_be_square(M, N, rows, device, poison, monkeypatch):
     if device == "cuda" and M * N > 1024:
         pytest.skip("a float32 tile of this size spills, and takes a minute to compile")
-    launch = Launch(M, N, num_warps=4, num_stages=1)
+    launch = AttentionLaunch(M, N, num_warps=4, num_stages=1)
     monkeypatch.setattr(attention_tiles_triton, "FLOAT32", {"forward": launch, "dkdv": launch, "dq": launch})
     check(*make_qkv(70, device=device), make_visibility(70, 70, *rows, device=device))
 

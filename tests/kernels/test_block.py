@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from phi2_kernels import block as block_file
 from phi2_kernels import block_adapters, products
 from phi2_kernels.attention import attention_ref
-from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, block, follow
-from phi2_kernels.block_adapters import Adapter, Reading, add, pull_back
+from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, are_adjacent, block
+from phi2_kernels.block_adapters import Adapter, AdapterGroup, adapters_backward, add_adapters
 from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.rotary import rotary, rotary_angles
 from phi2_kernels.visibility import Visibility
@@ -30,14 +30,14 @@ def draw(shape: Shape, trainable: bool, adapters: bool) -> tuple[Tensor, Weights
     def new(*size: int, leaf: bool = trainable) -> Tensor:
         return (torch.randn(size, generator=g) * 0.2).requires_grad_(leaf)
 
-    attended, kv = shape.attended, shape.kv_heads * shape.head_dim
+    attended, kv = shape.attention_width, shape.kv_heads * shape.head_dim
     into, out = (attended, kv, kv, F), (attended, F)
     edges = [sum(into[:i]) for i in range(5)]
-    low_rank = [
+    in_adapters = [
         Adapter(start, end, new(r, C, leaf=True), new(end - start, r, leaf=True), scaling)
         for start, end, r, scaling in zip(edges, edges[1:], (3, 1, 5, 2), (2.0, 1.0, 0.4, 0.7), strict=False)
     ]
-    reading = [
+    out_adapters = [
         Adapter(0, attended, new(4, attended, leaf=True), new(C, 4, leaf=True), 1.5),
         Adapter(attended, attended + F, new(2, F, leaf=True), new(C, 2, leaf=True), 0.5),
     ]
@@ -48,7 +48,7 @@ def draw(shape: Shape, trainable: bool, adapters: bool) -> tuple[Tensor, Weights
         tuple(new(n) for n in into),
         tuple(new(C, n) for n in out),
         (new(C), new(C)),
-        *((tuple(low_rank), tuple(reading)) if adapters else ()),
+        *((tuple(in_adapters), tuple(out_adapters)) if adapters else ()),
     )
     return new(B, T, C, leaf=True), weights
 
@@ -85,9 +85,9 @@ def test_kernels_and_torch_agree_in_every_gradient(shape, kind, until, poison):
 
 def test_weights_that_are_neighbours_are_found():
     whole = torch.randn(6, 4)
-    assert follow(list(whole.split([1, 2, 3])))
-    assert not follow(list(whole.split([1, 2, 3]))[::-1]) and not follow([whole[:3], whole[3:].clone()])
-    assert not follow(list(whole.T.split([2, 2])))
+    assert are_adjacent(list(whole.split([1, 2, 3])))
+    assert not are_adjacent(list(whole.split([1, 2, 3]))[::-1]) and not are_adjacent([whole[:3], whole[3:].clone()])
+    assert not are_adjacent(list(whole.T.split([2, 2])))
 
 
 # Dropout
@@ -119,7 +119,7 @@ def plain_block(x: Tensor, w: Weights, shape: Shape, angles: tuple[Tensor, Tenso
     q, k, v = shape.split(h.unflatten(0, (B, T)))
     q, k = (rotary(z.transpose(1, 2), *angles, impl="torch").transpose(1, 2) for z in (q, k))
     attended = attention_ref(q, k, v, visibility).transpose(1, 2).flatten(2).flatten(0, 1)
-    halves = attended, fn.gelu(h[:, shape.qkv :], approximate="tanh")
+    halves = attended, fn.gelu(h[:, shape.qkv_width :], approximate="tanh")
     outputs = [fn.linear(half, weight, bias) for half, weight, bias in zip(halves, w.w_out, w.b_out, strict=True)]
     for i, a in enumerate(w.adapters_out):
         which = int(a.start > 0)
@@ -264,11 +264,11 @@ def test_adapters_make_nothing_large_in_float32_and_ask_no_gpu(rate, dtype, monk
     """`matmul` is hidden: on a GPU it takes halves, on a CPU it widens them."""
     N, wide, out, r = 40, 64, 96, 4
     x, grad, y, dx = (torch.randn(N, n).to(dtype) for n in (wide, out, out, wide))
-    reading = Reading((Adapter(0, out, torch.randn(r, wide), torch.randn(out, r), 2.0, rate),))
+    group = AdapterGroup((Adapter(0, out, torch.randn(r, wide), torch.randn(out, r), 2.0, rate),))
     monkeypatch.setattr(products, "matmul", Calls.hidden(products.matmul))
     with Calls() as calls:
-        add(reading, x, [y], SEED)
-        pull_back(reading, x, [grad], dx, SEED)
+        add_adapters(group, x, [y], SEED)
+        adapters_backward(group, x, [grad], dx, SEED)
     sizes = {kind: max(t.numel() for t in calls.tensors if t.dtype == kind) for kind in (dtype, torch.float32)}
     assert sizes[dtype] == N * out and sizes[torch.float32] < N * wide
     assert rate or torch.ops.aten._local_scalar_dense.default not in calls.operators  # a seed lies on the CPU
@@ -307,6 +307,6 @@ def test_a_stream_in_another_order_is_read_right(impl, poison):
     shape = SHAPES["heads 80"]
     x, weights = draw(shape, trainable=False, adapters=False)
     angles, seen = rotary_angles(torch.arange(T)[None], 8, 10000.0), Visibility(T, T, None, x.device)
-    turned = x[:1].mT.contiguous().mT  # the same numbers, columns far apart
-    ours, expected = (block(each, weights, shape, angles, seen, impl=impl) for each in (turned, x[:1]))
-    assert not turned.is_contiguous() and torch.equal(ours, expected)
+    transposed = x[:1].mT.contiguous().mT  # the same numbers, columns far apart
+    ours, expected = (block(each, weights, shape, angles, seen, impl=impl) for each in (transposed, x[:1]))
+    assert not transposed.is_contiguous() and torch.equal(ours, expected)

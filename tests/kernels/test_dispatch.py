@@ -24,7 +24,7 @@ def test_auto_is_torch_for_tensors_on_a_cpu():
     assert not use_triton("auto", CPU) and not use_triton("torch", CPU)
 
 
-def test_an_obstacle_is_not_looked_for_where_torch_runs():
+def test_a_reason_is_not_looked_for_where_torch_runs():
     use_triton("auto", CPU, lambda: pytest.fail("asked"))
 
 

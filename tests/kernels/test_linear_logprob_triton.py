@@ -114,7 +114,7 @@ def run_stats(logits, bias, targets, dtype):
     return *numbers, linear_logprob_triton.stats(logits.clone(), bias, targets, *numbers, dtype)
 
 
-def unit_gradient(logits, bias, targets) -> torch.Tensor:
+def logp_gradient(logits, bias, targets) -> torch.Tensor:
     softmax = (logits.double() + bias.double()).softmax(-1)
     return torch.nn.functional.one_hot(targets, logits.shape[1]) - softmax
 
@@ -130,7 +130,7 @@ def test_one_chunk_gives_statistics_and_gradient_in_the_memory_of_its_logits(V, 
     torch.testing.assert_close(logp.double(), expected.gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-6, atol=5e-6)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(grad.double(), unit_gradient(logits, bias, targets), rtol=eps, atol=1e-6)
+    torch.testing.assert_close(grad.double(), logp_gradient(logits, bias, targets), rtol=eps, atol=1e-6)
     assert grad.dtype == dtype and grad.untyped_storage().nbytes() == logits.untyped_storage().nbytes()
 
 
@@ -143,7 +143,7 @@ def test_the_gradient_made_again_is_scaled_row_by_row(V, dtype, block, device):
     lse = (logits + bias).logsumexp(-1)
     scale = torch.tensor([0.5, -2.0, 0.0, 1.0], device=device)
     grad = linear_logprob_triton.gradient(logits.clone(), bias, targets, lse, scale, dtype)
-    exact = scale[:, None].double() * unit_gradient(logits, bias, targets)
+    exact = scale[:, None].double() * logp_gradient(logits, bias, targets)
     torch.testing.assert_close(grad.double(), exact, rtol=torch.finfo(dtype).eps, atol=2e-6)
 
 
@@ -224,8 +224,8 @@ def test_no_rows_give_no_logps_and_zero_gradient(device):
 @pytest.mark.parametrize("trainable", ["frozen head under an adapter", "everything"])
 def test_the_op_obeys_the_rules_of_custom_ops(trainable, impl, device):
     arguments = with_grads(inputs(5, 8, 17, device=device), TRAINABLE[trainable])
-    unit = trainable != "everything"
-    torch.library.opcheck(op._linear_logprob, (*arguments, True, unit, impl == "triton"))
+    save_grad = trainable != "everything"
+    torch.library.opcheck(op._linear_logprob, (*arguments, True, save_grad, impl == "triton"))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

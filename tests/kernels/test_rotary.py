@@ -24,7 +24,7 @@ def tables(positions: torch.Tensor, R: int) -> tuple[torch.Tensor, torch.Tensor]
     return cos.flatten(0, 2), sin.flatten(0, 2)
 
 
-def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The formula on complex numbers, in float64; cos and sin (N, R/2), x (N, H, D)."""
     half = cos.shape[-1]
     z = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double())
@@ -49,15 +49,15 @@ def test_values_and_gradient_equal_the_formula(shape, dtype, impl, device):
     y = rotary(x, cos, sin, impl=impl)
     y.backward(upstream)
     flat = cos.flatten(0, 2), sin.flatten(0, 2)
-    assert_rounded(y.detach().flatten(0, 1), turned(x.detach().flatten(0, 1), *flat))
-    assert_rounded(x.grad.flatten(0, 1), turned(upstream.flatten(0, 1), flat[0], -flat[1]))
+    assert_rounded(y.detach().flatten(0, 1), rotated(x.detach().flatten(0, 1), *flat))
+    assert_rounded(x.grad.flatten(0, 1), rotated(upstream.flatten(0, 1), flat[0], -flat[1]))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_one_row_of_angles_serves_every_batch_row(impl, device):
     x = heads(3, 5, 2, 80, device=device)
     cos, sin = rotary_angles(torch.arange(5, device=device)[None], 32, 10000.0)
-    assert_rounded(rotary(x, cos, sin, impl=impl)[2], turned(x[2], cos[0, :, 0], sin[0, :, 0]))
+    assert_rounded(rotary(x, cos, sin, impl=impl)[2], rotated(x[2], cos[0, :, 0], sin[0, :, 0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +72,7 @@ def test_queries_and_keys_turn_where_they_lie_in_a_packed_buffer(impl, inverse, 
     rotary_(buffer[:, 16 : 16 + 2 * H * D].unflatten(1, (2 * H, D)), cos, sin, positions, inverse=inverse, impl=impl)
     view = before[:, 16 : 16 + 2 * H * D].unflatten(1, (2 * H, D))
     rows = positions.long()
-    exact = turned(view, cos[rows], -sin[rows] if inverse else sin[rows])
+    exact = rotated(view, cos[rows], -sin[rows] if inverse else sin[rows])
     assert_rounded(buffer[:, 16 : 16 + 2 * H * D].unflatten(1, (2 * H, D)), exact)
     untouched = torch.cat((buffer[:, :16], buffer[:, 16 + 2 * H * D :]), 1)
     assert torch.equal(untouched, torch.cat((before[:, :16], before[:, 16 + 2 * H * D :]), 1))
@@ -101,7 +101,7 @@ def test_a_decode_step_turns_queries_and_fills_the_slots_of_the_cache(H, H_kv, d
     positions = torch.tensor([4, 0, 19], dtype=torch.int32, device=device)
     slots = torch.tensor([4, 10, 0], dtype=torch.int32, device=device)
     rows = positions.long()
-    expected_q, expected_k = (turned(z.clone(), cos[rows], sin[rows]) for z in (q, k))
+    expected_q, expected_k = (rotated(z.clone(), cos[rows], sin[rows]) for z in (q, k))
     before_k, before_v = k.clone(), v.clone()
     rotary_and_store(q, k, v, cos, sin, positions, slots, *cache, impl=impl)
     assert_rounded(q, expected_q)
@@ -134,7 +134,7 @@ def test_an_expanded_gradient_is_understood(device):
     x = heads(1, 3, 2, 80, device=device).requires_grad_()
     cos, sin = rotary_angles(torch.arange(3, device=device)[None], 32, 10000.0)
     rotary(x, cos, sin, impl="triton").sum().backward()
-    assert_rounded(x.grad[0], turned(torch.ones_like(x[0]), cos[0, :, 0], -sin[0, :, 0]))
+    assert_rounded(x.grad[0], rotated(torch.ones_like(x[0]), cos[0, :, 0], -sin[0, :, 0]))
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,10 @@ def test_angles_must_be_of_every_token(impl, device):
 def test_a_turn_the_wrong_way_is_caught(monkeypatch, device):
     from phi2_kernels import rotary_triton
 
-    real = rotary_triton.turn
-    monkeypatch.setattr(rotary_triton, "turn", lambda x, c, s, p, inverse, y=None: real(x, c, s, p, not inverse, y))
+    real = rotary_triton.apply_rotary
+    monkeypatch.setattr(
+        rotary_triton, "apply_rotary", lambda x, c, s, p, inverse, y=None: real(x, c, s, p, not inverse, y)
+    )
     with pytest.raises(AssertionError):
         test_values_and_gradient_equal_the_formula(SHAPES[1], torch.bfloat16, "triton", device)
 

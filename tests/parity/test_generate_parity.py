@@ -13,12 +13,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.generation import logits_process as hf
 
+from phi2.checkpoints.weights import load
 from phi2.config import Phi2Config
-from phi2.generate import generate
+from phi2.inference.generate import generate
+from phi2.inference.sampling import SamplingParams, process_logits
 from phi2.model import Phi2ForCausalLM
-from phi2.sampling import SamplingParams, process_logits
 from phi2.tokenizer import Tokenizer
-from phi2.weights import load
 
 V = 40
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import phi2
-from phi2.cli import main
+from phi2.cli.commands import main
 
 pytestmark = pytest.mark.real_data
 IDS = torch.arange(100, 140)[None]

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from phi2.data.loader import Windows
-from phi2.data.packing import best_fit
-from phi2.lora import LoraConfig, attach
-from phi2.peft_files import load_adapter, save_adapter
+from phi2.checkpoints.peft_files import load_adapter, save_adapter
+from phi2.checkpoints.weights import load_model
+from phi2.lora import attach
+from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
-from phi2.weights import load_model
+from phi2.training.packing import best_fit
+from phi2.training.window import Windows
 
 trl = pytest.importorskip("trl")
 accelerate = pytest.importorskip("accelerate")

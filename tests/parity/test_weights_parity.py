@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from phi2.checkpoints.weights import load_model, save_pretrained
 from phi2.config import Phi2Config
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
-from phi2.weights import load_model, save_pretrained
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from phi2.data.sources import SOURCES, DataSpec
+from phi2.files import write_whole
 from phi2.hub import HUB_ID
+from phi2.runs.folder import to_plain
 from phi2.training.config import TrainingConfig
-from phi2.training.run import to_plain, write_whole
 
 NOT_HYPERPARAMETERS = (  # said elsewhere in the card, or without influence on the result
     "model",

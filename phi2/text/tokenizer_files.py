@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from phi2.hub import one_line, read_json
+from phi2.files import one_line, read_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -177,13 +177,3 @@ def _is_id(value: Any, limit: int) -> bool:
 
 def _existing(folder: Path, *names: str) -> Iterator[Path]:
     return (folder / name for name in names if (folder / name).is_file())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

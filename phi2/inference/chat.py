@@ -8,7 +8,6 @@ without special cases: what changed is simply not a prefix any more.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,9 +16,10 @@ from pathlib import Path
 import torch
 
 from phi2.cache import KVCache
-from phi2.generate import Chunk, check_prompt, decode
+from phi2.files import write_whole
+from phi2.inference.generate import Chunk, check_prompt, decode
+from phi2.inference.sampling import SamplingParams
 from phi2.model import Phi2ForCausalLM
-from phi2.sampling import SamplingParams
 from phi2.tokenizer import Tokenizer
 
 HELP = '''/help          this list
@@ -105,14 +105,7 @@ class ChatSession:
 
     def save(self, path: str | Path) -> None:
         """Writes `{"messages": [...]}`, a row that supervised fine-tuning reads, whole or not at all."""
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        text = json.dumps({"messages": self.transcript}, indent=2, ensure_ascii=False)
-        try:
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(Path(path), json.dumps({"messages": self.transcript}, indent=2, ensure_ascii=False) + "\n")
 
     def _system_turn(self) -> list[dict[str, str]]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -11,12 +11,10 @@ refused by name, and what we do not know is named.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -24,9 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from phi2.hub import of_a_run, one_line, read_json
-from phi2.lora import LoraConfig, adapter_state, has_adapter, insert, lora_modules, target_names
-from phi2.same_base import is_same_base, sample_of_base
+from phi2.checkpoints.same_base import is_same_base, sample_of_base
+from phi2.files import one_line, read_json, whole_file
+from phi2.hub import of_a_run
+from phi2.lora import DEFAULT, adapter_state, has_adapter, insert, lora_modules, target_names
+from phi2.lora_config import LoraConfig
+from phi2.model import Phi2ForCausalLM
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -68,7 +69,7 @@ EMBEDDING = "model.embed_tokens.weight"
 WHOLE = {"lm_head": (f"{HEAD}.weight", f"{HEAD}.bias"), "embed_tokens": (EMBEDDING,)}  # what peft may save as it is
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: str) -> None:
+def save_adapter(model: Phi2ForCausalLM, folder: str | Path, base_model_name_or_path: str) -> None:
     """Writes the model's adapter as peft would; an adapter that was there stays whole until the new one is.
 
     Args:
@@ -88,18 +89,16 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
         raise ValueError(f"{folder}: must be a folder, and is a file")
     state = adapter_state(model)
     head = lora_modules(model).get(HEAD)
-    if head is not None:
+    if head is not None and head.weight.is_floating_point():
         state |= {HEAD_WEIGHT: head.weight.detach(), HEAD_BIAS: head.bias.detach()}
     tensors = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.items()}
     metadata = {"format": "pt", BASE_SAMPLE: sample_of_base(model)}
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    config = _config_to_write(model.lora_config, base_model_name_or_path)
+    with whole_file(folder / CONFIG_FILE) as config_file, whole_file(folder / WEIGHTS_FILE) as weights_file:
         # Not save_file: it leaves the file unreadable to all but its owner.
-        Path(staging, WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors, metadata))
-        config = _config_to_write(model.lora_config, base_model_name_or_path)
-        Path(staging, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(Path(staging, name), folder / name)
+        weights_file.write_bytes(safetensors.torch.save(tensors, metadata))
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def require_adapter(folder: Path) -> None:
@@ -113,7 +112,9 @@ def require_adapter(folder: Path) -> None:
         raise FileNotFoundError(f"{path}: no such file{of_a_run(folder)}")
 
 
-def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) -> None:
+def load_adapter(
+    model: Phi2ForCausalLM, folder: str | Path, trainable: bool = False, adapter_name: str = DEFAULT
+) -> None:
     """Freezes the model and puts the adapter of a folder on it; the model is untouched when anything is wrong.
 
     Warns when the adapter was trained on other weights, where `save_adapter` wrote it.
@@ -124,16 +125,17 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
     ones become the mean of the others, as transformers starts them; their exact values are not in the folder.
 
     Args:
-        model: the `Phi2ForCausalLM` that the adapter was trained on, without an adapter.
+        model: what the adapter was trained on.
         folder: written by `save_adapter` or by peft.
         trainable: whether the adapter is to be trained further.
+        adapter_name: what it is called among the adapters of the model; it is the active one from now on.
 
     Raises:
         FileNotFoundError: when one of the two files is missing.
         ValueError: one line naming the file: not readable, unsupported features, or tensors missing, unexpected or of
-            another shape; or when the model has an adapter already.
+            another shape; or when the model has an adapter of that name already.
     """
-    if has_adapter(model):
+    if adapter_name in model.adapters:
         raise ValueError("the model has an adapter already: merge it first")
     folder = Path(folder)
     require_adapter(folder)
@@ -146,12 +148,14 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
     whole = [name for part, group in WHOLE.items() for name in group if name in tensors or part in _saved(raw)]
     if whole and trainable:
         raise ValueError(f"{folder}: brings its own {', '.join(whole)}, not to be trained on: merge it into its base")
+    if whole and model.adapters:
+        raise ValueError(f"{folder}: brings its own {', '.join(whole)}, not for a model with other adapters")
     _check_tensors(tensors, _expected_shapes(model, config, names, tensors, whole), folder / WEIGHTS_FILE)
     _warn_of_another_base(model, folder, raw)
     given = {n.replace(".base_layer", ""): tensors.pop(n) for n in (*whole, HEAD_WEIGHT, HEAD_BIAS) if n in tensors}
     if given:
         _replace_vocabulary(model, given, folder)
-    insert(model, config, names)
+    insert(model, config, names, adapter_name)
     model.brought_by_adapter = tuple(whole)
     for name, parameter in adapter_state(model).items():
         parameter.copy_(tensors[name])

@@ -22,14 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phi2.checkpoints.peft_files import load_adapter, require_adapter
 from phi2.config import Phi2Config
-from phi2.hub import of_a_run, one_line, read_json, resolve
+from phi2.files import one_line, read_json, whole_folder
+from phi2.hub import of_a_run, resolve
 from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import load_adapter, require_adapter
 from phi2.quantize import quantize_model
+from phi2.text.tokenizer_files import read_stop_ids
 from phi2.tokenizer import Tokenizer
-from phi2.tokenizer_files import read_stop_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT_FORMATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
@@ -224,7 +225,7 @@ def save_pretrained(
     config = replace(model.config, **kept, dtype=str(_most_common(state, dtypes)).removeprefix("torch."))
     ends = sorted(end for end in tokenizer.stop_ids if end < limit)
     generation = {**ids, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
-    with _complete_or_absent(Path(folder), overwrite) as unfinished:
+    with whole_folder(_place(Path(folder), overwrite)) as unfinished:
         _write_json(unfinished / "config.json", config.to_dict())
         _save_tensors(state, unfinished, max_shard_size, dtypes)
         tokenizer.save(unfinished)
@@ -379,24 +380,12 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when it does not."""
+def _place(folder: Path, overwrite: bool) -> Path:
+    """Where a model may be written: nothing is there, or a model that may go."""
     folder = folder.expanduser().resolve()
     occupied = folder.exists() and any(folder.iterdir())
     if occupied and not overwrite:
         raise ValueError(f"{folder}: not empty; give another folder (in Python, overwrite=True replaces it)")
     if occupied and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no model, so it is not replaced")
-    unfinished, old = (folder.with_name(f".{folder.name}.{word}") for word in ("unfinished", "old"))
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if occupied:
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        unfinished.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder

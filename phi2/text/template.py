@@ -17,8 +17,8 @@ from jinja2 import Environment, Template, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from phi2.hub import one_line
-from phi2.template_limits import METER, LimitedEnvironment, Meter, metered
+from phi2.files import one_line
+from phi2.text.template_limits import METER, LimitedEnvironment, Meter, metered
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: what an assistant thought
 FAILURES = (  # what a template that is wrong, or too greedy, ends in

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from phi2.checkpoints.peft_files import resized
+from phi2.checkpoints.weights import load, save_pretrained
 from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
-from phi2.peft_files import resized
-from phi2.weights import load, save_pretrained
 
 
 def merge_adapter(model: str, adapter: str, output: str, dtype: str | None = None) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import signal
@@ -22,7 +21,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from phi2.training.checkpoint import last_checkpoint
+from phi2.files import write_whole
+from phi2.runs.checkpoint import last_checkpoint
 from phi2.training.config import TrainingConfig
 
 FREE_TO_CHANGE = frozenset(
@@ -103,21 +103,11 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit this library stands at, None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     if shutil.which("git") is None:
         return None
     done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is either the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[str]:

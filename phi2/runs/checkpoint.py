@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from phi2.files import whole_folder
 from phi2.training.optim import Optimizer
 
 
@@ -44,16 +45,10 @@ def save_checkpoint(
     folder = run / "checkpoints" / f"step-{step}"
     if folder.exists():
         return
-    partial = folder.with_name(f"partial-{step}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_weights(partial)
-        _save_tensors({**optimizer.tensors(), **_random_state()}, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, "optimizer": optimizer.numbers()}, indent=1))
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(folder) as unfinished:
+        save_weights(unfinished)
+        _save_tensors({**optimizer.tensors(), **_random_state()}, unfinished / "state.safetensors")
+        (unfinished / "state.json").write_text(json.dumps({"step": step, "optimizer": optimizer.numbers()}, indent=1))
     for old in sorted(folder.parent.glob("step-*"), key=_step_of)[:-keep]:
         shutil.rmtree(old)
 

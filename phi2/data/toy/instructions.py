@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from phi2.data.toy_world import Fact, sentence
+from phi2.data.toy.world import Fact, sentence
 
 WORD = re.compile(r"[A-Za-z]+|[0-9]+")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from phi2.training.run import Interrupted, Log, delayed_interrupt, environment, open_run, write_whole
+from phi2.runs.folder import Interrupted, Log, delayed_interrupt, environment, open_run
 
 
 def files_in(folder: Path) -> set[str]:
@@ -114,16 +114,6 @@ def test_what_does_not_change_the_result_may_change(sft_config, begun):
 # ---- files ----
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, full_disk):
-    path = tmp_path / "file.json"
-    write_whole(path, "old")
-    with full_disk(100), pytest.raises(OSError):
-        write_whole(path, "new" * 100)
-    assert path.read_text() == "old" and files_in(tmp_path) == {"file.json"}
-    write_whole(path, "new")
-    assert path.read_text() == "new"
-
-
 def test_every_line_of_metrics_says_its_step_and_kind(tmp_path):
     log = Log(tmp_path, 0, 4, "sft")
     for step in (1, 2, 3):
@@ -138,7 +128,7 @@ def test_every_line_of_metrics_says_its_step_and_kind(tmp_path):
 
 def test_the_speed_is_that_of_the_updates_alone(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 12.0, 100.0, 102.0])  # opened; two updates of two seconds, 88 s apart
-    monkeypatch.setattr("phi2.training.run.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("phi2.runs.folder.time.perf_counter", lambda: next(clock))
     log = Log(tmp_path, 0, 2, "sft")
     for step in log.steps():
         log.train(step, 100, {"loss": 1.0}, every=2)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from phi2.losses.preference import PREFERENCE_LOSSES, Columns, PairBatch, bind_loss, load_loss_file, preference_loss
+from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.registry import PREFERENCE_LOSSES, bind_loss, load_loss_file, preference_loss
 
 BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2.")}
 WITH_REFERENCE = sorted(name for name, loss in BUILT_IN.items() if not loss.reference_free)
@@ -329,6 +331,57 @@ def test_a_knob_without_a_number_as_default_is_refused(registry):
         @preference_loss("mine")
         def mine(pairs: PairBatch, *, beta) -> Tensor:
             return pairs.margin
+
+
+def test_a_string_without_its_choices_is_refused_as_a_knob(registry):
+    with pytest.raises(ValueError, match=r"'kl' needs its choices as annotation, Literal\['forward', ...\]"):
+
+        @preference_loss("mine")
+        def mine(pairs: PairBatch, *, kl: str = "forward") -> Tensor:
+            return pairs.margin
+
+
+@pytest.fixture
+def typed(registry) -> str:
+    """The name of a loss with a knob of each type."""
+
+    @preference_loss("typed")
+    def typed(pairs, *, beta: float = 0.5, kl: Literal["forward", "reverse"] = "forward", mean: bool = False) -> Tensor:
+        margin = pairs.margin_per_token if mean else pairs.margin
+        return beta * (margin if kl == "forward" else -margin)
+
+    return "typed"
+
+
+def test_knobs_may_be_numbers_booleans_and_strings_with_their_choices(typed):
+    loss = bind_loss(typed, {"kl": "reverse", "mean": True})
+    assert loss.knobs == {"beta": 0.5, "kl": "reverse", "mean": True}
+    assert loss(pair_batch(**HAND_PAIR)).tolist() == [-1.0]  # -0.5 * 2
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "message"),
+    [
+        ("kl", "sideways", "kl must be one of forward, reverse, got sideways"),
+        ("kl", 1.0, "kl must be one of forward, reverse, got 1.0"),
+        ("mean", 1.0, "mean must be true or false, got 1.0"),
+        ("beta", True, "beta must be a number, got True"),
+        ("beta", "forward", "beta must be a number, got forward"),
+    ],
+)
+def test_a_knob_takes_values_of_its_own_type_only(typed, knob, value, message):
+    with pytest.raises(ValueError, match=message):
+        bind_loss(typed, {knob: value})
+
+
+def test_the_reward_that_a_loss_implies_is_scaled_by_the_knob_it_names(registry):
+    def loss(pairs: PairBatch, *, tau: float = 0.25) -> Tensor:
+        return tau * pairs.margin
+
+    preference_loss("unscaled")(loss)
+    preference_loss("scaled", reward_scale="tau")(loss)
+    assert bind_loss("unscaled").reward_scale == 1.0
+    assert bind_loss("scaled").reward_scale == 0.25 and bind_loss("scaled", {"tau": 4.0}).reward_scale == 4.0
 
 
 @pytest.mark.parametrize(

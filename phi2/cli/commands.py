@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from phi2 import __version__
-from phi2.flags import UsageError, parse
+from phi2.cli.flags import UsageError, parse
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell counts them: 128 and the number of SIGINT, of SIGPIPE
@@ -124,7 +124,7 @@ def chat(
         quantize: Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too.
     """
     import phi2
-    from phi2.chat import run_chat, told_if_untaught
+    from phi2.inference.chat import run_chat, told_if_untaught
 
     loaded, tokenizer = phi2.load(model, device, dtype, adapter=adapter, quantize=quantize)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -164,7 +164,7 @@ def merge(model: str, adapter: str, output: str, dtype: str | None = None) -> No
         output: Folder to write; it must be empty or new.
         dtype: float32, bfloat16 or float16; unset, that of the base.
     """
-    from phi2.convert import merge_adapter
+    from phi2.checkpoints.convert import merge_adapter
 
     print(f"wrote {merge_adapter(model, adapter, output, dtype)}")
 
@@ -181,7 +181,7 @@ def convert(
         vocab_size: Rows of the embedding and the head; unset, as it is.
         add_chatml: Give the tokenizer <|im_start|>, <|im_end|> and the ChatML template.
     """
-    from phi2.convert import convert
+    from phi2.checkpoints.convert import convert
 
     print(f"wrote {convert(model, output, dtype, vocab_size, add_chatml)}")
 
@@ -325,7 +325,7 @@ def _about(command: Command, asked: bool) -> str:
     about = command.run.__doc__.splitlines()[0]
     if command.run is not dpo or not asked:
         return about
-    from phi2.losses.preference import PREFERENCE_LOSSES
+    from phi2.losses.registry import PREFERENCE_LOSSES
 
-    knobs = {name: ", ".join(f"{k}={v:g}" for k, v in loss.knobs.items()) for name, loss in PREFERENCE_LOSSES.items()}
+    knobs = {name: ", ".join(f"{k}={v}" for k, v in loss.knobs.items()) for name, loss in PREFERENCE_LOSSES.items()}
     return about + " Losses: " + "; ".join(f"{name}({text})" for name, text in knobs.items()) + "."

@@ -10,14 +10,13 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from phi2.cache import KVCache, StepCache
-from phi2.model import Block, Linear, Phi2ForCausalLM
-from phi2.quantize import QuantizedLinear
+from phi2.model import Block, Phi2ForCausalLM
 from phi2_kernels.attention import attention
 from phi2_kernels.gemv import gemv_each, gemv_sum
 from phi2_kernels.rotary import rotary_angles
@@ -82,23 +81,20 @@ def block_step(
     The six products are two, which take the GELU and both additions with them. A block with adapters, or with
     LayerNorms of its queries and keys, runs as it is written.
     """
-    own, mlp = block.self_attn, block.mlp
-    linears = own.q_proj, own.k_proj, own.v_proj, mlp.fc1, own.dense, mlp.fc2
-    weights = [weight for weight in map(weight_of, linears) if weight is not None]
-    if len(weights) < len(linears) or own.config.qk_layernorm:
+    own, into, out = block.self_attn, _weights(block.inputs), _weights(block.outputs)
+    if into is None or out is None or own.config.qk_layernorm:
         return block(x, angles, visibility, cache)
-    *qkv, f = gemv_each(block.input_layernorm(x), weights[:4], gelu_last=True)
+    *qkv, f = gemv_each(block.input_layernorm(x), into, gelu_last=True)
     q, k, v = (z.unflatten(-1, (-1, own.config.head_dim)) for z in qkv)  # (B, 1, H, D), (B, 1, H_kv, D) twice
-    q, k, v = (z.transpose(1, 2) for z in cache.turn_and_store(own.layer, q, k, v, angles))
+    q, k, v = (z.transpose(1, 2) for z in cache.apply_rotary_and_store(own.layer, q, k, v, angles))
     attended = attention(q, k, v, visibility).transpose(1, 2).flatten(2)  # (B, 1, H D)
-    return gemv_sum([attended, f], weights[4:], x)
+    return gemv_sum([attended, f], out, x)
 
 
-def weight_of(linear: nn.Module) -> Weight | None:
-    """None for a layer that is more than a product with a weight."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.form
-    return Weight(linear.weight, bias=linear.bias) if type(linear) in (Linear, nn.Linear) else None
+def _weights(linears: Sequence[nn.Module]) -> list[Weight] | None:
+    """None where one of them is more than a product with its weight."""
+    forms = [linear.form for linear in linears]
+    return None if None in forms else forms
 
 
 def can_record(device: torch.device) -> bool:

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from phi2.data.encode import Encoded
-from phi2.hub import one_line, read_json, resolve
+from phi2.files import one_line, read_json, write_whole
+from phi2.hub import resolve
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
-from phi2.training.run import write_whole
 from phi2.training.setup import compute_dtype
 
 FILE = "inputs.json"

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
+from phi2.inference.sampling import Sampler, SamplingParams
+from phi2.inference.step import RecordedStep, can_record
 from phi2.model import Phi2ForCausalLM
-from phi2.sampling import Sampler, SamplingParams
-from phi2.step import RecordedStep, can_record
 from phi2.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]  # messages {"role": ..., "content": ...}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 
-from phi2.data.toy_world import (
+from phi2.data.toy.world import (
     ANIMALS,
     ATTRIBUTES,
     BOYS,

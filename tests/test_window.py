@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi2.data.loader import Windows
+from phi2.training.window import Windows
 
 sizes = st.integers(1, 40)
 batches = st.integers(1, 7)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record, Turns
-from phi2.data.toy_follow import BY_NAME, Demand, carry_out, neglect, words
-from phi2.data.toy_prose import paragraph
-from phi2.data.toy_world import (
+from phi2.data.toy.instructions import BY_NAME, Demand, carry_out, neglect, words
+from phi2.data.toy.prose import paragraph
+from phi2.data.toy.world import (
     ANIMALS,
     ATTRIBUTES,
     BOYS,

@@ -1,0 +1,78 @@
+"""Reading JSON, and the one safe write.
+
+What is written has a temporary name beside its place, reaches the disk, and is then renamed: whoever looks, also after
+a kill or on a full disk, finds what was there before or the whole of what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ValueError: one line naming the file, when it is not UTF-8, not JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is either the old one or the whole new one."""
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name for a file, which takes its place when the block ends well and vanishes when it does not."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # processes side by side may write the same file
+    try:
+        yield unfinished
+        _flush(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder; one that is there already is replaced with all it holds."""
+    unfinished, old = (folder.with_name(f".{folder.name}.{word}") for word in ("unfinished", "old"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        unfinished.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Waits until the file is on the disk: a rename may otherwise outlive what it renamed."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,201 @@
+"""The registry of preference losses, and what a run makes of one: its knobs set, everything about it known.
+
+`@preference_loss("name")` registers a function; its keyword arguments are its knobs, and their defaults say what they
+take: a number, true or false, or a string of those that its annotation `Literal[...]` lists. `bind_loss` resolves a
+name once, and what it returns is all that a run asks about its loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from phi2.losses.batch import PairBatch
+from phi2.losses.source import source_of_loss
+
+Knob = float | bool | str
+LossFunction = Callable[..., Tensor]  # (pairs, *, knob=default, ...) -> (B,) nats
+REWARD_SCALE = "beta"
+RANGES = {  # of numbers that mean the same in every loss
+    "beta": (lambda value: 0 < value < math.inf, "above 0"),
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
+}
+
+
+class PreferenceLoss(NamedTuple):
+    """A registered loss.
+
+    Attributes:
+        knobs: its keyword arguments with their defaults.
+        choices: of the knobs that are strings, what each may be.
+        reward_scale: the knob that multiplies the log-ratios in the reward the loss implies; None multiplies by 1.
+    """
+
+    function: LossFunction
+    reference_free: bool
+    knobs: dict[str, Knob]
+    choices: dict[str, tuple[str, ...]]
+    reward_scale: str | None
+
+    @property
+    def summary(self) -> str:
+        """First line of its docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0] if self.function.__doc__ else ""
+
+
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
+
+
+def preference_loss(
+    name: str, *, reference_free: bool = False, reward_scale: str | None = REWARD_SCALE
+) -> Callable[[LossFunction], LossFunction]:
+    """Registers a loss under a name.
+
+    Args:
+        name: what `--loss` takes.
+        reference_free: the loss reads no ref_* log-probabilities, so none are computed.
+        reward_scale: the knob that multiplies the log-ratio of an answer (reference-free: its log-probability a token)
+            in the reward that the loss implies; a loss without such a knob has rewards of scale 1.
+    Raises:
+        ValueError: when the name is taken by another function, or a keyword argument has no default that says what it
+            takes. The same function may come again, as when a notebook cell is run twice.
+    """
+
+    def register(function: LossFunction) -> LossFunction:
+        taken = PREFERENCE_LOSSES.get(name)
+        if taken and _full_name(taken.function) != _full_name(function):
+            raise ValueError(f"the loss name {name!r} is taken; registered are {', '.join(PREFERENCE_LOSSES)}")
+        knobs, choices = _knobs_of(name, function)
+        scale = reward_scale if reward_scale in knobs else None
+        PREFERENCE_LOSSES[name] = PreferenceLoss(function, reference_free, knobs, choices, scale)
+        return function
+
+    return register
+
+
+def _full_name(function: LossFunction) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _knobs_of(name: str, function: LossFunction) -> tuple[dict[str, Knob], dict[str, tuple[str, ...]]]:
+    _, *knobs = inspect.signature(function).parameters.values()
+    choices = {knob.name: _choices(function, knob.name) for knob in knobs if isinstance(knob.default, str)}
+    for knob in knobs:
+        if not isinstance(knob.default, int | float | str):
+            raise ValueError(
+                f"loss {name!r}: its argument {knob.name!r} needs a number as default, or true or false, or a string"
+            )
+        if isinstance(knob.default, str) and knob.default not in choices[knob.name]:
+            example = f"Literal[{knob.default!r}, ...]"
+            raise ValueError(f"loss {name!r}: its argument {knob.name!r} needs its choices as annotation, {example}")
+    return {knob.name: knob.default for knob in knobs}, choices
+
+
+def _choices(function: LossFunction, knob: str) -> tuple[str, ...]:
+    """What the annotation of a knob lists."""
+    try:
+        hint = get_type_hints(function).get(knob)
+    except (NameError, AttributeError, TypeError):  # of an annotation that only a type checker can read
+        return ()
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+@dataclass(frozen=True)
+class BoundLoss:
+    """A loss as a run uses it: called with pairs it returns (B,) nats.
+
+    Attributes:
+        knobs: all of them, with the values of this run.
+        reference_free: it reads no ref_* log-probabilities.
+        reward_scale: of the reward that it implies.
+        source: its text, None where Python does not know it.
+    """
+
+    name: str
+    function: LossFunction
+    knobs: dict[str, Knob]
+    reference_free: bool
+    reward_scale: float
+    source: str | None
+
+    def __call__(self, pairs: PairBatch) -> Tensor:
+        """(B,) losses in nats.
+
+        Raises:
+            ValueError: when the function returns anything else, or what has no gradient where one is asked for.
+        """
+        losses, expected = self.function(pairs, **self.knobs), (len(pairs.chosen_mask),)
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"loss {self.name!r} must return a tensor of floats, one value per pair, got {what}")
+        if losses.shape != expected:
+            shape = tuple(losses.shape)
+            raise ValueError(f"loss {self.name!r} must return one value per pair, {expected}, got shape {shape}")
+        if pairs.policy_chosen_logps.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
+            raise ValueError(
+                f"loss {self.name!r} must depend on the policy's log-probabilities: what it returned has no gradient"
+            )
+        return losses
+
+
+def bind_loss(name: str, knobs: Mapping[str, Knob] | None = None, loss_file: str | Path | None = None) -> BoundLoss:
+    """The loss of that name with its knobs set, those that are not given at their defaults.
+
+    Args:
+        loss_file: the user's, run before the name is looked up.
+    Raises:
+        ValueError: for an unknown name, a knob this loss does not take, or a value out of its range; for a file that
+            cannot be run.
+        FileNotFoundError: when there is no such file.
+    """
+    if loss_file is not None:
+        load_loss_file(loss_file)
+    if name not in PREFERENCE_LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(sorted(PREFERENCE_LOSSES))}, got {name!r}")
+    loss = PREFERENCE_LOSSES[name]
+    for knob, value in (knobs or {}).items():
+        _check_knob(name, loss, knob, value)
+    values = {**loss.knobs, **(knobs or {})}
+    scale = 1.0 if loss.reward_scale is None else float(values[loss.reward_scale])
+    source = source_of_loss(loss.function, loss_file)
+    return BoundLoss(name, loss.function, values, loss.reference_free, scale, source)
+
+
+def _check_knob(name: str, loss: PreferenceLoss, knob: str, value: Knob) -> None:
+    if knob not in loss.knobs:
+        raise ValueError(f"loss {name!r} does not take {knob!r}; its knobs are {', '.join(loss.knobs) or 'none'}")
+    default = loss.knobs[knob]
+    if isinstance(default, str):
+        is_allowed, rule = value in loss.choices[knob], f"one of {', '.join(loss.choices[knob])}"
+    elif isinstance(default, bool):
+        is_allowed, rule = isinstance(value, bool), "true or false"
+    elif isinstance(value, bool | str):
+        is_allowed, rule = False, "a number"
+    else:
+        in_range, rule = RANGES.get(knob, (math.isfinite, "a finite number"))
+        is_allowed = in_range(value)
+    if not is_allowed:
+        raise ValueError(f"loss {name!r}: {knob} must be {rule}, got {value}")
+
+
+def load_loss_file(path: str | Path) -> None:
+    """Runs a Python file of the user's, for the losses it registers.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it cannot be run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"loss_file {path}: no such file")
+    try:
+        code = compile(Path(path).read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
+        exec(code, {"__name__": Path(path).stem, "__file__": str(path)})
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"loss_file {path}: {type(error).__name__}: {error}") from error
