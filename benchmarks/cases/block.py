@@ -100,16 +100,27 @@ def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: in
 def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:
     """A random layer without dropout; the same one for the same arguments. Adapters change something."""
     generator = torch.Generator().manual_seed(0)
-    layer = Block(config, 0).eval()
-    if rank:
-        attach(layer, LoraConfig(r=rank))
+    layer = adapted(Block(config, 0).eval(), rank)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             scale = 0.1 if parameter.ndim == 1 else config.initializer_range
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             if name == "input_layernorm.weight":
                 parameter.add_(1.0)
-    layer = layer.to(device, dtype)
+    return placed(layer, device, dtype)
+
+
+def adapted(layer: nn.Module, rank: int) -> nn.Module:
+    """With adapters on all linears; without for rank 0."""
+    if rank:
+        layer.adapters = {}  # as a whole model has
+        attach(layer, LoraConfig(r=rank))
+    return layer
+
+
+def placed(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """In a dtype, but for the adapters, which stay in float32."""
+    layer.to(device, dtype)
     for module in lora_modules(layer).values():
         module.lora_A.float(), module.lora_B.float()
     return layer
@@ -181,12 +192,7 @@ def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Modul
 
     theirs = PhiConfig(**config.to_dict())
     theirs._attn_implementation = "sdpa"
-    theirs = PhiDecoderLayer(theirs, 0).eval()
-    if rank:
-        attach(theirs, LoraConfig(r=rank))
+    theirs = adapted(PhiDecoderLayer(theirs, 0).eval(), rank)
     theirs.load_state_dict(layer.state_dict())
     weight = layer.input_layernorm.weight
-    theirs.to(weight.device, weight.dtype)
-    for module in lora_modules(theirs).values():
-        module.lora_A.float(), module.lora_B.float()
-    return theirs
+    return placed(theirs, weight.device, weight.dtype)
