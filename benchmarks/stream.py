@@ -42,7 +42,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def task_measured(rows: list[dict]) -> None:
-    """Tells of a task of a benchmark: one row of `benchmarks.gpu.report`'s table for each of its sides."""
+    """Tells of a task of a benchmark: one row of `gpu.report`'s table for each of its sides."""
     times = ", ".join(f"{row['side']} {row['ms']} ms" for row in rows)
     tell(f"  {rows[0]['task']}: {times}", task=rows[0]["task"], sides=rows)
 

@@ -42,16 +42,17 @@ if name == "fails":
     sys.exit("Traceback:\\nRuntimeError: an illegal memory access")
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from benchmarks import gpu, ops, run
+from benchmarks import run
+from benchmarks.cases.elementwise import compare_gelu, compare_rotary
+from benchmarks.harness import gpu
 from benchmarks.registry import case
 
 @case("tiny", 3, "a tiny gelu and a tiny rotary")
 def tiny(turns):
     cpu, dtype = torch.device("cpu"), torch.float32
-    tasks = [ops.gelu_task(cpu, dtype, 3, 48), ops.rotary_task(cpu, dtype, 1, 7, 2, 80, 32)]
-    return gpu.report(tasks, turns, {{}})
+    return gpu.report([compare_gelu(cpu, dtype, 3, 48), compare_rotary(cpu, dtype, 1, 7, 2, 80, 32)], turns, {{}})
 
-def laps(calls, turns):
+def timed(calls, turns):
     return {{name: [seconds(around[0]) for _ in range(turns)] for name, around in calls.items()}}
 
 def seconds(call):
@@ -59,8 +60,8 @@ def seconds(call):
     call()
     return time.perf_counter() - start
 
-gpu.laps, gpu.measured_rates, gpu.datasheet = laps, lambda: gpu.Rates(1, 1), lambda: None
-gpu.peak_memory, torch.cuda.empty_cache = lambda side, inputs: 0.0, lambda: None
+gpu.timed, gpu.measured_rates, gpu.datasheet = timed, lambda: gpu.Rates(1, 1), lambda: None
+gpu.peak_memory, torch.cuda.empty_cache = lambda implementation, inputs: 0.0, lambda: None
 run.RESULTS = run.Path(os.environ["OUT"], "kept")
 sys.exit(run.main(sys.argv[3:]))
 """

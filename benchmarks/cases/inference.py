@@ -1,7 +1,10 @@
-"""Greedy generation of ours against that of transformers: same model, same prompt, same tokens out.
+"""Generating on a CPU, ours against transformers.
 
-Both are called as their users call them, `phi2.generate` and `model.generate`, on one row. Prefill is a long prompt and
-one new token, decoding a short prompt and many.
+At 105 M both are called as their users call them, `phi2.generate` and `model.generate`, on one row: same model, same
+prompt, same tokens out. Prefill is a long prompt and one new token, decoding a short prompt and many.
+
+At full size our int8 and int4 weights are compared with bfloat16: both read the same tokens one at a time behind the
+same prompt; weights are random and the same, ours rounded.
 """
 
 from __future__ import annotations
@@ -12,13 +15,18 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases.training import base_model, parameters, shared_folder
 from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
+from phi2.cache import KVCache
 from phi2.checkpoints.weights import load_model, save_pretrained
+from phi2.config import Phi2Config
 from phi2.data.sources import load_records
 from phi2.inference.generate import generate
+from phi2.model import Phi2ForCausalLM
+from phi2.quantize import quantize_model
 from phi2.tokenizer import Tokenizer
 
 TOLERANCE = {"token_ids": 0.0, "logprobs": 1e-4}
@@ -95,3 +103,76 @@ def transformers_generate(timer: Timer, job: Job) -> None:
         timer.stop()
         logprobs = torch.cat(reply.logits).log_softmax(dim=-1).gather(1, tokens[:, None])
         timer.report(token_ids=tokens.tolist(), logprobs=logprobs.flatten().tolist())
+
+
+# ---- at full size, quantised ----
+
+PROMPT, NEW = 64, 8  # tokens
+ROUNDING = {"int8": 0.04, "int4": 0.25}  # of the largest logit: what rounding random weights does through 32 layers
+
+
+@case("decode_int8_vs_transformers", turns=10, summary="tokens of a 2.78 B Phi-2, our int8 against bfloat16")
+def decode_int8_vs_transformers(turns: int) -> Report:
+    return _compare_quantized("int8", turns)
+
+
+@case("decode_int4_vs_transformers", turns=10, summary="tokens of a 2.78 B Phi-2, our int4 against bfloat16")
+def decode_int4_vs_transformers(turns: int) -> Report:
+    return _compare_quantized("int4", turns)
+
+
+def _compare_quantized(format: str, turns: int) -> Report:
+    result = compare(ours_quantized, transformers_bfloat16, format, turns, {"logits": ROUNDING[format]})
+    return Report(
+        peer={"transformers": metadata.version("transformers")},
+        gate=f"logits of {NEW} tokens apart by at most {result.largest_difference['logits']:.1e} of the largest",
+        measures=result.speeds(),
+        facts={"weights": f"{format}, theirs bfloat16", "threads": THREADS, "prompt": PROMPT, "tokens": NEW},
+    )
+
+
+def random_ids() -> Tensor:
+    """(1, PROMPT + NEW), the same in every process."""
+    return torch.randint(Phi2Config().vocab_size, (1, PROMPT + NEW), generator=torch.Generator().manual_seed(0))
+
+
+def random_model() -> Phi2ForCausalLM:
+    """The same weights in bfloat16 in every process."""
+    torch.set_default_dtype(torch.bfloat16)
+    model = Phi2ForCausalLM(Phi2Config())
+    torch.set_default_dtype(torch.float32)
+    model.init_weights(seed=0)
+    return model.eval()
+
+
+@torch.no_grad()
+def ours_quantized(timer: Timer, format: str) -> None:
+    model, ids = random_model(), random_ids()
+    quantize_model(model, format)
+    cache = KVCache(model.config, 1, PROMPT + NEW, torch.bfloat16)
+    model.model(ids[:, :PROMPT], cache=cache)
+    while True:
+        cache.truncate(PROMPT)
+        timer.start()
+        logits = [model(ids[:, i : i + 1], cache=cache)[0, 0] for i in range(PROMPT, PROMPT + NEW)]
+        timer.stop()
+        timer.report(logits=torch.stack(logits).float().numpy())
+
+
+@torch.no_grad()
+def transformers_bfloat16(timer: Timer, format: str) -> None:
+    import transformers
+
+    config = transformers.PhiConfig(**Phi2Config().to_dict())
+    with torch.device("meta"):
+        model = transformers.PhiForCausalLM(config).to(torch.bfloat16).eval()
+    model.load_state_dict(random_model().state_dict(), assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not in a state dict
+    past, ids = transformers.DynamicCache(), random_ids()
+    model(ids[:, :PROMPT], past_key_values=past)
+    while True:
+        timer.start()
+        logits = [model(ids[:, i : i + 1], past_key_values=past).logits[0, 0] for i in range(PROMPT, PROMPT + NEW)]
+        timer.stop()
+        past.crop(-NEW)
+        timer.report(logits=torch.stack(logits).float().numpy())
