@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 from benchmarks import run, tune
-from benchmarks.harness import aot, gpu, spec
+from benchmarks.harness import aot, comparison, gpu, spec
 from benchmarks.harness.aot import Row
 from benchmarks.harness.sieve import Candidate, sieve
 from benchmarks.harness.spec import Entry, Shapes, label
@@ -63,6 +63,29 @@ def test_the_sieve_ranks_by_efficiency_then_by_what_else_is_busy_and_puts_droppe
 
 def test_every_form_of_a_kernel_must_keep_its_budgets():
     assert Candidate(SHIPPED, [row(1.0), row(0.4, stack=64)]).faults == "64 bytes of stack"
+
+
+SHAPES = Shapes(B=2, H=3, S=5, D=4, C=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype"),
+    [
+        ("S 2H C/32", (5, 6, 2), torch.bfloat16),
+        ("B 7:float32", (2, 7), torch.float32),
+        ("B S H D -> B H S D", (2, 3, 5, 4), torch.bfloat16),
+    ],
+)
+def test_a_text_describes_a_tensor_of_random_numbers(text, shape, dtype):
+    x = spec.make(text, SHAPES, comparison.random(0, torch.device("cpu")), torch.device("cpu"))
+    assert x.shape == shape and x.dtype == dtype and x.float().std() > 0.05
+    assert x.stride() == ((60, 4, 12, 1) if "->" in text else x.contiguous().stride())
+
+
+@pytest.mark.parametrize(("text", "values"), [("7:int32%S", [0, 1, 2, 3, 4, 0, 1]), ("2:int64=C", [64, 64])])
+def test_a_text_describes_a_tensor_of_integers(text, values):
+    x = spec.make(text, SHAPES, comparison.random(0, torch.device("cpu")), torch.device("cpu"))
+    assert x.tolist() == values and str(x.dtype)[6:] in text
 
 
 def test_every_entry_of_every_launch_table_can_be_tuned():
