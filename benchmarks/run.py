@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table(name: str, report: Report) -> str:
     peer, version = next(iter(report.peer.items()))
-    lines = [f"{name}: {CASES[name].summary}", f"  gate green: {report.gate}"]
+    title = f"{name}: {CASES[name].summary}" if name in CASES else name  # the tuner's are none
+    lines = [title, f"  gate green: {report.gate}"]
     lines += [f"  {key}: {value}" for key, value in report.facts.items()]
     lines.append(f"  {'':<36} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
     return "\n".join(lines + [_line(measure) for measure in report.measures] + columns(report.table))

@@ -3,9 +3,12 @@
     python -m benchmarks.tune --list
     python -m benchmarks.tune --op attention_forward,attention_dq
 
-Candidates are compiled ahead of time, and those over a budget are dropped: that needs no GPU (`sieve.py`). On one
-the others must compute what the shipped launch computes; then they are timed in turns, and the JSON line of each op is
-added to benchmarks/results/<device>.jsonl. The library itself runs what stands in its tables, and nothing of this.
+Candidates are compiled ahead of time, and those over a budget are dropped: that needs no GPU. On one the others must
+compute what the shipped launch computes; then they are timed in turns, and the JSON line of each op is added to
+benchmarks/results/<device>.jsonl. The library itself runs what stands in its tables, and nothing of this.
+
+Without a GPU the static model ranks them. It knows how busy each unit is but nothing of latency: they go by the
+efficiency that the busiest unit allows, and where that is the same by how busy all units are together.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import product
@@ -23,10 +27,10 @@ from typing import NamedTuple
 import torch
 from triton.errors import TritonError
 
-from benchmarks.harness import gpu
+from benchmarks.harness import aot, gpu
+from benchmarks.harness.aot import Row, violations
 from benchmarks.harness.comparison import ROUNDING, Implementation, Outputs, poisoned_memory, relative_error
 from benchmarks.harness.sass import CHIPS
-from benchmarks.harness.sieve import Candidate, sieve
 from benchmarks.harness.spec import Entry, Launch, entries, label
 from benchmarks.registry import GateError, Measure, Report, Spread
 from benchmarks.run import columns, publish
@@ -38,6 +42,39 @@ SETS = 4  # of inputs that the calls go around
 ONE_BLOCK_M = ("attention_forward", "attention_dq")  # they read one table of key ranges, each for block_m queries
 STILL = Spread(0, 0, 0)
 Line = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A launch, and what it compiles to in each form of the kernel (causal and packed, one row and eight, ...).
+
+    The first form is the one that is timed, and ranks; budgets hold for all.
+    """
+
+    launch: Launch
+    rows: list[Row]
+
+    @property
+    def faults(self) -> str:
+        """Why it is dropped; empty for one that may be shipped."""
+        return ", ".join(dict.fromkeys(text for row in self.rows for text in violations(row)))
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float, float]:
+    row = candidate.rows[0]
+    useful = row.efficiency * row.clocks[row.bound]
+    return candidate.faults != "", -row.efficiency, sum(row.clocks.values()) / useful
+
+
+def sieve(name: str, arch: int, launches: list[Launch] | None = None) -> list[Candidate]:
+    """The launches of an entry from the best to the worst by the model, dropped ones last.
+
+    Args:
+        launches: default: those of its spec.
+    """
+    launches = launches or OPS[name].launches(arch)
+    jobs = [(name, list(launch.values() if isinstance(launch, dict) else launch)) for launch in launches]
+    return sorted(map(Candidate, launches, aot.rows_of(arch, jobs)), key=_rank)
 
 
 class Timed(NamedTuple):

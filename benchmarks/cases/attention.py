@@ -20,6 +20,7 @@ from benchmarks.registry import Report, case
 from phi2_kernels.attention import attention, attention_ref
 from phi2_kernels.visibility import Visibility
 
+PADDED = 128  # columns, the next power of two after 80
 SCORES = 2**28  # that the reference holds at a time
 
 
@@ -137,15 +138,10 @@ def _flex(S: int, device: torch.device, backward: bool) -> Implementation:
     return of_function(lambda q, k, v: attend(q, k, v, block_mask=mask), backward)
 
 
-def _padded_width(D: int) -> int:
-    """The next power of two."""
-    return 1 << (D - 1).bit_length()
-
-
 def _wide(x: Tensor) -> Tensor:
-    """Memory for x (B, H, S, D) with room for `_padded_width` columns a head."""
+    """Memory for x (B, H, S, D) with room for `PADDED` columns a head."""
     B, H, S, D = x.shape
-    return torch.empty((B, S, H, _padded_width(D)), dtype=x.dtype, device=x.device).transpose(1, 2)
+    return torch.empty((B, S, H, PADDED), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def _widened(*inputs: Tensor) -> Inputs:
@@ -173,25 +169,18 @@ def _padded_tiles():
     """Within, a head is one tile, and not even masked: the least that padding costs."""
     from phi2_kernels import attention_tiles_triton
 
-    return mock.patch.object(attention_tiles_triton, "pieces_of", lambda D: (_padded_width(D),))
+    return mock.patch.object(attention_tiles_triton, "pieces_of", lambda D: (PADDED,))
 
 
 def _padded_launches() -> dict:
     """The tiles of a padded head that spill least; the shipped ones would spill kilobytes."""
     from phi2_kernels.attention_tiles_triton import AttentionLaunch
 
-    return {
-        80: {
-            "forward": AttentionLaunch(128, 64, 8, 2),
-            "dkdv": AttentionLaunch(32, 64, 4, 2),
-            "dq": AttentionLaunch(128, 32, 8, 2),
-        },
-        90: {
-            "forward": AttentionLaunch(128, 128, 8, 2),
-            "dkdv": AttentionLaunch(32, 128, 8, 2),
-            "dq": AttentionLaunch(128, 64, 8, 2),
-        },
+    tiles = {
+        80: {"forward": (128, 64, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (128, 32, 8, 2)},
+        90: {"forward": (128, 128, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2)},
     }
+    return {arch: {name: AttentionLaunch(*tile) for name, tile in each.items()} for arch, each in tiles.items()}
 
 
 # ---- the kernels ----
