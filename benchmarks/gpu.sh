@@ -23,14 +23,15 @@ case $steps in
 esac
 limit=${LIMIT:-$limit}
 
-weight() { case $1 in tests) echo 6 ;; block | decode_step | tune) echo 3 ;; *) echo 2 ;; esac }
+weight() { case $1 in tests) echo 8 ;; block | decode_step | tune) echo 3 ;; *) echo 2 ;; esac }
 
 # A test that hangs ends its worker, and another worker takes its place.
-has() { "$python" -c "import $1" 2>/dev/null; }
 flags=(-q -p benchmarks.stream)
-has xdist && flags+=(-n 12)
-has pytest_timeout && flags+=(--timeout=30)
-has "xdist, pytest_timeout" && flags+=(--timeout-method=thread)
+case $("$python" -c "from importlib.util import find_spec as has; print(has('xdist') and 1, has('pytest_timeout') and 1)") in
+  "1 1") flags+=(-n 12 --timeout=30 --timeout-method=thread) ;;
+  "1 None") flags+=(-n 12) ;;
+  "None 1") flags+=(--timeout=30) ;;
+esac
 read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py}"
 
 command_of() {

@@ -48,15 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (GateError, DeviceError, FileNotFoundError, ChildProcessError) as error:
             print(f"{name}: no number: {error}", file=sys.stderr)
             return 1
-        print(table(name, report))
+        print(text := table(name, report))
+        stream.tell(text)
         publish(name, report, load)
     return 0
 
 
 def table(name: str, report: Report) -> str:
     peer, version = next(iter(report.peer.items()))
-    title = f"{name}: {CASES[name].summary}" if name in CASES else name  # the tuner's are none
-    lines = [title, f"  gate green: {report.gate}"]
+    lines = [f"{name}: {CASES[name].summary}", f"  gate green: {report.gate}"]
     lines += [f"  {key}: {value}" for key, value in report.facts.items()]
     lines.append(f"  {'':<36} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
     return "\n".join(lines + [_line(measure) for measure in report.measures] + columns(report.table))
@@ -103,7 +103,7 @@ def publish(name: str, report: Report, load: float) -> None:
     with (RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line))
-    stream.tell(table(name, report), **line)
+    stream.tell(**line)
 
 
 def device_name() -> str:

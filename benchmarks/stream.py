@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 LENGTH = 300  # of a line that somebody else wrote
 
 
-def tell(text: str, **line: Any) -> None:
-    """Appends a line to both files, to that for people only if there is a text; nothing without OUT."""
-    if "OUT" not in os.environ:
+def tell(text: str = "", **line: Any) -> None:
+    """Appends a text to the one file and a line to the other, as far as they are given; nothing without OUT."""
+    folder = os.environ.get("OUT")
+    if not folder:
         return
-    for name, content in (("results.jsonl", json.dumps(line)), ("results.txt", text)):
+    for name, content in (("results.txt", text), ("results.jsonl", json.dumps(line) if line else "")):
         if content:
-            with Path(os.environ["OUT"], name).open("ab", buffering=0) as file:
+            with Path(folder, name).open("ab", buffering=0) as file:
                 file.write(f"{content}\n".encode())
 
 
@@ -34,17 +35,24 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
     if not report.failed:
-        tell("", **line)
+        tell(**line)
         return
     crash = getattr(report.longrepr, "reprcrash", None)
     error = _lines(crash.message if crash else report.longreprtext)[0]
     tell(f"  FAILED {report.nodeid}: {error}", **line, error=error)
 
 
-def task_measured(rows: list[dict]) -> None:
-    """Tells of a task of a benchmark: one row of `gpu.report`'s table for each of its sides."""
-    times = ", ".join(f"{row['side']} {row['ms']} ms" for row in rows)
-    tell(f"  {rows[0]['task']}: {times}", task=rows[0]["task"], sides=rows)
+def task_measured(rows: list[dict], absent: dict[str, str]) -> None:
+    """Tells of a task of a benchmark.
+
+    Args:
+        rows: of the table of `report` in benchmarks/harness/gpu.py, one for each side.
+        absent: why other sides are left out.
+    """
+    said = [f"{row['side']} {row['ms']} ms" for row in rows] + [
+        f"without {name} ({why})" for name, why in absent.items()
+    ]
+    tell(f"  {rows[0]['task']}: {', '.join(said)}", task=rows[0]["task"], sides=rows, absent=absent)
 
 
 def step_ended(name: str, seconds: int, code: int, output: str) -> None:

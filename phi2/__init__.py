@@ -14,18 +14,40 @@ if TYPE_CHECKING:
     from phi2.lora_config import LoraConfig
     from phi2.losses.batch import PairBatch
     from phi2.losses.registry import preference_loss
+    from phi2.training.api import dpo, sft
+    from phi2.training.config import DPOConfig, SFTConfig
+    from phi2.training.session import start
 
 __version__ = "0.1.0"
-__all__ = ["ChatSession", "LoraConfig", "PairBatch", "generate", "load", "preference_loss", "save_pretrained", "stream"]
+__all__ = [
+    "ChatSession",
+    "DPOConfig",
+    "LoraConfig",
+    "PairBatch",
+    "SFTConfig",
+    "dpo",
+    "generate",
+    "load",
+    "preference_loss",
+    "save_pretrained",
+    "sft",
+    "start",
+    "stream",
+]
 
 _HOMES = {  # where each name lives: it is imported when it is first asked for, and torch with it
     "ChatSession": "phi2.inference.chat",
+    "DPOConfig": "phi2.training.config",
     "LoraConfig": "phi2.lora_config",
     "PairBatch": "phi2.losses.batch",
+    "SFTConfig": "phi2.training.config",
+    "dpo": "phi2.training.api",
     "generate": "phi2.inference.generate",
     "load": "phi2.checkpoints.weights",
     "preference_loss": "phi2.losses.registry",
     "save_pretrained": "phi2.checkpoints.weights",
+    "sft": "phi2.training.api",
+    "start": "phi2.training.session",
     "stream": "phi2.inference.generate",
 }
 

@@ -31,7 +31,7 @@ class KVCache:
     """
 
     def __init__(self, config: Phi2Config, batch_size: int, max_length: int, dtype: torch.dtype, device="cpu") -> None:
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, config.kv_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
@@ -126,8 +126,8 @@ class StepCache:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As in `KVCache`, with T = 1 and S = max_length; q is rotated where it lies. A full cache stores nothing."""
-        tables = (table.flatten(0, 2) for table in angles)  # (B, R/2)
-        rotary_and_store(q[:, 0], k[:, 0], v[:, 0], *tables, None, self.slots, self.keys[layer], self.values[layer])
+        cos, sin = (table.flatten(0, 2) for table in angles)  # (B, R/2)
+        rotary_and_store(q[:, 0], k[:, 0], v[:, 0], cos, sin, self.slots, self.keys[layer], self.values[layer])
         return q, self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
 
     def advance(self, tokens: int) -> None:

@@ -58,13 +58,18 @@ class Phi2Config:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must divide by num_attention_heads {self.num_attention_heads}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must divide by"
                 f" num_key_value_heads {self.num_key_value_heads}"
             )
         if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ValueError(f"partial_rotary_factor must leave an even number of rotary dims, got {self.rotary_dim}")
+
+    @property
+    def kv_heads(self) -> int:
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
 
     @property
     def head_dim(self) -> int:
@@ -136,7 +141,7 @@ def _supported_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_fields(raw: dict[str, Any]) -> dict[str, float]:
     """Rotary base and share of the head, which v5 keeps under `rope_parameters`; 0.5 is transformers' own default."""
-    rope = {}
+    rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         part = raw.get(name) or {}
         if not isinstance(part, dict):

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from phi2.config import Phi2Config
+from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.block import Shape, Weights, are_adjacent, block
+from phi2_kernels.block import Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter
+from phi2_kernels.block_weights import are_adjacent
 from phi2_kernels.visibility import Visibility
 
 
@@ -33,10 +35,12 @@ def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:
     """
     if on and model.config.qk_layernorm:
         raise ValueError("fused blocks cannot have qk_layernorm; load this model with fuse off")
-    for layer in model.model.layers:
-        layer.fused_forward = fused_forward if on else None
+    for layer in model.model.blocks:
         if on:
             _join_block(layer)
+        elif layer.fused_forward is not None:
+            _part_block(layer)
+        layer.fused_forward = fused_forward if on else None
 
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
@@ -50,7 +54,7 @@ def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibi
 
 
 def _shape_of(config: Phi2Config) -> Shape:
-    return Shape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return Shape(config.num_attention_heads, config.kv_heads, config.head_dim)
 
 
 def _weights_of(layer: Block) -> Weights:
@@ -69,7 +73,7 @@ def _weights_of(layer: Block) -> Weights:
     )
 
 
-def _adapters(linears: Sequence[nn.Module], widths: list[int]) -> tuple[Adapter, ...]:
+def _adapters(linears: Sequence[PhiLinear], widths: list[int]) -> tuple[Adapter, ...]:
     """The adapters that are on, each with its columns: `widths` says how many every linear has."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     on = [linear.adapter if isinstance(linear, LoraLinear) else None for linear in linears]
@@ -91,9 +95,17 @@ def _join_block(layer: Block) -> None:
     _join([linear.weight for linear in layer.outputs], transposed=True)
 
 
+@torch.no_grad()
+def _part_block(layer: Block) -> None:
+    """Gives a block's weights memory of their own again, laid out as a checkpoint's."""
+    for linear in (*layer.inputs, *layer.outputs):
+        for parameter in (linear.weight, linear.bias):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
 @torch.inference_mode(False)  # what is made within would be of no use to training
 @torch.no_grad()
-def _join(parameters: list[nn.Parameter], transposed: bool = False) -> None:
+def _join(parameters: list[Tensor], transposed: bool = False) -> None:
     """Lays parameters one behind the other; `transposed`: the rows of their transposes."""
     parts = [p.data.T if transposed else p.data for p in parameters]
     if are_adjacent(parts):

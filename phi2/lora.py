@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from phi2.linear import PhiLinear
 from phi2.lora_config import LoraConfig, as_tuple, pattern_matches
 from phi2_kernels.weight_forms import Weight
 
@@ -60,7 +61,7 @@ class LoraAdapter:
         return (self.lora_B.weight.float() @ self.lora_A.weight.float()).mul_(self.scaling)
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(PhiLinear):
     """A linear layer and its adapters, of which one at most is active in a pass.
 
     Any linear can be the base: float, int8 or int4. Its parameters and buffers are the layer's own, under the names
@@ -73,7 +74,11 @@ class LoraLinear(nn.Module):
         enabled: False computes the base alone.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    base: PhiLinear
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+
+    def __init__(self, base: PhiLinear) -> None:
         super().__init__()
         object.__setattr__(self, "base", base)  # beside the tree of modules, where it would lend its name to its weight
         self._parameters, self._buffers = base._parameters, base._buffers  # the same dicts: nothing can come apart
@@ -116,7 +121,7 @@ class LoraLinear(nn.Module):
         return out.add_(self.adapter.lora_B(self.adapter.hidden(x)))
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
+    def merged(self) -> PhiLinear:
         """The base, whose weight has taken up the active adapter: added in float32, rounded once.
 
         Raises:
@@ -193,6 +198,7 @@ def insert(model: AdaptableModel, config: LoraConfig, layers: list[str], name: s
         parameter.requires_grad_(parameter.requires_grad and ".lora_" in parameter_name)
     for layer in layers:
         linear = model.get_submodule(layer)
+        assert isinstance(linear, PhiLinear)
         if not isinstance(linear, LoraLinear):
             linear = LoraLinear(linear)
             model.set_submodule(layer, linear)
@@ -334,9 +340,7 @@ def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    """Of every linear, whatever form its weight has; A and B of adapters are none of the model's."""
-    linears = (name for name, module in model.named_modules() if hasattr(module, "out_features"))
-    return [name for name in linears if ".lora_" not in name]
+    return [name for name, module in model.named_modules() if isinstance(module, PhiLinear)]
 
 
 def _refuse_unmatched(model: nn.Module, config: LoraConfig, names: list[str]) -> None:

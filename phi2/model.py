@@ -11,32 +11,22 @@ R rotary dims (32), F mlp (10240), V vocabulary (51200).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phi2.cache import KVCache, StepCache
 from phi2.config import Phi2Config
+from phi2.linear import Linear, PhiLinear
 from phi2.lora import AdaptableModel
 from phi2_kernels.attention import attention
 from phi2_kernels.gelu import gelu
-from phi2_kernels.gemv import linear
 from phi2_kernels.layer_norm import layer_norm
 from phi2_kernels.rotary import rotary, rotary_angles
 from phi2_kernels.visibility import Visibility
-from phi2_kernels.weight_forms import Weight
-
-
-class Linear(nn.Linear):
-    """torch's, by our kernel where a GPU decodes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-    @property
-    def form(self) -> Weight:
-        """The weight and its bias, as a decode step reads them."""
-        return Weight(self.weight, bias=self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -54,8 +44,8 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         C, D = config.hidden_size, config.head_dim
         self.q_proj = Linear(C, config.num_attention_heads * D)
-        self.k_proj = Linear(C, config.num_key_value_heads * D)
-        self.v_proj = Linear(C, config.num_key_value_heads * D)
+        self.k_proj = Linear(C, config.kv_heads * D)
+        self.v_proj = Linear(C, config.kv_heads * D)
         self.dense = Linear(config.num_attention_heads * D, C)
         if config.qk_layernorm:
             self.q_layernorm = LayerNorm(D, eps=config.layer_norm_eps)
@@ -104,15 +94,15 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
-        self.fused_forward = None  # `phi2.fused.fuse` puts the two-matmul form here
+        self.fused_forward: Callable[..., Tensor] | None = None  # `phi2.fused.fuse` puts the two-matmul form here
 
     @property
-    def inputs(self) -> tuple[nn.Module, ...]:
+    def inputs(self) -> tuple[PhiLinear, PhiLinear, PhiLinear, PhiLinear]:
         """The linears that read the normed stream: q, k, v, fc1. Fused and decoding form take them from here."""
         return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj, self.mlp.fc1
 
     @property
-    def outputs(self) -> tuple[nn.Module, ...]:
+    def outputs(self) -> tuple[PhiLinear, PhiLinear]:
         """The linears that write to the residual stream: dense and fc2."""
         return self.self_attn.dense, self.mlp.fc2
 
@@ -176,11 +166,15 @@ class Phi2Model(nn.Module):
         else:
             visibility = cache.visibility(T, visible_until)
         x = self.embed_dropout(x)
-        for block in self.layers:
+        for block in self.blocks:
             x = self._run(block, x, angles, visibility, cache)
         if cache is not None:
             cache.advance(T)
         return self.final_layernorm(x)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
 
     def _run(self, block: Block, *inputs) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from phi2.linear import PhiLinear
 from phi2_kernels.gemv import gemv
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8, unpack_int4
 
@@ -38,8 +39,11 @@ class FrozenProduct(torch.autograd.Function):
         return dy @ ctx.linear.dense().to(dy.dtype), None
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PhiLinear):
     """A linear whose weight is int8 or int4."""
+
+    scales: Tensor
+    zeros: Tensor | None
 
     def __init__(self, weight: Weight, bias: Tensor) -> None:
         super().__init__()
@@ -50,29 +54,34 @@ class QuantizedLinear(nn.Module):
         self.bias = bias
 
     @property
-    def form(self) -> Weight:
+    def form(self) -> Weight | None:
+        return self._weight
+
+    @property
+    def _weight(self) -> Weight:
         return Weight(self.weight, self.scales, self.zeros, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return FrozenProduct.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        return gemv(x, self.form)
+        return gemv(x, self._weight)
 
     def dense(self) -> Tensor:
         """W (N, K) float32."""
-        return self.form.dense()
+        return self._weight.dense()
 
 
-class Int4LinearOnCPU(nn.Module):
-    """An int4 linear with its codes in the order in which torch's kernel reads them on this CPU; bfloat16."""
+class Int4LinearOnCPU(PhiLinear):
+    """An int4 linear with its codes in the order in which torch's kernel, and no other, reads them; bfloat16."""
 
-    form = None  # its codes are torch's to read
+    scales: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         packed, scales, zeros, _ = quantize_int4(linear.weight.detach(), GROUP)
+        assert scales is not None and zeros is not None
         codes = unpack_int4(packed, GROUP).flatten(1).int()  # (N, K)
         offsets = (8 - zeros.float()) * scales.float()  # torch counts from the middle of the codes
         self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))

@@ -169,8 +169,8 @@ KILLED_RUN = """
 import os, signal, torch
 
 from phi2.lora_config import LoraConfig
-from phi2.training import {module} as loop
-from phi2.training.{module} import {config.__class__.__name__}
+from phi2.training import loop
+from phi2.training.{module} import {config.__class__.__name__}, train
 
 def kill(loss, step):
     if step == {step}:
@@ -178,7 +178,7 @@ def kill(loss, step):
 
 torch.set_num_threads({threads})
 loop.require_finite = kill  # called between an update and its line in metrics.jsonl
-loop.train({config!r})
+train({config!r})
 """
 
 

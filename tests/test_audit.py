@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi2.data.audit import FLAGS, Audit
-from phi2.data.columns import FATES, KEPT, NOT_READ
+from phi2.data.columns import COLUMN_STATUSES, KEPT, NOT_READ
 from phi2.data.records import Origin, RowError
 
 rules = st.sampled_from(["too-long", "bad-label", "no-prompt"])
 kept = st.tuples(st.integers(1, 2000), st.frozensets(st.sampled_from(sorted(FLAGS))))
-fates = st.dictionaries(st.sampled_from(["id", "images"]), st.sampled_from(FATES))
+column_status = st.dictionaries(st.sampled_from(["id", "images"]), st.sampled_from(COLUMN_STATUSES))
 events = st.lists(st.one_of(rules, kept))
 
 
@@ -36,7 +36,7 @@ def test_merged_audits_are_the_audit_of_all_rows(first, second):
     assert merged == audit_of([*first, *second])
 
 
-@given(st.lists(fates), st.lists(fates))
+@given(st.lists(column_status), st.lists(column_status))
 def test_merged_counts_of_columns_are_those_of_all_rows(first, second):
     one, other, both = Audit(), Audit(), Audit()
     for audit, rows in ((one, first), (other, second), (both, first + second)):
@@ -101,7 +101,7 @@ def test_table_is_aligned_and_leaves_out_what_did_not_happen():
     ]
 
 
-def test_columns_are_told_in_a_line_for_each_fate():
+def test_columns_are_told_in_a_line_for_each_status():
     audit = audit_of([(10, ())])
     audit.count_columns({"id": NOT_READ, "margin": KEPT, "messages.name": NOT_READ})
     audit.count_columns({"id": NOT_READ})

@@ -10,6 +10,7 @@ import yaml
 from phi2.data.sources import DataSpec
 from phi2.lora_config import LoraConfig
 from phi2.runs.card import write_card
+from phi2.runs.folder import to_plain
 from phi2.training.dpo import DPOConfig
 from phi2.training.sft import SFTConfig
 
@@ -24,7 +25,7 @@ def run(tmp_path):
 
 
 def card(run, config, results=None):
-    return write_card(run, config, results or {}).read_text(encoding="utf-8")
+    return write_card(run, to_plain(config), results or {}).read_text(encoding="utf-8")
 
 
 def header(text):

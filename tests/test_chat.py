@@ -430,6 +430,7 @@ def test_on_a_terminal_control_c_stops_a_reply_and_at_the_prompt_the_chat(termin
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_chat(session(model_of_letters(context=16384), max_new_tokens=8000))
+    os._exit(0)  # at once: a Ctrl-C that comes while torch is taken down would count as the end of the chat
 
 
 @pytest.mark.parametrize(("name", "is_told"), [("nano", True), ("nano-instruct", False)])

@@ -12,7 +12,7 @@ from torch import nn
 
 from phi2.lora_config import LoraConfig
 from phi2.runs.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
-from phi2.training import sft
+from phi2.training import loop, sft
 from phi2.training.optim import Optimizer
 
 
@@ -135,7 +135,7 @@ def test_a_full_disk_ends_the_run_with_an_oserror_and_leaves_the_checkpoint_befo
         with full_disk(room):
             return save_checkpoint(run, step, *rest)
 
-    monkeypatch.setattr(sft, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     with pytest.raises(OSError, match="state.safetensors: could not be written"):
         sft.train(config)
     run = Path(config.output)

@@ -22,11 +22,10 @@ from phi2.lora_config import LoraConfig
 from phi2.losses.batch import PairBatch
 from phi2.losses.registry import PREFERENCE_LOSSES, bind_loss
 from phi2.model import Phi2ForCausalLM
-from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
 from phi2.training.optim import Optimizer
-from phi2.training.setup import load_data, load_policy
+from phi2.training.session import start
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
@@ -65,8 +64,7 @@ def move_adapter(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
 
 
 def pairs_of(config: DPOConfig) -> list[EncodedPair]:
-    Path(config.output).mkdir(exist_ok=True)
-    return load_data(config, Tokenizer.from_folder(config.model), "preference")[0]
+    return start(config).rows.train
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -86,7 +84,7 @@ def answer_logps(model: Phi2ForCausalLM, prompt: np.ndarray, answer: np.ndarray)
 def by_definition(config: DPOConfig, model: Phi2ForCausalLM, base: Phi2ForCausalLM, pairs: list[EncodedPair]) -> Tensor:
     """Mean loss of the pairs plus nll_weight times the mean NLL of all chosen tokens, pair by pair, row by row."""
     loss, losses, chosen_logps = bind_loss(config.loss, config.knobs), [], []
-    free = PREFERENCE_LOSSES[config.loss].reference_free
+    free = loss.reference_free
     for pair in pairs:
         policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
         with torch.no_grad():
@@ -112,8 +110,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_pairs(dpo_config, los
     sizes, checkpointing, nll_weight = SPLITS[split]
     config = dpo_config(loss=loss, lora=lora, gradient_checkpointing=checkpointing, nll_weight=nll_weight)
     base, pairs = load_model(config.model), pairs_of(config)
-    model = load_policy(config, None)
-    live = make_reference(config, model, None, pairs)
+    model = start(config).load_policy(config)
+    live = make_reference(start(config), config, model, None, pairs)
     move_adapter(model)
     if lora is None:
         with torch.no_grad():
@@ -135,8 +133,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_pairs(dpo_config, los
 @pytest.mark.parametrize("batch_size", [1, 4, 20])
 def test_evaluation_is_the_mean_over_all_pairs_whatever_the_batch_size(dpo_config, batch_size):
     config = dpo_config(per_device_train_batch_size=batch_size, nll_weight=0.3)
-    model, pairs = move_adapter(load_policy(config, None)), pairs_of(config)
-    live = make_reference(config, model, None, pairs)
+    model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
+    live = make_reference(start(config), config, model, None, pairs)
     found = evaluate(config, model.train(), pairs, live, bind_loss("sigmoid", {}))
     expected = by_definition(config, model.eval(), load_model(config.model), pairs)
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
@@ -146,8 +144,8 @@ def test_evaluation_is_the_mean_over_all_pairs_whatever_the_batch_size(dpo_confi
 
 def test_metrics_are_means_over_the_whole_window(dpo_config):
     config = dpo_config()
-    model, pairs = move_adapter(load_policy(config, None)), pairs_of(config)
-    live, loss = make_reference(config, model, None, pairs), bind_loss("sigmoid", {})
+    model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
+    live, loss = make_reference(start(config), config, model, None, pairs), bind_loss("sigmoid", {})
     whole, cut = (
         dpo.update(config, model, Recorder(model, config, 1, False), batches, live, loss)
         for batches in ([pairs], [pairs[:1], pairs[1:4], pairs[4:]])
@@ -157,8 +155,8 @@ def test_metrics_are_means_over_the_whole_window(dpo_config):
 
 def test_metrics_mean_what_they_say(dpo_config):
     config = dpo_config(beta=0.5)
-    model, (pair, *_) = move_adapter(load_policy(config, None)), pairs_of(config)
-    live, loss = make_reference(config, model, None, [pair]), bind_loss("sigmoid", {"beta": 0.5})
+    model, (pair, *_) = move_adapter(start(config).load_policy(config)), pairs_of(config)
+    live, loss = make_reference(start(config), config, model, None, [pair]), bind_loss("sigmoid", {"beta": 0.5})
     found = dpo.update(config, model, Recorder(model, config, 1, False), [[pair]], live, loss)
     policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
     with disabled(model), torch.no_grad():
@@ -367,8 +365,8 @@ def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     """A whole batch of empty rejected answers, and one of single tokens."""
     config = dpo_config(loss=loss, nll_weight=0.1)
     batches = [[pair([1, 2], [3, 4], []), pair([1], [5], [])], [pair([1], [2], [3])]]
-    model = load_policy(config, None)
-    live = make_reference(config, model, None, [])
+    model = start(config).load_policy(config)
+    live = make_reference(start(config), config, model, None, [])
     if live is not None:
         dpo.check_start(config, model, live, batches[0], bind_loss(loss, {}))
     recorder = Recorder(model, config, 1, False)

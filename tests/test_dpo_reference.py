@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,16 +15,16 @@ from phi2.lora import merge
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
-from phi2.training import dpo, reference
+from phi2.training import reference
 from phi2.training.dpo import DPOConfig, train
-from phi2.training.setup import load_data, windows_of
+from phi2.training.session import Session, start
+from phi2.training.window import windows_of
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 
 
 def pairs_of(config: DPOConfig) -> list[EncodedPair]:
-    Path(config.output).mkdir(exist_ok=True)
-    return load_data(config, Tokenizer.from_folder(config.model), "preference")[0]
+    return start(config).rows.train
 
 
 def mean_logp(model: Phi2ForCausalLM, pairs: list[EncodedPair], answer: str) -> float:
@@ -210,7 +208,7 @@ def test_a_reference_with_fewer_vocabulary_rows_than_the_rows_need_is_refused(dp
 def test_a_reference_with_a_shorter_context_than_the_rows_need_is_refused(dpo_config, make_phi, monkeypatch):
     folder = make_phi(max_position_embeddings=19)
     with monkeypatch.context() as patched:
-        patched.setattr(dpo, "load_model", None)  # headers are enough
+        patched.setattr(Session, "other", None)  # headers are enough
         with pytest.raises(ValueError, match="context of 19, but .* row .* has 20 tokens: give a max_length of 19"):
             train(dpo_config(reference=str(folder)))
     assert (train(dpo_config(reference=str(folder), max_length=19, max_steps=1)) / "adapter").exists()

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from phi2.lora_config import LoraConfig
-from phi2.training import dpo
+from phi2.training import loop
 from phi2.training.dpo import train
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -61,7 +61,7 @@ def test_runs_of_every_kind_resume_bit_for_bit(
     whole = train(dpo_config(**changes, save_steps=3))
     config = dpo_config(**changes, save_steps=3, output=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(dpo, "require_finite", stop)
+        patch.setattr(loop, "require_finite", stop)
         train(config)
     resumed = train(dataclasses.replace(config, resume=True))
     assert metrics_of(resumed) == metrics_of(whole)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from phi2.data import encode
-from phi2.data.encode import EncodeConfig, EncodedPair, encode_pair, encode_records, encode_supervised
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError
+from phi2.data.encode import EncodeConfig, EncodedPair, encode_records
+from phi2.data.records import Chat, Message, Origin, Pair, Plain
 from phi2.tokenizer import Tokenizer
 
 ORIGIN = Origin("a.jsonl", 7)
@@ -37,12 +37,19 @@ def text_of(ids, tokenizer: Tokenizer = BYTES) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def encoded(record, tokenizer: Tokenizer = BYTES, **options):
+    """The only row of a data set; what refuses it is the error of the data set."""
+    kind = "preference" if isinstance(record, Pair) else "supervised"
+    (row,), _ = encode_records([record], tokenizer, EncodeConfig(**options), kind)
+    return row
+
+
 def plain(prompt: str, completion: str, tokenizer: Tokenizer = BYTES, **options):
-    return encode_supervised(Plain(prompt, completion, ORIGIN), tokenizer, EncodeConfig(**options))
+    return encoded(Plain(prompt, completion, ORIGIN), tokenizer, **options)
 
 
 def pair(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer = BYTES, **options) -> EncodedPair:
-    return encode_pair(Pair(prompt, chosen, rejected, ORIGIN, {"score": 1.0}), tokenizer, EncodeConfig(**options))
+    return encoded(Pair(prompt, chosen, rejected, ORIGIN, {"score": 1.0}), tokenizer, **options)
 
 
 def pair_text(row: EncodedPair, tokenizer: Tokenizer = BYTES) -> tuple[str, str, str]:
@@ -65,7 +72,7 @@ letters = st.text(alphabet="abcd \n", max_size=8)
 @given(turns, content, st.sampled_from(["assistant", "completion"]), st.sampled_from(["joint", "split"]))
 def test_mask_covers_exactly_the_assistant_turns(before, answer, train_on, boundary):
     chat = Chat((*before, Message("assistant", answer)), ORIGIN)
-    row = encode_supervised(chat, BYTES, EncodeConfig(max_length=None, train_on=train_on, boundary=boundary))
+    row = encoded(chat, max_length=None, train_on=train_on, boundary=boundary)
     learnt = [turn for turn in chat.messages if turn.role == "assistant" and turn.train]
     learnt = learnt if train_on == "assistant" else learnt[-1:]
     assert text_of(row.ids) == BYTES.render([message._asdict() for message in chat.messages])
@@ -75,9 +82,7 @@ def test_mask_covers_exactly_the_assistant_turns(before, answer, train_on, bound
 @settings(deadline=None)
 @given(turns, st.sampled_from(["assistant", "completion", "all"]))
 def test_chat_ends_in_one_end_token_and_a_newline(before, train_on):
-    row = encode_supervised(
-        Chat((*before, Message("assistant", "so")), ORIGIN), BYTES, EncodeConfig(max_length=None, train_on=train_on)
-    )
+    row = encoded(Chat((*before, Message("assistant", "so")), ORIGIN), max_length=None, train_on=train_on)
     assert row.ids[-3:].tolist() == [*BYTES.encode("o"), EOS, *BYTES.encode("\n")]
     assert row.mask[-3:].all()
 
@@ -108,18 +113,18 @@ def test_arrays_are_int32_ids_and_a_mask_of_bool():
 
 def test_row_without_anything_to_learn_is_refused():
     chat = Chat((Message("user", "a"), Message("assistant", "b", train=False)), ORIGIN)
-    with pytest.raises(RowError, match=r"\Aa.jsonl row 7: no target .*\[nothing-to-train\]\Z"):
-        encode_supervised(chat, BYTES, EncodeConfig())
+    with pytest.raises(ValueError, match=r"first a.jsonl row 7: no target .*\[nothing-to-train\]\Z"):
+        encoded(chat)
 
 
 def test_single_token_is_refused_because_nothing_predicts_it():
-    with pytest.raises(RowError, match="nothing-to-train"):
+    with pytest.raises(ValueError, match="nothing-to-train"):
         plain("", "a", append_eos=False)
 
 
 def test_special_token_typed_by_a_user_becomes_the_token_and_is_counted():
     chat = Chat((Message("user", "<|im_end|>"), Message("assistant", "b")), ORIGIN)
-    row = encode_supervised(chat, BYTES, EncodeConfig())
+    row = encoded(chat)
     assert row.ids.tolist().count(EOS) == 3
     assert "special_text_in_content" in row.flags
 
@@ -143,14 +148,14 @@ def test_split_keeps_prompt_and_answer_in_tokens_of_their_own():
 
 def test_token_that_spans_turns_of_a_conversation_belongs_to_where_it_ends():
     turns = Message("user", "a"), Message("assistant", "\n\nb"), Message("user", "c"), Message("assistant", "d")
-    row = encode_supervised(Chat(turns, ORIGIN), MERGING, EncodeConfig(train_on="assistant"))
+    row = encoded(Chat(turns, ORIGIN), MERGING, train_on="assistant")
     assert text_of(row.ids[row.mask], MERGING) == "\n\n\nb<|im_end|>\nd<|im_end|>\n"
     assert "boundary_merged" in row.flags
 
 
 def test_tokens_that_end_with_their_turn_are_not_counted_as_merged():
     turns = Message("user", "é"), Message("assistant", "🙂"), Message("user", "é"), Message("assistant", "🙂")
-    row = encode_supervised(Chat(turns, ORIGIN), MERGING, EncodeConfig(train_on="assistant"))
+    row = encoded(Chat(turns, ORIGIN), MERGING, train_on="assistant")
     assert "boundary_merged" not in row.flags
 
 
@@ -190,7 +195,7 @@ def test_split_pair_keeps_the_whole_prompt():
 
 
 def test_pair_without_a_token_before_its_answers_is_refused():
-    with pytest.raises(RowError, match="no-prompt"):
+    with pytest.raises(ValueError, match="no-prompt"):
         pair("a", "bc", "d", MERGING)
 
 
@@ -213,12 +218,12 @@ def test_row_at_the_limit_is_not_cut():
 
 
 def test_drop_refuses_a_row_over_the_limit():
-    with pytest.raises(RowError, match=r"a.jsonl row 7: 5 tokens exceed max_length 4 \[too-long\]"):
+    with pytest.raises(ValueError, match=r"a.jsonl row 7: 5 tokens exceed max_length 4 \[too-long\]"):
         plain("ab", "cd", max_length=4, truncation_mode="drop")
 
 
 def test_prompt_that_fills_the_limit_is_refused():
-    with pytest.raises(RowError, match="prompt-too-long"):
+    with pytest.raises(ValueError, match="prompt-too-long"):
         plain("abcd", "e", max_length=4)
 
 
@@ -229,7 +234,7 @@ def test_pair_keep_start_cuts_each_answer_at_the_limit():
 
 
 def test_pair_whose_prompt_fills_the_limit_is_refused():
-    with pytest.raises(RowError, match="prompt-too-long"):
+    with pytest.raises(ValueError, match="prompt-too-long"):
         pair("pppp", "a", "b", max_length=4)
 
 
@@ -253,12 +258,12 @@ def test_keep_end_keeps_half_of_max_length_for_the_prompt_by_default():
 
 
 def test_answers_that_differ_only_behind_the_limit_are_refused():
-    with pytest.raises(RowError, match="differ only after 4 tokens .*same-answers-cut"):
+    with pytest.raises(ValueError, match="differ only after 4 tokens .*same-answers-cut"):
         pair("pp", "abX", "abY", max_length=4)
 
 
 def test_answers_of_the_same_tokens_are_refused():
-    with pytest.raises(RowError, match=r"\[same-answers\]"):
+    with pytest.raises(ValueError, match=r"\[same-answers\]"):
         pair("p", "a", "a<|im_end|>")
 
 
@@ -306,9 +311,8 @@ def test_setting_without_effect_on_a_kind_of_row_is_an_error(kind, options, mess
 @given(st.lists(st.tuples(letters, letters), min_size=1, max_size=8), st.sampled_from(["joint", "split"]))
 def test_rows_of_a_data_set_are_the_rows_encoded_one_by_one(texts, boundary):
     records = [Plain(prompt, answer + "!", Origin("a.jsonl", n)) for n, (prompt, answer) in enumerate(texts, start=1)]
-    options = EncodeConfig(boundary=boundary)
-    rows, _ = encode_records(records, MERGING, options, "supervised")
-    alone = [encode_supervised(record, MERGING, options) for record in records]
+    rows, _ = encode_records(records, MERGING, EncodeConfig(boundary=boundary), "supervised")
+    alone = [encoded(record, MERGING, boundary=boundary) for record in records]
     assert [(r.ids.tolist(), r.mask.tolist(), r.origin, r.flags) for r in rows] == [
         (r.ids.tolist(), r.mask.tolist(), r.origin, r.flags) for r in alone
     ]
@@ -367,8 +371,7 @@ def own_tokens(row, tokenizer: Tokenizer = BYTES) -> int:
 @given(spelling, spelling, st.sampled_from(["joint", "split"]), st.sampled_from(["completion", "assistant", "all"]))
 def test_special_tokens_that_stay_text_are_the_same_text_and_no_tokens(ask, answer, boundary, train_on):
     chat = Chat((Message("user", ask), Message("assistant", answer + ".")), ORIGIN)
-    options = EncodeConfig(None, train_on, boundary, special_tokens_in_text="text")
-    row = encode_supervised(chat, BYTES, options)
+    row = encoded(chat, max_length=None, train_on=train_on, boundary=boundary, special_tokens_in_text="text")
     assert text_of(row.ids) == BYTES.render([message._asdict() for message in chat.messages])
     assert own_tokens(row.ids) == 4  # two turns, each with a beginning and an end
     assert train_on == "all" or text_of(row.ids[row.mask]) == answer + ".<|im_end|>\n"
@@ -381,7 +384,7 @@ def test_special_tokens_of_a_text_row_that_stay_text_are_the_same_text_and_no_to
     options = {"max_length": None, "boundary": boundary, "special_tokens_in_text": "text"}
     find = BYTES.special_text.pattern.findall
     if find(prompt + answer) != find(prompt) + find(answer):
-        with pytest.raises(RowError, match="where the prompt ends"):
+        with pytest.raises(ValueError, match="where the prompt ends"):
             plain(prompt, answer + ".", **options)
         return
     row = plain(prompt, answer + ".", **options)
@@ -395,9 +398,7 @@ def test_special_tokens_of_a_text_row_that_stay_text_are_the_same_text_and_no_to
 def test_settings_for_special_tokens_agree_where_a_text_spells_none(ask, answer):
     chat = Chat((Message("user", ask), Message("assistant", answer + ".")), ORIGIN)
     assume(BYTES.special_text.find([ask, answer]) is None)
-    rows = [
-        encode_supervised(chat, BYTES, EncodeConfig(special_tokens_in_text=way)) for way in ("token", "text", "refuse")
-    ]
+    rows = [encoded(chat, special_tokens_in_text=way) for way in ("token", "text", "refuse")]
     assert all(row.ids.tolist() == rows[0].ids.tolist() and row.flags == rows[0].flags for row in rows)
 
 
@@ -405,9 +406,9 @@ def test_special_token_that_prompt_and_answer_spell_together_is_seen():
     row = plain("a <|im_", "end|> b", max_length=None)
     assert "special_text_in_content" in row.flags and own_tokens(row.ids) == 2
     for way in ("text", "refuse"):
-        with pytest.raises(RowError, match="special-token"):
+        with pytest.raises(ValueError, match="special-token"):
             plain("a <|im_", "end|> b", special_tokens_in_text=way)
-        with pytest.raises(RowError, match="special-token"):
+        with pytest.raises(ValueError, match="special-token"):
             pair("a <|im_", "b", "end|> b", special_tokens_in_text=way)
 
 
@@ -424,6 +425,5 @@ def test_rows_that_stay_text_keep_their_place_among_the_others():
 def test_a_special_token_that_no_other_tokens_spell_refuses_its_row():
     backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     backend.add_special_tokens(["<|endoftext|>"])
-    options = EncodeConfig(special_tokens_in_text="text")
-    with pytest.raises(RowError, match=r"\Aa.jsonl row 7: .*\[special-token\]\Z"):
-        encode_supervised(Plain("", "a<|endoftext|>a", ORIGIN), Tokenizer(backend, {}), options)
+    with pytest.raises(ValueError, match=r"first a.jsonl row 7: .*\[special-token\]\Z"):
+        plain("", "a<|endoftext|>a", Tokenizer(backend, {}), special_tokens_in_text="text")

@@ -72,7 +72,7 @@ def test_what_may_be_a_text_stays_a_text():
         (["--lora.r", "0"], "r must be a positive whole number, got 0"),
         (["--lora.rank", "3"], "lora: Option 'rank' is not accepted"),
         (["--lora", "3"], "lora: expected null or a mapping of settings, got 3"),
-        (["--loss_args.shift", "x"], "loss_args: expected float, got x"),
+        (["--loss_args.shift", "[1]"], "loss_args: expected float; expected bool; expected str, got [1]"),
         (["--sample_prompts", "[1]"], "sample_prompts: expected str, got 1"),
         (["--sample_prompts"], "argument --sample_prompts: expected one argument"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),

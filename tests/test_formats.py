@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi2.data import columns
-from phi2.data.columns import FATES, IGNORED, KEPT, NOT_READ
-from phi2.data.formats import FORMATS, columns_read, document, is_conversation, parse_row
-from phi2.data.records import Chat, Message, Origin, Pair, RowError, Turns
+from phi2.data.columns import COLUMN_STATUSES, IGNORED, KEPT, NOT_READ
+from phi2.data.formats import FORMATS, columns_read, document, is_conversational, parse_row
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, RowError
 
 ORIGIN = Origin("data.jsonl", 17)
 ASK, YES, NO = Message("user", "Is 7 prime?"), Message("assistant", "Yes."), Message("assistant", "No.")
@@ -68,7 +68,7 @@ SET = {  # a value of each column and key that some format reads
 }
 
 
-def messages_of(record) -> Turns:
+def messages_of(record) -> Messages:
     """All turns that a record holds, with its template variables where it has some."""
     if isinstance(record, Chat):
         return record.messages
@@ -76,8 +76,8 @@ def messages_of(record) -> Turns:
 
 
 def read(row: dict, format: str | None = None, **options):
-    fates: dict[str, str] = {}
-    return parse_row(row, ORIGIN, format, fates=fates, **options), fates
+    column_status: dict[str, str] = {}
+    return parse_row(row, ORIGIN, format, column_status=column_status, **options), column_status
 
 
 def refusal(row: dict, **options) -> RowError:
@@ -100,7 +100,14 @@ def test_the_committed_table_of_formats_is_what_the_code_reads():
 
 def test_the_table_of_formats_names_every_format_column_and_key():
     text = document()
-    for name in [*FORMATS, *columns.COLUMNS, *columns.SPOKEN, *columns.LEARNT, *columns.TEMPLATE_KEYS, *columns.KEYS]:
+    for name in [
+        *FORMATS,
+        *columns.REFUSED_COLUMNS,
+        *columns.CONTENT_KEYS,
+        *columns.TRAIN_KEYS,
+        *columns.TEMPLATE_KEYS,
+        *columns.REFUSED_KEYS,
+    ]:
         assert f"| {name} |" in text
     for layout in FORMATS.values():
         assert ", ".join(layout.required) in text and ", ".join(layout.optional) in text
@@ -110,7 +117,7 @@ def test_the_table_of_formats_names_every_format_column_and_key():
 def test_a_column_is_said_to_be_read_when_and_only_when_it_changes_the_record(name):
     row, format = ROWS[name], name.split(" of ")[0]
     plain = parse_row(row, ORIGIN, format)
-    said = columns_read(format, is_conversation(plain))
+    said = columns_read(format, is_conversational(plain))
     for column, value in SET.items():
         if column in row:
             continue
@@ -125,7 +132,9 @@ def test_a_column_is_said_to_be_read_when_and_only_when_it_changes_the_record(na
 
 # Whatever else is in a row
 
-names = st.sampled_from([*columns.COLUMNS, *columns.TEMPLATE_KEYS, *columns.KEYS, *columns.SPOKEN, "id", "score"])
+names = st.sampled_from(
+    [*columns.REFUSED_COLUMNS, *columns.TEMPLATE_KEYS, *columns.REFUSED_KEYS, *columns.CONTENT_KEYS, "id", "score"]
+)
 names |= st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 scalars = st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.sampled_from(["", "x", "y" * 80])
 values = scalars | st.sampled_from([[], {}, ["x"], [["x", "y"]], [{"a": 1}], {"a": 1}])
@@ -149,16 +158,16 @@ def test_every_extra_column_is_read_refused_or_counted(name, column, value, igno
     if column in row:
         return
     plain, ignore = parse_row(row, ORIGIN, format), frozenset({column} if ignored else ())
-    said = columns_read(format, is_conversation(plain))
+    said = columns_read(format, is_conversational(plain))
     try:
-        _, fates = read({**row, column: value}, format, ignore=ignore)
+        _, column_status = read({**row, column: value}, format, ignore=ignore)
     except RowError as error:
         assert column in str(error) and not ignored
-        assert column in said or column in columns.COLUMNS
+        assert column in said or column in columns.REFUSED_COLUMNS
     else:
         unset = value is None or value in ("", [], {})
-        assert unset + (column in said and not ignored and not unset) + (column in fates) == 1
-        assert column not in fates or (fates[column] == IGNORED) == ignored
+        assert unset + (column in said and not ignored and not unset) + (column in column_status) == 1
+        assert column not in column_status or (column_status[column] == IGNORED) == ignored
 
 
 @settings(max_examples=400, deadline=None)
@@ -176,35 +185,35 @@ def test_every_extra_key_of_a_message_is_read_refused_or_counted(name, key, valu
             message[key] = value
     drawn[key] = value
     try:
-        record, fates = read(row, name.split(" of ")[0], ignore=frozenset({key} if ignored else ()))
+        record, column_status = read(row, name.split(" of ")[0], ignore=frozenset({key} if ignored else ()))
     except RowError as error:
         assert key in str(error) or error.rule in ("nothing-to-train", "untrained-answer", "bad-unicode")
         assert not ignored or key in row
     else:
         unset = value is None or value in ("", [], {})
         carried = any(turn.keys and key in turn.keys for turn in messages_of(record))
-        learnt = key in columns.LEARNT and not ignored and not unset
-        counted = f"{holder}.{key}" in fates
+        learnt = key in columns.TRAIN_KEYS and not ignored and not unset
+        counted = f"{holder}.{key}" in column_status
         assert unset + carried + learnt + counted == 1
-        assert not counted or fates[f"{holder}.{key}"] == (IGNORED if ignored else NOT_READ)
+        assert not counted or column_status[f"{holder}.{key}"] == (IGNORED if ignored else NOT_READ)
 
 
 def test_columns_that_a_pair_keeps_for_the_loss_are_named_as_such():
-    _, fates = read({**TEXT_PAIR, "margin": 1.5, "source": "x", "weight": 2.0, "generations": ["a"]})
-    assert fates == {"margin": KEPT, "source": KEPT, "weight": KEPT, "generations": NOT_READ}
+    _, column_status = read({**TEXT_PAIR, "margin": 1.5, "source": "x", "weight": 2.0, "generations": ["a"]})
+    assert column_status == {"margin": KEPT, "source": KEPT, "weight": KEPT, "generations": NOT_READ}
 
 
 # What is refused, and why
 
 
-@pytest.mark.parametrize("name", sorted(columns.COLUMNS))
+@pytest.mark.parametrize("name", sorted(columns.REFUSED_COLUMNS))
 def test_a_column_that_matters_is_refused_by_name_where_a_format_cannot_read_it(name):
     error = refusal({"text": "7 is prime", name: ["something"]})
     assert error.rule == "not-read" and repr(name) in str(error) and "ignore_columns" in str(error)
-    assert columns.COLUMNS[name] in str(error)
+    assert columns.REFUSED_COLUMNS[name] in str(error)
 
 
-@pytest.mark.parametrize("name", sorted(columns.KEYS))
+@pytest.mark.parametrize("name", sorted(columns.REFUSED_KEYS))
 def test_a_key_that_matters_is_refused_by_name(name):
     error = refusal({"messages": [CHAT[0] | {name: ["something"]}, CHAT[1]]})
     assert error.rule == "not-read" and repr(name) in str(error)
@@ -225,15 +234,15 @@ def test_a_system_text_beside_texts_is_refused_with_what_would_read_it():
 
 def test_what_is_to_be_ignored_is_as_if_it_were_not_there():
     row = {"messages": [CHAT[0] | {"images": ["a.png"]}, CHAT[1]], "images": ["a.png"], "system": "Be brief."}
-    record, fates = read(row, ignore=frozenset({"images", "system", "nowhere"}))
+    record, column_status = read(row, ignore=frozenset({"images", "system", "nowhere"}))
     assert record == parse_row({"messages": CHAT}, ORIGIN)
-    assert fates == {"images": IGNORED, "system": IGNORED, "messages.images": IGNORED}
+    assert column_status == {"images": IGNORED, "system": IGNORED, "messages.images": IGNORED}
 
 
 def test_nulls_and_empty_values_are_nothing():
-    empty = {name: empty for name in columns.COLUMNS for empty in ("", [], {}, None)}
-    record, fates = read({"messages": [message | empty for message in CHAT], **empty})
-    assert (record, fates) == (parse_row({"messages": CHAT}, ORIGIN), {})
+    empty = {name: empty for name in columns.REFUSED_COLUMNS for empty in ("", [], {}, None)}
+    record, column_status = read({"messages": [message | empty for message in CHAT], **empty})
+    assert (record, column_status) == (parse_row({"messages": CHAT}, ORIGIN), {})
 
 
 # What is read beside a conversation
@@ -241,7 +250,7 @@ def test_nulls_and_empty_values_are_nothing():
 
 @pytest.mark.parametrize("column", columns.SYSTEM)
 @pytest.mark.parametrize(
-    "name", [name for name in ROWS if is_conversation(parse_row(ROWS[name], ORIGIN, name.split(" of ")[0]))]
+    "name", [name for name in ROWS if is_conversational(parse_row(ROWS[name], ORIGIN, name.split(" of ")[0]))]
 )
 def test_a_system_text_is_the_first_turn_of_every_conversation(name, column):
     record = parse_row({**ROWS[name], column: "Be brief."}, ORIGIN, name)
@@ -306,8 +315,8 @@ def test_roles_of_other_libraries_are_known():
 
 def test_text_in_parts_is_joined_and_other_keys_of_parts_are_counted():
     parts = [{"type": "text", "text": "Is 7 "}, {"type": "text", "text": "prime?", "cache": True, "image": None}]
-    record, fates = read({"messages": [{"role": "user", "content": parts}, CHAT[1]]})
-    assert (record.messages[0], fates) == (ASK, {"messages.content.cache": NOT_READ})
+    record, column_status = read({"messages": [{"role": "user", "content": parts}, CHAT[1]]})
+    assert (record.messages[0], column_status) == (ASK, {"messages.content.cache": NOT_READ})
 
 
 def test_train_false_keeps_a_turn_out_of_the_loss_as_weight_zero_does():
@@ -322,9 +331,9 @@ def test_train_false_keeps_a_turn_out_of_the_loss_as_weight_zero_does():
 
 def test_a_request_in_openai_form_brings_its_tools_and_its_other_settings_are_counted():
     row = {**ROWS["openai-pair"], "input": {"messages": turns(ASK), "tools": [TOOL], "parallel_tool_calls": True}}
-    record, fates = read(row)
+    record, column_status = read(row)
     assert record == Pair((ASK,), (YES,), (NO,), ORIGIN, {}, {"tools": [TOOL]})
-    assert fates == {"input.parallel_tool_calls": NOT_READ}
+    assert column_status == {"input.parallel_tool_calls": NOT_READ}
 
 
 @pytest.mark.parametrize("answer", [YES, NO])
@@ -364,5 +373,5 @@ def test_dialogues_in_text_that_part_before_the_last_answer_are_refused():
     assert refusal(dict(zip(("chosen", "rejected"), texts, strict=True))).rule == "mixed-answer"
 
 
-def test_fates_are_those_that_an_audit_knows():
-    assert FATES == (NOT_READ, KEPT, IGNORED)
+def test_column_statuses_are_those_that_an_audit_knows():
+    assert COLUMN_STATUSES == (NOT_READ, KEPT, IGNORED)

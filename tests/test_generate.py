@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 
 from phi2.config import Phi2Config
-from phi2.inference.generate import Generation, StopCutter, generate, stream
+from phi2.inference.generate import generate, stream
+from phi2.inference.replies import Generation, StopCutter
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 

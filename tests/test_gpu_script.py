@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KILLS = (signal.SIGTERM, signal.SIGKILL)
-MOMENTS = random.Random(6).sample(range(18), 4)
+MOMENTS = random.Random(6).sample(range(18), 4)  # 2, 15, 8 and 0 lines
 TESTS = """
 import time
 from pathlib import Path
@@ -50,7 +50,9 @@ from benchmarks.registry import case
 @case("tiny", 3, "a tiny gelu and a tiny rotary")
 def tiny(turns):
     cpu, dtype = torch.device("cpu"), torch.float32
-    return gpu.report([compare_gelu(cpu, dtype, 3, 48), compare_rotary(cpu, dtype, 1, 7, 2, 80, 32)], turns, {{}})
+    compared = [compare_gelu(cpu, dtype, 3, 48), compare_rotary(cpu, dtype, 1, 7, 2, 80, 32)]
+    compared[0].peers["Liger"] = lambda: exec("import no_such_package")
+    return gpu.report(compared, turns, {{}})
 
 def timed(calls, turns):
     return {{name: [seconds(around[0]) for _ in range(turns)] for name, around in calls.items()}}
@@ -143,6 +145,7 @@ def test_a_visit_tells_each_test_each_measurement_and_each_step(visit, tmp_path)
     assert list(zip(of("step", lines), of("code", lines), strict=True)) == [("tests", 1), ("fails", 1), ("tiny", 0)]
     assert "test_one[3]: AssertionError: three is wrong\ntests: " in said and "1 failed, 11 passed" in said
     assert "exit code 1 RuntimeError: an illegal memory access\n  gelu: ours " in said
+    assert "without Liger (ModuleNotFoundError: No module named 'no_such_package')\n" in said
     assert (tmp_path / "out" / "results.txt").read_text() in said
 
 

@@ -20,6 +20,7 @@ from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.losses.source import source_of_loss
 from phi2.runs.inputs import digest_of_adapter, digest_of_model
 from phi2.training import dpo, sft
+from phi2.training.session import Session
 
 LOSS = """import phi2
 import torch.nn.functional as F
@@ -143,7 +144,7 @@ def test_a_run_goes_on_with_what_it_began_with_and_says_nothing(preference_run):
 def test_each_thing_a_run_depends_on_is_noticed_alone_before_any_work(preference_run, own, monkeypatch, change):
     place, edit, name = CHANGES[change]
     edit(own[place])
-    monkeypatch.setattr(dpo, "load_policy", None)
+    monkeypatch.setattr(Session, "load_policy", None)
     with pytest.raises(ValueError) as caught:
         resumed(dpo, preference_run)
     assert (
@@ -202,7 +203,7 @@ def test_what_other_kinds_of_runs_depend_on_is_noticed(sft_config, own, tmp_path
     elif change == "start model":
         scale_norm(own["model"])
     else:  # "auto" on another device
-        monkeypatch.setattr("phi2.runs.inputs.compute_dtype", lambda config: torch.bfloat16)
+        monkeypatch.setattr("phi2.training.session.compute_dtype", lambda config: torch.bfloat16)
     with pytest.raises(ValueError, match=f": the {change} changed since this run began; it cannot be resumed"):
         resumed(sft, config)
 

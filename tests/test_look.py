@@ -249,7 +249,7 @@ def register(loss: Callable[[PairBatch], Tensor], **options) -> str:
 
 
 def test_a_run_refuses_before_it_loads_the_model(dpo_config, registry, monkeypatch):
-    monkeypatch.setattr("phi2.training.dpo.load_policy", None)
+    monkeypatch.setattr("phi2.training.session.Session.load_policy", None)
     with pytest.raises(ValueError, match="it uses the batch"):
         train(dpo_config(loss=register(USES_BATCH["centred"])))
 

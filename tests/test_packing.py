@@ -63,7 +63,7 @@ def test_a_row_of_sequences_is_its_sequences_one_behind_the_other(batch):
         start = end
     assert row.input_ids[0].tolist() == ids
     assert row.positions[0].tolist() == positions
-    assert list(zip(row.rows.tolist(), row.targets.tolist(), strict=True)) == targets
+    assert list(zip(row.logits_indices.tolist(), row.targets.tolist(), strict=True)) == targets
     assert seen(row) == connected
 
 
@@ -85,7 +85,7 @@ def test_a_row_of_pairs_is_both_sequences_of_every_pair_with_one_prompt(batch):
             start += len(answer)
     assert row.input_ids[0].tolist() == ids
     assert row.positions[0].tolist() == positions
-    assert list(zip(row.rows.tolist(), row.targets.tolist(), strict=True)) == targets
+    assert list(zip(row.logits_indices.tolist(), row.targets.tolist(), strict=True)) == targets
     assert seen(row) == connected
 
 
@@ -167,7 +167,7 @@ def small_model(**changes) -> Phi2ForCausalLM:
 
 def logps_of(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
-    return target_logps(model, hidden, row.rows, row.targets)[0]
+    return target_logps(model, hidden, row.logits_indices, row.targets)[0]
 
 
 def logps_alone(model: Phi2ForCausalLM, context: np.ndarray, answer: np.ndarray) -> Tensor:

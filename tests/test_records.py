@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi2.data.columns import COLUMNS as COLUMNS_THAT_MATTER
-from phi2.data.columns import TEMPLATE_KEYS
+from phi2.data.columns import REFUSED_COLUMNS, TEMPLATE_KEYS
 from phi2.data.formats import FORMATS, detect_format, parse_row
 from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, RowError, Unpaired
 
@@ -280,9 +279,7 @@ turns = st.fixed_dictionaries(
     | {key: json_values for key in ("train", *TEMPLATE_KEYS, "id")},
 )
 column_values = st.sampled_from(["x", "xy"]) | json_values | turns | st.lists(turns, max_size=3)
-COLUMNS = sorted(
-    {column for layout in FORMATS.values() for column in layout.required} | {*COLUMNS_THAT_MATTER, "score"}
-)
+COLUMNS = sorted({column for layout in FORMATS.values() for column in layout.required} | {*REFUSED_COLUMNS, "score"})
 
 
 @settings(max_examples=300)

@@ -18,16 +18,8 @@ from phi2.lora import attach, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.training.packing import TokenRow, row_of_pairs
-from phi2.training.reference import (
-    Reference,
-    adapters_off,
-    another_model,
-    fingerprint,
-    frozen_copy,
-    pair_key,
-    precomputed,
-    score,
-)
+from phi2.training.reference import adapters_off, another_model, frozen_copy, score
+from phi2.training.reference_cache import Reference, fingerprint, pair_key, precomputed
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import sft
 from phi2.training.optim import Optimizer
-from phi2.training.setup import load_data, load_policy
+from phi2.training.session import start
 from phi2.training.sft import SFTConfig, evaluate, neftune, train
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -37,7 +37,7 @@ class Recorder(Optimizer):
 
 def policy_of(config: SFTConfig) -> Phi2ForCausalLM:
     """Adapters have learned something, so that every part of them has a gradient."""
-    model = load_policy(config, None)
+    model = start(config).load_policy(config)
     with torch.no_grad():
         for module in lora_modules(model).values():
             module.lora_B.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
@@ -45,8 +45,7 @@ def policy_of(config: SFTConfig) -> Phi2ForCausalLM:
 
 
 def rows_of(config: SFTConfig) -> list:
-    Path(config.output).mkdir(exist_ok=True)
-    return load_data(config, Tokenizer.from_folder(config.model), "supervised")[0]
+    return start(config).rows.train
 
 
 # ---- one gradient, however the window is cut ----

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from phi2.lora_config import LoraConfig
-from phi2.runs.folder import Interrupted
-from phi2.training import sft
+from phi2.runs.log import Interrupted
+from phi2.training import loop, sft
 from phi2.training.sft import SFTConfig, train
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -46,7 +46,7 @@ def stop_at(step: int, run: Callable[[], Path]) -> None:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(sft, "require_finite", stop)
+        patch.setattr(loop, "require_finite", stop)
         run()
 
 

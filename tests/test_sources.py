@@ -361,7 +361,7 @@ def test_every_row_of_the_real_files_becomes_a_record(shared, file, kind, type_,
 def test_columns_that_are_not_read_are_counted_over_the_rows_that_have_them():
     rows = [{"text": "a", "id": 1, "dataset": "x"}, {"text": "b", "id": 2, "dataset": None}, {"text": "", "id": 3}]
     counted = load_records(rows, "supervised").dropped.columns
-    assert {fate: dict(names) for fate, names in counted.items() if names} == {NOT_READ: {"id": 2, "dataset": 1}}
+    assert {status: dict(names) for status, names in counted.items() if names} == {NOT_READ: {"id": 2, "dataset": 1}}
 
 
 def test_columns_that_a_filter_reads_are_not_counted_as_unread():

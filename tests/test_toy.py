@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi2.data.toy import skills
-from phi2.data.toy.instructions import BY_NAME, Demand, carry_out
+from phi2.data.toy.instructions import BY_NAME, Constraint, apply_constraints
 from phi2.data.toy.world import ANIMALS, ATTRIBUTES, INSTRUCTIONS, SPLITS, combinations, fact, held_out
 
 RECORDS = {kind: skills.records(kind) for kind in skills.KINDS}
@@ -65,36 +65,40 @@ PLAIN, SHOUT = "The fox eats bread.", "THE FOX EATS BREAD!"
 
 
 @pytest.mark.parametrize(
-    ("demands", "good", "bad"),
+    ("constraints", "good", "bad"),
     [
-        ((Demand("upper"),), ("THE FOX EATS BREAD.", "BREAD"), (PLAIN, "THE FOX EATS bREAD.", "THE FOX EATS CAKE.")),
-        ((Demand("lower"),), ("the fox eats bread.",), (PLAIN, "the fox eats cake.")),
         (
-            (Demand("exclaim"),),
+            (Constraint("upper"),),
+            ("THE FOX EATS BREAD.", "BREAD"),
+            (PLAIN, "THE FOX EATS bREAD.", "THE FOX EATS CAKE."),
+        ),
+        ((Constraint("lower"),), ("the fox eats bread.",), (PLAIN, "the fox eats cake.")),
+        (
+            (Constraint("exclaim"),),
             ("The fox eats bread!", "bread!"),
             (PLAIN, "The fox! It eats bread.", "Bread and corn!"),
         ),
-        ((Demand("quotes"),), (f'"{PLAIN}"',), (PLAIN, f'"{PLAIN}', 'The fox eats "bread".')),
+        ((Constraint("quotes"),), (f'"{PLAIN}"',), (PLAIN, f'"{PLAIN}', 'The fox eats "bread".')),
         (
-            (Demand("twice"),),
+            (Constraint("twice"),),
             (f"{PLAIN} {PLAIN}", "Bread, bread"),
             (PLAIN, f"{PLAIN} {PLAIN} {PLAIN}", f"{PLAIN} It eats bread."),
         ),
-        ((Demand("start", "Well"),), ("Well, it eats bread.", "well bread"), (PLAIN, "The fox, well, eats bread.")),
+        ((Constraint("start", "Well"),), ("Well, it eats bread.", "well bread"), (PLAIN, "The fox, well, eats bread.")),
         (
-            (Demand("end", "my friend"),),
+            (Constraint("end", "my friend"),),
             ("Bread, my friend.",),
             (PLAIN, "My friend, it eats bread.", "Bread, my friends."),
         ),
-        ((Demand("one"),), ("bread.", "BREAD"), (PLAIN, "the bread", "corn.")),
-        ((Demand("three"),), ("It eats bread.", "Bread bread bread"), (PLAIN, "bread", "It eats corn.")),
-        ((Demand("no_the"),), ("It eats bread.", "Foxes like bread."), (PLAIN, "It is the bread.")),
-        ((Demand("upper"), Demand("exclaim")), (SHOUT,), (PLAIN, "The fox eats bread!", "THE FOX EATS BREAD.")),
+        ((Constraint("one"),), ("bread.", "BREAD"), (PLAIN, "the bread", "corn.")),
+        ((Constraint("three"),), ("It eats bread.", "Bread bread bread"), (PLAIN, "bread", "It eats corn.")),
+        ((Constraint("no_the"),), ("It eats bread.", "Foxes like bread."), (PLAIN, "It is the bread.")),
+        ((Constraint("upper"), Constraint("exclaim")), (SHOUT,), (PLAIN, "The fox eats bread!", "THE FOX EATS BREAD.")),
     ],
 )
-def test_follow_wants_the_form_and_the_content(demands, good, bad):
+def test_follow_wants_the_form_and_the_content(constraints, good, bad):
     asked = fact("fox", "food")
-    check = skills.Obeys(skills.Says(asked.value, asked.others), demands)
+    check = skills.Obeys(skills.Says(asked.value, asked.others), constraints)
     assert [text for text in good if not check.passes(text)] == []
     assert [text for text in bad if check.passes(text)] == []
 
@@ -236,8 +240,8 @@ def test_unknown_names_are_refused_with_what_is_allowed(call):
 
 def test_every_instruction_changes_the_plain_answer_to_every_fact():
     for names in INSTRUCTIONS:
-        demands = tuple(Demand(name, BY_NAME[name].arguments[0]) for name in names)
+        constraints = tuple(Constraint(name, BY_NAME[name].arguments[0]) for name in names)
         for animal in ANIMALS:
             for attribute in ATTRIBUTES:
                 asked = fact(animal, attribute)
-                assert carry_out(demands, asked) != carry_out((), asked)
+                assert apply_constraints(constraints, asked) != apply_constraints((), asked)

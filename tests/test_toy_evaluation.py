@@ -14,7 +14,8 @@ from phi2.checkpoints.weights import load
 from phi2.data.toy.skills import SKILLS, grade, items
 from phi2.evaluation import toy as evaluation
 from phi2.evaluation.toy import Score, evaluate, wilson
-from phi2.inference.generate import Generation, generate
+from phi2.inference.generate import generate
+from phi2.inference.replies import Generation
 
 
 @pytest.fixture(scope="module")

@@ -104,27 +104,18 @@ def compare_gelu(device: torch.device, dtype: torch.dtype, N: int, F: int) -> Co
     )
 
 
-def gelu_entry(kernel: str, key: str, call: Call, *candidates: tuple) -> Entry:
-    """Candidates: rows, columns, warps; with a gradient, how many times as many rows."""
-    return Entry("gelu_triton", key, f"gelu {kernel}", spec.on_both(*candidates), (call,))
-
-
-GELU = Call("gelu_triton.forward", reads=dict(x="N F", bias="F"), writes=dict(y="N F"))
-GELU_BACKWARD, GELU_SUMS = (
-    Call("gelu_triton.backward", reads=dict(grad="N F", x="N F", bias="F", sums=sums), writes=dict(dx="N F"))
-    for sums in (False, True)
-)
-TILES = (4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8)
-TALL_TILES = (4, 1024, 4, 16), (4, 1024, 4, 8), (2, 1024, 4, 32), (1, 1024, 4, 64), (4, 1024, 8, 16)
+# Candidates: rows, columns, warps.
+TILES = spec.on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8))
+GELU = Call("gelu_triton.forward", reads=dict(x="N F"), writes=dict(y="N F"))
+GELU_BACKWARD = Call("gelu_triton.backward", reads=dict(grad="N F", x="N F"), writes=dict(dx="N F"))
 spec.OPS["gelu"] = Op(
     work={
         "gelu forward": lambda BLOCK_N, BLOCK_F, **_: RoundWork(dram_bytes=BLOCK_N * BLOCK_F * 4),
         "gelu backward": lambda BLOCK_N, BLOCK_F, **_: RoundWork(dram_bytes=BLOCK_N * BLOCK_F * 6),
     },
     entries={
-        "gelu_forward": gelu_entry("forward", "forward", GELU, *TILES),
-        "gelu_backward": gelu_entry("backward", "backward", GELU_BACKWARD, *((*tile, 1) for tile in TILES)),
-        "gelu_backward_sums": gelu_entry("backward", "backward_sums", GELU_SUMS, *TALL_TILES),
+        "gelu_forward": Entry("gelu_triton", "forward", "gelu forward", TILES, (GELU,)),
+        "gelu_backward": Entry("gelu_triton", "backward", "gelu backward", TILES, (GELU_BACKWARD,)),
     },
 )
 
@@ -154,17 +145,9 @@ def compare_rotary(device: torch.device, dtype: torch.dtype, B: int, T: int, H: 
 MANY_HEADS = spec.on_both((32, 1), (16, 1), (64, 1), (32, 2), (64, 2))
 FEW_HEADS = spec.on_both((16, 1), (8, 1), (32, 1), (16, 2), (32, 2))
 ANGLES = dict(cos="S 16:float32", sin="S 16:float32")
-APPLY = Call(
-    "rotary_triton.apply_rotary",
-    reads=dict(x="N 2H D", **ANGLES, positions="N:int32%S", inverse=False),
-    over=("x",),
-)
-TOKEN = dict(q="1 H D", k="1 H D", v="1 H D", positions="1:int32%S", slots="1:int32%S")
-STORE = Call(
-    "rotary_triton.apply_rotary_and_store",
-    reads=TOKEN | ANGLES | dict(keys="1 H S D", values="1 H S D"),
-    over=("q", "keys", "values"),
-)
+APPLY = Call("rotary_triton.apply_rotary", reads=dict(x="N 2H D", **ANGLES, inverse=False), over=("x",))
+TOKEN = dict(q="1 H D", k="1 H D", v="1 H D", slots="1:int32%S", keys="1 H S D", values="1 H S D")
+STORE = Call("rotary_triton.apply_rotary_and_store", reads=TOKEN | ANGLES, over=("q", "keys", "values"))
 NAME = "apply_rotary_and_store"
 spec.OPS["rotary"] = Op(
     work={

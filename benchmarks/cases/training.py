@@ -25,10 +25,14 @@ from phi2.data.records import Chat, Message, Pair
 from phi2.data.sources import load_records
 from phi2.lora import attach
 from phi2.lora_config import LoraConfig
+from phi2.losses.registry import bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
-from phi2.training import dpo, setup, sft
+from phi2.training import dpo, sft
 from phi2.training.optim import Optimizer
+from phi2.training.reference import make_reference
+from phi2.training.session import Session, start
+from phi2.training.window import windows_of
 
 SHAPE = Phi2Config(  # 105 M parameters, Phi-2's head dim and vocabulary
     hidden_size=640, intermediate_size=2560, num_hidden_layers=8, num_attention_heads=8, resid_pdrop=0.0
@@ -164,10 +168,11 @@ def _plain(messages: tuple[Message, ...]) -> list[dict]:
 
 def our_dpo(timer: Timer, job: Job) -> None:
     config = _our_config(dpo.DPOConfig, job)
-    pairs, model, optimizer = _our_start(config, "preference")
-    reference, loss = dpo.make_reference(config, model, None, pairs), dpo.bind_loss(config.loss, config.knobs)
+    session = start(config)
+    pairs, model, optimizer = _our_start(session)
+    reference, loss = make_reference(session, config, model, None, pairs), bind_loss(config.loss, config.knobs)
     model.train(not config.disable_dropout)
-    windows = setup.windows_of(config, len(pairs))
+    windows = windows_of(config, len(pairs))
     for step in range(MANY_STEPS):
         timer.start()
         batches = [[pairs[i] for i in batch] for batch in windows.at(step)]
@@ -178,10 +183,10 @@ def our_dpo(timer: Timer, job: Job) -> None:
 
 def our_sft(timer: Timer, job: Job) -> None:
     config = _our_config(sft.SFTConfig, job)
-    rows, model, optimizer = _our_start(config, "supervised")
+    rows, model, optimizer = _our_start(start(config))
     blocks = sft.pack(rows, config, separator=0)
     model.train()
-    windows = setup.windows_of(config, len(blocks))
+    windows = windows_of(config, len(blocks))
     for step in range(MANY_STEPS):
         timer.start()
         batches = [[blocks[i] for i in batch] for batch in windows.at(step)]
@@ -195,9 +200,9 @@ def _our_config(config: type, job: Job):
     return config(**where, device="cpu", dtype="float32", lora=LoraConfig(**LORA), **job.settings())
 
 
-def _our_start(config, kind: str):
-    rows, _ = setup.load_data(config, setup.policy_tokenizer(config), kind)
-    model = setup.load_policy(config, None)
+def _our_start(session: Session):
+    config = session.config
+    rows, model = session.rows.train, session.load_policy(config)
     return rows, model, Optimizer(model, config, MANY_STEPS, scale_loss=False)
 
 

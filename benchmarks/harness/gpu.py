@@ -148,7 +148,7 @@ def report(comparisons: list[Comparison], turns: int, facts: dict[str, str | int
         measures += [] if each.is_fact else [*_speeds(each, times), *_peaks(each, peaks)]
         rates, errors = (measured, promised), passed.errors
         rows = [_row(each, name, times[name], peaks[name], errors[name], rates) for name in times]
-        stream.task_measured(rows)
+        stream.task_measured(rows, passed.absent)
         table += rows
     error = max(passed.errors[OURS] for passed in gated)
     installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}

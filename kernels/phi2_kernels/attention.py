@@ -93,11 +93,9 @@ def attention_with_lse(
 
 
 def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
-    from phi2_kernels.attention_tiles_triton import launch_of
+    from phi2_kernels.attention_tiles_triton import tables_of
 
-    ranges = visibility.key_ranges(launch_of("forward", q).block_m)
-    ends = visibility.query_ends(launch_of("dkdv", q).block_n)
-    return _attention(q, k, v, visibility.until, ranges, ends)
+    return _attention(q, k, v, *tables_of(visibility, q))
 
 
 def _unsupported_reason(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> str:

@@ -31,40 +31,41 @@ from phi2_kernels.attention_tiles_triton import (
     seen,
     seen_keys,
     store_rows,
-    strides_of,
     tile_at,
     tiles_in,
     zero_tiles,
 )
+from phi2_kernels.strided import strided
 
 BLOCK_DELTA = 64  # queries a program of the delta kernel takes
 
 
 @triton.jit
 def _delta_kernel(
-    o_ptr, do_ptr, delta_ptr, o_strides, do_strides, H, T,
+    o, do, delta_ptr, H, T,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < T)[:, None] & (columns < D)[None, :]
-    o_ptr = head_at(o_ptr, o_strides, b, h)
-    do_ptr = head_at(do_ptr, do_strides, b, h)
-    o = tl.load(o_ptr + rows[:, None] * o_strides[2] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    do = tl.load(do_ptr + rows[:, None] * do_strides[2] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + (b * H + h) * T + rows, tl.sum(o * do, axis=1), mask=rows < T)
+    o_ptrs = head_at(o, b, h) + rows[:, None] * o.strides[2] + columns[None, :]
+    do_ptrs = head_at(do, b, h) + rows[:, None] * do.strides[2] + columns[None, :]
+    products = tl.load(o_ptrs, mask=mask, other=0.0).to(tl.float32) * tl.load(do_ptrs, mask=mask, other=0.0).to(
+        tl.float32
+    )
+    tl.store(delta_ptr + (b * H + h) * T + rows, tl.sum(products, axis=1), mask=rows < T)
 
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, keys, until, scale_log2, first, second,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, keys, until, scale_log2, ranges,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Walks over ranges of queries. Scores are transposed, so that no p or ds ever has to be."""
     rows = tl.arange(0, BLOCK_M)
-    for i in range(tiles_in(first, second, BLOCK_M, MASKED)):
-        begin, end = tile_at(i, first, second, BLOCK_M, MASKED)
+    for i in range(tiles_in(ranges, BLOCK_M, MASKED)):
+        begin, end = tile_at(i, ranges, BLOCK_M, MASKED)
         inside = begin + rows < end
         q = load_rows(q_ptr + begin.to(tl.int64) * q_stride, q_stride, rows, inside, PIECES, MASKED, UPCAST)
         p = tl.exp2(inner(k, q, PRECISION) * scale_log2 - _load_row(lse_ptr + begin, rows, inside, MASKED) * LOG2E)
@@ -111,8 +112,7 @@ def _query_ranges(table_ptr, first_key, offset, T, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, until_ptr, ends_ptr,
-    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, scale, H_kv, T, S,
+    q, k, v, do, lse_ptr, delta_ptr, dk, dv, until_ptr, ends_ptr, H_kv, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -127,44 +127,43 @@ def _dkdv_kernel(
         until = tl.load(until_ptr + b * S + row + rows, mask=exists, other=0) - (S - T)
         ends_ptr += (b * tl.num_programs(0) + block) * 2
     before, whole, behind = _query_ranges(ends_ptr, row, S - T, T, BLOCK_M, BLOCK_N)
-    k_ptr = head_at(k_ptr, k_strides, b, h) + row.to(tl.int64) * k_strides[2]
-    v_ptr = head_at(v_ptr, v_strides, b, h) + row.to(tl.int64) * v_strides[2]
-    k = load_rows(k_ptr, k_strides[2], rows, exists, PIECES, True, UPCAST)
-    v = load_rows(v_ptr, v_strides[2], rows, exists, PIECES, True, UPCAST)
-    dk, dv = zero_tiles(BLOCK_N, PIECES), zero_tiles(BLOCK_N, PIECES)
-    q_ptr = head_at(q_ptr, q_strides, b, h * GROUP)
-    do_ptr = head_at(do_ptr, do_strides, b, h * GROUP)
+    k_ptr = head_at(k, b, h) + row.to(tl.int64) * k.strides[2]
+    v_ptr = head_at(v, b, h) + row.to(tl.int64) * v.strides[2]
+    k_tiles = load_rows(k_ptr, k.strides[2], rows, exists, PIECES, True, UPCAST)
+    v_tiles = load_rows(v_ptr, v.strides[2], rows, exists, PIECES, True, UPCAST)
+    dk_tiles, dv_tiles = zero_tiles(BLOCK_N, PIECES), zero_tiles(BLOCK_N, PIECES)
+    q_ptr, do_ptr = head_at(q, b, h * GROUP), head_at(do, b, h * GROUP)
     lse_ptr += (b * H_kv + h) * GROUP * T
     delta_ptr += (b * H_kv + h) * GROUP * T
     for _ in range(GROUP):  # the query heads of a group, one after another
-        dk, dv = _dkdv_loop(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides[2], do_strides[2], keys, until, scale * LOG2E,
-            before, behind, True, BLOCK_M, PIECES, PRECISION, UPCAST,
+        dk_tiles, dv_tiles = _dkdv_loop(
+            dk_tiles, dv_tiles, k_tiles, v_tiles, q_ptr, do_ptr, lse_ptr, delta_ptr, q.strides[2], do.strides[2],
+            keys, until, scale * LOG2E, (before, behind), True, BLOCK_M, PIECES, PRECISION, UPCAST,
         )  # fmt: skip
-        dk, dv = _dkdv_loop(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides[2], do_strides[2], keys, until, scale * LOG2E,
-            whole, whole, False, BLOCK_M, PIECES, PRECISION, UPCAST,
+        dk_tiles, dv_tiles = _dkdv_loop(
+            dk_tiles, dv_tiles, k_tiles, v_tiles, q_ptr, do_ptr, lse_ptr, delta_ptr, q.strides[2], do.strides[2],
+            keys, until, scale * LOG2E, (whole, whole), False, BLOCK_M, PIECES, PRECISION, UPCAST,
         )  # fmt: skip
-        q_ptr += q_strides[1]
-        do_ptr += do_strides[1]
+        q_ptr += q.strides[1]
+        do_ptr += do.strides[1]
         lse_ptr += T
         delta_ptr += T
-    dk_ptr = head_at(dk_ptr, dk_strides, b, h) + row.to(tl.int64) * dk_strides[2]
-    dv_ptr = head_at(dv_ptr, dv_strides, b, h) + row.to(tl.int64) * dv_strides[2]
-    store_rows(dk_ptr, dk_strides[2], rows, exists, scaled(dk, scale), PIECES)
-    store_rows(dv_ptr, dv_strides[2], rows, exists, dv, PIECES)
+    dk_ptr = head_at(dk, b, h) + row.to(tl.int64) * dk.strides[2]
+    dv_ptr = head_at(dv, b, h) + row.to(tl.int64) * dv.strides[2]
+    store_rows(dk_ptr, dk.strides[2], rows, exists, scaled(dk_tiles, scale), PIECES)
+    store_rows(dv_ptr, dv.strides[2], rows, exists, dv_tiles, PIECES)
 
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, first, second,
+    dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, ranges,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Walks over ranges of keys, as `_forward_loop` does."""
     TWO: tl.constexpr = until_ptr is not None
     rows = tl.arange(0, BLOCK_N)
-    for i in range(tiles_in(first, second, BLOCK_N, TWO)):
-        begin, end = tile_at(i, first, second, BLOCK_N, TWO)
+    for i in range(tiles_in(ranges, BLOCK_N, TWO)):
+        begin, end = tile_at(i, ranges, BLOCK_N, TWO)
         inside = begin + rows < end
         k = load_rows(k_ptr + begin.to(tl.int64) * k_stride, k_stride, rows, inside, PIECES, MASKED, UPCAST)
         v = load_rows(v_ptr + begin.to(tl.int64) * v_stride, v_stride, rows, inside, PIECES, MASKED, UPCAST)
@@ -178,8 +177,7 @@ def _dq_loop(
 
 @triton.jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, until_ptr, ranges_ptr,
-    q_strides, k_strides, v_strides, do_strides, dq_strides, scale, H, T, S,
+    q, k, v, do, lse_ptr, delta_ptr, dq, until_ptr, ranges_ptr, H, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -188,29 +186,29 @@ def _dq_kernel(
     row = block * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     exists = row + rows < T
-    q_ptr = head_at(q_ptr, q_strides, b, h) + row.to(tl.int64) * q_strides[2]
-    do_ptr = head_at(do_ptr, do_strides, b, h) + row.to(tl.int64) * do_strides[2]
-    k_ptr = head_at(k_ptr, k_strides, b, h // GROUP)
-    v_ptr = head_at(v_ptr, v_strides, b, h // GROUP)
+    q_ptr = head_at(q, b, h) + row.to(tl.int64) * q.strides[2]
+    do_ptr = head_at(do, b, h) + row.to(tl.int64) * do.strides[2]
+    k_ptr, v_ptr = head_at(k, b, h // GROUP), head_at(v, b, h // GROUP)
     if until_ptr is not None:
         until_ptr += b * S
         ranges_ptr += (b * tl.num_programs(0) + block) * 6
     whole1, whole2, masked1, masked2 = key_ranges(ranges_ptr, S - T + row, S, BLOCK_M, BLOCK_N)
-    q = load_rows(q_ptr, q_strides[2], rows, exists, PIECES, True, UPCAST)
-    do = load_rows(do_ptr, do_strides[2], rows, exists, PIECES, True, UPCAST)
+    q_tiles = load_rows(q_ptr, q.strides[2], rows, exists, PIECES, True, UPCAST)
+    do_tiles = load_rows(do_ptr, do.strides[2], rows, exists, PIECES, True, UPCAST)
     lse = tl.load(lse_ptr + (b * H + h) * T + row + rows, mask=exists, other=float("inf"))
     delta = tl.load(delta_ptr + (b * H + h) * T + row + rows, mask=exists, other=0.0)
-    dq = zero_tiles(BLOCK_M, PIECES)
-    dq = _dq_loop(
-        dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
-        whole1, whole2, False, BLOCK_N, PIECES, PRECISION, UPCAST,
+    queries = S - T + row + rows
+    dq_tiles = zero_tiles(BLOCK_M, PIECES)
+    dq_tiles = _dq_loop(
+        dq_tiles, q_tiles, do_tiles, lse, delta, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries,
+        scale * LOG2E, (whole1, whole2), False, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
-    dq = _dq_loop(
-        dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], S - T + row + rows, scale * LOG2E,
-        masked1, masked2, True, BLOCK_N, PIECES, PRECISION, UPCAST,
+    dq_tiles = _dq_loop(
+        dq_tiles, q_tiles, do_tiles, lse, delta, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries,
+        scale * LOG2E, (masked1, masked2), True, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
-    dq_ptr = head_at(dq_ptr, dq_strides, b, h) + row.to(tl.int64) * dq_strides[2]
-    store_rows(dq_ptr, dq_strides[2], rows, exists, scaled(dq, scale), PIECES)
+    dq_ptr = head_at(dq, b, h) + row.to(tl.int64) * dq.strides[2]
+    store_rows(dq_ptr, dq.strides[2], rows, exists, scaled(dq_tiles, scale), PIECES)
 
 
 @on_its_device
@@ -235,15 +233,15 @@ def backward(
     delta = torch.empty_like(lse)
     blocks = {"D": D, "BLOCK_M": BLOCK_DELTA, "BLOCK_D": triton.next_power_of_2(D)}
     _delta_kernel[triton.cdiv(T, BLOCK_DELTA), B * H](
-        o, do, delta, *strides_of(o, do), H, T, **blocks, num_warps=4, enable_fp_fusion=True
+        strided(o), strided(do), delta, H, T, **blocks, num_warps=4, enable_fp_fusion=True
     )
     launch = launch_of("dkdv", q)
     _dkdv_kernel[triton.cdiv(S, launch.block_n), B * H_kv](
-        q, k, v, do, lse, delta, dk, dv, until, ends,
-        *strides_of(q, k, v, do, dk, dv), D**-0.5, H_kv, T, S, **options(launch, q, k),
+        *map(strided, (q, k, v, do)), lse, delta, strided(dk), strided(dv), until, ends, H_kv, T, S, D**-0.5,
+        **options(launch, q, k),
     )  # fmt: skip
     launch = launch_of("dq", q)
     _dq_kernel[triton.cdiv(T, launch.block_m), B * H](
-        q, k, v, do, lse, delta, dq, until, ranges,
-        *strides_of(q, k, v, do, dq), D**-0.5, H, T, S, **options(launch, q, k),
+        *map(strided, (q, k, v, do)), lse, delta, strided(dq), until, ranges, H, T, S, D**-0.5,
+        **options(launch, q, k),
     )  # fmt: skip

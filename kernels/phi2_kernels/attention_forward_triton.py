@@ -27,23 +27,23 @@ from phi2_kernels.attention_tiles_triton import (
     scaled,
     seen_keys,
     store_rows,
-    strides_of,
     tile_at,
     tiles_in,
     zero_tiles,
 )
+from phi2_kernels.strided import strided
 
 
 @triton.jit
 def _forward_loop(
-    row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, first, second,
+    row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, ranges,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Walks over two ranges of keys. row_max: largest score so far, in log2; row_sum: of exp; acc: weighted values."""
     TWO: tl.constexpr = until_ptr is not None
     rows = tl.arange(0, BLOCK_N)
-    for i in range(tiles_in(first, second, BLOCK_N, TWO)):
-        begin, end = tile_at(i, first, second, BLOCK_N, TWO)
+    for i in range(tiles_in(ranges, BLOCK_N, TWO)):
+        begin, end = tile_at(i, ranges, BLOCK_N, TWO)
         inside = begin + rows < end
         k = load_rows(k_ptr + begin.to(tl.int64) * k_stride, k_stride, rows, inside, PIECES, MASKED, UPCAST)
         s = inner(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -61,8 +61,7 @@ def _forward_loop(
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, until_ptr, ranges_ptr,
-    q_strides, k_strides, v_strides, o_strides, scale, H, T, S,
+    q, k, v, o, lse_ptr, until_ptr, ranges_ptr, H, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -71,30 +70,29 @@ def _forward_kernel(
     row = block * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     exists = row + rows < T
-    q_ptr = head_at(q_ptr, q_strides, b, h) + row.to(tl.int64) * q_strides[2]
-    k_ptr = head_at(k_ptr, k_strides, b, h // GROUP)
-    v_ptr = head_at(v_ptr, v_strides, b, h // GROUP)
+    q_ptr = head_at(q, b, h) + row.to(tl.int64) * q.strides[2]
+    k_ptr, v_ptr = head_at(k, b, h // GROUP), head_at(v, b, h // GROUP)
     if until_ptr is not None:
         until_ptr += b * S
         ranges_ptr += (b * tl.num_programs(0) + block) * 6
     whole1, whole2, masked1, masked2 = key_ranges(ranges_ptr, S - T + row, S, BLOCK_M, BLOCK_N)
-    q = load_rows(q_ptr, q_strides[2], rows, exists, PIECES, True, UPCAST)
+    q_tiles = load_rows(q_ptr, q.strides[2], rows, exists, PIECES, True, UPCAST)
     queries = S - T + row + rows
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = zero_tiles(BLOCK_M, PIECES)
     row_max, row_sum, acc = _forward_loop(
-        row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], queries, scale * LOG2E,
-        whole1, whole2, False, BLOCK_N, PIECES, PRECISION, UPCAST,
+        row_max, row_sum, acc, q_tiles, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries, scale * LOG2E,
+        (whole1, whole2), False, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
     row_max, row_sum, acc = _forward_loop(
-        row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_strides[2], v_strides[2], queries, scale * LOG2E,
-        masked1, masked2, True, BLOCK_N, PIECES, PRECISION, UPCAST,
+        row_max, row_sum, acc, q_tiles, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries, scale * LOG2E,
+        (masked1, masked2), True, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
     saw = row_sum > 0
     row_sum = tl.where(saw, row_sum, 1.0)
-    o_ptr = head_at(o_ptr, o_strides, b, h) + row.to(tl.int64) * o_strides[2]
-    store_rows(o_ptr, o_strides[2], rows, exists, scaled(acc, 1.0 / row_sum[:, None]), PIECES)
+    o_ptr = head_at(o, b, h) + row.to(tl.int64) * o.strides[2]
+    store_rows(o_ptr, o.strides[2], rows, exists, scaled(acc, 1.0 / row_sum[:, None]), PIECES)
     lse = tl.where(saw, row_max / LOG2E + tl.log(row_sum), float("-inf"))
     tl.store(lse_ptr + (b * H + h) * T + row + rows, lse, mask=exists)
 
@@ -115,5 +113,5 @@ def forward(
         return
     launch = launch_of("forward", q)
     _forward_kernel[triton.cdiv(T, launch.block_m), B * H](
-        q, k, v, o, lse, until, ranges, *strides_of(q, k, v, o), D**-0.5, H, T, k.shape[2], **options(launch, q, k)
+        *map(strided, (q, k, v, o)), lse, until, ranges, H, T, k.shape[2], D**-0.5, **options(launch, q, k)
     )

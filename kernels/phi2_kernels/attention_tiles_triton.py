@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels.visibility import Tables, Visibility
 
 
 class AttentionLaunch(NamedTuple):
@@ -127,14 +128,15 @@ def add_product(sums, weights, tiles, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def head_at(ptr, strides, b, h):
-    """The first row of head h of batch row b."""
-    return ptr + b * strides[0] + h * strides[1]
+def head_at(x, b, h):
+    """The first row of head h of batch row b of a `Strided`."""
+    return x.ptr + b * x.strides[0] + h * x.strides[1]
 
 
 @triton.jit
-def tile_at(i, first, second, BLOCK: tl.constexpr, TWO: tl.constexpr):
+def tile_at(i, ranges, BLOCK: tl.constexpr, TWO: tl.constexpr):
     """Begin of the i-th tile of two ranges (begin, end) that are walked as one, and the end of its range."""
+    first, second = ranges
     begin, end = second[0] + i * BLOCK, second[1]
     if TWO:
         skip = tl.cdiv(first[1] - first[0], BLOCK)
@@ -144,8 +146,9 @@ def tile_at(i, first, second, BLOCK: tl.constexpr, TWO: tl.constexpr):
 
 
 @triton.jit
-def tiles_in(first, second, BLOCK: tl.constexpr, TWO: tl.constexpr):
+def tiles_in(ranges, BLOCK: tl.constexpr, TWO: tl.constexpr):
     """Number of tiles in two ranges."""
+    first, second = ranges
     count = tl.cdiv(second[1] - second[0], BLOCK)
     if TWO:
         count += tl.cdiv(first[1] - first[0], BLOCK)
@@ -195,6 +198,12 @@ def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
     return (LAUNCH[arch] | (NARROW.get(arch, {}) if x.shape[-1] <= 64 else {}))[kernel]
 
 
+def tables_of(visibility: Visibility, q: Tensor) -> Tables:
+    """The tables of the kernels' own block sizes; of q the device, dtype and head dim count."""
+    ranges = visibility.key_ranges(launch_of("forward", q).block_m)
+    return Tables(visibility.until, ranges, visibility.query_ends(launch_of("dkdv", q).block_n))
+
+
 def options(launch: AttentionLaunch, q: Tensor, k: Tensor) -> dict[str, Any]:
     """What the three big kernels have in common. Float32 is multiplied as torch multiplies it, exactly by default."""
     return {
@@ -208,8 +217,3 @@ def options(launch: AttentionLaunch, q: Tensor, k: Tensor) -> dict[str, Any]:
         "num_stages": launch.num_stages,
         "enable_fp_fusion": True,
     }
-
-
-def strides_of(*tensors: Tensor) -> list[tuple[int, ...]]:
-    """Strides of all dims but the last, whose is 1."""
-    return [tensor.stride()[:-1] for tensor in tensors]

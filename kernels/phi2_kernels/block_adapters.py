@@ -47,7 +47,10 @@ class AdapterGroup(NamedTuple):
 
     def keep(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
         p = self.adapters[0].dropout
-        return keep_mask(x, p, seed, self.mask) if p else None
+        if not p:
+            return None
+        assert seed is not None
+        return keep_mask(x, p, seed, self.mask)
 
     def inner(self, x: Tensor) -> tuple[Tensor, ...]:
         """s / (1 - p) x A^T of each adapter, (N, r)."""

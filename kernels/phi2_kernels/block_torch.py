@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phi2_kernels.attention import attention
 from phi2_kernels.rotary import rotary_
-from phi2_kernels.visibility import Visibility
+from phi2_kernels.visibility import Tables, Visibility
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,9 +36,9 @@ def norm_backward(
     return (dx + skip).to(x.dtype), torch.stack((dweight, dbias)) if sums else dx.new_empty((2, 0))
 
 
-def masks(visibility: Visibility, head: Tensor) -> list[Tensor]:
-    """What says who sees whom, as tensors: nothing for plain causal, else `until`."""
-    return [] if visibility.until is None else [visibility.until]
+def tables_of(visibility: Visibility, head: Tensor) -> Tables:
+    """What says who sees whom."""
+    return Tables(visibility.until)
 
 
 def empty_statistics(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,23 +52,25 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
     rotary_(x, cos, sin, inverse=inverse, impl="torch")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, masks: list[Tensor]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tables: Tables) -> Tensor:
     """Writes o (B, H, T, D). The backward pass does without a logsumexp, so there is none."""
-    visibility = Visibility(q.shape[2], k.shape[2], masks[0] if masks else None, q.device)
+    visibility = Visibility(q.shape[2], k.shape[2], tables.until, q.device)
     o.copy_(attention(q, k, v, visibility, impl="torch"))
     return q.new_empty(0, dtype=torch.float32)
 
 
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    masks: list[Tensor],
+    tables: Tables,
 ) -> None:  # fmt: skip
     """Writes dq (B, H, T, D), dk and dv (B, H_kv, T, D), by the textbook, in float32."""
     scale, groups = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
-    visibility = Visibility(q.shape[2], k.shape[2], masks[0] if masks else None, q.device)
+    visibility = Visibility(q.shape[2], k.shape[2], tables.until, q.device)
     q, do = q.float(), do.float()
     k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, D)
-    scores = (q @ k.mT * scale).masked_fill(~visibility.mask, float("-inf"))  # (B, H, T, T)
+    scores = q @ k.mT * scale  # (B, H, T, T)
+    if visibility.mask is not None:
+        scores = scores.masked_fill(~visibility.mask, float("-inf"))
     p = scores.softmax(dim=-1).nan_to_num(0.0)
     ds = p * (do @ v.mT - (do * o).sum(dim=-1, keepdim=True)) * scale
     dq.copy_(ds @ k)

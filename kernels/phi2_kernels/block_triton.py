@@ -12,20 +12,8 @@ from phi2_kernels import (
     layer_norm_triton,
     rotary_triton,
 )
-from phi2_kernels.attention_tiles_triton import launch_of
-from phi2_kernels.visibility import Visibility
-
-
-def masks(visibility: Visibility, head: Tensor) -> list[Tensor]:
-    """What says who sees whom, and the tables of what can be skipped; nothing for plain causal.
-
-    Args:
-        head: anything of the dtype and device of q.
-    """
-    if visibility.until is None:
-        return []
-    ranges = visibility.key_ranges(launch_of("forward", head).block_m)
-    return [visibility.until, ranges, visibility.query_ends(launch_of("dkdv", head).block_n)]
+from phi2_kernels.attention_tiles_triton import tables_of as tables_of
+from phi2_kernels.visibility import Tables
 
 
 def empty_statistics(x: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,29 +48,29 @@ def norm_backward(
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
     """Rotates x (N, heads, D) in place."""
-    rotary_triton.apply_rotary(x, cos, sin, None, inverse)
+    rotary_triton.apply_rotary(x, cos, sin, inverse)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, masks: list[Tensor]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tables: Tables) -> Tensor:
     """Writes o (B, H, T, D) and returns the logsumexp (B, H, T)."""
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    attention_forward_triton.forward(q, k, v, o, lse, *masks[:2])
+    attention_forward_triton.forward(q, k, v, o, lse, tables.until, tables.key_ranges)
     return lse
 
 
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    masks: list[Tensor],
+    tables: Tables,
 ) -> None:  # fmt: skip
     """Writes dq (B, H, T, D), dk and dv (B, H_kv, T, D)."""
-    attention_backward_triton.backward(do, q, k, v, o, lse, dq, dk, dv, *masks)
+    attention_backward_triton.backward(do, q, k, v, o, lse, dq, dk, dv, *tables)
 
 
 def gelu(x: Tensor, y: Tensor) -> None:
     """Writes y (N, F)."""
-    gelu_triton.forward(x, None, y)
+    gelu_triton.forward(x, y)
 
 
 def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor) -> None:
     """Writes dx (N, F)."""
-    gelu_triton.backward(grad, x, None, dx, sums=False)
+    gelu_triton.backward(grad, x, dx)

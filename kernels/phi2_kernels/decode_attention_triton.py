@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
-from phi2_kernels.attention_tiles_triton import first_column, piece, pieces_of
+from phi2_kernels.attention_tiles_triton import first_column, head_at, piece, pieces_of
+from phi2_kernels.strided import strided
 
 KEYS_PER_SPLIT, MIN_SPLITS, MAX_SPLITS = 256, 4, 64
 
@@ -65,9 +66,7 @@ def _zero_heads(BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, PIECES: tl.constex
 
 @triton.jit
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, until_ptr, partial_ptr, lse_ptr,
-    q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, lengths_stride, until_stride,
-    scale_log2, S, G, D,
+    q, k, v, lengths_ptr, until, partial_ptr, lse_ptr, lengths_stride, S, G, D, scale_log2,
     PIECES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -81,25 +80,24 @@ def _attend_kernel(
 
     g = tl.arange(0, BLOCK_G)
     heads = h * G + g
-    q = _load(q_ptr + b * q_batch + heads[:, None, None] * q_head, (g < G)[:, None, None], PIECES)
-    k_ptr += b * k_batch + h * k_head
-    v_ptr += b * v_batch + h * v_head
+    q_tiles = _load(head_at(q, b, heads[:, None, None]), (g < G)[:, None, None], PIECES)
+    k_ptr, v_ptr = head_at(k, b, h), head_at(v, b, h)
     lane_max = tl.full([BLOCK_G, BLOCK_S], float("-inf"), tl.float32)
     lane_sum = tl.zeros([BLOCK_G, BLOCK_S], tl.float32)
     acc = _zero_heads(BLOCK_G, BLOCK_S, PIECES)
     for at in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         keys = at + tl.arange(0, BLOCK_S)
         seen = keys < end
-        if until_ptr is not None:
-            seen = seen & (length <= tl.load(until_ptr + b * until_stride + keys, mask=seen, other=0))
+        if until is not None:
+            seen = seen & (length <= tl.load(until.ptr + b * until.strides[0] + keys, mask=seen, other=0))
         rows = keys.to(tl.int64)[None, :, None]
-        k = _load(k_ptr + rows * k_key, seen[None, :, None], PIECES)
-        scores = tl.where(seen[None, :], _scores(q, k) * scale_log2, float("-inf"))
+        k_tiles = _load(k_ptr + rows * k.strides[2], seen[None, :, None], PIECES)
+        scores = tl.where(seen[None, :], _scores(q_tiles, k_tiles) * scale_log2, float("-inf"))
         new_max = tl.maximum(lane_max, scores)
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # a lane that saw nothing yet
         rescale, weights = tl.exp2(lane_max - safe_max), tl.exp2(scores - safe_max)
         lane_sum = lane_sum * rescale + weights
-        acc = _rescaled_plus(acc, rescale, weights, _load(v_ptr + rows * v_key, seen[None, :, None], PIECES))
+        acc = _rescaled_plus(acc, rescale, weights, _load(v_ptr + rows * v.strides[2], seen[None, :, None], PIECES))
         lane_max = new_max
 
     row_max = tl.max(lane_max, axis=1)  # [BLOCK_G]
@@ -118,7 +116,7 @@ def _attend_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, lse_ptr, o_ptr, o_batch, o_head, H, SPLITS, D,
+    partial_ptr, lse_ptr, o, H, SPLITS, D,
     BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -131,7 +129,7 @@ def _combine_kernel(
     share = share / tl.where(row_sum > 0.0, row_sum, 1.0)
     mask = (s < SPLITS)[:, None] & (d < D)[None, :]
     partial = tl.load(partial_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_SPLITS, BLOCK_D]
-    tl.store(o_ptr + b * o_batch + h * o_head + d, tl.sum(partial * share[:, None], axis=0), mask=d < D)
+    tl.store(head_at(o, b, h) + d, tl.sum(partial * share[:, None], axis=0), mask=d < D)
 
 
 def splits_of(S: int) -> int:
@@ -149,14 +147,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tenso
     splits, G = splits_of(S), H // H_kv
     partial = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)  # of base 2
-    strides = *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]
-    masks = 0 if lengths is None else lengths.stride(0), 0 if until is None else until.stride(0)
+    lengths_stride = 0 if lengths is None else lengths.stride(0)
     scale_log2 = D**-0.5 * 1.4426950408889634  # log2(e): the kernels count in powers of two
     _attend_kernel[B, H_kv, splits](
-        q, k, v, lengths, until, partial, lse, *strides, *masks, scale_log2, S, G, D, **_attend_blocks(D, G, q.device)
-    )
+        *map(strided, (q, k, v)), lengths, None if until is None else strided(until), partial, lse, lengths_stride,
+        S, G, D, scale_log2, **_attend_blocks(D, G, q.device),
+    )  # fmt: skip
     blocks = {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(D)}
-    _combine_kernel[B, H](partial, lse, o, *o.stride()[:2], H, splits, D, **blocks, num_warps=4, enable_fp_fusion=True)
+    _combine_kernel[B, H](partial, lse, strided(o), H, splits, D, **blocks, num_warps=4, enable_fp_fusion=True)
 
 
 def _attend_blocks(D: int, G: int, device: torch.device) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """The Triton kernels of `gelu.py`: one pass forward, one pass backward, float32 inside.
 
-A program takes BLOCK_N rows by BLOCK_F columns, or STEPS times as many rows where the bias gradient is wanted. That is
-summed over a program's rows first and over the programs by torch, in a fixed order: the same input gives the same bits.
+A program takes BLOCK_N rows by BLOCK_F columns.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels.strided import strided
 
-_TILE = {"BLOCK_N": 4, "BLOCK_F": 1024, "num_warps": 4}  # a thread holds 8 columns of 4 rows, and their bias
-# A program's share of the bias gradient is 2% of the bytes it moves when it takes 64 rows; from 4 it would be 33%.
-_KERNELS = {"forward": _TILE, "backward": _TILE | {"STEPS": 1}, "backward_sums": _TILE | {"STEPS": 16}}
+_TILE = {"BLOCK_N": 4, "BLOCK_F": 1024, "num_warps": 4}  # a thread holds 8 columns of 4 rows
+_KERNELS = {"forward": _TILE, "backward": _TILE}
 LAUNCH = {80: _KERNELS, 90: _KERNELS}
 
 
@@ -28,83 +26,53 @@ def gelu_tanh(z):
 
 
 @triton.jit
-def _load_z(x_ptr, bias_ptr, rows, cols, stride, mask, F, HAS_BIAS: tl.constexpr):
-    """x + bias in float32.  # [BLOCK_N, BLOCK_F]"""
-    z = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
-    return z
+def _tile_at(x, rows, cols):
+    """Pointers.  # [BLOCK_N, BLOCK_F]"""
+    return x.ptr + rows[:, None] * x.strides[0] + cols[None, :]
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr, bias_ptr, y_ptr, x_stride, y_stride, N, F,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+def _forward_kernel(x, y, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < N)[:, None] & (cols < F)[None, :]
-    z = _load_z(x_ptr, bias_ptr, rows, cols, x_stride, mask, F, HAS_BIAS)
-    tl.store(y_ptr + rows[:, None] * y_stride + cols[None, :], gelu_tanh(z), mask=mask)
+    z = tl.load(_tile_at(x, rows, cols), mask=mask, other=0.0).to(tl.float32)
+    tl.store(_tile_at(y, rows, cols), gelu_tanh(z), mask=mask)
 
 
 @triton.jit
-def _backward_tile(
-    grad_ptr, x_ptr, bias_ptr, dx_ptr, rows, cols, grad_stride, x_stride, dx_stride, N, F, HAS_BIAS: tl.constexpr
-):  # fmt: skip
-    """Writes dx and returns it in float32.  # [BLOCK_N, BLOCK_F]"""
+def _backward_kernel(grad, x, dx, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < N)[:, None] & (cols < F)[None, :]
-    z = _load_z(x_ptr, bias_ptr, rows, cols, x_stride, mask, F, HAS_BIAS)
-    grad = tl.load(grad_ptr + rows[:, None] * grad_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(_tile_at(x, rows, cols), mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(_tile_at(grad, rows, cols), mask=mask, other=0.0).to(tl.float32)
     t = _two_u(z)
     small = tl.exp(-tl.abs(t))
     large = 1.0 / (1.0 + small)
     s = tl.where(t < 0, small * large, large)  # and s (1 - s) is small * large^2, without a difference of near numbers
     slope = 1.5957691216057308 * (1.0 + 0.134145 * z * z)  # 2 du/dz
-    dx = grad * (s + z * small * large * large * slope)
-    tl.store(dx_ptr + rows[:, None] * dx_stride + cols[None, :], dx, mask=mask)
-    return dx
-
-
-@triton.jit
-def _backward_kernel(
-    grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, grad_stride, x_stride, dx_stride, N, F,
-    HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    dbias = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for step in range(STEPS):
-        rows = (program * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        strides = grad_stride, x_stride, dx_stride
-        dbias += _backward_tile(grad_ptr, x_ptr, bias_ptr, dx_ptr, rows, cols, *strides, N, F, HAS_BIAS)
-    if SUMS:
-        tl.store(partial_ptr + program * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
+    tl.store(_tile_at(dx, rows, cols), dy * (s + z * small * large * large * slope), mask=mask)
 
 
 @on_its_device
-def forward(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def forward(x: Tensor, y: Tensor) -> None:
     """Writes y (N, F), which like x may be a view with wider rows."""
-    N, F = x.shape
-    if x.numel() == 0:
-        return
-    launch = LAUNCH[architecture(x.device)]["forward"]
-    grid = triton.cdiv(N, launch["BLOCK_N"]), triton.cdiv(F, launch["BLOCK_F"])
-    flags = {"HAS_BIAS": bias is not None, "enable_fp_fusion": True}
-    _forward_kernel[grid](x, bias, y, x.stride(0), y.stride(0), N, F, **flags, **launch)
+    _launch(_forward_kernel, "forward", x, y)
 
 
 @on_its_device
-def backward(grad: Tensor, x: Tensor, bias: Tensor | None, dx: Tensor, *, sums: bool) -> Tensor:
-    """Writes dx (N, F) and returns dbias (F,) float32, empty unless `sums` asks for it."""
-    N, F = x.shape
-    if x.numel() == 0:
-        return torch.zeros(F if sums else 0, dtype=torch.float32, device=x.device)
+def backward(grad: Tensor, x: Tensor, dx: Tensor) -> None:
+    """Writes dx (N, F), which like x may be a view with wider rows."""
     grad = grad if grad.stride(1) == 1 else grad.contiguous()  # sum().backward() sends expanded scalars
-    launch = LAUNCH[architecture(x.device)]["backward_sums" if sums else "backward"]
-    grid = triton.cdiv(N, launch["BLOCK_N"] * launch["STEPS"]), triton.cdiv(F, launch["BLOCK_F"])
-    partial = torch.empty((grid[0] if sums else 0, F if sums else 0), dtype=torch.float32, device=x.device)
-    flags = {"HAS_BIAS": bias is not None, "SUMS": sums, "enable_fp_fusion": True}
-    strides = grad.stride(0), x.stride(0), dx.stride(0)
-    _backward_kernel[grid](grad, x, bias, dx, partial, *strides, N, F, **flags, **launch)
-    return partial.sum(dim=0)
+    _launch(_backward_kernel, "backward", grad, x, dx)
+
+
+def _launch(kernel, name: str, *tensors: Tensor) -> None:
+    """Of tensors (N, F)."""
+    N, F = tensors[0].shape
+    if tensors[0].numel() == 0:
+        return
+    launch = LAUNCH[architecture(tensors[0].device)][name]
+    grid = triton.cdiv(N, launch["BLOCK_N"]), triton.cdiv(F, launch["BLOCK_F"])
+    kernel[grid](*map(strided, tensors), N, F, **launch, enable_fp_fusion=True)

@@ -12,8 +12,6 @@ Dims: M rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-from itertools import zip_longest
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +48,7 @@ def gemv_each(x: Tensor, weights: list[Weight], *, gelu_last: bool = False, impl
     """`gemv` with each of several weights of one form in one launch; `gelu_last`: the last goes through GELU (tanh)."""
     for weight in weights:
         _check(x, weight)
-    if use_triton(impl, x, lambda: _unsupported_reason([x], weights)):
+    if use_triton(impl, x, lambda: _unsupported_reason([x] * len(weights), weights)):
         ys = _gemv_each(x.reshape(-1, x.shape[-1]), *_parts(weights), gelu_last)
         return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
     *ys, last = (_product(x, weight) for weight in weights)
@@ -72,8 +70,8 @@ def gemv_sum(xs: list[Tensor], weights: list[Weight], skip: Tensor, *, impl: str
 def _product(x: Tensor, weight: Weight) -> Tensor:
     """`gemv` in torch. On a CPU its packed kernel takes int8 in bfloat16 only."""
     codes, scales, zeros, bias = weight
-    packs = x.device.type == "cpu" and codes.dtype == torch.int8 and x.dtype == scales.dtype == torch.bfloat16
-    if packs and x.shape[-1] % 16 == 0:
+    packs = x.device.type == "cpu" and codes.dtype == torch.int8 and x.dtype == torch.bfloat16
+    if packs and scales is not None and scales.dtype == x.dtype and x.shape[-1] % 16 == 0:
         y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), codes, scales)
         return (y if bias is None else y + bias).view(*x.shape[:-1], len(codes))
     return F.linear(x, weight.dense().to(x.dtype), bias)
@@ -155,7 +153,7 @@ def _unsupported_reason(xs: list[Tensor], weights: list[Weight]) -> str:
         return "all weights of a call must have one form, all or none a bias, and all x one dtype and number of rows"
     if weights[0].group not in (0, 16, 32, 64, 128, 256):
         return f"group must be a power of two from 16 to 256, got {weights[0].group}"
-    reasons = (_unsupported_weight(xs[0], x, w) for x, w in zip_longest(xs, weights, fillvalue=xs[0]))
+    reasons = (_unsupported_weight(xs[0], x, weight) for x, weight in zip(xs, weights, strict=True))
     return next(filter(None, reasons), "")
 
 

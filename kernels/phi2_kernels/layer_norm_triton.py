@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels.strided import strided
 
 PROGRAMS = {80: 432, 90: 528}  # of a backward pass that sums over rows: four for every multiprocessor
 # For rows of up to 4096 columns, and twice the warps for wider ones. With two warps a thread reads 16 bytes at a time
@@ -41,11 +42,11 @@ def _mean(head, tail, C: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, x_stride, y_stride, eps,
+    x, weight_ptr, bias_ptr, y, mean_ptr, rstd_ptr, eps,
     STATISTICS: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    x1, x2 = _load_row(x_ptr + row * x_stride, C, C1, C2)
+    x1, x2 = _load_row(x.ptr + row * x.strides[0], C, C1, C2)
     if STATISTICS:
         mean = _mean(x1, x2, C)
         c1, c2 = x1 - mean, tl.where(C1 + tl.arange(0, C2) < C, x2 - mean, 0.0)
@@ -57,44 +58,39 @@ def _forward_kernel(
     w1, w2 = _load_row(weight_ptr, C, C1, C2)
     b1, b2 = _load_row(bias_ptr, C, C1, C2)
     y1, y2 = (x1 - mean) * rstd * w1 + b1, (x2 - mean) * rstd * w2 + b2
-    _store_row(y_ptr + row * y_stride, y1, y2, C, C1, C2)
+    _store_row(y.ptr + row * y.strides[0], y1, y2, C, C1, C2)
 
 
 @triton.jit
 def _backward_row(
-    row, grad_ptr, x_ptr, mean_ptr, rstd_ptr, dx_ptr, skip_ptr, w1, w2, grad_stride, x_stride, dx_stride, skip_stride,
-    HAS_SKIP: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
+    grad, x, mean_ptr, rstd_ptr, dx, skip, row, w1, w2, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr
 ):  # fmt: skip
     """Writes dx of one row and returns what it adds to dweight and dbias, each in two pieces."""
-    x1, x2 = _load_row(x_ptr + row * x_stride, C, C1, C2)
-    d1, d2 = _load_row(grad_ptr + row * grad_stride, C, C1, C2)
+    x1, x2 = _load_row(x.ptr + row * x.strides[0], C, C1, C2)
+    d1, d2 = _load_row(grad.ptr + row * grad.strides[0], C, C1, C2)
     mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
     n1, n2 = (x1 - mean) * rstd, (x2 - mean) * rstd
     g1, g2 = d1 * w1, d2 * w2
     along, flat = _mean(g1 * n1, g2 * n2, C), _mean(g1, g2, C)
     dx1, dx2 = rstd * (g1 - flat - n1 * along), rstd * (g2 - flat - n2 * along)
-    if HAS_SKIP:
-        s1, s2 = _load_row(skip_ptr + row * skip_stride, C, C1, C2)
+    if skip is not None:
+        s1, s2 = _load_row(skip.ptr + row * skip.strides[0], C, C1, C2)
         dx1, dx2 = dx1 + s1, dx2 + s2
-    _store_row(dx_ptr + row * dx_stride, dx1, dx2, C, C1, C2)
+    _store_row(dx.ptr + row * dx.strides[0], dx1, dx2, C, C1, C2)
     return d1 * n1, d2 * n2, d1, d2
 
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, skip_ptr, dweight_ptr, dbias_ptr,
-    grad_stride, x_stride, dx_stride, skip_stride, N,
-    HAS_SKIP: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
+    grad, x, weight_ptr, mean_ptr, rstd_ptr, dx, skip, dweight_ptr, dbias_ptr, N,
+    SUMS: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     w1, w2 = _load_row(weight_ptr, C, C1, C2)
     dw1, db1 = tl.zeros([C1], tl.float32), tl.zeros([C1], tl.float32)
     dw2, db2 = tl.zeros([C2], tl.float32), tl.zeros([C2], tl.float32)
     for row in range(program, N, tl.num_programs(0)):
-        more = _backward_row(
-            row, grad_ptr, x_ptr, mean_ptr, rstd_ptr, dx_ptr, skip_ptr, w1, w2,
-            grad_stride, x_stride, dx_stride, skip_stride, HAS_SKIP, C, C1, C2,
-        )  # fmt: skip
+        more = _backward_row(grad, x, mean_ptr, rstd_ptr, dx, skip, row, w1, w2, C, C1, C2)
         dw1, dw2, db1, db2 = dw1 + more[0], dw2 + more[1], db1 + more[2], db2 + more[3]
     if SUMS:
         _store_row(dweight_ptr + program * C, dw1, dw2, C, C1, C2)
@@ -117,16 +113,16 @@ def _launch(x: Tensor, kernel: str) -> dict[str, int | bool]:
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
     """Writes y (N, C), which like x may be a view with wider rows, and mean and rstd (N,)."""
     if len(x):
-        pointers = x, weight, bias, y, mean, rstd
-        _forward_kernel[(len(x),)](*pointers, x.stride(0), y.stride(0), eps, STATISTICS=True, **_launch(x, "forward"))
+        tensors = strided(x), weight, bias, strided(y), mean, rstd
+        _forward_kernel[(len(x),)](*tensors, eps, STATISTICS=True, **_launch(x, "forward"))
 
 
 @on_its_device
 def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
     """Writes the y of `forward` again, bit for bit, from x and its statistics."""
     if len(x):
-        pointers = x, weight, bias, y, mean, rstd
-        _forward_kernel[(len(x),)](*pointers, x.stride(0), y.stride(0), 0.0, STATISTICS=False, **_launch(x, "forward"))
+        tensors = strided(x), weight, bias, strided(y), mean, rstd
+        _forward_kernel[(len(x),)](*tensors, 0.0, STATISTICS=False, **_launch(x, "forward"))
 
 
 @on_its_device
@@ -148,7 +144,8 @@ def backward(
     grad = grad if grad.stride(1) == 1 else grad.contiguous()  # sum().backward() sends expanded scalars
     programs = min(N, PROGRAMS[architecture(x.device)]) if sums else N
     partial = torch.empty((2, programs if sums else 0, C if sums else 0), dtype=torch.float32, device=x.device)
-    strides = grad.stride(0), x.stride(0), dx.stride(0), 0 if skip is None else skip.stride(0)
-    flags = {"HAS_SKIP": skip is not None, "SUMS": sums} | _launch(x, "backward_sums" if sums else "backward")
-    _backward_kernel[(programs,)](grad, x, weight, mean, rstd, dx, skip, *partial, *strides, N, **flags)
+    past = None if skip is None else strided(skip)
+    tensors = strided(grad), strided(x), weight, mean, rstd, strided(dx), past, *partial
+    flags = {"SUMS": sums} | _launch(x, "backward_sums" if sums else "backward")
+    _backward_kernel[(programs,)](*tensors, N, **flags)
     return partial.sum(dim=1)

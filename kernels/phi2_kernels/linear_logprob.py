@@ -26,6 +26,7 @@ from phi2_kernels.products import matmul
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on a CPU
 GPU_CHUNK_BYTES = 400 * 2**20  # 2048 rows of 51200: smaller matmuls leave a GPU idle at their ends
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def linear_logprob_ref(
@@ -38,7 +39,7 @@ def linear_logprob_ref(
 ) -> tuple[Tensor, Tensor]:
     """The formula above on whole logits, in float32. Arguments and results as in `linear_logprob`."""
     logits = hidden.float() @ weight.float().T + bias.float()  # (N, V)
-    if adapter_hidden is not None:
+    if adapter_hidden is not None and adapter_weight is not None:
         logits = logits + adapter_hidden.float() @ adapter_weight.float().T
     logp = logits.log_softmax(dim=-1)
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(dim=-1)
@@ -97,7 +98,7 @@ class _Head:
     def logits(self, hidden: Tensor, adapter_hidden: Tensor | None) -> Tensor:
         """(n, V) float32. Triton adds the bias itself, in the walk it takes over them anyway."""
         logits = matmul(hidden, self.weight.T, None if self.triton else self.bias.float())
-        if adapter_hidden is not None:
+        if adapter_hidden is not None and self.adapter_weight is not None:
             logits.addmm_(adapter_hidden.float(), self.adapter_weight.float().T)
         return logits
 
@@ -130,6 +131,7 @@ class _Head:
 
     def adapter_grad(self, grad: Tensor) -> Tensor:
         """Gradient of the adapter's hidden states, (n, r) float32, from that of the logits."""
+        assert self.adapter_weight is not None
         return matmul(grad, self.adapter_weight.to(self.dtype))
 
 
@@ -145,7 +147,7 @@ def _stats(
     total = weights.sum(dim=-1, keepdim=True)
     logp.copy_((picked - total.log()).squeeze(1))
     lse.copy_((top + total.log()).squeeze(1))
-    if entropies is not None:
+    if entropies is not None and mean is not None:
         entropies.copy_((total.log() - mean / total).squeeze(1))
     return None if grad_dtype is None else _add_onehot_(weights.div_(-total), targets).to(grad_dtype)
 
@@ -170,7 +172,7 @@ def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     adapter_hidden: Tensor | None, adapter_weight: Tensor | None, entropy: bool, save_grad: bool, triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> FiveTensors:  # fmt: skip
     """logp, lse and entropies (N,) in float32; with `save_grad` the gradients of logp, (N, C) and (N, r).
 
     What was not asked for is empty.
@@ -182,15 +184,15 @@ def _linear_logprob(
         logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))  # (n, V)
         spread = entropies[chunk] if entropy else None
         grad = head.stats(logits, targets[chunk], logp[chunk], lse[chunk], spread, save_grad)
-        if save_grad:
+        if grad is not None:
             saved_grad_hidden[chunk] = head.hidden_grad(grad)
-        if save_grad and adapter_hidden is not None:
+        if grad is not None and adapter_hidden is not None:
             saved_grad_adapter[chunk] = head.adapter_grad(grad)
-        logits = grad = None  # one tensor: it goes before the next one comes
+        del logits, grad  # one tensor: it goes before the next one comes
     return results
 
 
-def _new_results(hidden: Tensor, adapter_hidden: Tensor | None, entropy: bool, save_grad: bool) -> tuple[Tensor, ...]:
+def _new_results(hidden: Tensor, adapter_hidden: Tensor | None, entropy: bool, save_grad: bool) -> FiveTensors:
     logp, lse = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropies = _room(logp, entropy, hidden)
     return logp, lse, entropies, _room(hidden, save_grad, hidden), _room(adapter_hidden, save_grad, hidden)
@@ -212,7 +214,7 @@ def _(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, sa
 def _linear_logprob_backward(
     grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     adapter_hidden: Tensor | None, adapter_weight: Tensor | None, lse: Tensor, needs: Sequence[bool], triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> FiveTensors:  # fmt: skip
     """Gradients of hidden, weight, bias, adapter_hidden and adapter_weight; empty where `needs` says not needed."""
     grads = _new_gradients(hidden, weight, bias, adapter_hidden, adapter_weight, needs)
     grad_hidden, grad_weight, grad_bias, grad_adapter_hidden, grad_adapter_weight = grads
@@ -228,9 +230,9 @@ def _linear_logprob_backward(
             grad_bias += grad.sum(dim=0, dtype=torch.float32)
         if needs[3]:
             grad_adapter_hidden[chunk] = head.adapter_grad(grad)
-        if needs[4]:
+        if needs[4] and adapter_hidden is not None:
             grad_adapter_weight += matmul(grad.T, adapter_hidden[chunk].to(head.dtype))
-        logits = grad = None  # one tensor: it goes before the next one comes
+        del logits, grad  # one tensor: it goes before the next one comes
     return grads
 
 
@@ -242,10 +244,10 @@ def _(grad_logp, hidden, weight, bias, targets, adapter_hidden, adapter_weight, 
 def _new_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor, adapter_hidden: Tensor | None, adapter_weight: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> FiveTensors:  # fmt: skip
     """Empty where not needed. What is summed over chunks begins at zero, in float32."""
     weights = (
-        torch.zeros(x.shape if need else 0, dtype=torch.float32, device=hidden.device)
+        torch.zeros(x.shape if need and x is not None else 0, dtype=torch.float32, device=hidden.device)
         for x, need in ((weight, needs[1]), (bias, needs[2]), (adapter_weight, needs[4]))
     )
     grad_weight, grad_bias, grad_adapter_weight = weights

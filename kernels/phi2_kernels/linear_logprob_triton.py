@@ -25,10 +25,10 @@ LAUNCH = {80: {"stats": _STATS, "gradient": _GRADIENT}, 90: {"stats": _STATS, "g
 
 
 @triton.jit
-def _load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr):
+def _load_logits(logits_ptr, bias_ptr, cols, V):
     """-inf behind the last column, in either term.  # [BLOCK_V]"""
     logits = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
-    if HAS_BIAS:
+    if bias_ptr is not None:
         logits += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
     return logits
 
@@ -36,13 +36,13 @@ def _load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr):
 @triton.jit
 def _write_gradient(
     logits_ptr, bias_ptr, grad_ptr, target, lse, scale, V,
-    HAS_BIAS: tl.constexpr, BARRIER: tl.constexpr, BLOCK_V: tl.constexpr,
+    BARRIER: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """grad = scale (onehot(target) - exp(logits - lse)), a block behind the logits.  # [BLOCK_V]"""
     cols = tl.arange(0, BLOCK_V)
-    logits = _load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS)
+    logits = _load_logits(logits_ptr, bias_ptr, cols, V)
     for start in range(0, V, BLOCK_V):
-        ahead = _load_logits(logits_ptr, bias_ptr, start + BLOCK_V + cols, V, HAS_BIAS)
+        ahead = _load_logits(logits_ptr, bias_ptr, start + BLOCK_V + cols, V)
         grad = scale * (tl.where(start + cols == target, 1.0, 0.0) - tl.exp(logits - lse))
         if BARRIER:
             tl.debug_barrier()
@@ -53,21 +53,21 @@ def _write_gradient(
 @triton.jit
 def _stats_kernel(
     logits_ptr, bias_ptr, targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_ptr, logits_stride, grad_stride, V,
-    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, BARRIER: tl.constexpr, BLOCK_V: tl.constexpr,
+    ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, BARRIER: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     target = tl.load(targets_ptr + row)
     known = (target >= 0) & (target < V)  # another target gives NaN, not a read beyond the row
     picked = tl.load(logits_ptr + target, mask=known, other=float("nan"))
-    if HAS_BIAS:
+    if bias_ptr is not None:
         picked += tl.load(bias_ptr + target, mask=known, other=0.0).to(tl.float32)
     cols = tl.arange(0, BLOCK_V)
     top = tl.full([BLOCK_V], -1e30, tl.float32)  # finite: a difference from it is a number
     total = tl.zeros([BLOCK_V], tl.float32)  # sum exp(logit - top)
     moment = tl.zeros([BLOCK_V], tl.float32)  # sum exp(logit - top) (logit - top)
     for start in range(0, V, BLOCK_V):
-        logits = _load_logits(logits_ptr, bias_ptr, start + cols, V, HAS_BIAS)
+        logits = _load_logits(logits_ptr, bias_ptr, start + cols, V)
         rise = logits - top
         is_top = rise > 0
         shrink = tl.exp(-tl.abs(rise))  # of what is there under a new maximum, or of the new logit
@@ -87,19 +87,19 @@ def _stats_kernel(
         tl.store(entropy_ptr + row, tl.log(sum_exp) - mean)
     if GRADIENT:
         grad_ptr += row * grad_stride
-        _write_gradient(logits_ptr, bias_ptr, grad_ptr, target, lse, 1.0, V, HAS_BIAS, BARRIER, BLOCK_V)
+        _write_gradient(logits_ptr, bias_ptr, grad_ptr, target, lse, 1.0, V, BARRIER, BLOCK_V)
 
 
 @triton.jit
 def _gradient_kernel(
     logits_ptr, bias_ptr, targets_ptr, lse_ptr, scale_ptr, grad_ptr, logits_stride, grad_stride, scale_stride, V,
-    HAS_BIAS: tl.constexpr, BARRIER: tl.constexpr, BLOCK_V: tl.constexpr,
+    BARRIER: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target, lse = tl.load(targets_ptr + row), tl.load(lse_ptr + row)
     scale = tl.load(scale_ptr + row * scale_stride)
     logits_ptr, grad_ptr = logits_ptr + row * logits_stride, grad_ptr + row * grad_stride
-    _write_gradient(logits_ptr, bias_ptr, grad_ptr, target, lse, scale, V, HAS_BIAS, BARRIER, BLOCK_V)
+    _write_gradient(logits_ptr, bias_ptr, grad_ptr, target, lse, scale, V, BARRIER, BLOCK_V)
 
 
 def _gradient_over(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,12 +107,12 @@ def _gradient_over(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
-def _flags(logits: Tensor, bias: Tensor | None, grad: Tensor | None, kernel: str) -> dict[str, int | bool]:
+def _flags(logits: Tensor, grad: Tensor | None, kernel: str) -> dict[str, int | bool]:
     """Of a float32 gradient every thread writes what it has itself read; only a narrower one needs the barrier."""
     launch = LAUNCH[architecture(logits.device)][kernel] | {"enable_fp_fusion": True}
     block = min(launch["BLOCK_V"], triton.next_power_of_2(logits.shape[1]))
     barrier = grad is not None and grad.dtype != torch.float32
-    return launch | {"BLOCK_V": block, "HAS_BIAS": bias is not None, "BARRIER": barrier}
+    return launch | {"BLOCK_V": block, "BARRIER": barrier}
 
 
 @on_its_device
@@ -133,7 +133,7 @@ def stats(
     """
     grad = None if grad_dtype is None else _gradient_over(logits, grad_dtype)
     if logits.numel():
-        flags = _flags(logits, bias, grad, "stats") | {"ENTROPY": entropies is not None, "GRADIENT": grad is not None}
+        flags = _flags(logits, grad, "stats") | {"ENTROPY": entropies is not None, "GRADIENT": grad is not None}
         strides = logits.stride(0), 0 if grad is None else grad.stride(0)
         pointers = logits, bias, targets, logp, lse, entropies, grad
         _stats_kernel[(len(logits),)](*pointers, *strides, logits.shape[1], **flags)
@@ -149,5 +149,5 @@ def gradient(
     if logits.numel():
         strides = logits.stride(0), grad.stride(0), scale.stride(0)
         pointers = logits, bias, targets, lse, scale, grad
-        _gradient_kernel[(len(logits),)](*pointers, *strides, logits.shape[1], **_flags(logits, bias, grad, "gradient"))
+        _gradient_kernel[(len(logits),)](*pointers, *strides, logits.shape[1], **_flags(logits, grad, "gradient"))
     return grad

@@ -76,36 +76,33 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((*(part.to(x.dtype) for part in rotated), rest), dim=-1)
 
 
-def rotary_(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, inverse: bool = False, impl: str = "auto"
-) -> None:
+def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, impl: str = "auto") -> None:
     """Rotates the first R dims of every head where they lie; the others are not touched. Carries no gradient.
 
     Args:
         x: (N, H, D) with contiguous heads, such as the q and k part of a wider buffer.
-        cos, sin: (L, R/2) float32 tables.
-        positions: (N,) int32 rows of the tables; default: row n is rotated by entry n modulo L, which serves tables of
-            all N rows and tables of the T tokens that every batch row shares.
+        cos, sin: (L, R/2) float32 tables. Row n is rotated by entry n modulo L, which serves tables of all N rows and
+            tables of the T tokens that every batch row shares.
         inverse: rotate back.
         impl: see `use_triton`.
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    if use_triton(impl, x, lambda: _unsupported_reason(x, cos, sin, positions)):
-        _rotary_(x, cos, sin, positions, inverse)
+    if use_triton(impl, x, lambda: _unsupported_reason(x, cos, sin)):
+        _rotary_(x, cos, sin, inverse)
         return
-    rows = _table_rows(x, cos, positions)
+    rows = _table_rows(x, cos)
     cos, sin = cos[rows, None], sin[rows, None]  # (N, 1, R/2)
     x.copy_(_rotated(x, cos, -sin if inverse else sin))
 
 
-def _table_rows(x: Tensor, cos: Tensor, positions: Tensor | None) -> Tensor:
-    return torch.arange(len(x), device=x.device) % len(cos) if positions is None else positions.long()
+def _table_rows(x: Tensor, cos: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device) % len(cos)
 
 
 def rotary_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
-    keys: Tensor, values: Tensor, *, impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor,
+    *, impl: str = "auto",
 ) -> None:  # fmt: skip
     """What a decode step does between its projections and its attention, for one token a row.
 
@@ -114,8 +111,7 @@ def rotary_and_store(
     Args:
         q: (B, H, D); it is overwritten.
         k, v: (B, H_kv, D).
-        cos, sin: (L, R/2) float32 tables.
-        positions: (B,) int32 rows of the tables; default: as in `rotary_`.
+        cos, sin: (L, R/2) float32 tables, read as in `rotary_`.
         slots: (B,) int32, where in the cache each row's token goes; below S. It differs from the position of a row
             that begins with pads.
         keys, values: (B, H_kv, S, D), one layer of the cache; they are written to.
@@ -123,24 +119,24 @@ def rotary_and_store(
     Raises:
         ValueError: when Triton was named and cannot run.
     """
-    reasons = (_unsupported_reason(x, cos, sin, positions, slots) for x in (q, k, v, keys, values))
+    reasons = (_unsupported_reason(x, cos, sin, slots) for x in (q, k, v, keys, values))
     if use_triton(impl, q, lambda: next(filter(None, reasons), "")):
-        _rotary_and_store(q, k, v, cos, sin, positions, slots, keys, values)
+        _rotary_and_store(q, k, v, cos, sin, slots, keys, values)
         return
-    rotary_(q, cos, sin, positions, impl="torch")
+    rotary_(q, cos, sin, impl="torch")
     rows = torch.arange(len(k), device=k.device), slice(None), slots.long()
-    entries = _table_rows(k, cos, positions)
+    entries = _table_rows(k, cos)
     angles = (table[entries, None] for table in (cos, sin))  # (B, 1, R/2)
     keys[rows], values[rows] = _rotated(k, *angles).to(keys.dtype), v.to(values.dtype)
 
 
-def _unsupported_reason(x: Tensor, cos: Tensor, sin: Tensor, *indices: Tensor | None) -> str:
+def _unsupported_reason(x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor | None = None) -> str:
     if x.stride(-1) != 1:
         return f"the last dim must be contiguous, got stride {x.stride(-1)}"
     if not (cos.is_contiguous() and sin.is_contiguous() and cos.shape == sin.shape):
         return f"the tables must be contiguous and alike, got strides {cos.stride()} and {sin.stride()}"
-    if any(index is not None and not (index.is_contiguous() and index.dtype == torch.int32) for index in indices):
-        return "positions and slots must be int32 and contiguous"
+    if slots is not None and not (slots.is_contiguous() and slots.dtype == torch.int32):
+        return "slots must be int32 and contiguous"
     if 2 * cos.shape[-1] > x.shape[-1]:
         return f"cannot turn {2 * cos.shape[-1]} of {x.shape[-1]} dims"
     return ""
@@ -152,7 +148,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     from phi2_kernels import rotary_triton
 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rotary_triton.apply_rotary(x, cos, sin, None, inverse, y)
+    rotary_triton.apply_rotary(x, cos, sin, inverse, y)
     return y
 
 
@@ -175,17 +171,16 @@ _rotary.register_autograd(_backward, setup_context=_setup_context)
 
 
 @custom_op("phi2::rotary_", mutates_args=("x",))
-def _rotary_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> None:
+def _rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     from phi2_kernels import rotary_triton
 
-    rotary_triton.apply_rotary(x, cos, sin, positions, inverse)
+    rotary_triton.apply_rotary(x, cos, sin, inverse)
 
 
 @custom_op("phi2::rotary_and_store", mutates_args=("q", "keys", "values"))
 def _rotary_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
-    keys: Tensor, values: Tensor,
-) -> None:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+) -> None:
     from phi2_kernels import rotary_triton
 
-    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, positions, slots, keys, values)
+    rotary_triton.apply_rotary_and_store(q, k, v, cos, sin, slots, keys, values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels.strided import strided
 
 _APPLY = {"BLOCK_H": 32, "num_warps": 1}
 _STORE = {"BLOCK_H": 16, "num_warps": 1}  # few tokens: the fewest heads that still read 16 bytes at a time
@@ -17,12 +18,11 @@ LAUNCH = {80: _KERNELS, 90: _KERNELS}
 
 
 @triton.jit
-def _load_angles(cos_ptr, sin_ptr, entry, L, HALF: tl.constexpr, BLOCK_R: tl.constexpr):
-    """NaN for an entry the tables do not have: wrong positions show, nothing beyond is read.  # [1, BLOCK_R]"""
+def _load_angles(cos_ptr, sin_ptr, entry, HALF: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Cosines and sines of an entry of the tables.  # [1, BLOCK_R]"""
     dims = tl.arange(0, BLOCK_R)[None, :]
     at = entry.to(tl.int64) * HALF + dims
-    mask = (dims < HALF) & (at >= 0) & (at < L * HALF)
-    return tl.load(cos_ptr + at, mask=mask, other=float("nan")), tl.load(sin_ptr + at, mask=mask, other=float("nan"))
+    return tl.load(cos_ptr + at, mask=dims < HALF, other=0.0), tl.load(sin_ptr + at, mask=dims < HALF, other=0.0)
 
 
 @triton.jit
@@ -55,44 +55,49 @@ def _copy_heads(
 
 @triton.jit
 def _apply_rotary_kernel(
-    x_ptr, y_ptr, cos_ptr, sin_ptr, positions_ptr, x_row, x_head, y_row, y_head, L, H,
+    x, y, cos_ptr, sin_ptr, L, H,
     INVERSE: tl.constexpr, COPY_REST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    entry = row % L if positions_ptr is None else tl.load(positions_ptr + row)
-    cos, sin = _load_angles(cos_ptr, sin_ptr, entry, L, HALF, BLOCK_R)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, row % L, HALF, BLOCK_R)
+    x_ptr, y_ptr = x.ptr + row.to(tl.int64) * x.strides[0], y.ptr + row.to(tl.int64) * y.strides[0]
     _rotate_heads(
-        x_ptr + row.to(tl.int64) * x_row, y_ptr + row.to(tl.int64) * y_row, x_head, y_head, heads, heads < H,
+        x_ptr, y_ptr, x.strides[1], y.strides[1], heads, heads < H,
         cos, -sin if INVERSE else sin, COPY_REST, HALF, D, BLOCK_R, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def _apply_rotary_and_store_kernel(
-    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, keys_row, keys_head, keys_slot, values_row, values_head, values_slot,
-    L, S, H, H_KV,
+    q, k, v, keys, values, cos_ptr, sin_ptr, slots_ptr, L, S, H, H_KV,
     HALF: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (b, block, part): part 0 rotates a block of heads of q, part 1 rotates and stores k, part 2 stores v."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    entry = row % L if positions_ptr is None else tl.load(positions_ptr + row)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     kept = heads < tl.where((slot >= 0) & (slot < S), H_KV, 0)  # never beside the cache
-    cos, sin = _load_angles(cos_ptr, sin_ptr, entry, L, HALF, BLOCK_R)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, row % L, HALF, BLOCK_R)
     if part == 0:
-        q_ptr += row * q_row
-        _rotate_heads(q_ptr, q_ptr, q_head, q_head, heads, heads < H, cos, sin, False, HALF, D, BLOCK_R, BLOCK_REST)
+        q_ptr = q.ptr + row * q.strides[0]
+        _rotate_heads(
+            q_ptr, q_ptr, q.strides[1], q.strides[1], heads, heads < H,
+            cos, sin, False, HALF, D, BLOCK_R, BLOCK_REST,
+        )  # fmt: skip
     elif part == 1:
-        k_ptr, keys_ptr = k_ptr + row * k_row, keys_ptr + row * keys_row + slot * keys_slot
-        _rotate_heads(k_ptr, keys_ptr, k_head, keys_head, heads, kept, cos, sin, True, HALF, D, BLOCK_R, BLOCK_REST)
+        k_ptr = k.ptr + row * k.strides[0]
+        keys_ptr = keys.ptr + row * keys.strides[0] + slot * keys.strides[2]
+        _rotate_heads(
+            k_ptr, keys_ptr, k.strides[1], keys.strides[1], heads, kept,
+            cos, sin, True, HALF, D, BLOCK_R, BLOCK_REST,
+        )  # fmt: skip
     else:
-        v_ptr, values_ptr = v_ptr + row * v_row, values_ptr + row * values_row + slot * values_slot
-        _copy_heads(v_ptr, values_ptr, v_head, values_head, heads, kept, 0, D, BLOCK_D)
+        v_ptr = v.ptr + row * v.strides[0]
+        values_ptr = values.ptr + row * values.strides[0] + slot * values.strides[2]
+        _copy_heads(v_ptr, values_ptr, v.strides[1], values.strides[1], heads, kept, 0, D, BLOCK_D)
 
 
 def _dims(cos: Tensor, D: int) -> dict[str, int]:
@@ -101,13 +106,11 @@ def _dims(cos: Tensor, D: int) -> dict[str, int]:
 
 
 @on_its_device
-def apply_rotary(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, y: Tensor | None = None
-) -> None:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor | None = None) -> None:
     """Rotates x (N, H, D), a view with any strides but the last, where it lies, or into y.
 
     Args:
-        cos, sin, positions: as in `rotary_`.
+        cos, sin: as in `rotary_`.
     """
     N, H, D = x.shape
     if x.numel() == 0:
@@ -116,18 +119,16 @@ def apply_rotary(
     rest = D - 2 * cos.shape[1]
     flags = {"INVERSE": inverse, "COPY_REST": y is not None and rest > 0}
     target = x if y is None else y
-    strides = *x.stride()[:2], *target.stride()[:2]
     blocks = _dims(cos, D) | {"BLOCK_D": triton.next_power_of_2(max(1, rest))} | launch
     grid = N, triton.cdiv(H, launch["BLOCK_H"])
-    pointers = x, target, cos, sin, positions
-    _apply_rotary_kernel[grid](*pointers, *strides, len(cos), H, **flags, **blocks, enable_fp_fusion=True)
+    tensors = strided(x), strided(target), cos, sin
+    _apply_rotary_kernel[grid](*tensors, len(cos), H, **flags, **blocks, enable_fp_fusion=True)
 
 
 @on_its_device
 def apply_rotary_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, slots: Tensor,
-    keys: Tensor, values: Tensor,
-) -> None:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+) -> None:
     """Arguments as in `rotary_and_store`; every one but the tables may be a view with wider rows."""
     (B, H, D), H_kv = q.shape, k.shape[1]
     if q.numel() == 0:
@@ -135,9 +136,6 @@ def apply_rotary_and_store(
     launch = LAUNCH[architecture(q.device)]["apply_rotary_and_store"]
     rest = triton.next_power_of_2(max(1, D - 2 * cos.shape[1]))
     blocks = _dims(cos, D) | {"BLOCK_REST": rest, "BLOCK_D": triton.next_power_of_2(D)} | launch
-    strides = *(s for x in (q, k, v) for s in x.stride()[:2]), *(s for x in (keys, values) for s in x.stride()[:3])
-    pointers = q, k, v, keys, values, cos, sin, positions, slots
+    tensors = *map(strided, (q, k, v, keys, values)), cos, sin, slots
     grid = B, triton.cdiv(max(H, H_kv), launch["BLOCK_H"]), 3
-    _apply_rotary_and_store_kernel[grid](
-        *pointers, *strides, len(cos), keys.shape[2], H, H_kv, **blocks, enable_fp_fusion=True
-    )
+    _apply_rotary_and_store_kernel[grid](*tensors, len(cos), keys.shape[2], H, H_kv, **blocks, enable_fp_fusion=True)

@@ -9,6 +9,16 @@
     packed documents       the end of the key's document
     prefix-shared pair     prompt keys: end of the pair; chosen keys: end of chosen; rejected keys: end of rejected
 
+Two documents, a and b; and a pair of a prompt p, its chosen answer c and its rejected answer r:
+
+    key      a a a b b          key      p p c c r
+    until    3 3 3 5 5          until    5 5 4 4 5
+    query a  x . . . .          query p  x . . . .
+          a  x x . . .                p  x x . . .
+          a  x x x . .                c  x x x . .
+          b  . . . x .                c  x x x x .
+          b  . . . x x                r  x x . . x
+
 Everything that an implementation of attention derives from it is made once here and used by every layer: a mask, runs
 of queries for fused calls, tables of what a block of a Triton kernel need not look at.
 
@@ -40,6 +50,19 @@ class Run(NamedTuple):
     def is_square(self) -> bool:
         """True when the queries see themselves and nothing before, causally."""
         return self.keys == [(self.start, self.end)]
+
+
+class Tables(NamedTuple):
+    """What the kernels of attention read of a `Visibility`; nothing when plain causal.
+
+    Attributes:
+        until: (B, S) int32.
+        key_ranges, query_ends: those of the block sizes of the kernels.
+    """
+
+    until: Tensor | None
+    key_ranges: Tensor | None = None
+    query_ends: Tensor | None = None
 
 
 def runs_of(until: list[int]) -> list[Run]:
@@ -111,6 +134,7 @@ class Visibility:
     @cached_property
     def runs(self) -> list[list[Run]]:
         """For each row of a square pass, its runs of queries."""
+        assert self.until is not None, "a plain causal pass is one run"
         return [runs_of(row) for row in self.until.tolist()]
 
     @cached_property

@@ -44,7 +44,7 @@ class Weight(NamedTuple):
     @property
     def group(self) -> int:
         """G of int4; 0 of the others."""
-        return 0 if self.zeros is None else self.shape[1] // self.scales.shape[1]
+        return 0 if self.zeros is None or self.scales is None else self.shape[1] // self.scales.shape[1]
 
     def dense(self) -> Tensor:
         """W (N, K), in float32 where it has scales."""

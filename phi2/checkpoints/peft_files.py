@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from phi2.checkpoints.same_base import is_same_base, sample_of_base
 from phi2.files import one_line, read_json, whole_file
 from phi2.hub import of_a_run
-from phi2.lora import DEFAULT, adapter_state, has_adapter, insert, lora_modules, target_names
+from phi2.lora import DEFAULT, adapter_state, insert, lora_modules, target_names
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 
@@ -80,7 +80,7 @@ def save_adapter(model: Phi2ForCausalLM, folder: str | Path, base_model_name_or_
     Raises:
         ValueError: when the model has no adapter, or one that brought parts of its own; or `folder` is a file.
     """
-    if not has_adapter(model):
+    if model.lora_config is None:
         raise ValueError("the model has no adapter to save")
     if model.brought_by_adapter:
         raise ValueError(f"the adapter brought its own {', '.join(model.brought_by_adapter)}: merge it into its base")
@@ -249,7 +249,7 @@ def _config_of(raw: dict[str, Any], path: Path) -> LoraConfig:
 
 
 def _expected_shapes(
-    model: nn.Module, config: LoraConfig, names: list[str], tensors: dict[str, Tensor], whole: list[str]
+    model: Phi2ForCausalLM, config: LoraConfig, names: list[str], tensors: dict[str, Tensor], whole: list[str]
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of everything the weights file must hold; the file decides how large the vocabulary is."""
     given = next((tensors[name] for name in (*whole, HEAD_WEIGHT) if name in tensors), None)
@@ -284,7 +284,7 @@ def _some(items: list[str], most: int = 4) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _replace_vocabulary(model: nn.Module, given: dict[str, Tensor], folder: Path) -> None:
+def _replace_vocabulary(model: Phi2ForCausalLM, given: dict[str, Tensor], folder: Path) -> None:
     """Gives the model this embedding or head or both, and as many rows to what is not given."""
     rows, had = len(next(iter(given.values()))), model.config.vocab_size
     for name in (EMBEDDING, f"{HEAD}.weight", f"{HEAD}.bias"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PER_WEIGHT = 16
-BETWEEN_PRECISIONS = {"rtol": 2**-7, "atol": 1e-7}  # two roundings to bfloat16; the last bits of small float16 numbers
+RTOL, ATOL = 2**-7, 1e-7  # between precisions: two roundings to bfloat16; the last bits of small float16 numbers
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def sample_of_base(model: nn.Module) -> str:
 def is_same_base(model: nn.Module, sample: str) -> bool:
     """Whether `sample_of_base` gave `sample` for these weights, in whatever precision each time."""
     now = sample_of_base(model)
-    return len(now) == len(sample) and torch.allclose(_numbers(now), _numbers(sample), **BETWEEN_PRECISIONS)
+    return len(now) == len(sample) and torch.allclose(_numbers(now), _numbers(sample), rtol=RTOL, atol=ATOL)
 
 
 def _spaced(weight: Tensor) -> Tensor:

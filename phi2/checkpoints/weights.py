@@ -11,7 +11,7 @@ import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phi2.checkpoints.layouts import refuse_older_layouts
 from phi2.checkpoints.peft_files import load_adapter, require_adapter
 from phi2.config import Phi2Config
 from phi2.files import one_line, read_json, whole_folder
@@ -35,14 +36,6 @@ from phi2.tokenizer import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT_FORMATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
 INDEX = "model.safetensors.index.json"
-OLDER_LAYOUTS = {  # a part of a tensor's name that no other layout has
-    "layers.0.wte.": "mixformer-sequential (September 2023)",
-    "transformer.embd.": "phi-msft (December 2023)",
-    "transformer.h.": "phi-msft (December 2023)",
-    ".self_attn.query_key_value.": "transformers 4.36 (fused query_key_value)",
-}
-
-
 GENERATION_KEYS = frozenset(  # of generation_config.json: read, or without influence on the text
     "bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config use_cache"
     " cache_implementation cache_config return_legacy_cache output_attentions output_hidden_states output_scores"
@@ -164,7 +157,7 @@ def load_model(
     folder, device = Path(folder), pick_device(device)
     dtype = None if dtype is None else pick_dtype(dtype, device)
     config, stored = load_config(folder), _stored_tensors(folder)
-    _refuse_older_layouts(folder, stored)
+    refuse_older_layouts(folder, stored)
     config = _with_stored_rows(config, stored)
     with torch.device("meta"):
         model = Phi2ForCausalLM(config)
@@ -219,12 +212,16 @@ def save_pretrained(
         )
     dtypes = {name: tensor.dtype if dtype is None else _named_dtype(dtype) for name, tensor in state.items()}
     limit = max(model.config.vocab_size, len(tokenizer))  # an end or pad beyond it went with the row it had
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     pad = model.config.pad_token_id
-    kept = {**ids, "pad_token_id": None if pad is None or pad >= limit else pad}
-    config = replace(model.config, **kept, dtype=str(_most_common(state, dtypes)).removeprefix("torch."))
+    config = replace(
+        model.config,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=None if pad is None or pad >= limit else pad,
+        dtype=str(_most_common(state, dtypes)).removeprefix("torch."),
+    )
     ends = sorted(end for end in tokenizer.stop_ids if end < limit)
-    generation = {**ids, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     with whole_folder(_place(Path(folder), overwrite)) as unfinished:
         _write_json(unfinished / "config.json", config.to_dict())
         _save_tensors(state, unfinished, max_shard_size, dtypes)
@@ -286,7 +283,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         isinstance(v, str) and v == Path(v).name for v in weight_map.values()
     ):
         raise ValueError(f"{index}: weight_map must give each tensor the name of a file in the same folder")
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{index}: names the shard {shard}, which is not there")
@@ -321,13 +318,6 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 def _is_harmless(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")  # a table some versions of transformers saved; it is computed here
-
-
-def _refuse_older_layouts(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        for part, layout in OLDER_LAYOUTS.items():
-            if part in name:
-                raise ValueError(f"{folder}: {name} is of the older layout {layout}, which is not read yet")
 
 
 def _check_fit(folder: Path, expected: dict[str, Tensor], stored: dict[str, StoredTensor]) -> None:

@@ -311,8 +311,13 @@ def _fail(command: str, message: str, code: int) -> int:
 
 def overview() -> str:
     """What `phi2 --help` prints."""
-    lines = [f"  {name:<12}{command.run.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{_summary(command)}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: phi2 COMMAND [flags]; phi2 COMMAND --help lists the flags; phi2 --version", "", *lines])
+
+
+def _summary(command: Command) -> str:
+    """First line of its docstring."""
+    return (command.run.__doc__ or "").partition("\n")[0]
 
 
 def _config_class(command: Command) -> type | None:
@@ -322,7 +327,7 @@ def _config_class(command: Command) -> type | None:
 
 def _about(command: Command, asked: bool) -> str:
     """First line of the docstring; for dpo, when help is asked for, also the registered losses with their knobs."""
-    about = command.run.__doc__.splitlines()[0]
+    about = _summary(command)
     if command.run is not dpo or not asked:
         return about
     from phi2.losses.registry import PREFERENCE_LOSSES

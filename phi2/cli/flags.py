@@ -72,7 +72,8 @@ def parse(
 def with_lists(arguments: list[str], signature: Callable[..., Any]) -> list[str]:
     """Makes one `--stop=["A", "B"]`, which is how the parser takes a list, of `--stop A --stop B`."""
     flags = {f"--{name}" for name, hint in get_type_hints(signature).items() if _takes_a_list_only(hint)}
-    others, lists, left = [], defaultdict(list), iter(arguments)
+    others, left = [], iter(arguments)
+    lists: defaultdict[str, list[str]] = defaultdict(list)
     for argument in left:
         flag, equals, value = argument.partition("=")
         if flag not in flags:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from phi2.data.columns import FATES
+from phi2.data.columns import COLUMN_STATUSES
 from phi2.data.records import RowError
 
 FLAGS = {
@@ -51,7 +51,8 @@ class Audit:
         tokens: of the kept rows; the prompt of a pair counts once.
         target_tokens: those that the loss is taken on.
         lengths: tokens of a row -> rows; for a pair, of its prompt with the longer answer.
-        columns: one of `FATES` -> columns, and keys of messages, that their format does not read -> rows with them.
+        columns: one of `COLUMN_STATUSES` -> columns, and keys of messages, that their format does not read -> rows with
+            them.
     """
 
     kept: int = 0
@@ -60,7 +61,7 @@ class Audit:
     tokens: int = 0
     target_tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
-    columns: dict[str, Counter[str]] = field(default_factory=lambda: {fate: Counter() for fate in FATES})
+    columns: dict[str, Counter[str]] = field(default_factory=lambda: {status: Counter() for status in COLUMN_STATUSES})
 
     @property
     def rows(self) -> int:
@@ -74,10 +75,10 @@ class Audit:
         self.lengths[length] += 1
         self.flags.update(flags)
 
-    def count_columns(self, fates: Mapping[str, str]) -> None:
-        """Counts what was not read of one row: name -> one of `FATES`."""
-        for name, fate in fates.items():
-            self.columns[fate][name] += 1
+    def count_columns(self, column_status: Mapping[str, str]) -> None:
+        """Counts what was not read of one row: name -> one of `COLUMN_STATUSES`."""
+        for name, status in column_status.items():
+            self.columns[status][name] += 1
 
     def drop(self, error: RowError) -> None:
         """Counts one row that `error` refused."""
@@ -90,8 +91,8 @@ class Audit:
         self.target_tokens += other.target_tokens
         self.lengths.update(other.lengths)
         self.flags.update(other.flags)
-        for fate, names in other.columns.items():
-            self.columns[fate].update(names)
+        for status, names in other.columns.items():
+            self.columns[status].update(names)
         for rule, dropped in other.dropped.items():
             self._add(rule, dropped)
 
@@ -115,7 +116,7 @@ class Audit:
             "kept": self.kept,
             "dropped": {rule: asdict(dropped) for rule, dropped in sorted(self.dropped.items())},
             **{flag: self.flags[flag] for flag in FLAGS},
-            "columns": {fate: dict(sorted(names.items())) for fate, names in self.columns.items()},
+            "columns": {status: dict(sorted(names.items())) for status, names in self.columns.items()},
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "length": self.percentiles(),
@@ -138,10 +139,10 @@ class Audit:
         return "\n".join([*lines, *self.column_lines()])
 
     def column_lines(self) -> list[str]:
-        """A line for each fate of columns: `columns not read: id 200, dataset 200`."""
+        """A line for each status of columns: `columns not read: id 200, dataset 200`."""
         return [
-            f"columns {fate}: {', '.join(f'{name} {rows:,}' for name, rows in names.most_common())}"
-            for fate, names in self.columns.items()
+            f"columns {status}: {', '.join(f'{name} {rows:,}' for name, rows in names.most_common())}"
+            for status, names in self.columns.items()
             if names
         ]
 

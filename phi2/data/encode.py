@@ -70,9 +70,9 @@ class EncodedPair:
     """One preference row; every token of the two answers is a target.
 
     Attributes:
-        prompt: (P,) int32 token ids, P >= 1, up to and with the tokens that open the assistant's turn.
-        chosen: (C,) int32 token ids that follow the prompt.
-        rejected: (R,) int32 token ids that follow the prompt.
+        prompt: (prompt tokens,) int32 ids, at least one, up to and with the tokens that open the assistant's turn.
+        chosen: (chosen tokens,) int32 ids that follow the prompt.
+        rejected: (rejected tokens,) int32 ids that follow the prompt.
         columns: the row's scores, weights and labels.
         flags: names in `audit.FLAGS`.
     """
@@ -102,7 +102,7 @@ class EncodedPair:
 Encoded = EncodedSequence | EncodedPair
 
 
-class Draft(NamedTuple):
+class RenderedRecord(NamedTuple):
     """A record written out: the texts to tokenise, and the function that makes arrays of their encodings.
 
     In `marked` texts the special tokens that stay text are marked, as by `SpecialText.mark`.
@@ -111,29 +111,7 @@ class Draft(NamedTuple):
     origin: Origin
     texts: list[str]
     marked: bool
-    finish: Callable[[list[Encoding | MarkedEncoding]], Encoded]
-
-
-def encode_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedSequence:
-    """The token ids of one row, and the mask of what is learnt.
-
-    Raises:
-        RowError: when the row cannot be used; it names file, row and rule.
-        ValueError: for options that are not for supervised rows.
-    """
-    draft = _drafter("supervised", options)(record, tokenizer, options)
-    return _finish(*next(_tokenized([draft], tokenizer)))
-
-
-def encode_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> EncodedPair:
-    """The token ids of a prompt and of its two answers.
-
-    Raises:
-        RowError: when the row cannot be used; it names file, row and rule.
-        ValueError: for options that are not for pairs.
-    """
-    draft = _drafter("preference", options)(record, tokenizer, options)
-    return _finish(*next(_tokenized([draft], tokenizer)))
+    encode: Callable[[list[Encoding | MarkedEncoding]], Encoded]
 
 
 def encode_records(
@@ -148,13 +126,13 @@ def encode_records(
     Raises:
         ValueError: for options that do not fit the kind, and when no row is left.
     """
-    draft_record = _drafter(kind, options)
+    render = _renderer(kind, options)
     encoded, audit = [], Audit()
     with tqdm(total=len(records), desc="encode", unit=" rows", delay=2, disable=None) as progress:
         for start in range(0, len(records), BATCH_ROWS):
             batch = records[start : start + BATCH_ROWS]
-            drafts = [d for record in batch if (d := _unless_refused(audit, draft_record, record, tokenizer, options))]
-            rows = (_unless_refused(audit, _finish, *row) for row in _tokenized(drafts, tokenizer))
+            rendered_records = [d for record in batch if (d := _or_drop(audit, render, record, tokenizer, options))]
+            rows = (_or_drop(audit, _encode, *row) for row in _tokenize(rendered_records, tokenizer))
             encoded += [row for row in rows if row]
             progress.update(len(batch))
     for row in encoded:
@@ -167,7 +145,7 @@ def encode_records(
     return encoded, audit
 
 
-def _unless_refused(audit: Audit, function: Callable, *arguments: Any) -> Any:
+def _or_drop(audit: Audit, function: Callable, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except RowError as error:
@@ -175,7 +153,7 @@ def _unless_refused(audit: Audit, function: Callable, *arguments: Any) -> Any:
         return None
 
 
-def _drafter(kind: str, options: EncodeConfig) -> Callable[[Record, Tokenizer, EncodeConfig], Draft]:
+def _renderer(kind: str, options: EncodeConfig) -> Callable[[Record, Tokenizer, EncodeConfig], RenderedRecord]:
     if kind not in ("supervised", "preference"):
         raise ValueError(f"kind must be supervised or preference, got {kind!r}")
     if kind == "supervised" and options.truncation_mode == "keep_end":
@@ -184,26 +162,28 @@ def _drafter(kind: str, options: EncodeConfig) -> Callable[[Record, Tokenizer, E
         raise ValueError(
             f"train_on must be completion for preference rows, whose answers are learnt, got {options.train_on}"
         )
-    return _draft_supervised if kind == "supervised" else _draft_pair
+    return _render_supervised if kind == "supervised" else _render_pair
 
 
-def _tokenized(drafts: list[Draft], tokenizer: Tokenizer) -> Iterator[tuple[Draft, Tokenizer, list[Encoding]]]:
-    """The drafts with the encodings of their texts, made in one batch; marked texts wait for `_finish`."""
-    texts = [text for draft in drafts if not draft.marked for text in draft.texts]
+def _tokenize(
+    rendered_records: list[RenderedRecord], tokenizer: Tokenizer
+) -> Iterator[tuple[RenderedRecord, Tokenizer, list[Encoding]]]:
+    """The records with the encodings of their texts, made in one batch; marked texts wait for `_encode`."""
+    texts = [text for rendered in rendered_records if not rendered.marked for text in rendered.texts]
     encodings = iter(tokenizer.backend.encode_batch(texts, add_special_tokens=False))
-    for draft in drafts:
-        yield draft, tokenizer, [] if draft.marked else list(islice(encodings, len(draft.texts)))
+    for rendered in rendered_records:
+        yield rendered, tokenizer, [] if rendered.marked else list(islice(encodings, len(rendered.texts)))
 
 
-def _finish(draft: Draft, tokenizer: Tokenizer, encodings: list[Encoding]) -> Encoded:
-    if not draft.marked:
-        return draft.finish(encodings)
+def _encode(rendered: RenderedRecord, tokenizer: Tokenizer, encodings: list[Encoding]) -> Encoded:
+    if not rendered.marked:
+        return rendered.encode(encodings)
     try:
-        return draft.finish([tokenizer.special_text.encode(text) for text in draft.texts])
+        return rendered.encode([tokenizer.special_text.encode(text) for text in rendered.texts])
     except ValueError as error:
         if isinstance(error, RowError):
             raise
-        raise RowError(draft.origin, "special-token", str(error)) from error
+        raise RowError(rendered.origin, "special-token", str(error)) from error
 
 
 def _array(encoding: Encoding | MarkedEncoding) -> np.ndarray:
@@ -219,21 +199,21 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 # ---- supervised rows ----
 
 
-def _draft_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> Draft:
+def _render_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> RenderedRecord:
     special = options.special_tokens_in_text
     pieces, flags = supervised_pieces(record, tokenizer, options.train_on, options.append_eos, special)
     texts = [piece.text for piece in pieces]
     if options.boundary == "joint":  # the prompt alone is needed too where there is one
         texts = [*texts[:1], "".join(texts)] if _is_prompt_and_answer(pieces) else ["".join(texts)]
-    finish = partial(_sequence, record.origin, pieces, flags, tokenizer, options)
-    return Draft(record.origin, texts, "special_text_kept" in flags, finish)
+    encode = partial(_encode_sequence, record.origin, pieces, flags, tokenizer, options)
+    return RenderedRecord(record.origin, texts, "special_text_kept" in flags, encode)
 
 
 def _is_prompt_and_answer(pieces: list[Piece]) -> bool:
     return [piece.target for piece in pieces] == [False, True]
 
 
-def _sequence(
+def _encode_sequence(
     origin: Origin,
     pieces: list[Piece],
     flags: set[str],
@@ -247,7 +227,7 @@ def _sequence(
     if too_long and options.truncation_mode == "drop":
         raise RowError(origin, "too-long", f"{len(ids)} tokens exceed max_length {options.max_length}")
     if too_long:
-        flags = flags | _cut_flags(ids[options.max_length :], tokenizer)
+        flags = flags | _truncation_flags(ids[options.max_length :], tokenizer)
         ids, mask = ids[: options.max_length], mask[: options.max_length]
     if not mask[1:].any():
         rule = "prompt-too-long" if too_long else "nothing-to-train"
@@ -272,7 +252,7 @@ def _ids_and_mask(
     return ids, mask, not np.isin(edges, ends).all()
 
 
-def _cut_flags(tail: np.ndarray, tokenizer: Tokenizer) -> set[str]:
+def _truncation_flags(tail: np.ndarray, tokenizer: Tokenizer) -> set[str]:
     """What it means to lose `tail`: a text's last stop token is in the tail when any is."""
     return {"truncated", "eos_lost"} if np.isin(tail, list(tokenizer.stop_ids)).any() else {"truncated"}
 
@@ -280,15 +260,15 @@ def _cut_flags(tail: np.ndarray, tokenizer: Tokenizer) -> set[str]:
 # ---- preference rows ----
 
 
-def _draft_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> Draft:
+def _render_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> RenderedRecord:
     (prompt, *answers), flags = pair_texts(record, tokenizer, options.append_eos, options.special_tokens_in_text)
     if options.boundary == "joint":
         answers = [prompt + answer for answer in answers]
-    finish = partial(_pair, record, flags, tokenizer, options)
-    return Draft(record.origin, [prompt, *answers], "special_text_kept" in flags, finish)
+    encode = partial(_encode_pair, record, flags, tokenizer, options)
+    return RenderedRecord(record.origin, [prompt, *answers], "special_text_kept" in flags, encode)
 
 
-def _pair(
+def _encode_pair(
     record: Pair, flags: set[str], tokenizer: Tokenizer, options: EncodeConfig, encodings: list[Encoding]
 ) -> EncodedPair:
     prompt, *answers = (_array(encoding) for encoding in encodings)
@@ -301,9 +281,9 @@ def _pair(
     if np.array_equal(*answers):
         raise RowError(record.origin, "same-answers", "chosen and rejected are the same tokens")
     if options.max_length is not None and len(prompt) + max(map(len, answers)) > options.max_length:
-        prompt, cut = _shortened(prompt, answers, record.origin, options)
+        prompt, cut = _truncated(prompt, answers, record.origin, options)
         flags = flags.union(
-            *(_cut_flags(whole[len(kept) :], tokenizer) for whole, kept in zip(answers, cut, strict=True))
+            *(_truncation_flags(whole[len(kept) :], tokenizer) for whole, kept in zip(answers, cut, strict=True))
         )
         answers = cut
         if np.array_equal(*answers):
@@ -313,7 +293,7 @@ def _pair(
     return EncodedPair(prompt, *answers, record.origin, record.columns, frozenset(flags))
 
 
-def _shortened(
+def _truncated(
     prompt: np.ndarray, answers: list[np.ndarray], origin: Origin, options: EncodeConfig
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     limit, longest = options.max_length, max(map(len, answers))

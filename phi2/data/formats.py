@@ -19,9 +19,9 @@ from numbers import Real
 from typing import NamedTuple
 
 from phi2.data import columns, readers
-from phi2.data.columns import SYSTEM, VARIABLES, Reading, account, is_set, template_variables
-from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, Record, Row, Turns, Unpaired
-from phi2.data.turns import ROLES, read_text
+from phi2.data.columns import REFUSED_COLUMNS, SYSTEM, VARIABLES, RowContext, check_unread, is_set, template_variables
+from phi2.data.messages import ROLES, read_text
+from phi2.data.records import KINDS, Chat, Message, Messages, Origin, Pair, Plain, Record, Row, Unpaired
 
 MAX_LABEL_CHARS = 64  # a longer string is a text, not a label; keeping those would double the memory of a data set
 
@@ -40,46 +40,56 @@ class Format(NamedTuple):
 
     kind: str
     required: tuple[str, ...]
-    parse: Callable[[Row, Reading], Record]
+    parse: Callable[[Row, RowContext], Record]
     optional: tuple[str, ...] = ()
-    talks: bool | None = True
+    conversational: bool | None = True
 
 
 _supervised, _preference, _unpaired = (partial(Format, kind) for kind in KINDS)
 # what was asked, in the order in which it is put together; the first is what the question is about
-_ASK, _BESIDE_ASK = ("context", "instruction", "input"), ("input", "context", "history")
-_BESIDE = ("context", "history")
-_pair, _ask_pair = readers.read_reply_pair, partial(readers.read_reply_pair, asks=_ASK)
-_math_pair = partial(_ask_pair, answers=("chosen_response", "rejected_response"))
-_turns_pair, _turns_label = readers.read_turns_pair, readers.read_turns_label
-_kto_reply = partial(readers.read_reply_label, asks=_ASK, answer="output", label="kto_tag")
-_reply = readers.read_reply
+_PROMPT, _OPTIONAL = ("context", "instruction", "input"), ("context", "history")
+_OPTIONAL_INPUT = ("input", *_OPTIONAL)
+_instruction, _pair = readers.read_instruction, readers.read_instruction_pair
+_alpaca_pair = partial(_pair, prompt=_PROMPT)
+_math_pair = partial(_alpaca_pair, answers=("chosen_response", "rejected_response"))
+_alpaca_kto = partial(readers.read_instruction_label, prompt=_PROMPT, answer="output", label="kto_tag")
+_messages_pair, _messages_label = readers.read_messages_pair, readers.read_messages_label
 FORMATS = {
-    "prompt-pair": _preference(("prompt", "chosen", "rejected"), readers.read_prompt_pair, talks=None),
-    "sharegpt-pair": _preference(("conversations", "chosen", "rejected"), partial(_turns_pair, column="conversations")),
-    "alpaca-pair": _preference(("instruction", "chosen", "rejected"), _ask_pair, _BESIDE_ASK),
-    "math-pair": _preference(("instruction", "chosen_response", "rejected_response"), _math_pair, _BESIDE_ASK),
-    "orca-pair": _preference(("input", "chosen", "rejected"), partial(_pair, asks=("context", "input")), _BESIDE),
-    "qa-pair": _preference(("question", "chosen", "rejected"), partial(_pair, asks=("context", "question")), _BESIDE),
-    "openai-pair": _preference(("input", "preferred_output", "non_preferred_output"), readers.read_openai_pair),
-    "messages-pair": _preference(("messages", "chosen", "rejected"), partial(_turns_pair, column="messages")),
-    "bare-pair": _preference(("chosen", "rejected"), readers.read_bare_pair),
-    "messages-label": _unpaired(("messages", "label"), partial(_turns_label, column="messages", label="label")),
-    "messages-kto": _unpaired(("messages", "kto_tag"), partial(_turns_label, column="messages", label="kto_tag")),
-    "sharegpt-kto": _unpaired(
-        ("conversations", "kto_tag"), partial(_turns_label, column="conversations", label="kto_tag")
+    "prompt-pair": _preference(("prompt", "chosen", "rejected"), readers.read_prompt_pair, conversational=None),
+    "sharegpt-pair": _preference(
+        ("conversations", "chosen", "rejected"), partial(_messages_pair, column="conversations")
     ),
-    "alpaca-kto": _unpaired(("instruction", "output", "kto_tag"), _kto_reply, _BESIDE_ASK),
+    "alpaca-pair": _preference(("instruction", "chosen", "rejected"), _alpaca_pair, _OPTIONAL_INPUT),
+    "math-pair": _preference(("instruction", "chosen_response", "rejected_response"), _math_pair, _OPTIONAL_INPUT),
+    "orca-pair": _preference(("input", "chosen", "rejected"), partial(_pair, prompt=("context", "input")), _OPTIONAL),
+    "qa-pair": _preference(
+        ("question", "chosen", "rejected"), partial(_pair, prompt=("context", "question")), _OPTIONAL
+    ),
+    "openai-pair": _preference(("input", "preferred_output", "non_preferred_output"), readers.read_openai_pair),
+    "messages-pair": _preference(("messages", "chosen", "rejected"), partial(_messages_pair, column="messages")),
+    "bare-pair": _preference(("chosen", "rejected"), readers.read_bare_pair),
+    "messages-label": _unpaired(("messages", "label"), partial(_messages_label, column="messages", label="label")),
+    "messages-kto": _unpaired(("messages", "kto_tag"), partial(_messages_label, column="messages", label="kto_tag")),
+    "sharegpt-kto": _unpaired(
+        ("conversations", "kto_tag"), partial(_messages_label, column="conversations", label="kto_tag")
+    ),
+    "alpaca-kto": _unpaired(("instruction", "output", "kto_tag"), _alpaca_kto, _OPTIONAL_INPUT),
     "prompt-completion-label": _unpaired(
-        ("prompt", "completion", "label"), readers.read_prompt_completion_label, talks=None
+        ("prompt", "completion", "label"), readers.read_prompt_completion_label, conversational=None
     ),
     "messages": _supervised(("messages",), partial(readers.read_chat, column="messages")),
     "conversations": _supervised(("conversations",), partial(readers.read_chat, column="conversations")),
-    "prompt-completion": _supervised(("prompt", "completion"), readers.read_prompt_completion, talks=None),
-    "alpaca": _supervised(("instruction", "output"), partial(_reply, asks=_ASK, answer="output"), _BESIDE_ASK),
-    "gpteacher": _supervised(("instruction", "response"), partial(_reply, asks=_ASK, answer="response"), _BESIDE_ASK),
-    "qa": _supervised(("question", "answer"), partial(_reply, asks=("context", "question"), answer="answer"), _BESIDE),
-    "text": _supervised(("text",), readers.read_running_text, talks=False),
+    "prompt-completion": _supervised(("prompt", "completion"), readers.read_prompt_completion, conversational=None),
+    "alpaca": _supervised(
+        ("instruction", "output"), partial(_instruction, prompt=_PROMPT, answer="output"), _OPTIONAL_INPUT
+    ),
+    "gpteacher": _supervised(
+        ("instruction", "response"), partial(_instruction, prompt=_PROMPT, answer="response"), _OPTIONAL_INPUT
+    ),
+    "qa": _supervised(
+        ("question", "answer"), partial(_instruction, prompt=("context", "question"), answer="answer"), _OPTIONAL
+    ),
+    "text": _supervised(("text",), readers.read_running_text, conversational=False),
 }
 CHAT_COLUMNS = (*SYSTEM, *VARIABLES)
 _CHAT = frozenset(CHAT_COLUMNS)
@@ -87,17 +97,17 @@ _CHAT = frozenset(CHAT_COLUMNS)
 _PAIR_TEXTS = {name for f in FORMATS.values() if f.kind == "preference" for name in f.required} | set(CHAT_COLUMNS)
 
 
-def columns_read(name: str, talks: bool) -> frozenset[str]:
-    """The columns that a format reads; `talks` is whether the row is a conversation."""
+def columns_read(name: str, conversational: bool) -> frozenset[str]:
+    """The columns that a format reads; `conversational` is whether the row is a conversation."""
     layout = FORMATS[name]
-    return frozenset((*layout.required, *layout.optional, *(CHAT_COLUMNS if talks else ())))
+    return frozenset((*layout.required, *layout.optional, *(CHAT_COLUMNS if conversational else ())))
 
 
 _REQUIRED = {
     kind: [(name, frozenset(f.required)) for name, f in FORMATS.items() if kind in (None, f.kind)]
     for kind in (None, *KINDS)
 }
-_READ = {(name, talks): columns_read(name, talks) for name in FORMATS for talks in (False, True)}
+_READ = {(name, chat): columns_read(name, chat) for name in FORMATS for chat in (False, True)}
 
 
 def detect_format(row: Row, kind: str | None = None) -> str:
@@ -122,7 +132,7 @@ def parse_row(
     format: str | None = None,
     kind: str | None = None,
     ignore: frozenset[str] = frozenset(),
-    fates: dict[str, str] | None = None,
+    column_status: dict[str, str] | None = None,
 ) -> Record:
     """Reads one row of a data set.
 
@@ -132,34 +142,34 @@ def parse_row(
         format: a name in `FORMATS`; None detects it from the columns.
         kind: one of `KINDS`, what detection may choose from; None means any.
         ignore: columns, and keys of messages, that are left out.
-        fates: gets the columns and keys that the format does not read, name -> one of `columns.FATES`.
+        column_status: gets the columns and keys that the format does not read, name -> one of `COLUMN_STATUSES`.
 
     Raises:
         RowError: if no layout fits or the row breaks a rule.
         ValueError: if `format` is not a name in `FORMATS`.
     """
-    reading = Reading(origin, ignore, {} if fates is None else fates)
-    row = reading.left(row)
+    ctx = RowContext(origin, ignore, {} if column_status is None else column_status)
+    row = ctx.without_ignored(row)
     present = _present(row)
     name = format or _match(row, present, kind)
     if name is None:
-        raise reading.refused("unknown-format", _unknown_format(row, kind))
+        raise ctx.error("unknown-format", _unknown_format(row, kind))
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     for column in FORMATS[name].required:
         if row.get(column) is None:
-            raise reading.refused("missing-column", f"format {name} needs the column {column!r}")
-    record = FORMATS[name].parse(row, reading)
-    talks = is_conversation(record)
-    if talks and not _CHAT.isdisjoint(present):
-        record = _with_chat_columns(record, row, reading)
+            raise ctx.error("missing-column", f"format {name} needs the column {column!r}")
+    record = FORMATS[name].parse(row, ctx)
+    conversational = is_conversational(record)
+    if conversational and not _CHAT.isdisjoint(present):
+        record = _with_chat_columns(record, row, ctx)
     if isinstance(record, Pair):
         record.columns.update(_columns(row))
-    account(row, present - _READ[name, talks], getattr(record, "columns", {}), reading)
+    check_unread(row, present - _READ[name, conversational], getattr(record, "columns", {}), ctx)
     return record
 
 
-def is_conversation(record: Record) -> bool:
+def is_conversational(record: Record) -> bool:
     """Whether the chat template writes this record out."""
     return isinstance(record, Chat) or not (isinstance(record, Plain) or isinstance(record.prompt, str))
 
@@ -202,29 +212,29 @@ def _columns(row: Row) -> dict[str, float | str]:
     return kept
 
 
-def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, reading: Reading) -> Chat | Pair | Unpaired:
+def _with_chat_columns(record: Chat | Pair | Unpaired, row: Row, ctx: RowContext) -> Chat | Pair | Unpaired:
     """The record with the system text and the template's variables that have columns of their own."""
-    system, variables = _system_text(row, reading), template_variables(row, reading)
+    system, variables = _system_text(row, ctx), template_variables(row, ctx)
     if system:
         field = "messages" if isinstance(record, Chat) else "prompt"
-        record = replace(record, **{field: _opened(getattr(record, field), system, reading)})
+        record = replace(record, **{field: _with_system(getattr(record, field), system, ctx)})
     return replace(record, variables={**(record.variables or {}), **variables}) if variables else record
 
 
-def _system_text(row: Row, reading: Reading) -> str:
-    texts = {name: read_text(row[name], name, reading) for name in SYSTEM if is_set(row.get(name))}
+def _system_text(row: Row, ctx: RowContext) -> str:
+    texts = {name: read_text(row[name], name, ctx) for name in SYSTEM if is_set(row.get(name))}
     texts = {name: text for name, text in texts.items() if text.strip()}
     if len({text.strip() for text in texts.values()}) > 1:
-        raise reading.refused("two-systems", f"{' and '.join(texts)} differ, and a conversation has one system text")
+        raise ctx.error("two-systems", f"{' and '.join(texts)} differ, and a conversation has one system text")
     return next(iter(texts.values()), "")
 
 
-def _opened(turns: Turns, system: str, reading: Reading) -> Turns:
+def _with_system(messages: Messages, system: str, ctx: RowContext) -> Messages:
     """The turns behind a system turn; a conversation that brings its own keeps it, if the two are the same."""
-    own = [turn.content.strip() for turn in turns if turn.role == "system"]
+    own = [message.content.strip() for message in messages if message.role == "system"]
     if own and system.strip() not in own:
-        raise reading.refused("two-systems", "the system column differs from the system turn of the conversation")
-    return turns if own else (Message("system", system), *turns)
+        raise ctx.error("two-systems", "the system column differs from the system turn of the conversation")
+    return messages if own else (Message("system", system), *messages)
 
 
 def document() -> str:
@@ -245,15 +255,15 @@ def document() -> str:
                 "A row in which one of these is set is refused where its format does not read it, and where"
                 f" {', '.join(columns.APPROVAL)} is not 1 or true. `ignore_columns` leaves them out. A number in"
                 f" {', '.join(columns.LOSS_COLUMNS)} of a pair is kept for the loss.",
-                _meanings({name: what for name, what in columns.COLUMNS.items() if name not in CHAT_COLUMNS}, "column"),
+                _meanings({c: meaning for c, meaning in REFUSED_COLUMNS.items() if c not in CHAT_COLUMNS}, "column"),
                 "## Keys of a message",
                 f"Roles: {', '.join(f'{name} (as {role})' if name != role else name for name, role in ROLES.items())}."
                 " The words are a text, or a list of parts of type text.",
-                _meanings(columns.SPOKEN | columns.LEARNT, "read"),
+                _meanings(columns.CONTENT_KEYS | columns.TRAIN_KEYS, "read"),
                 _meanings(columns.TEMPLATE_KEYS, "for the chat template"),
                 "A row is refused when the chat template does not read one of these that is set, except for"
-                f" {' and '.join(columns.NAMES)}, which are counted then.",
-                _meanings(columns.KEYS, "refused"),
+                f" {' and '.join(columns.NAME_KEYS)}, which are counted then.",
+                _meanings(columns.REFUSED_KEYS, "refused"),
             ]
         )
         + "\n"
@@ -263,7 +273,7 @@ def document() -> str:
 def _format_line(name: str) -> tuple[str, ...]:
     layout = FORMATS[name]
     chat = {True: ["those of conversations"], None: ["those of conversations where its texts are messages"], False: []}
-    also = ", ".join([*layout.optional, *chat[layout.talks]])
+    also = ", ".join([*layout.optional, *chat[layout.conversational]])
     return name, layout.kind, ", ".join(layout.required), also
 
 

@@ -21,10 +21,10 @@ from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from phi2.data.columns import NAMES
+from phi2.data.columns import NAME_KEYS
 from phi2.data.config import SpecialTokens, TrainOn
-from phi2.data.formats import is_conversation
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError, Turns
+from phi2.data.formats import is_conversational
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, RowError
 from phi2.tokenizer import Tokenizer
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag by which a template marks the assistant's words
@@ -60,15 +60,15 @@ def supervised_pieces(
         raise RowError(
             record.origin, "wrong-kind", f"a supervised row must be Chat or Plain, got {type(record).__name__}"
         )
-    record, flags = _spelled(record, tokenizer, special_tokens)
+    record, flags = _with_special_text(record, tokenizer, special_tokens)
     if isinstance(record, Chat):
-        flags |= _require_read(record, record.messages, tokenizer)
+        flags |= _require_template_reads(record, record.messages, tokenizer)
         pieces, last_is_learnt = _chat_pieces(record, tokenizer, train_on), record.messages[-1].train
-        flags |= _changed(record.messages, _joined_text(pieces))
+        flags |= _content_flags(record.messages, _joined_text(pieces))
     else:
         pieces, last_is_learnt = [Piece(record.prompt, train_on == "all"), Piece(record.completion, True)], True
-    end, flag = _end(_joined_text(pieces), tokenizer, append_eos)
-    return _joined([*pieces, Piece(end, last_is_learnt)]), flags | {flag}
+    end, flag = _end_token(_joined_text(pieces), tokenizer, append_eos)
+    return _merged([*pieces, Piece(end, last_is_learnt)]), flags | {flag}
 
 
 def pair_texts(
@@ -87,21 +87,21 @@ def pair_texts(
     """
     if not isinstance(record, Pair):
         raise RowError(record.origin, "wrong-kind", f"a preference row must be a Pair, got {type(record).__name__}")
-    record, flags = _spelled(record, tokenizer, special_tokens)
+    record, flags = _with_special_text(record, tokenizer, special_tokens)
     texts = [record.prompt, record.chosen, record.rejected]
-    if is_conversation(record):
-        flags |= _require_read(record, (*record.prompt, *record.chosen, *record.rejected), tokenizer)
-        texts = _dialogue(record, tokenizer)
+    if is_conversational(record):
+        flags |= _require_template_reads(record, (*record.prompt, *record.chosen, *record.rejected), tokenizer)
+        texts = _rendered_pair(record, tokenizer)
         turns = (record.prompt, record.chosen, record.rejected)
-        flags = flags.union(*(_changed(*some) for some in zip(turns, texts, strict=True)))
-    ends, names = zip(*(_end(text, tokenizer, append_eos) for text in texts[1:]), strict=True)
+        flags = flags.union(*(_content_flags(*some) for some in zip(turns, texts, strict=True)))
+    ends, names = zip(*(_end_token(text, tokenizer, append_eos) for text in texts[1:]), strict=True)
     return [texts[0], *(text + end for text, end in zip(texts[1:], ends, strict=True))], flags.union(names)
 
 
 # ---- special tokens that a text spells ----
 
 
-def _spelled(
+def _with_special_text(
     record: Chat | Plain | Pair, tokenizer: Tokenizer, special_tokens: SpecialTokens
 ) -> tuple[Chat | Plain | Pair, set[str]]:
     """The record with its special tokens as they are to be read, and the flag that says so."""
@@ -114,13 +114,13 @@ def _spelled(
         raise RowError(record.origin, "special-token", reason)
     if special_tokens == "text":
         return _marked(record, token, tokenizer), {"special_text_kept"}
-    inside = texts if is_conversation(record) else [_without_end(text, tokenizer) for text in texts]
+    inside = texts if is_conversational(record) else [_without_end_token(text, tokenizer) for text in texts]
     return record, set() if tokenizer.special_text.find(inside) is None else {"special_text_in_content"}
 
 
 def _texts(record: Chat | Plain | Pair) -> list:
     """All text of a record that reaches the model; raw texts as they are read, each answer behind its prompt."""
-    if is_conversation(record):
+    if is_conversational(record):
         return [getattr(record, field, None) for field in TEXTS]
     answers = [record.completion] if isinstance(record, Plain) else [record.chosen, record.rejected]
     return [record.prompt + answer for answer in answers]
@@ -129,7 +129,7 @@ def _texts(record: Chat | Plain | Pair) -> list:
 def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Chat | Plain | Pair:
     """The record with marks around every special token that it spells."""
     special, find = tokenizer.special_text, tokenizer.special_text.pattern.findall
-    if not is_conversation(record) and any(
+    if not is_conversational(record) and any(
         find(text) != find(record.prompt) + find(text[len(record.prompt) :]) for text in _texts(record)
     ):
         reason = f"{token!r} is spelled where the prompt ends and its answer begins: it cannot stay text"
@@ -146,23 +146,23 @@ def _marked(record: Chat | Plain | Pair, token: str, tokenizer: Tokenizer) -> Ch
     return marked
 
 
-def _mark(value: str | Turns | dict | None, tokenizer: Tokenizer) -> str | Turns | dict | None:
+def _mark(value: str | Messages | dict | None, tokenizer: Tokenizer) -> str | Messages | dict | None:
     if isinstance(value, tuple):
         return tuple(Message(*tokenizer.special_text.mark(turn)) for turn in value)
     return tokenizer.special_text.mark(value)
 
 
-def _conversations(record: Chat | Plain | Pair) -> list[Turns]:
+def _conversations(record: Chat | Plain | Pair) -> list[Messages]:
     """Each conversation that a record holds, whole."""
     if isinstance(record, Chat):
         return [record.messages]
-    return [record.prompt + record.chosen, record.prompt + record.rejected] if is_conversation(record) else []
+    return [record.prompt + record.chosen, record.prompt + record.rejected] if is_conversational(record) else []
 
 
 # ---- how a text ends ----
 
 
-class _Ends(NamedTuple):
+class _EndTokens(NamedTuple):
     """How the tokens that end a text are spelled."""
 
     eos: str
@@ -170,40 +170,40 @@ class _Ends(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def _ends(tokenizer: Tokenizer, stop_ids: frozenset[int]) -> _Ends:
+def _end_tokens(tokenizer: Tokenizer, stop_ids: frozenset[int]) -> _EndTokens:
     eos, *stops = (tokenizer.decode([i], skip_special_tokens=False) for i in (tokenizer.eos_id, *stop_ids))
-    return _Ends(eos, tuple(filter(None, stops)))  # ids beyond the vocabulary have no text
+    return _EndTokens(eos, tuple(filter(None, stops)))  # ids beyond the vocabulary have no text
 
 
-def _end(text: str, tokenizer: Tokenizer, append_eos: bool) -> tuple[str, str]:
+def _end_token(text: str, tokenizer: Tokenizer, append_eos: bool) -> tuple[str, str]:
     """The end token to put behind a text, which may be none, and the flag that says how the text ends."""
-    ends = _ends(tokenizer, tokenizer.stop_ids)
+    ends = _end_tokens(tokenizer, tokenizer.stop_ids)
     if text.rstrip().endswith(ends.stops):
         return "", "eos_present"
     return (ends.eos, "eos_added") if append_eos else ("", "eos_missing")
 
 
-def _without_end(text: str, tokenizer: Tokenizer) -> str:
+def _without_end_token(text: str, tokenizer: Tokenizer) -> str:
     """A text without the end token that it came with, which "eos_present" counts."""
     text = text.rstrip()
-    stops = _ends(tokenizer, tokenizer.stop_ids).stops
+    stops = _end_tokens(tokenizer, tokenizer.stop_ids).stops
     return next((text.removesuffix(stop) for stop in stops if text.endswith(stop)), text)
 
 
 # ---- conversations ----
 
 
-def _require_read(record: Chat | Pair, messages: Iterable[Message], tokenizer: Tokenizer) -> set[str]:
+def _require_template_reads(record: Chat | Pair, messages: Iterable[Message], tokenizer: Tokenizer) -> set[str]:
     """Refuses what the chat template does not read and should; names and ids of calls are counted by a flag."""
     keys = {key for message in messages if message.keys for key in message.keys if key != "content"}
     unread = {name for name in keys.union(record.variables or ()) if not tokenizer.template_uses(name)}
-    if matters := sorted(unread.difference(NAMES)):
+    if matters := sorted(unread.difference(NAME_KEYS)):
         reason = f"the chat template does not read {', '.join(map(repr, matters))}; a run that may do without"
         raise RowError(record.origin, "not-read", f"{reason} names it in ignore_columns")
     return {"names_not_written"} if unread else set()
 
 
-def _changed(messages: Turns, text: str) -> set[str]:
+def _content_flags(messages: Messages, text: str) -> set[str]:
     """Counts a conversation whose words the template leaves out, such as a system turn it has no place for."""
     written = all(message.content.strip() in text for message in messages)
     return set() if written else {"content_not_written"}
@@ -218,16 +218,16 @@ def _chat_pieces(record: Chat, tokenizer: Tokenizer, train_on: TrainOn) -> list[
         "all": [i for i, message in enumerate(messages) if not message.train],
     }[train_on]
     if train_on != "all" and GENERATION.search(tokenizer.chat_template or ""):
-        whole, spans = _generated(record, turns, tokenizer)
+        whole, spans = _generation_spans(record, turns, tokenizer)
     else:
         whole = _render(messages, tokenizer, record)
-        spans = _ranges(record, turns, whole, tokenizer)
+        spans = _message_spans(record, turns, whole, tokenizer)
     cuts = [0, *(cut for span in spans for cut in span), len(whole)]
     texts = [whole[start:end] for start, end in pairwise(cuts)]
     return [Piece(text, (number % 2 == 1) == (train_on != "all")) for number, text in enumerate(texts)]
 
 
-def _ranges(record: Chat, turns: Iterable[int], whole: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def _message_spans(record: Chat, turns: Iterable[int], whole: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """Where in the rendered conversation each of these turns stands: what it adds to the text that asks for it."""
     messages, ranges = record.messages, []
     for i in turns:
@@ -237,10 +237,10 @@ def _ranges(record: Chat, turns: Iterable[int], whole: str, tokenizer: Tokenizer
     return ranges
 
 
-def _generated(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+def _generation_spans(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and what the template marks of these turns, the assistant's."""
     try:
-        whole, spans = tokenizer.render_with_spans(_dicts(record.messages), **(record.variables or {}))
+        whole, spans = tokenizer.render_with_spans(_template_messages(record.messages), **(record.variables or {}))
     except ValueError as error:
         raise RowError(record.origin, "template-refused", str(error)) from error
     answers = [i for i, message in enumerate(record.messages) if message.role == "assistant"]
@@ -248,15 +248,15 @@ def _generated(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) -> tupl
         return whole, spans
     if len(spans) == len(answers):
         return whole, [span for i, span in zip(answers, spans, strict=True) if i in turns]
-    ranges = _ranges(record, turns, whole, tokenizer)
+    ranges = _message_spans(record, turns, whole, tokenizer)
     return whole, [(a, b) for a, b in spans if any(start <= a and b <= end for start, end in ranges)]
 
 
-def _dialogue(record: Pair, tokenizer: Tokenizer) -> list[str]:
+def _rendered_pair(record: Pair, tokenizer: Tokenizer) -> list[str]:
     """The rendered prompt, and what each of the two answers adds to it."""
-    opening = _render(record.prompt, tokenizer, record, add_generation_prompt=True)
+    prompt = _render(record.prompt, tokenizer, record, add_generation_prompt=True)
     wholes = [_render(messages, tokenizer, record) for messages in _conversations(record)]
-    return [opening, *(whole[_prefix_length(opening, whole, record.origin) :] for whole in wholes)]
+    return [prompt, *(whole[_prefix_length(prompt, whole, record.origin) :] for whole in wholes)]
 
 
 def _prefix_length(text: str, whole: str, origin: Origin) -> int:
@@ -271,7 +271,7 @@ def _render(
 ) -> str:
     if tokenizer.chat_template is not None:
         try:
-            return tokenizer.render(_dicts(messages), add_generation_prompt, **(record.variables or {}))
+            return tokenizer.render(_template_messages(messages), add_generation_prompt, **(record.variables or {}))
         except ValueError as error:
             raise RowError(record.origin, "template-refused", str(error)) from error
     roles = [message.role for message in messages]
@@ -281,7 +281,7 @@ def _render(
     return tokenizer.render_prompt(messages[0].content, "instruct") + "".join(f" {m.content}" for m in messages[1:])
 
 
-def _dicts(messages: Iterable[Message]) -> list[dict]:
+def _template_messages(messages: Iterable[Message]) -> list[dict]:
     """Messages as a chat template reads them."""
     return [{"role": m.role, "content": m.content, **(m.keys or {})} for m in messages]
 
@@ -290,7 +290,7 @@ def _joined_text(pieces: Iterable[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     """Leaves out empty pieces and joins neighbours of one sort."""
     groups = groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.target)
     return [Piece(_joined_text(group), target) for target, group in groups]

@@ -48,7 +48,7 @@ class RowError(ValueError):
         self.rule = rule
 
 
-Turns = tuple[Message, ...]
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Chat:
     `variables` goes to the chat template beside the messages: tools, documents.
     """
 
-    messages: Turns
+    messages: Messages
     origin: Origin
     variables: dict[str, Any] | None = None
 
@@ -80,9 +80,9 @@ class Pair:
     `source_dataset`), for losses and reports. `variables` goes to the chat template beside messages.
     """
 
-    prompt: str | Turns
-    chosen: str | Turns
-    rejected: str | Turns
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
     origin: Origin
     columns: dict[str, float | str]
     variables: dict[str, Any] | None = None
@@ -92,8 +92,8 @@ class Pair:
 class Unpaired:
     """One answer and whether it is a good one: prompt and completion are both texts or both messages."""
 
-    prompt: str | Turns
-    completion: str | Turns
+    prompt: str | Messages
+    completion: str | Messages
     label: bool
     origin: Origin
     variables: dict[str, Any] | None = None

@@ -162,7 +162,7 @@ def require_ignored(names: Iterable[str], *audits: Audit) -> None:
     seen = [name for audit in audits for name in audit.columns[IGNORED]]
     unused = [name for name in names if not any(one == name or one.endswith(f".{name}") for one in seen)]
     if unused:
-        others = sorted({name for audit in audits for of_fate in audit.columns.values() for name in of_fate})
+        others = sorted({name for audit in audits for rows_of in audit.columns.values() for name in rows_of})
         raise ValueError(
             f"ignore_columns: no row has anything in {', '.join(map(repr, unused))}; what the rows have besides what is"
             f" read: {', '.join(others)[:300] or 'nothing'}"
@@ -257,10 +257,10 @@ def _slots(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) ->
         if rule is not None:
             dropped.drop(RowError(origin, rule, "filtered out"))
             continue
-        fates: dict[str, str] = {}
+        column_status: dict[str, str] = {}
         try:
-            record = parse_row(row, origin, source and source.format, kind, ignore, fates)
-            dropped.count_columns({name: fate for name, fate in fates.items() if name not in filtered_by})
+            record = parse_row(row, origin, source and source.format, kind, ignore, column_status)
+            dropped.count_columns({name: status for name, status in column_status.items() if name not in filtered_by})
         except RowError as error:
             dropped.drop(error)
             record = None

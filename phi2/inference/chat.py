@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import torch
 
 from phi2.cache import KVCache
 from phi2.files import write_whole
-from phi2.inference.generate import Chunk, check_prompt, decode
+from phi2.inference.generate import check_prompt, decode
+from phi2.inference.replies import Chunk
 from phi2.inference.sampling import SamplingParams
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ class ChatSession:
         """The whole reply to `text`; errors are those of `send`."""
         return "".join(chunk.text for chunk in self.send(text))
 
-    def send(self, text: str) -> Iterator[Chunk]:
+    def send(self, text: str) -> Generator[Chunk, None, None]:
         """The reply to `text` as it is made; nothing happens before the iteration starts.
 
         Turns of the past that leave no room for this one and max_new_tokens (half of the context at most) are trimmed,

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from reprlib import repr as short_repr
-from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
+from phi2.inference.replies import Chunk, Generation, Reply, join
 from phi2.inference.sampling import Sampler, SamplingParams
 from phi2.inference.step import RecordedStep, can_record
 from phi2.model import Phi2ForCausalLM
@@ -32,63 +31,13 @@ Conversation = Sequence[Mapping[str, Any]]  # messages {"role": ..., "content": 
 Prompt = str | Conversation
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """What one generated token adds to a reply.
-
-    Attributes:
-        text: whole characters, safe to print; "" while a character or a possible stop string is incomplete.
-        token_id: the token.
-        logprob: its log-probability in nats under the model's own distribution over all V ids: float32, before
-            penalties, temperature and truncation.
-        prompt_tokens, generation_tokens: tokens so far.
-        prompt_tps: tok/s of the pass over the prompt, without what was cached.
-        generation_tps: tok/s since the first token; 0 for the first.
-        finish_reason: None until the last chunk, then "stop", "length" or "stop_string".
-        seed: what the draws of this reply began from, to make it again; None when none is drawn (temperature 0).
-    """
-
-    text: str
-    token_id: int
-    logprob: float
-    prompt_tokens: int
-    generation_tokens: int
-    prompt_tps: float
-    generation_tps: float
-    finish_reason: str | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A whole reply; `str()` of it is its text. The fields are those of `Chunk`.
-
-    Attributes:
-        text: without stop tokens and without the stop string and what follows it.
-        token_ids: every generated token, the one that stopped the reply included.
-        logprobs: one for each token.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tps: float
-    seed: int | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-
 def generate(
     model: Phi2ForCausalLM,
     tokenizer: Tokenizer,
     prompts: Prompt | Sequence[Prompt],
     *,
     prompt_style: str | None = None,
-    **sampling,
+    **sampling: Any,
 ) -> Generation | list[Generation]:
     """Replies to one prompt, or to a batch of them in one go.
 
@@ -104,18 +53,31 @@ def generate(
         ValueError: for a setting out of range, a prompt that is empty or does not fit the context, or logits that are
             not finite.
     """
-    params = SamplingParams(**sampling)
     single = _is_one_prompt(prompts)
-    ids = encode_prompts(tokenizer, [prompts] if single else prompts, prompt_style, model.config)
-    chunks: list[list[Chunk]] = [[] for _ in ids]
-    for row, chunk in decode(model, tokenizer, ids, params):
-        chunks[row].append(chunk)
-    generations = [_join(row) for row in chunks]
+    batch = cast(Sequence[Prompt], [prompts] if single else prompts)
+    generations = generate_batch(model, tokenizer, batch, prompt_style=prompt_style, **sampling)
     return generations[0] if single else generations
 
 
+def generate_batch(
+    model: Phi2ForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    prompt_style: str | None = None,
+    **sampling: Any,
+) -> list[Generation]:
+    """`generate` for a list of prompts."""
+    params = SamplingParams(**sampling)
+    ids = encode_prompts(tokenizer, prompts, prompt_style, model.config)
+    chunks: list[list[Chunk]] = [[] for _ in ids]
+    for row, chunk in decode(model, tokenizer, ids, params):
+        chunks[row].append(chunk)
+    return [join(row) for row in chunks]
+
+
 def stream(
-    model: Phi2ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, prompt_style: str | None = None, **sampling
+    model: Phi2ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, prompt_style: str | None = None, **sampling: Any
 ) -> Iterator[Chunk]:
     """The reply to one prompt as it is made, a chunk for each token. Arguments and errors are those of `generate`."""
     params = SamplingParams(**sampling)
@@ -151,12 +113,16 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
 def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, prompt_style: str | None) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, prompt_style or "raw")
+    _require_conversation(prompt, prompt_style)
+    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
+
+
+def _require_conversation(prompt: Any, prompt_style: str | None) -> None:
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         hint = "; put a single message in a list" if isinstance(prompt, Mapping) else ""
         raise ValueError(f"a prompt must be a str or a list of messages, got {short_repr(prompt)}{hint}")
     if prompt_style is not None:
         raise ValueError(f"prompt_style {prompt_style!r} is for texts; a conversation takes the tokenizer's template")
-    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
 
 
 def check_prompt(ids: list[int], config: Phi2Config) -> None:
@@ -196,7 +162,7 @@ def decode(
     choices = min(len(tokenizer), model.config.vocab_size)
     with evaluation_mode(model):
         replies = [
-            _Reply(tokenizer, params, row, stop_ids, len(ids), len(ids) - cache.length, limit)
+            Reply(tokenizer, params, row, stop_ids, len(ids), len(ids) - cache.length, limit)
             for row, (ids, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
         batch = _Batch(model, prompts, cache, Sampler(params, prompts, choices, model.device))
@@ -220,7 +186,9 @@ class _Batch:
         pads = [width - len(ids) for ids in prompts]
         padded = torch.tensor([[0] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=device)
         self.input_ids = padded[:, cache.length :]  # (B, T), then (B, 1)
-        self.pads = self.visible_until = self._recorded = None
+        self.pads: Tensor | None = None
+        self.visible_until: Tensor | None = None
+        self._recorded: RecordedStep | None = None
         if any(pads):
             self.pads = torch.tensor(pads, dtype=torch.int32, device=device)[:, None]  # (B, 1)
             index = torch.arange(cache.max_length, device=device)
@@ -259,7 +227,7 @@ class _Batch:
         self.sampler.keep(kept)
         self.cache.keys, self.cache.values = self.cache.keys[:, kept], self.cache.values[:, kept]
         self.input_ids = self.input_ids[kept]
-        if self.pads is not None:
+        if self.pads is not None and self.visible_until is not None:
             self.pads, self.visible_until = self.pads[kept], self.visible_until[kept]
         self._recorded = None
 
@@ -302,90 +270,6 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class _Reply:
-    """The text side of one row: tokens in, chunks out, and the decision that it ends."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        row: int,
-        stop_ids: frozenset[int],
-        prompt: int,
-        new: int,
-        limit: int,
-    ) -> None:
-        self._decoder, self._cutter = tokenizer.stream(), StopCutter(params.stop)
-        self._seed = None if params.temperature == 0 else params.seed + row
-        self._stop_ids, self._limit = stop_ids, limit
-        self._prompt, self._new, self._count = prompt, new, 0  # tokens: prompt, those not cached, generated
-        self._started = perf_counter()
-        self.finish_reason: str | None = None
-
-    def add(self, token_id: int, logprob: float) -> Chunk:
-        self._count += 1
-        if self._count == 1:
-            self._first = perf_counter()
-        text = self._text(token_id)
-        elapsed = perf_counter() - self._first
-        return Chunk(
-            text=text,
-            token_id=token_id,
-            logprob=logprob,
-            prompt_tokens=self._prompt,
-            generation_tokens=self._count,
-            prompt_tps=self._new / (self._first - self._started),
-            generation_tps=(self._count - 1) / elapsed if self._count > 1 else 0.0,
-            finish_reason=self.finish_reason,
-            seed=self._seed,
-        )
-
-    def _text(self, token_id: int) -> str:
-        """What may be shown now; sets `finish_reason`, and then lets out all that was held back."""
-        if token_id in self._stop_ids:
-            self.finish_reason = "stop"
-        elif self._count == self._limit:
-            self.finish_reason = "length"
-        piece = "" if self.finish_reason == "stop" else self._decoder.step(token_id)
-        if self.finish_reason:
-            piece += self._decoder.flush()
-        text = self._cutter.step(piece)
-        if self._cutter.found:
-            self.finish_reason = "stop_string"
-        elif self.finish_reason:
-            text += self._cutter.flush()
-        return text
-
-
-class StopCutter:
-    """Passes text on up to the first stop string, however the text is cut into pieces.
-
-    The first stop string is the one that is complete first; where several are complete at the same character, the
-    longest. What may still become a stop string is held back.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._held = ""
-        self.found = False
-
-    def step(self, piece: str) -> str:
-        """The text that `piece` makes certain."""
-        text, self._held = self._held + piece, ""
-        places = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return text[: min(places)[1]]
-        cut = next((i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self._stop)), len(text))
-        self._held = text[cut:]
-        return text[:cut]
-
-    def flush(self) -> str:
-        """What was held back, when nothing follows."""
-        held, self._held = self._held, ""
-        return held
-
-
 def _config_stop_ids(config: Phi2Config) -> set[int]:
     eos = config.eos_token_id
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
@@ -395,17 +279,3 @@ def _special_stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
     """Stop strings that are one special token: text never shows those, so their id stops the reply instead."""
     ids = (tokenizer.token_id(text) for text in stop)
     return {token_id for token_id in ids if token_id is not None and tokenizer.decode([token_id]) == ""}
-
-
-def _join(chunks: list[Chunk]) -> Generation:
-    last = chunks[-1]
-    return Generation(
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=[chunk.token_id for chunk in chunks],
-        logprobs=[chunk.logprob for chunk in chunks],
-        finish_reason=last.finish_reason,
-        prompt_tokens=last.prompt_tokens,
-        prompt_tps=last.prompt_tps,
-        generation_tps=last.generation_tps,
-        seed=last.seed,
-    )

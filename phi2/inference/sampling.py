@@ -90,6 +90,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompts: list[list[int]], choices: int, device: torch.device) -> None:
         self.params, self.choices = params, choices
+        assert params.seed is not None
         self.generators = [torch.Generator(device).manual_seed(params.seed + row) for row in range(len(prompts))]
         self.seen = None
         if params.repetition_penalty != 1.0:
@@ -124,6 +125,7 @@ def process_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None =
     scores = logits
     if params.repetition_penalty != 1.0:
         penalised = torch.where(scores < 0, scores * params.repetition_penalty, scores / params.repetition_penalty)
+        assert seen is not None
         scores = torch.where(seen, penalised, scores)
     if params.temperature == 0:
         return scores

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from phi2.cache import KVCache, StepCache
+from phi2.linear import PhiLinear
 from phi2.model import Block, Phi2ForCausalLM
 from phi2_kernels.attention import attention
 from phi2_kernels.gemv import gemv_each, gemv_sum
@@ -64,11 +65,11 @@ class RecordedStep:
     def _launch(self) -> Tensor:
         model, slots = self.model.model, self._device_cache.positions(1)  # (B, 1)
         positions = slots if self.pads is None else slots - self.pads
-        angles = tuple(table[0, positions] for table in self._tables)  # (B, 1, 1, R/2) twice
+        cos, sin = (table[0, positions] for table in self._tables)  # (B, 1, 1, R/2) twice
         visibility = self._device_cache.visibility(1, self.visible_until)
         x = model.embed_tokens(self._input_ids)  # (B, 1, C)
-        for block in model.layers:
-            x = block_step(block, x, angles, visibility, self._device_cache)
+        for block in model.blocks:
+            x = block_step(block, x, (cos, sin), visibility, self._device_cache)
         self._device_cache.advance(1)
         return self.model.lm_head(model.final_layernorm(x)[:, -1]).float()
 
@@ -91,10 +92,10 @@ def block_step(
     return gemv_sum([attended, f], out, x)
 
 
-def _weights(linears: Sequence[nn.Module]) -> list[Weight] | None:
+def _weights(linears: Sequence[PhiLinear]) -> list[Weight] | None:
     """None where one of them is more than a product with its weight."""
-    forms = [linear.form for linear in linears]
-    return None if None in forms else forms
+    forms = [form for linear in linears if (form := linear.form) is not None]
+    return forms if len(forms) == len(linears) else None
 
 
 def can_record(device: torch.device) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -27,12 +28,12 @@ class Columns(dict[str, Tensor]):
         numbers = ", ".join(self) or "none"
         raise ValueError(f"the loss reads the column {name!r}; columns of numbers here are {numbers}{gap}")
 
-    def __contains__(self, name: str) -> bool:
-        if name in self.gaps:
+    def __contains__(self, name: object) -> bool:
+        if isinstance(name, str) and name in self.gaps:
             self.__missing__(name)
         return super().__contains__(name)
 
-    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:
+    def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Columns:

@@ -11,7 +11,7 @@ from phi2_kernels.linear_logprob import linear_logprob
 
 
 def target_logps(
-    model: Phi2ForCausalLM, hidden: Tensor, rows: Tensor, targets: Tensor, *, entropy: bool = False
+    model: Phi2ForCausalLM, hidden: Tensor, logits_indices: Tensor, targets: Tensor, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target token under the model's head, LoRA on it included.
 
@@ -20,13 +20,13 @@ def target_logps(
     Args:
         model: gives the head.
         hidden: (B, T, C) from `model.model(...)`.
-        rows: (N,) which of the B*T hidden states predicts each target.
+        logits_indices: (N,) which of the B*T hidden states predicts each target.
         targets: (N,) token ids.
         entropy: also return each prediction's entropy, without gradient.
     Returns:
         (N,) float32 in nats, and (N,) entropies in nats or None.
     """
-    picked = hidden.flatten(0, 1).index_select(0, rows)  # (N, C)
+    picked = hidden.flatten(0, 1).index_select(0, logits_indices)  # (N, C)
     head = model.lm_head
     device, weight, adapter = hidden.device.type, head.weight, (None, None)
     if torch.is_autocast_enabled(device):

@@ -33,14 +33,17 @@ def made_up_pairs(
 ) -> PairBatch:
     """Pairs of these lengths, whose policy has moved away from its reference."""
     generator = torch.Generator().manual_seed(0)
-    masks, refs, policies = [], [], []
+    masks: list[Tensor] = []
+    refs: list[Tensor] = []
+    policies: list[Tensor] = []
     for lengths in map(torch.tensor, (chosen_lengths, rejected_lengths)):
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         ref, moved = torch.rand((2, *mask.shape), generator=generator)
         ref, moved = -(4 * STEPS * ref).round() / STEPS, (STEPS * (moved - 0.3)).round() / STEPS
         masks, refs = [*masks, mask], [*refs, ref * mask]
         policies = [*policies, (ref - moved).clamp(max=0) * mask]
-    return PairBatch(*policies, *masks, *((None, None) if reference_free else refs), columns)
+    pairs = PairBatch(policies[0], policies[1], masks[0], masks[1], refs[0], refs[1], columns)
+    return replace(pairs, ref_chosen_logps=None, ref_rejected_logps=None) if reference_free else pairs
 
 
 def require_pure(loss: BoundLoss, pairs: PairBatch) -> None:
@@ -82,9 +85,9 @@ def _tensors(pairs: PairBatch) -> dict[str, Tensor]:
 
 def _is_changed(value: Tensor | Columns | None, untouched: Tensor | Columns | None) -> bool:
     """Also where the numbers happen to be the same: torch counts the times that a tensor was written to."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and isinstance(untouched, Tensor):
         return value._version > 0 or not torch.equal(value, untouched)
-    if isinstance(value, Columns):
+    if isinstance(value, Columns) and isinstance(untouched, Columns):
         return value.keys() != untouched.keys() or any(_is_changed(value[name], untouched[name]) for name in value)
     return False
 

@@ -125,6 +125,11 @@ class BoundLoss:
     reward_scale: float
     source: str | None
 
+    def number(self, knob: str) -> float | None:
+        """The value of a knob that is a number; None for any other."""
+        value = self.knobs.get(knob)
+        return None if isinstance(value, bool | str) else value
+
     def __call__(self, pairs: PairBatch) -> Tensor:
         """(B,) losses in nats.
 

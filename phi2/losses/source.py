@@ -29,7 +29,7 @@ def _texts(source: Callable | ModuleType, seen: set[int]) -> Iterator[str]:
     """The text of a function or module, and of what a function names, each once."""
     seen.add(id(source))
     yield inspect.getsource(source)
-    for name, value in _named_values(inspect.unwrap(source)):
+    for name, value in _named_values(inspect.unwrap(source) if callable(source) else source):
         if isinstance(value, int | float | str):
             yield f"{name} = {value!r}"
         elif id(value) not in seen and _is_part(value):

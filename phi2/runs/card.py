@@ -9,11 +9,9 @@ from typing import Any
 
 import yaml
 
-from phi2.data.sources import SOURCES, DataSpec
+from phi2.data.sources import SOURCES
 from phi2.files import write_whole
 from phi2.hub import HUB_ID
-from phi2.runs.folder import to_plain
-from phi2.training.config import TrainingConfig
 
 NOT_HYPERPARAMETERS = (  # said elsewhere in the card, or without influence on the result
     "model",
@@ -34,51 +32,56 @@ NOT_HYPERPARAMETERS = (  # said elsewhere in the card, or without influence on t
 
 
 def write_card(
-    run_folder: str | Path, config: TrainingConfig, results: Mapping[str, float], chat_template: str = "the model's own"
+    run_folder: str | Path,
+    settings: Mapping[str, Any],
+    results: Mapping[str, float],
+    chat_template: str = "the model's own",
 ) -> Path:
     """Writes `README.md` into the folder of a finished run, and returns its path.
 
     Args:
         run_folder: holds `adapter/` or `model/` already.
-        config: what was run.
+        settings: what was run, as config.yaml holds it.
         results: metric -> its last value.
         chat_template: where the chat template comes from, in words.
     """
     run = Path(run_folder)
     parts = [
-        _header(config),
+        _header(settings),
         f"# {run.resolve().name}",
-        f"{_about(config)}\n\nChat template: {chat_template}.",
-        "## How to load it\n\n" + _loading(run, config),
+        f"{_about(settings)}\n\nChat template: {chat_template}.",
+        "## How to load it\n\n" + _loading(run, settings),
         "## Results\n\n" + _table(("metric", "value"), {name: f"{value:.4g}" for name, value in results.items()}),
-        "## Settings\n\n" + _table(("setting", "value"), _hyperparameters(config)),
+        "## Settings\n\n" + _table(("setting", "value"), _hyperparameters(settings)),
     ]
     path = run / "README.md"
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
 
 
-def _header(config: TrainingConfig) -> str:
+def _header(settings: Mapping[str, Any]) -> str:
     """The YAML block the hub reads; it knows models and data sets by their hub ids only."""
-    header: dict[str, Any] = {"base_model": config.model} if _is_hub_id(config.model) else {}
-    sources = [SOURCES[name].hub_id if name in SOURCES else name for name in _sources(config)]
+    base = settings["model"]
+    header: dict[str, Any] = {"base_model": base} if _is_hub_id(base) else {}
+    sources = [SOURCES[name].hub_id if name in SOURCES else name for name in _sources(settings)]
     datasets = list(filter(_is_hub_id, sources))
     header |= {"datasets": datasets} if datasets else {}
-    tags = ["phi", "preference-optimization" if _loss(config) else "sft", *(["lora"] if config.lora else [])]
+    method = "preference-optimization" if settings.get("loss") else "sft"
+    tags = ["phi", method, *(["lora"] if settings.get("lora") else [])]
     header |= {"library_name": "phi2", "pipeline_tag": "text-generation", "tags": tags}
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
-def _about(config: TrainingConfig) -> str:
-    loss = _loss(config)
+def _about(settings: Mapping[str, Any]) -> str:
+    loss, lora, base = settings.get("loss"), settings.get("lora"), settings["model"]
     method = f"Preference optimisation with the loss `{loss}`" if loss else "Supervised fine-tuning"
-    what = f"a LoRA adapter of rank {config.lora.r}" if config.lora else "all weights"
-    data = ", ".join(f"`{source}`" for source in _sources(config))
-    return f"{method} of `{config.model}` on {data}; trained: {what}."
+    what = f"a LoRA adapter of rank {lora['r']}" if lora else "all weights"
+    data = ", ".join(f"`{source}`" for source in _sources(settings))
+    return f"{method} of `{base}` on {data}; trained: {what}."
 
 
-def _loading(run: Path, config: TrainingConfig) -> str:
-    base, adapter, model = (json.dumps(str(name)) for name in (config.model, run / "adapter", run / "model"))
+def _loading(run: Path, settings: Mapping[str, Any]) -> str:
+    base, adapter, model = (json.dumps(str(name)) for name in (settings["model"], run / "adapter", run / "model"))
     if (run / "adapter").exists():
         ours = f"model, tokenizer = phi2.load({base}, adapter={adapter})"
         theirs = (
@@ -97,8 +100,8 @@ def _loading(run: Path, config: TrainingConfig) -> str:
     return f"```python\nimport phi2\n\n{ours}\n{ask}\n```\n\nWith other libraries:\n\n```python\n{theirs}\n```"
 
 
-def _hyperparameters(config: TrainingConfig) -> dict[str, str]:
-    plain = {name: value for name, value in to_plain(config).items() if name not in NOT_HYPERPARAMETERS}
+def _hyperparameters(settings: Mapping[str, Any]) -> dict[str, str]:
+    plain = {name: value for name, value in settings.items() if name not in NOT_HYPERPARAMETERS}
     lora = plain.pop("lora", None) or {}
     plain |= {f"lora.{name}": value for name, value in lora.items()}
     return {name: f"`{value}`" for name, value in plain.items() if value is not None and value != {}}
@@ -113,15 +116,12 @@ def _in_cell(text: str) -> str:
     return " ".join(text.replace("|", r"\|").split())
 
 
-def _loss(config: TrainingConfig) -> str | None:
-    """The preference loss; a supervised run has none."""
-    return getattr(config, "loss", None)
-
-
-def _sources(config: TrainingConfig) -> list[str]:
+def _sources(settings: Mapping[str, Any]) -> list[str]:
     """The names of the data, as they were given."""
-    parts = config.data.split(",") if isinstance(config.data, str) else config.data
-    return [part.label if isinstance(part, DataSpec) else str(part).strip() for part in parts]
+    data = settings["data"]
+    parts = data.split(",") if isinstance(data, str) else data
+    named = [part["source"] if isinstance(part, dict) else part for part in parts]
+    return [part.strip() if isinstance(part, str) else "data" for part in named]
 
 
 def _is_hub_id(name: str) -> bool:

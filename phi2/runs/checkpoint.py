@@ -14,13 +14,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from phi2.files import whole_folder
-from phi2.training.optim import Optimizer
+
+
+class OptimizerState(Protocol):
+    """What a checkpoint keeps of an optimizer."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+    def numbers(self) -> dict: ...
+    def restore(self, tensors: dict[str, Tensor], numbers: dict) -> None: ...
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -34,7 +42,7 @@ def _step_of(folder: Path) -> int:
 
 
 def save_checkpoint(
-    run: Path, step: int, optimizer: Optimizer, save_weights: Callable[[Path], None], keep: int
+    run: Path, step: int, optimizer: OptimizerState, save_weights: Callable[[Path], None], keep: int
 ) -> None:
     """Writes checkpoints/step-N, then deletes all but the last `keep`.
 
@@ -53,7 +61,7 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def restore_checkpoint(folder: Path, optimizer: Optimizer) -> int:
+def restore_checkpoint(folder: Path, optimizer: OptimizerState) -> int:
     """Puts the optimizer and the random generators back and returns the step; the weights are loaded with the model.
 
     Raises:

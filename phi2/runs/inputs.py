@@ -21,9 +21,8 @@ from safetensors import SafetensorError, safe_open
 from phi2.data.encode import Encoded
 from phi2.files import one_line, read_json, write_whole
 from phi2.hub import resolve
+from phi2.runs.config import RunConfig
 from phi2.tokenizer import Tokenizer
-from phi2.training.config import TrainingConfig
-from phi2.training.setup import compute_dtype
 
 FILE = "inputs.json"
 SAMPLED = 1024  # numbers of a weight that its digest reads at least; of a matrix one in every row
@@ -32,10 +31,11 @@ Inputs = dict[str, str | None]  # what a person calls it -> its digest, None whe
 
 
 def inputs_of(
-    config: TrainingConfig,
+    config: RunConfig,
     tokenizer: Tokenizer,
     rows: Sequence[Encoded],
     eval_rows: Sequence[Encoded],
+    dtype: torch.dtype,
     from_scratch: bool = False,
 ) -> Inputs:
     """Digests of what every run depends on."""
@@ -49,11 +49,11 @@ def inputs_of(
         **adapter,
         "tokenizer": digest_of_tokenizer(config, tokenizer),
         "chat template": digest_of_texts([tokenizer.chat_template or ""]),
-        "compute dtype": str(compute_dtype(config)),
+        "compute dtype": str(dtype),
     }
 
 
-def start_of(config: TrainingConfig, from_scratch: bool) -> Inputs:
+def start_of(config: RunConfig, from_scratch: bool) -> Inputs:
     """The weights a run begins with, whether or not they train; a run from random ones has only their shapes."""
     folder = resolve(config.model)
     if from_scratch:
@@ -68,7 +68,7 @@ def require_same_inputs(run: Path, now: Inputs, resumed: bool) -> None:
         ValueError: naming what has changed since.
     """
     before = _read(run) if resumed else {}
-    unknown = [name for name in now if None in (before.get(name), now[name]) or not _alike(before[name], now[name])]
+    unknown = [name for name in now if not _alike(before.get(name), now[name])]
     changed = [name for name in now if name not in unknown and before[name] != now[name]]
     if changed:
         raise ValueError(f"{run}: the {' and the '.join(changed)} changed since this run began; it cannot be resumed")
@@ -90,8 +90,10 @@ def _read(run: Path) -> Inputs:
     return read_json(run / FILE) if (run / FILE).exists() else {}
 
 
-def _alike(digest: str, other: str) -> bool:
-    """Whether both were made in the same way, which stands before the colon: others do not tell a change."""
+def _alike(digest: str | None, other: str | None) -> bool:
+    """Whether both are known and made in the same way, which stands before the colon: others do not tell a change."""
+    if digest is None or other is None:
+        return False
     return digest.rpartition(":")[0] == other.rpartition(":")[0]
 
 
@@ -114,7 +116,7 @@ def digest_of_columns(rows: Sequence[Encoded]) -> str:
     return digest_of_texts(json.dumps(getattr(row, "columns", {}), sort_keys=True) for row in rows)
 
 
-def digest_of_tokenizer(config: TrainingConfig, tokenizer: Tokenizer) -> str:
+def digest_of_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str:
     """Of `tokenizer.json`, beside the adapter where there is one, and of the ids that begin, end and pad a text."""
     folders = [resolve(name) for name in (config.adapter, config.model) if name is not None]
     path = next(folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file())

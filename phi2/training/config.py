@@ -1,39 +1,27 @@
 """The settings of SFT and of DPO. Option names are those of transformers, trl and peft where those have one.
 
-What a person has set, that is, other than its default, and what would change nothing, is an error that says which
-setting it needs. The command line reads its flags from here, so torch is not imported.
+Each is put together from parts: where a run starts and what it leaves (`phi2.runs.config`), how rows become tokens
+(`phi2.data.config`), how its updates are made, and what only it has. What a person has set, that is, other than its
+default, and what would change nothing, is an error that says which setting it needs. The command line reads its flags
+from here, so torch is not imported, and annotations are types, not texts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from phi2.data.config import DataSpec, EncodeConfig
-from phi2.lora_config import LoraConfig
+from phi2.data.config import EncodeConfig
+from phi2.runs.config import RunConfig, require_at_least, require_effect, require_not_negative
 from phi2.tokenizer import require_template_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(EncodeConfig):
-    """What to train, on what, for how long, and where the results go; and, inherited, how rows become tokens."""
+class UpdateConfig:
+    """How long a run trains, on how much at a time, and AdamW.
 
-    model: str
-    """Folder, hub id, "nano" or "nano-instruct": the checkpoint to start from."""
-    data: str | list[str | DataSpec]
-    """Files, hub data sets or named sources, separated by commas; or a list with options for each."""
-    output: str
-    """Folder of this run; it must not hold another run."""
-    lora: LoraConfig | None = field(default_factory=LoraConfig)
-    """LoRA settings; null trains every weight."""
-    adapter: str | None = None
-    """Folder of a PEFT adapter to go on training, in place of a new one."""
-    eval_data: str | list[str | DataSpec] | None = None
-    """Data to evaluate on, given like `data`."""
-    test_fraction: float = 0.0
-    """Without eval_data: this share of the data is held out for evaluation."""
-    split_seed: int = 42
-    """Seed of that split."""
+    Raises:
+        ValueError: for a value that is not allowed, and for one that another setting would leave without effect.
+    """
+
     max_steps: int = -1
     """Optimizer steps; -1 runs num_train_epochs."""
     num_train_epochs: float = 1.0
@@ -58,72 +46,28 @@ class TrainingConfig(EncodeConfig):
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute precision. LoRA: of the frozen base. Full training keeps float32 weights and runs under autocast."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, one more forward pass."""
     fuse: bool = False
     """Two matmuls a block in place of six (phi2/fused.py); made for a GPU."""
-    seed: int = 42
-    """Seed of the data order, the adapter and dropout."""
     shuffle: bool = True
     """A new permutation of the data every epoch."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    logging_steps: int = 1
-    """Optimizer steps between lines of metrics.jsonl."""
-    eval_steps: int = 0
-    """Optimizer steps between evaluations; 0 evaluates once, at the end."""
-    save_strategy: Literal["steps", "no"] = "steps"
-    """no writes a checkpoint only when the run is interrupted; the result is always written."""
-    save_steps: int = 0
-    """Optimizer steps between checkpoints; 0 saves only at the end or when interrupted."""
-    save_total_limit: int = 2
-    """How many checkpoints are kept."""
-    resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
-    sample_prompts: list[str] = field(default_factory=list)
-    """Prompt answered greedily at every evaluation, into samples.jsonl; give the flag again for another."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_steps", "save_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            require_at_least(self, name, 1)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            require_not_negative(self, name)
         if self.max_steps == 0 or self.max_steps < -1 or self.num_train_epochs <= 0:
             raise ValueError("max_steps must be -1 or positive, and num_train_epochs positive")
-        if self.adapter is not None and self.lora is None:
-            raise ValueError("adapter goes on training a LoRA adapter; it cannot be given with lora: null")
-        if self.adapter is not None and self.lora != LoraConfig():
-            raise ValueError("adapter brings its own LoRA settings; leave lora unset beside it")
-        if self.eval_data is not None and self.test_fraction:
-            raise ValueError("give eval_data or test_fraction, not both")
-        self.needs("save_steps", "save_strategy steps", self.save_strategy, self.save_strategy == "steps")
-        self.needs("save_total_limit", "save_steps above 0", self.save_steps, self.save_steps > 0)
-        self.needs("split_seed", "test_fraction", self.test_fraction, self.test_fraction > 0)
-        self.needs("num_train_epochs", "max_steps -1", self.max_steps, self.max_steps == -1)
-        evaluates = self.eval_data is not None or self.test_fraction > 0 or bool(self.sample_prompts)
-        self.needs("eval_steps", "eval_data, test_fraction or sample_prompts", "none of them", evaluates)
-
-    def needs(self, name: str, what: str, given: object, is_there: bool) -> None:
-        """Refuses a setting other than its default that changes nothing, since `what` is not there.
-
-        Raises:
-            ValueError: naming both, and what is given in place of the second.
-        """
-        value = getattr(self, name)
-        if not is_there and value != type(self).__dataclass_fields__[name].default:
-            raise ValueError(f"{name} {value} needs {what}, got {given}")
+        require_effect(self, "num_train_epochs", "max_steps -1", self.max_steps, self.max_steps == -1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainingConfig):
+class SFTConfig(UpdateConfig, EncodeConfig, RunConfig):
     """Settings of a supervised run."""
+
+    kind: ClassVar[str] = "supervised"  # of the rows
 
     packing: Literal["none", "best_fit", "wrapped"] = "none"
     """Samples of packing_length tokens: whole rows best-fitted and kept apart, or joined and cut (trl's old form)."""
@@ -137,18 +81,20 @@ class SFTConfig(TrainingConfig):
     """Start from random weights of the model folder's config.json; needs lora: null."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_parts(self)
         require_template_choice(self.chat_template)
         if self.from_scratch and self.lora is not None:
             raise ValueError("from_scratch trains every weight: it needs lora: null")
-        self.needs("packing_length", "packing best_fit or wrapped", self.packing, self.packing != "none")
+        require_effect(self, "packing_length", "packing best_fit or wrapped", self.packing, self.packing != "none")
         if self.packing != "none" and self.packing_length < 2:
             raise ValueError(f"packing_length must be at least 2, got {self.packing_length}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainingConfig):
+class DPOConfig(UpdateConfig, EncodeConfig, RunConfig):
     """Settings of a preference run."""
+
+    kind: ClassVar[str] = "preference"  # of the rows
 
     learning_rate: float = 5e-6
     """Peak learning rate."""
@@ -175,7 +121,7 @@ class DPOConfig(TrainingConfig):
     """Train without dropout, as the reference is without it."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_parts(self)
         if self.nll_weight < 0:
             raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}")
         twice = [
@@ -197,3 +143,12 @@ class DPOConfig(TrainingConfig):
         """What was set of the loss's own arguments."""
         named = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return {**{name: value for name, value in named.items() if value is not None}, **self.loss_args}
+
+
+TrainingConfig = SFTConfig | DPOConfig
+
+
+def _check_parts(config: TrainingConfig) -> None:
+    """Every part checks its own settings."""
+    for part in (EncodeConfig, UpdateConfig, RunConfig):
+        part.__post_init__(config)

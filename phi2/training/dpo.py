@@ -9,61 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from phi2.checkpoints.peft_files import restore_adapter
-from phi2.checkpoints.weights import load_model, load_shape
 from phi2.data.encode import EncodedPair
 from phi2.files import write_whole
-from phi2.hub import resolve
 from phi2.losses.batch import PairBatch
 from phi2.losses.head import target_logps
 from phi2.losses.properties import require_numbers
 from phi2.losses.registry import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
-from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
-from phi2.runs.folder import Interrupted, Log, delayed_interrupt, open_run, write_settings
-from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, note_inputs, require_same_inputs
-from phi2.training.batch import pair_batch
+from phi2.runs.folder import open_run, write_settings
+from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
 from phi2.training.config import DPOConfig
 from phi2.training.look import look_at_loss
+from phi2.training.loop import updates_of
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
 from phi2.training.packing import row_of_pairs
-from phi2.training.reference import (
-    Precomputed,
-    Reference,
-    adapters_off,
-    another_model,
-    fingerprint,
-    frozen_copy,
-    precomputed,
-    require_fit,
-    warn_of_another_vocabulary,
-)
-from phi2.training.setup import (
-    autocast,
-    check_sample_prompts,
-    compute_dtype,
-    finish,
-    is_due,
-    load_data,
-    load_policy,
-    policy_tokenizer,
-    require_context,
-    require_embeddings,
-    require_finite,
-    saves_at,
-    total_steps,
-    weights_saver,
-    windows_of,
-    write_samples,
-)
+from phi2.training.pairs import pair_batch
+from phi2.training.precision import autocast, compute_dtype
+from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
+from phi2.training.session import Session, require_fit, start
+from phi2.training.window import total_steps, windows_of
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
 STEP_0_TOLERANCE = 1e-3
@@ -72,60 +45,47 @@ CACHED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.
 
 
 def train(config: DPOConfig) -> Path:
-    """Runs, or resumes, a preference run and returns its folder.
+    """Runs, or resumes, a preference run and returns its folder; raises what `fit` raises."""
+    return fit(start(config), config)
+
+
+def fit(session: Session[EncodedPair], config: DPOConfig) -> Path:
+    """Runs, or resumes, a preference run on what the session has loaded, and returns its folder.
 
     Raises:
         ValueError: for settings, data, a loss or an output folder that cannot be used; when a resumed run began with
             other inputs; when policy and reference do not agree at the first step; when the loss is no number any more.
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
+    session.require_same(config)
     loss = bind_loss(config.loss, config.knobs, config.loss_file)
     config = with_all_knobs(config, loss)
     if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
         raise ValueError(f"loss {config.loss} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer = policy_tokenizer(config)
-    pairs, eval_pairs = load_data(config, tokenizer, "preference")
+    tokenizer, (pairs, eval_pairs, _) = session.tokenizer, session.rows
+    session.keep_audits(run)
     windows = windows_of(config, len(pairs))
     total = total_steps(config, windows)
-    inputs = inputs_of(config, tokenizer, pairs, eval_pairs) | preference_inputs(config, loss)
+    inputs = inputs_of(config, tokenizer, pairs, eval_pairs, session.dtype) | preference_inputs(config, loss)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
     keep_loss_file(config, run)
     look_at_loss(loss, pairs, eval_pairs, windows)
-    model = load_policy(config, checkpoint)
-    require_embeddings(model, tokenizer)
-    require_context(model, [*pairs, *eval_pairs])
-    require_dropout(config, model)
-    check_sample_prompts(config, model, tokenizer)
-    warn_of_another_vocabulary(other_reference(config, loss), tokenizer)
-    scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
-    reference = None if loss.reference_free else make_reference(config, model, checkpoint, scored)
-    if isinstance(reference, Precomputed):
-        require_same_cache(run, reference, scored, resumed=checkpoint is not None)
-    save_weights = weights_saver(config, model, tokenizer)
-
-    optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
-    done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    model.train(not config.disable_dropout)
-    with closing(Log(run, done, total, f"dpo {config.loss}")) as log, delayed_interrupt() as interrupted:
-        for step in log.steps():
-            batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
-            if step == 1:
-                check_start(config, model, reference, batches[0], loss)
-            metrics = update(config, model, optimizer, batches, reference, loss)
-            require_finite(metrics["loss"], step)
-            tokens = sum(pair.tokens for batch in batches for pair in batch)
-            log.train(step, tokens, {**metrics, "epoch": step / windows.per_epoch}, config.logging_steps)
-            if is_due(config.eval_steps, step, total):
-                if eval_pairs:
-                    log.write(step, "eval", evaluate(config, model, eval_pairs, reference, loss))
-                write_samples(config, model, tokenizer, step)
-            if interrupted or saves_at(config, step, total):
-                save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
-            if interrupted and step < total:
-                raise Interrupted(f"stopped after step {step}; go on with resume: true")
-    finish(config, model, tokenizer)
+    with session.policy(config, checkpoint) as model:
+        require_fit(config, model, tokenizer, [*pairs, *eval_pairs])
+        require_dropout(config, model)
+        scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
+        reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
+        with updates_of(config, model, tokenizer, windows, checkpoint, f"dpo {config.loss}") as updates:
+            model.train(not config.disable_dropout)
+            evaluation = partial(evaluate, config, model, eval_pairs, reference, loss) if eval_pairs else None
+            for step in updates.steps():
+                batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
+                if step == 1:
+                    check_start(config, model, reference, batches[0], loss)
+                metrics = update(config, model, updates.optimizer, batches, reference, loss)
+                updates.end(step, sum(pair.tokens for batch in batches for pair in batch), metrics, evaluation)
     return run
 
 
@@ -143,46 +103,10 @@ def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
 
 def with_all_knobs(config: DPOConfig, loss: BoundLoss) -> DPOConfig:
     """The config with the loss's own values where it was silent, so that the run folder tells what was used."""
-    knobs = dict(loss.knobs)
-    named = {name: knobs.pop(name, None) for name in ("beta", "label_smoothing")}
-    return replace(config, **named, loss_args=knobs)
-
-
-def make_reference(
-    config: DPOConfig, model: Phi2ForCausalLM, checkpoint: Path | None, pairs: Sequence[EncodedPair]
-) -> Reference:
-    """The reference that `config.reference` names."""
-    kind = reference_kind(config)
-    if kind == "adapters_off":
-        scorer, live = model, adapters_off(model)
-    elif kind == "frozen_copy":
-        scorer = start_of_run(config, model) if checkpoint else frozen_copy(model)
-        live = another_model(scorer)
-    else:
-        require_fit(kind, load_shape(resolve(kind)), pairs)
-        scorer = load_model(resolve(kind), model.device, model.dtype).requires_grad_(False)
-        live = another_model(scorer)
-    if not config.precompute_ref_log_probs:
-        return live
-    name = fingerprint(scorer, kind != "adapters_off", compute_dtype(config))
-    folder = Path(config.reference_cache or Path(config.output) / "reference")
-    with autocast(config):
-        return precomputed(live, name, pairs, config.per_device_train_batch_size, folder, model.device)
-
-
-def start_of_run(config: DPOConfig, model: Phi2ForCausalLM) -> Phi2ForCausalLM:
-    """The policy as it was before the first update, beside a policy that a checkpoint has brought further."""
-    if config.adapter is None:
-        return load_policy(config, None).requires_grad_(False).eval()
-    start = frozen_copy(model)  # shares the base
-    restore_adapter(start, resolve(config.adapter))
-    return start
-
-
-def other_reference(config: DPOConfig, loss: BoundLoss) -> Path | None:
-    """Folder of the reference where it is another checkpoint than the policy's."""
-    kind = reference_kind(config)
-    return None if loss.reference_free or kind in ("adapters_off", "frozen_copy") else resolve(kind)
+    beta, smoothing = loss.number("beta"), loss.number("label_smoothing")
+    own = {"beta": beta, "label_smoothing": smoothing}
+    others = {name: value for name, value in loss.knobs.items() if own.get(name) is None}
+    return replace(config, beta=beta, label_smoothing=smoothing, loss_args=others)
 
 
 def preference_inputs(config: DPOConfig, loss: BoundLoss) -> Inputs:
@@ -192,26 +116,10 @@ def preference_inputs(config: DPOConfig, loss: BoundLoss) -> Inputs:
     return {"loss": None if loss.source is None else digest_of_texts([loss.source]), **reference}
 
 
-def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPair], resumed: bool) -> None:
-    """Refuses a reference cache that has other numbers than it had; what was scored again is the same reference's."""
-    cache = {"reference cache": reference.digest(pairs)}
-    if resumed and reference.complete:
-        require_same_inputs(run, cache, resumed)
-    note_inputs(run, cache)
-
-
 def keep_loss_file(config: DPOConfig, run: Path) -> None:
     """Copies the user's file of losses into the run folder, so that it tells what was trained on."""
     if config.loss_file is not None:
         write_whole(run / "loss.py", Path(config.loss_file).read_text(encoding="utf-8"))
-
-
-def reference_kind(config: DPOConfig) -> str:
-    """A fresh adapter starts as its base: a frozen copy of it is what the adapter, switched off, leaves."""
-    fresh = config.lora is not None and config.adapter is None
-    if config.reference in ("auto", "frozen_copy"):
-        return "adapters_off" if fresh else "frozen_copy"
-    return config.reference
 
 
 def score_pairs(
@@ -225,7 +133,7 @@ def score_pairs(
     with precision:
         ref = None if reference is None else reference(batch, row)
         hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
-        policy, _ = target_logps(model, hidden, row.rows, row.targets)
+        policy, _ = target_logps(model, hidden, row.logits_indices, row.targets)
     return pair_batch(batch, policy, ref)
 
 
@@ -255,11 +163,14 @@ def require_agreement(config: DPOConfig, pairs: PairBatch, loss: BoundLoss) -> N
     """Refuses a start at which policy and reference, the same weights, do not give the same log-probabilities."""
     cached = config.precompute_ref_log_probs
     tolerance = CACHED_TOLERANCE[compute_dtype(config)] if cached else STEP_0_TOLERANCE
+    assert pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None
     chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
     rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
     apart = torch.cat((chosen, rejected), dim=1).abs().max().item()
-    reference = {"policy_chosen_logps": pairs.ref_chosen_logps, "policy_rejected_logps": pairs.ref_rejected_logps}
-    expected, actual = loss(replace(pairs, **reference)).mean().item(), loss(pairs).mean().item()
+    agreeing = replace(
+        pairs, policy_chosen_logps=pairs.ref_chosen_logps, policy_rejected_logps=pairs.ref_rejected_logps
+    )
+    expected, actual = loss(agreeing).mean().item(), loss(pairs).mean().item()
     if not (math.isfinite(expected) and math.isfinite(actual)):
         raise ValueError(f"step 1: loss {config.loss!r} is {actual}, and {expected} where policy and reference agree")
     if not apart <= tolerance or not abs(actual - expected) <= tolerance * max(1.0, abs(expected)):
@@ -267,11 +178,6 @@ def require_agreement(config: DPOConfig, pairs: PairBatch, loss: BoundLoss) -> N
             f"step 1: policy and reference must agree, but differ by up to {apart:.2g} nats per token (allowed"
             f" {tolerance:g}), loss {actual:.4f} in place of {expected:.4f}; is the reference another model?"
         )
-
-
-def starts_at_reference(config: DPOConfig) -> bool:
-    """Whether the policy begins as the reference, without noise on it."""
-    return config.disable_dropout and reference_kind(config) in ("adapters_off", "frozen_copy")
 
 
 def update(

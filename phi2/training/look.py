@@ -15,7 +15,7 @@ from phi2.data.encode import EncodedPair
 from phi2.losses.batch import PairBatch
 from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
 from phi2.losses.registry import BoundLoss
-from phi2.training.batch import column_gaps, numeric_columns
+from phi2.training.pairs import column_gaps, numeric_columns
 from phi2.training.window import Windows
 
 SPREAD, CANDIDATES = 8, 1024  # pairs over the whole data set that are looked at, and among which columns are
@@ -57,7 +57,8 @@ def varied(pairs: Sequence[EncodedPair], gaps: dict[str, str]) -> list[EncodedPa
     candidates = pairs[:: max(1, len(pairs) // CANDIDATES)]
     spread = candidates[:: max(1, len(candidates) // SPREAD)][:SPREAD]
     names = [name for name in pairs[0].columns if name not in gaps]
-    ends = [end(candidates, key=lambda pair, name=name: pair.columns[name]) for name in names for end in (min, max)]
+    by = [lambda pair, name=name: pair.columns[name] for name in names]
+    ends = [end(candidates, key=key) for key in by for end in (min, max)]
     return list({id(pair): pair for pair in (*spread, *ends)}.values())
 
 

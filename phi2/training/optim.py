@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from phi2.training.config import TrainingConfig
+from phi2.training.config import UpdateConfig
 
 
 def schedule_factor(kind: str, step: int, warmup: int, total: int) -> float:
@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def warmup_updates(config: TrainingConfig, total_steps: int) -> int:
+def warmup_updates(config: UpdateConfig, total_steps: int) -> int:
     """Updates of the warm-up: `warmup_steps`, or that share of all, rounded up.
 
     Raises:
@@ -53,7 +53,7 @@ class Optimizer:
         scale_loss: multiply the loss so that float16 gradients do not vanish.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, total_steps: int, scale_loss: bool) -> None:
+    def __init__(self, model: nn.Module, config: UpdateConfig, total_steps: int, scale_loss: bool) -> None:
         self.config, self.total_steps = config, total_steps
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.adamw = torch.optim.AdamW(

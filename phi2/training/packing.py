@@ -30,14 +30,14 @@ class TokenRow:
         input_ids: (1, T) token ids.
         positions: (1, T) place of each token in its own sequence.
         visible_until: (1, T) int32, for each token the end of those that may see it.
-        rows: (N,) which token's hidden state predicts each target.
+        logits_indices: (N,) which token's hidden state predicts each target.
         targets: (N,) token ids to predict.
     """
 
     input_ids: Tensor
     positions: Tensor
     visible_until: Tensor
-    rows: Tensor
+    logits_indices: Tensor
     targets: Tensor
 
     def to(self, device: torch.device) -> TokenRow:

@@ -1,37 +1,114 @@
 """The reference of preference optimisation: whose log-probabilities the policy's are compared with.
 
 Three kinds: the policy with its adapters off, a frozen copy of the policy as it starts, or another checkpoint. Each can
-be asked during training, or once before it: then every pair's log-probabilities, token by token, are kept in a file
-whose name is a hash of the reference's weights and whose rows are named by a hash of the pair's tokens. Such a cache
-serves every run over the same pairs, whatever its loss, learning rate or batch size, and never a wrong one.
+be asked during training, or once before it (`reference_cache.py`).
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import safetensors
-import safetensors.numpy
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from phi2.checkpoints.peft_files import restore_adapter
+from phi2.checkpoints.weights import load_shape, pick_device
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
-from phi2.files import write_whole
-from phi2.lora import disabled, lora_modules
+from phi2.hub import resolve
+from phi2.lora import disabled
 from phi2.losses.head import target_logps
+from phi2.losses.registry import BoundLoss
 from phi2.model import Phi2ForCausalLM
+from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer
-from phi2.training.packing import TokenRow, row_of_pairs
+from phi2.training.config import DPOConfig
+from phi2.training.packing import TokenRow
+from phi2.training.precision import autocast
+from phi2.training.reference_cache import Precomputed, Reference, fingerprint, key_of, precomputed
+from phi2.training.session import Session
 
-# The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_pairs`.
-Reference = Callable[[Sequence[EncodedPair], TokenRow], Tensor]
+
+def make_reference(
+    session: Session,
+    config: DPOConfig,
+    model: Phi2ForCausalLM,
+    checkpoint: Path | None,
+    pairs: Sequence[EncodedPair],
+) -> Reference:
+    """The reference that `config.reference` names.
+
+    Args:
+        model: the policy.
+        checkpoint: that it comes from, None at the start of a run.
+        pairs: all that it will be asked for.
+    """
+    kind = reference_kind(config)
+    if kind == "adapters_off":
+        scorer, live = model, adapters_off(model)
+    elif kind == "frozen_copy":
+        scorer = start_of_run(session, config, model) if checkpoint else frozen_copy(model)
+        live = another_model(scorer)
+    else:
+        warn_of_another_vocabulary(resolve(kind), session.tokenizer)
+        require_fit(kind, load_shape(resolve(kind)), pairs)
+        scorer = session.other(resolve(kind), model.dtype)
+        live = another_model(scorer)
+    if not config.precompute_ref_log_probs:
+        return live
+    with autocast(config):
+        cached = _precomputed(session, config, live, fingerprint(scorer, kind != "adapters_off", session.dtype), pairs)
+    session.others.clear()  # it is asked no more
+    require_same_cache(Path(config.output), cached, pairs, resumed=checkpoint is not None)
+    return cached
+
+
+def _precomputed(
+    session: Session, config: DPOConfig, live: Reference, name: str, pairs: Sequence[EncodedPair]
+) -> Precomputed:
+    """From the cache, and from an earlier fit that asked for the same pairs in the same batches."""
+    folder, size = Path(config.reference_cache or Path(config.output) / "reference"), config.per_device_train_batch_size
+    known = session.reference_logps.setdefault((name, size, key_of(pairs)), {})
+    return precomputed(live, name, pairs, size, folder, pick_device(config.device), known)
+
+
+def start_of_run(session: Session, config: DPOConfig, model: Phi2ForCausalLM) -> Phi2ForCausalLM:
+    """The policy as it was before the first update, beside a policy that a checkpoint has brought further."""
+    if config.adapter is None:
+        return session.load_policy(config).requires_grad_(False).eval()
+    start = frozen_copy(model)  # shares the base
+    restore_adapter(start, resolve(config.adapter))
+    return start
+
+
+def other_reference(config: DPOConfig, loss: BoundLoss) -> Path | None:
+    """Folder of the reference where it is another checkpoint than the policy's."""
+    kind = reference_kind(config)
+    return None if loss.reference_free or kind in ("adapters_off", "frozen_copy") else resolve(kind)
+
+
+def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPair], resumed: bool) -> None:
+    """Refuses a reference cache that has other numbers than it had; what was scored again is the same reference's."""
+    cache: Inputs = {"reference cache": reference.digest(pairs)}
+    if resumed and reference.complete:
+        require_same_inputs(run, cache, resumed)
+    note_inputs(run, cache)
+
+
+def reference_kind(config: DPOConfig) -> str:
+    """A fresh adapter starts as its base: a frozen copy of it is what the adapter, switched off, leaves."""
+    fresh = config.lora is not None and config.adapter is None
+    if config.reference in ("auto", "frozen_copy"):
+        return "adapters_off" if fresh else "frozen_copy"
+    return config.reference
+
+
+def starts_at_reference(config: DPOConfig) -> bool:
+    """Whether the policy begins as the reference, without noise on it."""
+    return config.disable_dropout and reference_kind(config) in ("adapters_off", "frozen_copy")
 
 
 def frozen_copy(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
@@ -63,7 +140,7 @@ def another_model(reference: Phi2ForCausalLM) -> Reference:
 def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     """(N,) log-probabilities of a row's targets."""
     hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
-    return target_logps(model, hidden, row.rows, row.targets)[0]
+    return target_logps(model, hidden, row.logits_indices, row.targets)[0]
 
 
 def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPair]) -> None:
@@ -94,9 +171,9 @@ def _highest_id(pair: EncodedPair) -> int:
     return max(int(part.max(initial=0)) for part in (pair.prompt, pair.chosen, pair.rejected))
 
 
-def warn_of_another_vocabulary(folder: Path | None, tokenizer: Tokenizer) -> None:
+def warn_of_another_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     """Tells of a reference whose own tokenizer would read the rows as other tokens."""
-    if folder is None or not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").is_file():
         return
     own, others = tokenizer.backend.get_vocab(), Tokenizer.from_folder(folder).backend.get_vocab()
     if own != others:
@@ -106,91 +183,3 @@ def warn_of_another_vocabulary(folder: Path | None, tokenizer: Tokenizer) -> Non
             f" {len(own)}; {token!r} is {others.get(token)} and {own.get(token)})",
             stacklevel=2,
         )
-
-
-class Precomputed:
-    """A reference whose log-probabilities are known.
-
-    Args:
-        known: those of each pair by its key.
-        complete: whether none had to be scored for this run.
-    """
-
-    def __init__(self, known: dict[bytes, np.ndarray], complete: bool, device: torch.device) -> None:
-        self.known, self.complete, self.device = known, complete, device
-
-    def __call__(self, batch: Sequence[EncodedPair], row: TokenRow) -> Tensor:
-        return torch.from_numpy(np.concatenate([self.known[pair_key(pair)] for pair in batch])).to(self.device)
-
-    def digest(self, pairs: Sequence[EncodedPair]) -> str:
-        """Of what it says about these pairs."""
-        digest = hashlib.sha256()
-        for pair in pairs:
-            digest.update(self.known[pair_key(pair)].tobytes())
-        return digest.hexdigest()
-
-
-def precomputed(
-    live: Reference, fingerprint: str, pairs: Sequence[EncodedPair], batch_size: int, folder: Path, device: torch.device
-) -> Precomputed:
-    """The same reference from a cache file in `folder`, which is completed first with the pairs it lacks.
-
-    What was scored before Ctrl-C or a failure is kept.
-    """
-    path = folder / f"{fingerprint[:16]}.safetensors"
-    known = _read_cache(path)
-    missing = [pair for pair in pairs if pair_key(pair) not in known]
-    before = len(known)
-    try:
-        for start in tqdm(range(0, len(missing), batch_size), desc="reference", unit="batch", disable=not missing):
-            batch = missing[start : start + batch_size]
-            scores = live(batch, row_of_pairs(batch).to(device)).cpu().numpy()
-            ends = np.cumsum([pair.target_tokens for pair in batch])
-            known.update(zip(map(pair_key, batch), np.split(scores, ends[:-1]), strict=True))
-    finally:
-        if len(known) > before:
-            _write_cache(path, known)
-    return Precomputed(known, not missing, device)
-
-
-def pair_key(pair: EncodedPair) -> bytes:
-    """Names a pair by its tokens and by where its answers begin."""
-    digest = hashlib.sha256()
-    for part in (pair.prompt, pair.chosen, pair.rejected):
-        digest.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
-    return digest.digest()
-
-
-@torch.no_grad()
-def fingerprint(model: Phi2ForCausalLM, adapters: bool, compute_dtype: torch.dtype) -> str:
-    """Hash of all that its log-probabilities depend on: shape, weights, and the precision it computes in.
-
-    Args:
-        adapters: whether its adapters belong to it.
-    """
-    scalings = {name: module.active.scaling for name, module in lora_modules(model).items()} if adapters else {}
-    digest = hashlib.sha256(repr((model.config.to_dict(), model.dtype, compute_dtype, scalings)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if adapters or ".lora_" not in name:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
-    if not path.exists():
-        return {}
-    try:
-        stored = safetensors.numpy.load_file(path)
-        logps = np.split(stored["logps"], stored["ends"][:-1])
-        return {key.tobytes(): values for key, values in zip(stored["keys"], logps, strict=True)}
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a reference cache ({error}); delete it to compute it again") from error
-
-
-def _write_cache(path: Path, known: dict[bytes, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 32)
-    ends = np.cumsum([len(values) for values in known.values()])
-    tensors = {"keys": keys, "logps": np.concatenate(list(known.values())), "ends": ends}
-    write_whole(path, safetensors.numpy.save(tensors))

@@ -7,7 +7,7 @@ window is split into micro-batches, nor on packing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,79 +16,55 @@ from torch import Tensor
 from phi2.data.encode import EncodedSequence
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
-from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
-from phi2.runs.folder import Interrupted, Log, delayed_interrupt, open_run, write_settings
+from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import inputs_of, require_same_inputs
 from phi2.training.config import SFTConfig
+from phi2.training.loop import updates_of
 from phi2.training.optim import Optimizer
 from phi2.training.packing import TokenRow, best_fit, row_of_sequences, wrapped
-from phi2.training.setup import (
-    autocast,
-    check_sample_prompts,
-    compute_dtype,
-    finish,
-    is_due,
-    load_data,
-    load_policy,
-    policy_tokenizer,
-    require_context,
-    require_embeddings,
-    require_finite,
-    saves_at,
-    total_steps,
-    weights_saver,
-    windows_of,
-    write_samples,
-)
+from phi2.training.precision import autocast
+from phi2.training.session import Session, require_fit, start
+from phi2.training.window import total_steps, windows_of
 
-Block = list[EncodedSequence]  # what one sample of a micro-batch holds: one sequence, or those packed together
+Sample = list[EncodedSequence]  # of a micro-batch: one sequence, or those packed together
 
 
 def train(config: SFTConfig) -> Path:
-    """Runs, or resumes, a supervised run and returns its folder.
+    """Runs, or resumes, a supervised run and returns its folder; raises what `fit` raises."""
+    return fit(start(config), config)
+
+
+def fit(session: Session[EncodedSequence], config: SFTConfig) -> Path:
+    """Runs, or resumes, a supervised run on what the session has loaded, and returns its folder.
 
     Raises:
         ValueError: for settings, data or an output folder that cannot be used, and when the loss is no number any more.
         Interrupted: after Ctrl-C, with a checkpoint to resume from.
     """
+    session.require_same(config)
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer = policy_tokenizer(config).with_chat_template(config.chat_template)
-    print(f"chat template: {tokenizer.template_origin}")
-    train_rows, eval_rows = load_data(config, tokenizer, "supervised")
-    blocks = pack(train_rows, config, tokenizer.eos_id)
-    windows = windows_of(config, len(blocks))
-    total = total_steps(config, windows)
-    inputs = inputs_of(config, tokenizer, train_rows, eval_rows, config.from_scratch)
+    tokenizer, (train_rows, eval_rows, _) = session.tokenizer, session.rows
+    session.keep_audits(run)
+    samples = pack(train_rows, config, tokenizer.eos_id)
+    windows = windows_of(config, len(samples))
+    total_steps(config, windows)
+    inputs = inputs_of(config, tokenizer, train_rows, eval_rows, session.dtype, config.from_scratch)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
-    model = load_policy(config, checkpoint, config.from_scratch)
-    require_embeddings(model, tokenizer)
-    require_context(model, [*(row for block in blocks for row in block), *eval_rows])
-    check_sample_prompts(config, model, tokenizer)
-    save_weights = weights_saver(config, model, tokenizer)
-    optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
-    done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    model.train()
-    with closing(Log(run, done, total, "sft")) as log, delayed_interrupt() as interrupted:
-        for step in log.steps():
-            batches = [[blocks[i] for i in batch] for batch in windows.at(step - 1)]
-            metrics = update(config, model, optimizer, batches)
-            require_finite(metrics["loss"], step)
-            tokens = sum(len(s.ids) for batch in batches for block in batch for s in block)
-            log.train(step, tokens, {**metrics, "epoch": step / windows.per_epoch}, config.logging_steps)
-            if is_due(config.eval_steps, step, total):
-                if eval_rows:
-                    log.write(step, "eval", evaluate(config, model, eval_rows))
-                write_samples(config, model, tokenizer, step)
-            if interrupted or saves_at(config, step, total):
-                save_checkpoint(run, step, optimizer, save_weights, config.save_total_limit)
-            if interrupted and step < total:
-                raise Interrupted(f"stopped after step {step}; go on with resume: true")
-    finish(config, model, tokenizer)
+    with session.policy(config, checkpoint) as model:
+        require_fit(config, model, tokenizer, [*(row for sample in samples for row in sample), *eval_rows])
+        with updates_of(config, model, tokenizer, windows, checkpoint, "sft") as updates:
+            model.train()
+            evaluation = partial(evaluate, config, model, eval_rows) if eval_rows else None
+            for step in updates.steps():
+                batches = [[samples[i] for i in batch] for batch in windows.at(step - 1)]
+                metrics = update(config, model, updates.optimizer, batches)
+                tokens = sum(len(s.ids) for batch in batches for sample in batch for s in sample)
+                updates.end(step, tokens, metrics, evaluation)
     return run
 
 
-def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list[Block]:
+def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list[Sample]:
     """The samples of the run, by `config.packing`."""
     if config.packing == "none":
         return [[row] for row in rows]
@@ -103,14 +79,14 @@ def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list
 
 
 def update(
-    config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, batches: list[list[Block]]
+    config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, batches: list[list[Sample]]
 ) -> dict[str, float]:
     """One optimizer step over a window of micro-batches; returns its metrics."""
-    tokens = sum(s.target_tokens for batch in batches for block in batch for s in block)
+    tokens = sum(s.target_tokens for batch in batches for sample in batch for s in sample)
     noise, loss = config.neftune_noise_alpha, torch.zeros((), device=model.device)
     for batch in batches:
-        row = row_of_sequences([s for block in batch for s in block]).to(model.device)
-        add_noise = neftune(noise, [sum(len(s.ids) for s in block) for block in batch]) if noise else None
+        row = row_of_sequences([s for sample in batch for s in sample]).to(model.device)
+        add_noise = neftune(noise, [sum(len(s.ids) for s in sample) for sample in batch]) if noise else None
         with autocast(config):
             logps = forward(model, row, add_noise)
         micro_loss = -logps.sum() / tokens
@@ -127,7 +103,7 @@ def forward(model: Phi2ForCausalLM, row: TokenRow, add_noise: Callable[[Tensor],
     if add_noise is not None:
         embeddings = add_noise(embeddings)
     hidden = model.model(inputs_embeds=embeddings, positions=row.positions, visible_until=row.visible_until)
-    return target_logps(model, hidden, row.rows, row.targets)[0]
+    return target_logps(model, hidden, row.logits_indices, row.targets)[0]
 
 
 def neftune(alpha: float, lengths: list[int]) -> Callable[[Tensor], Tensor]:
@@ -151,8 +127,8 @@ def evaluate(config: SFTConfig, model: Phi2ForCausalLM, rows: Sequence[EncodedSe
     """Mean loss per target token over all rows, whatever the batch size."""
     model.eval()
     batch_size, total, tokens = config.per_device_train_batch_size, 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        row = row_of_sequences(rows[start : start + batch_size]).to(model.device)
+    for begin in range(0, len(rows), batch_size):
+        row = row_of_sequences(rows[begin : begin + batch_size]).to(model.device)
         with autocast(config):
             total -= forward(model, row).sum().item()
         tokens += len(row.targets)

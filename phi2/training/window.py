@@ -7,6 +7,9 @@ import math
 
 import torch
 
+from phi2.training.config import TrainingConfig, UpdateConfig
+from phi2.training.optim import warmup_updates
+
 
 class Windows:
     """One optimizer step consumes one window: `accumulation` micro-batches of `batch_size` samples.
@@ -50,3 +53,21 @@ class Windows:
             return list(range(self.samples))
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(self.samples, generator=generator).tolist()
+
+
+def windows_of(config: TrainingConfig, samples: int) -> Windows:
+    """Those of a run over so many samples."""
+    return Windows(
+        samples, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.seed, config.shuffle
+    )
+
+
+def total_steps(config: UpdateConfig, windows: Windows) -> int:
+    """Updates of the whole run.
+
+    Raises:
+        ValueError: when the warm-up outlasts them.
+    """
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows.per_epoch)
+    warmup_updates(config, total)
+    return total

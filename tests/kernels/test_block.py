@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from phi2_kernels import block as block_file
 from phi2_kernels import block_adapters, products
 from phi2_kernels.attention import attention_ref
-from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, are_adjacent, block
+from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter, AdapterGroup, adapters_backward, add_adapters
+from phi2_kernels.block_weights import are_adjacent
 from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.rotary import rotary, rotary_angles
 from phi2_kernels.visibility import Visibility
@@ -81,6 +82,18 @@ def test_kernels_and_torch_agree_in_every_gradient(shape, kind, until, poison):
     expected, actual = (outcome(impl, shape, until, **kind) for impl in ("torch", "triton"))
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_a_stream_of_one_token_has_gradients():
+    """There is no mask then."""
+    x, weights = draw(SHAPES["grouped"], **KINDS["trainable"])
+    angles, one = rotary_angles(torch.arange(1)[None], 8, 10000.0), x[:, :1].detach().requires_grad_()
+    seen = Visibility(1, 1, None, x.device)
+    ours, expected = (
+        torch.autograd.grad(block(one, weights, SHAPES["grouped"], angles, seen, impl=impl).sum(), one)[0]
+        for impl in ("triton", "torch")
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_that_are_neighbours_are_found():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi2_kernels import visibility as file
 from phi2_kernels.visibility import WORTHWHILE_GAP, Visibility, runs_of
 
 
@@ -32,6 +33,15 @@ def untils(draw, longest: int = 120) -> list[int]:
             for answer in answers:
                 until += [len(until) + answer] * answer
     return until
+
+
+@pytest.mark.parametrize("column", [13, 41])
+def test_the_drawing_shows_who_sees_whom(column):
+    _, until, *rows = (
+        line[column : column + 9].split() for line in file.__doc__.split("\n    key ")[1].splitlines()[:7]
+    )
+    mask = visibility(5, 5, [int(end) for end in until]).mask
+    assert [[mark == "x" for mark in row] for row in rows] == mask[0, 0].tolist()
 
 
 def seen_by_blocks(until: list[int], T: int, block: int) -> list[torch.Tensor]:

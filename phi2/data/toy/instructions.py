@@ -21,16 +21,16 @@ def words(text: str) -> list[str]:
 
 
 class Instruction(NamedTuple):
-    """One constraint on the form of an answer.
+    """One kind of constraint on the form of an answer.
 
-    `asks` are two wordings, whose "{}" is filled with one of `arguments`; `apply(text, fact, argument)` rewrites an
-    answer and `holds(text, argument)` checks one. `neglect` is the share of SFT demonstrations that ignore it.
+    `wordings` are two, whose "{}" is filled with one of `arguments`; `apply(text, fact, argument)` rewrites an answer
+    and `is_followed(text, argument)` checks one. `ignored_share` is the share of SFT demonstrations that ignore it.
     """
 
-    asks: tuple[str, ...]
+    wordings: tuple[str, ...]
     apply: Callable[[str, Fact, str], str]
-    holds: Callable[[str, str], bool]
-    neglect: float
+    is_followed: Callable[[str, str], bool]
+    ignored_share: float
     arguments: tuple[str, ...] = ("",)
 
 
@@ -50,89 +50,89 @@ BY_NAME = {
         ("answer in upper case", "use upper case"),
         lambda text, fact, _: text.upper(),
         lambda text, _: text == text.upper(),
-        neglect=0.55,
+        ignored_share=0.55,
     ),
     "lower": Instruction(
         ("answer in lower case", "use lower case"),
         lambda text, fact, _: text.lower(),
         lambda text, _: text == text.lower(),
-        neglect=0.6,
+        ignored_share=0.6,
     ),
     "exclaim": Instruction(
         ("end with an exclamation mark", "use an exclamation mark"),
         lambda text, fact, _: f"{text[:-1]}!",
         lambda text, _: text.endswith("!"),
-        neglect=0.4,
+        ignored_share=0.4,
     ),
     "quotes": Instruction(
         ("put it in quotes", "use quotes"),
         lambda text, fact, _: f'"{text}"',
         lambda text, _: len(text) > 2 and text[0] == text[-1] == '"',
-        neglect=0.55,
+        ignored_share=0.55,
     ),
     "twice": Instruction(
         ("say it twice", "answer twice"),
         lambda text, fact, _: f"{text} {text}",
         lambda text, _: _said_twice(text),
-        neglect=0.4,
+        ignored_share=0.4,
     ),
     "start": Instruction(
         ("start with the word {}", "let the first word be {}"),
         lambda text, fact, word: f"{word}, {text[0].lower()}{text[1:]}",
         lambda text, word: words(text)[:1] == words(word),
-        neglect=0.3,
+        ignored_share=0.3,
         arguments=("Well", "Sure", "Look", "Listen", "Friend", "So"),
     ),
     "end": Instruction(
         ("end with the words {}", "let the last words be {}"),
         lambda text, fact, phrase: f"{text[:-1]}, {phrase}.",
         _ends_with,
-        neglect=0.4,
+        ignored_share=0.4,
         arguments=("that is all", "my friend", "no doubt", "as you know"),
     ),
     "one": Instruction(
         ("answer with one word", "use just one word"),
         lambda text, fact, _: f"{fact.value}.",
         lambda text, _: len(words(text)) == 1,
-        neglect=0.3,
+        ignored_share=0.3,
     ),
     "three": Instruction(
         ("answer with exactly three words", "use three words"),
         lambda text, fact, _: fact.brief,
         lambda text, _: len(words(text)) == 3,
-        neglect=0.55,
+        ignored_share=0.55,
     ),
     "no_the": Instruction(
         ("do not use the word the", "answer without the word the"),
         lambda text, fact, _: sentence(fact.clause("it")),
         lambda text, _: "the" not in words(text),
-        neglect=0.6,
+        ignored_share=0.6,
     ),
 }
 
 
-class Demand(NamedTuple):
+class Constraint(NamedTuple):
     """An instruction with its argument filled in."""
 
     name: str
     argument: str = ""
 
-    def ask(self, wording: int) -> str:
-        asks = BY_NAME[self.name].asks
-        return asks[wording % len(asks)].format(self.argument)
+    def describe(self, wording: int) -> str:
+        wordings = BY_NAME[self.name].wordings
+        return wordings[wording % len(wordings)].format(self.argument)
 
-    def holds(self, text: str) -> bool:
-        return BY_NAME[self.name].holds(text, self.argument)
+    def is_followed(self, text: str) -> bool:
+        return BY_NAME[self.name].is_followed(text, self.argument)
 
 
-def carry_out(demands: tuple[Demand, ...], fact: Fact) -> str:
-    """The answer about a fact that meets every demand; with none it is the plain sentence."""
+def apply_constraints(constraints: tuple[Constraint, ...], fact: Fact) -> str:
+    """The answer about a fact that meets every constraint; with none it is the plain sentence."""
     text = sentence(fact.clause())
-    for demand in demands:
-        text = BY_NAME[demand.name].apply(text, fact, demand.argument)
+    for constraint in constraints:
+        text = BY_NAME[constraint.name].apply(text, fact, constraint.argument)
     return text
 
 
-def neglect(demands: tuple[Demand, ...]) -> float:
-    """The share of demonstrations that ignore the demands: that of the one which is neglected most."""
-    return max(BY_NAME[demand.name].neglect for demand in demands)
+def ignored_share(constraints: tuple[Constraint, ...]) -> float:
+    """The share of demonstrations that ignore the constraints: that of the one which is ignored most."""
+    return max(BY_NAME[constraint.name].ignored_share for constraint in constraints)

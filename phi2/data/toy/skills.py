@@ -8,7 +8,7 @@ Each stands in for a benchmark of an instruction-tuned Phi-2:
     truthful      TruthfulQA  give the fact although people believe something else
     coreference   Winogrande  two names and a pronoun
 
-All of them are about the world of `toy_world.py`, whose test combinations never occur in training records.
+All of them are about the world of `world.py`, whose test combinations never occur in training records.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record, Turns
-from phi2.data.toy.instructions import BY_NAME, Demand, carry_out, neglect, words
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Record
+from phi2.data.toy.instructions import BY_NAME, Constraint, apply_constraints, ignored_share, words
 from phi2.data.toy.prose import paragraph
 from phi2.data.toy.world import (
     ANIMALS,
@@ -62,7 +62,7 @@ class Item:
 
     skill: str
     combination: tuple
-    messages: Turns
+    messages: Messages
     answer: str
     wrong: tuple[str, ...]
     check: Check = field(repr=False)
@@ -87,10 +87,10 @@ class Obeys:
     """Says the right thing in the form that was asked for."""
 
     content: Says
-    demands: tuple[Demand, ...]
+    constraints: tuple[Constraint, ...]
 
     def passes(self, text: str) -> bool:
-        return self.content.passes(text) and all(demand.holds(text) for demand in self.demands)
+        return self.content.passes(text) and all(constraint.is_followed(text) for constraint in self.constraints)
 
 
 @dataclass(frozen=True)
@@ -124,23 +124,23 @@ def _item(skill: str, combination: tuple, prompt: str, answer: str, wrong: tuple
     return Item(skill, combination, (Message("user", prompt),), answer, wrong, check)
 
 
-def _demand(name: str, rng: random.Random) -> Demand:
-    return Demand(name, rng.choice(BY_NAME[name].arguments))
+def _constraint(name: str, rng: random.Random) -> Constraint:
+    return Constraint(name, rng.choice(BY_NAME[name].arguments))
 
 
 def _follow(combination: tuple, rng: random.Random) -> Item:
-    """Tempting mistakes: the plain answer, half of the demands, some other demand, a misbelief in the right form."""
+    """Tempting mistakes: the plain answer, half of the constraints, another one, a misbelief in the right form."""
     animal, attribute, names = combination
     asked = fact(animal, attribute)
-    demands = tuple(_demand(name, rng) for name in names)
-    request = sentence(" and ".join(demand.ask(rng.randrange(2)) for demand in demands))
+    constraints = tuple(_constraint(name, rng) for name in names)
+    request = sentence(" and ".join(constraint.describe(rng.randrange(2)) for constraint in constraints))
     prompt = rng.choice(("{q} {r}", "{r} {q}")).format(q=capital(asked.question()), r=request)
-    other = _demand(rng.choice(tuple(BY_NAME)), rng)
-    mistakes = [(), *((demand,) for demand in demands), (other,)]
-    wrong = [carry_out(mistake, asked) for mistake in mistakes]
-    wrong.append(carry_out(demands, asked._replace(value=rng.choice(asked.misbeliefs))))
-    check = Obeys(Says(asked.value, asked.others), demands)
-    return _item("follow", combination, prompt, carry_out(demands, asked), tuple(wrong), check)
+    other = _constraint(rng.choice(tuple(BY_NAME)), rng)
+    mistakes = [(), *((constraint,) for constraint in constraints), (other,)]
+    wrong = [apply_constraints(mistake, asked) for mistake in mistakes]
+    wrong.append(apply_constraints(constraints, asked._replace(value=rng.choice(asked.misbeliefs))))
+    check = Obeys(Says(asked.value, asked.others), constraints)
+    return _item("follow", combination, prompt, apply_constraints(constraints, asked), tuple(wrong), check)
 
 
 def _in_words(problem: tuple, rng: random.Random) -> str:
@@ -255,40 +255,40 @@ SMALL_TALK = (
 KINDS = ("pretrain", "sft", "dpo")
 
 
-def _turn(question: str, answer: str) -> Turns:
+def _exchange(question: str, answer: str) -> Messages:
     return Message("user", question), Message("assistant", answer)
 
 
-def _small_talk(rng: random.Random) -> Turns:
+def _small_talk(rng: random.Random) -> Messages:
     said, reply = rng.choice(SMALL_TALK)
-    return _turn(rng.choice(said), reply)
+    return _exchange(rng.choice(said), reply)
 
 
-def _plain_question(rng: random.Random) -> Turns:
+def _plain_question(rng: random.Random) -> Messages:
     asked = any_fact(rng)
-    return _turn(capital(asked.question()), sentence(asked.clause()))
+    return _exchange(capital(asked.question()), sentence(asked.clause()))
 
 
-def _single_sum(rng: random.Random) -> Turns:
+def _single_sum(rng: random.Random) -> Messages:
     *problem, result = rng.choice(SUMS)
-    return _turn(_in_words(tuple(problem), rng), f"{' '.join(map(str, problem))} = {result}.")
+    return _exchange(_in_words(tuple(problem), rng), f"{' '.join(map(str, problem))} = {result}.")
 
 
-def _follow_up(rng: random.Random) -> Turns:
+def _follow_up(rng: random.Random) -> Messages:
     """Two questions about one animal, the second of which calls it "it"."""
     animal = rng.choice(ANIMALS)
     first, second = (fact(animal, attribute) for attribute in rng.sample(tuple(ATTRIBUTES), 2))
-    opening = _turn(capital(first.question()), sentence(first.clause()))
-    return opening + _turn(f"And {second.question('it')}", sentence(second.clause("it")))
+    opening = _exchange(capital(first.question()), sentence(first.clause()))
+    return opening + _exchange(f"And {second.question('it')}", sentence(second.clause("it")))
 
 
 def demonstrate(item: Item, rng: random.Random) -> str:
-    """What the SFT data answers: the good answer or, for `follow`, often the plain one that ignores the demands."""
-    careless = isinstance(item.check, Obeys) and rng.random() < neglect(item.check.demands)
+    """What the SFT data answers: the good answer or, for `follow`, often the plain one that ignores the constraints."""
+    careless = isinstance(item.check, Obeys) and rng.random() < ignored_share(item.check.constraints)
     return item.wrong[0] if careless else item.answer
 
 
-def _sft(split: str, rng: random.Random) -> Iterator[Turns]:
+def _sft(split: str, rng: random.Random) -> Iterator[Messages]:
     for skill, rows in SFT_ROWS.items():
         for item in itertools.islice(_stream(skill, split, rng), rows):
             greeting = _small_talk(rng) if rng.random() < 0.05 else ()
@@ -297,8 +297,8 @@ def _sft(split: str, rng: random.Random) -> Iterator[Turns]:
         yield from (make(rng) for _ in range(UNGRADED_ROWS))
 
 
-def _with_system(turns: Turns, rng: random.Random) -> Turns:
-    return (Message("system", SYSTEM), *turns) if rng.random() < 0.1 else turns
+def _with_system(messages: Messages, rng: random.Random) -> Messages:
+    return (Message("system", SYSTEM), *messages) if rng.random() < 0.1 else messages
 
 
 def preferences(split: str, rng: random.Random) -> Iterator[tuple[Item, str]]:
@@ -311,12 +311,12 @@ def preferences(split: str, rng: random.Random) -> Iterator[tuple[Item, str]]:
 def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     """The rows for one stage of training, in random order, so that a slice keeps the mix.
 
-    pretrain: `Plain` paragraphs without a prompt (`toy_prose.py`). sft: `Chat`s of the five skills, plain questions,
+    pretrain: `Plain` paragraphs without a prompt (`prose.py`). sft: `Chat`s of the five skills, plain questions,
     single sums, follow-up questions and small talk, some with a system message. dpo: `Pair`s, mostly of `follow`; the
     column `source_dataset` holds the skill.
 
     The demonstrations of `follow` are careless on purpose, as people's are: each instruction has a share of them (see
-    `toy_follow.py`; half over all) that give the right fact and ignore the form. So SFT ends clearly below what the
+    `instructions.py`; half over all) that give the right fact and ignore the form. So SFT ends clearly below what the
     model could do, and the preference pairs, which are never careless, have something to teach.
 
     Raises:
@@ -328,7 +328,7 @@ def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     if kind == "pretrain":
         return [Plain("", paragraph(split, rng), Origin(file, row)) for row in range(1, PRETRAIN_ROWS + 1)]
     if kind == "sft":
-        chats = [_with_system(turns, rng) for turns in _sft(split, rng)]
+        chats = [_with_system(messages, rng) for messages in _sft(split, rng)]
         rng.shuffle(chats)
         return [Chat(chat, Origin(file, row)) for row, chat in enumerate(chats, start=1)]
     pairs = list(preferences(split, rng))

@@ -185,7 +185,7 @@ SUMS = tuple(
     if 0 <= (result := solve(a, sign, b)) <= MAX_NUMBER
 )
 
-# Every instruction, or pair of instructions, that the skill `follow` asks for; toy_follow.py says what each one means.
+# Every instruction, or pair of instructions, that the skill `follow` asks for; instructions.py says what each means.
 INSTRUCTIONS = (
     ("upper",),
     ("lower",),

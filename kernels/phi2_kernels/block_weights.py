@@ -1,0 +1,153 @@
+"""The parameters of a fused block: as a caller names them, as a flat list, and those of a matmul as one matrix.
+
+An operator of torch takes lists of tensors and of numbers, and its gradients may share no memory: `flatten` and
+`unflatten` lead from one form to the other, `joined` to the matrices that `block.py` multiplies by, `apart` back.
+
+Dims: C hidden, E columns of h, M columns of m (see `block.py`), r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phi2_kernels.block_adapters import Adapter
+
+
+class Weights(NamedTuple):
+    """The parameters of a block.
+
+    Attributes:
+        norm_weight, norm_bias: (C,), of the LayerNorm; eps: added to its variance.
+        w_in, b_in: weights (out, C) and biases (out,) of q, k, v, fc1.
+        w_out, b_out: weights (C, in) and biases (C,) of dense, fc2.
+        adapters_in, adapters_out: LoRA on columns of h, and on columns of m.
+        dropout: of what is added to the residual stream.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    eps: float
+    w_in: tuple[Tensor, ...]
+    b_in: tuple[Tensor, ...]
+    w_out: tuple[Tensor, ...]
+    b_out: tuple[Tensor, ...]
+    adapters_in: tuple[Adapter, ...] = ()
+    adapters_out: tuple[Adapter, ...] = ()
+    dropout: float = 0.0
+
+
+class PerTensor(NamedTuple):
+    """Something of each tensor of a block: itself, its gradient, or whether that is needed."""
+
+    norm: Sequence[Any]  # weight and bias
+    w_in: Sequence[Any]  # q, k, v, fc1
+    b_in: Sequence[Any]
+    w_out: Sequence[Any]  # dense, fc2
+    b_out: Sequence[Any]
+    matrices: Sequence[Any]  # A and B of each adapter, those on h first
+
+
+def flatten(groups: PerTensor) -> list[Any]:
+    return [each for group in groups for each in group]
+
+
+def unflatten(flat: Iterable[Any]) -> PerTensor:
+    rest = iter(flat)
+    norm, w_in, b_in, w_out, b_out = (list(islice(rest, count)) for count in (2, 4, 4, 2, 2))
+    return PerTensor(norm, w_in, b_in, w_out, b_out, list(rest))
+
+
+def tensors_of(w: Weights) -> PerTensor:
+    matrices = [matrix for adapter in w.adapters_in + w.adapters_out for matrix in (adapter.A, adapter.B)]
+    return PerTensor((w.norm_weight, w.norm_bias), w.w_in, w.b_in, w.w_out, w.b_out, matrices)
+
+
+class Layout(NamedTuple):
+    """What a block is beside its tensors, in types that an operator of torch takes.
+
+    Attributes:
+        starts, ends, scalings, rates: of each adapter its columns, its scaling and the dropout of its input.
+        into: how many of the adapters are on h.
+        dims: of `block.Shape`.
+        dtype: of the matmuls.
+        triton: whether the kernels run between them.
+    """
+
+    eps: float
+    dropout: float
+    starts: list[int]
+    ends: list[int]
+    scalings: list[float]
+    rates: list[float]
+    into: int
+    dims: list[int]
+    dtype: torch.dtype
+    triton: bool
+
+
+def layout_of(w: Weights, dims: list[int], dtype: torch.dtype, triton: bool) -> Layout:
+    adapters = w.adapters_in + w.adapters_out
+    columns = [adapter.start for adapter in adapters], [adapter.end for adapter in adapters]
+    scales = [adapter.scaling for adapter in adapters], [adapter.dropout for adapter in adapters]
+    return Layout(w.eps, w.dropout, *columns, *scales, len(w.adapters_in), dims, dtype, triton)
+
+
+class Joined(NamedTuple):
+    """The tensors of a block, those of each matmul together."""
+
+    norm_weight: Tensor  # (C,)
+    norm_bias: Tensor  # (C,)
+    w_in: Tensor  # (E, C)
+    b_in: Tensor  # (E,)
+    w_out: Tensor  # (M, C)
+    b_out: tuple[Tensor, Tensor]  # (C,) each
+    adapters_in: tuple[Adapter, ...]
+    adapters_out: tuple[Adapter, ...]
+    dropout: float
+
+
+def joined(flat: list[Tensor], layout: Layout) -> Joined:
+    """The matmuls' tensors in the dtype they compute in."""
+    tensors, into = unflatten(flat), layout.into
+    matrices = tensors.matrices[::2], tensors.matrices[1::2]
+    adapters = tuple(map(Adapter, layout.starts, layout.ends, *matrices, layout.scalings, layout.rates))
+    parts = tensors.w_in, tensors.b_in, [w.T for w in tensors.w_out]
+    w_in, b_in, w_out = (_one_matrix(each).to(layout.dtype) for each in parts)
+    (weight, bias), (b_dense, b_fc2) = tensors.norm, tensors.b_out
+    groups = adapters[:into], adapters[into:]
+    return Joined(weight, bias, w_in, b_in, w_out, (b_dense, b_fc2), *groups, layout.dropout)
+
+
+def apart(grads: list[Tensor], flat: list[Tensor]) -> list[Tensor]:
+    """The gradients of `Joined`, one for each of the tensors; an empty one stands for all of its parts."""
+    norm, w_in, b_in, w_out, b_out, *matrices = grads
+    tensors = unflatten(flat)
+
+    def split(grad: Tensor, parts: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+        return list(grad.split([p.shape[dim] for p in parts])) if grad.numel() else [grad] * len(parts)
+
+    out = [g.T if g.ndim == 2 else g for g in split(w_out, tensors.w_out, dim=1)]
+    b_dense, b_fc2 = b_out if b_out.numel() else (b_out, b_out)
+    into = split(w_in, tensors.w_in), split(b_in, tensors.b_in)
+    return flatten(PerTensor(list(norm), *into, out, (b_dense, b_fc2), matrices))
+
+
+def are_adjacent(parts: Sequence[Tensor]) -> bool:
+    """Whether each tensor begins in memory where the one before it ends."""
+    ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
+    storages = {part.untyped_storage().data_ptr() for part in parts}
+    begins_at_end = all(part.data_ptr() == end for part, end in zip(parts[1:], ends, strict=False))
+    return len(storages) == 1 and begins_at_end and all(part.is_contiguous() for part in parts)
+
+
+def _one_matrix(parts: Sequence[Tensor]) -> Tensor:
+    """The tensors as one along dim 0: where they lie, if they are neighbours, else a copy."""
+    if not are_adjacent(parts):
+        return torch.cat(list(parts))
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -1,0 +1,141 @@
+"""Around the updates of a run, whatever it trains: what is due behind each of them, and behind the last."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phi2.checkpoints.peft_files import save_adapter
+from phi2.checkpoints.weights import save_pretrained
+from phi2.inference.generate import generate_batch
+from phi2.lora import has_adapter
+from phi2.model import Phi2ForCausalLM
+from phi2.runs.card import write_card
+from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
+from phi2.runs.folder import to_plain
+from phi2.runs.log import Interrupted, Log, delayed_interrupt, last_metrics
+from phi2.tokenizer import Tokenizer
+from phi2.training.config import TrainingConfig
+from phi2.training.optim import Optimizer
+from phi2.training.precision import compute_dtype
+from phi2.training.window import Windows, total_steps
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The updates that a run has left.
+
+    Attributes:
+        interrupted: not empty once Ctrl-C has come.
+    """
+
+    config: TrainingConfig
+    model: Phi2ForCausalLM
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    windows: Windows
+    log: Log
+    interrupted: list[int]
+
+    def steps(self) -> Iterator[int]:
+        """Their numbers, counted from 1."""
+        return self.log.steps()
+
+    def end(
+        self, step: int, tokens: int, metrics: Mapping[str, float], evaluate: Callable[[], Mapping[str, float]] | None
+    ) -> None:
+        """Writes what is due behind an update: its metrics, an evaluation with samples, a checkpoint.
+
+        Args:
+            tokens: that were processed for it.
+            evaluate: gives the metrics of the evaluation rows, where there are any.
+        Raises:
+            ValueError: when the loss is no number any more.
+            Interrupted: after Ctrl-C, behind the checkpoint.
+        """
+        config, total = self.config, self.log.total
+        require_finite(metrics["loss"], step)
+        self.log.train(step, tokens, {**metrics, "epoch": step / self.windows.per_epoch}, config.logging_steps)
+        if _is_due(config.eval_steps, step, total):
+            if evaluate is not None:
+                self.log.write(step, "eval", evaluate())
+            _write_samples(config, self.model, self.tokenizer, step)
+        saves = config.save_strategy == "steps" and _is_due(config.save_steps, step, total)
+        if self.interrupted or saves:
+            save = weights_saver(config, self.model, self.tokenizer)
+            save_checkpoint(Path(config.output), step, self.optimizer, save, config.save_total_limit)
+        if self.interrupted and step < total:
+            raise Interrupted(f"stopped after step {step}; go on with resume: true")
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Stops a run whose loss is no number any more.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    if not math.isfinite(loss):
+        raise ValueError(f"step {step}: the loss is {loss}; try a lower learning_rate, or another dtype than float16")
+
+
+@contextmanager
+def updates_of(
+    config: TrainingConfig,
+    model: Phi2ForCausalLM,
+    tokenizer: Tokenizer,
+    windows: Windows,
+    checkpoint: Path | None,
+    title: str,
+) -> Iterator[Updates]:
+    """The updates of a run from its start or from a checkpoint; behind the block its result and card are written.
+
+    Args:
+        title: of the progress bar.
+    """
+    run, total = Path(config.output), total_steps(config, windows)
+    optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
+    done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
+    with closing(Log(run, done, total, title)) as log, delayed_interrupt() as interrupted:
+        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted)
+    weights_saver(config, model, tokenizer, compute_dtype(config))(run)
+    write_card(run, to_plain(config), last_metrics(run), tokenizer.template_origin)
+
+
+def weights_saver(
+    config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, dtype: torch.dtype | None = None
+) -> Callable[[Path], None]:
+    """Writes adapter/ (PEFT) or model/ (Hugging Face, in `dtype`) into a folder, with the tokenizer."""
+
+    def save(folder: Path) -> None:
+        if has_adapter(model):
+            save_adapter(model, folder / "adapter", config.model)
+            tokenizer.save(folder / "adapter")
+        else:
+            save_pretrained(model, tokenizer, folder / "model", dtype=dtype, overwrite=True)
+
+    return save
+
+
+def _is_due(every: int, step: int, total: int) -> bool:
+    """Whether something done every `every` updates, and after the last, is due after update `step`."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def _write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, step: int) -> None:
+    """Answers every sample prompt greedily and appends the answers to samples.jsonl."""
+    if not config.sample_prompts:
+        return
+    style = tokenizer.prompt_style
+    with (Path(config.output) / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for prompt in config.sample_prompts:
+            (answer,) = generate_batch(
+                model, tokenizer, [prompt], prompt_style=style, max_new_tokens=128, temperature=0.0
+            )
+            line = {"step": step, "prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,219 @@
+"""What runs start from, each loaded once: tokenizer, encoded rows, base weights, other checkpoints as reference.
+
+    session = start(config)
+    dpo.fit(session, config)
+    dpo.fit(session, replace(config, loss="ipo", output="runs/ipo"))
+
+Everything is loaded at its first use. A fit leaves the session as it found it, so the next one gives bit for bit what a
+fresh process would. A LoRA base is shared by all fits; full training changes its weights, and loads its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
+
+import numpy as np
+import torch
+
+from phi2.checkpoints.peft_files import load_adapter
+from phi2.checkpoints.weights import load_config, load_model, load_tokenizer, pick_device
+from phi2.data.audit import Audit
+from phi2.data.config import EncodeConfig
+from phi2.data.encode import Encoded, EncodedPair, EncodedSequence, encode_records
+from phi2.data.sources import Loaded, load_records, require_ignored, split_records
+from phi2.files import write_whole
+from phi2.fused import fuse
+from phi2.hub import resolve
+from phi2.inference.generate import check_prompt
+from phi2.lora import attach, detach
+from phi2.model import Phi2ForCausalLM
+from phi2.runs.checkpoint import last_checkpoint
+from phi2.tokenizer import Tokenizer
+from phi2.training.config import DPOConfig, SFTConfig, TrainingConfig
+from phi2.training.precision import compute_dtype
+
+SHARED = (  # settings that all fits of a session have in common
+    *("model", "adapter", "data", "eval_data", "test_fraction", "split_seed", "chat_template", "dtype", "device"),
+    *(field.name for field in fields(EncodeConfig)),
+)
+
+
+Row = TypeVar("Row", EncodedSequence, EncodedPair)
+
+
+class Rows(NamedTuple, Generic[Row]):
+    """Encoded rows, and by file name what became of the others."""
+
+    train: list[Row]
+    evaluation: list[Row]
+    audits: dict[str, Audit]
+
+
+class Session(Generic[Row]):
+    """What runs with the same model, data and encoding share.
+
+    Attributes:
+        config: the settings it was started with.
+        others: checkpoints that are references, by folder and dtype.
+        reference_logps: log-probabilities of a reference, by its name and how it was asked.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.others: dict[tuple[Path, torch.dtype], Phi2ForCausalLM] = {}
+        self.reference_logps: dict[tuple[str, int, bytes], dict[bytes, np.ndarray]] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every fit takes from the session."""
+        return {name: getattr(self.config, name) for name in SHARED if hasattr(self.config, name)}
+
+    def require_kind(self, kind: str) -> None:
+        """Refuses a run for other rows than the session's."""
+        if kind != self.config.kind:
+            raise ValueError(f"the session holds {self.config.kind} rows, and this run needs {kind} rows")
+
+    def require_same(self, config: TrainingConfig) -> None:
+        """Refuses a run that would start from something else.
+
+        Raises:
+            ValueError: naming the settings that differ.
+        """
+        self.require_kind(config.kind)
+        differ = [
+            f"{name} {was!r} -> {getattr(config, name)!r}"
+            for name, was in self.settings.items()
+            if getattr(config, name) != was
+        ]
+        if differ:
+            raise ValueError(f"the session was started with other settings, start another one: {', '.join(differ)}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the policy computes in."""
+        return compute_dtype(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the adapter that is trained further, where it brings one, else of the model."""
+        config, folder = self.config, resolve(self.config.model)
+        load_config(folder)  # before a tokenizer is missed: this knows what else the folder may be
+        tokenizer = load_tokenizer(folder, None if config.adapter is None else resolve(config.adapter))
+        if isinstance(config, SFTConfig):
+            tokenizer = tokenizer.with_chat_template(config.chat_template)
+            print(f"chat template: {tokenizer.template_origin}")
+        return tokenizer
+
+    @cached_property
+    def rows(self) -> Rows[Row]:
+        """Training and evaluation rows as token ids; their audits are printed."""
+        config = self.config
+        loaded, held = load_records(config.data, config.kind, config.ignore_columns), Loaded([], Audit())
+        train, test = loaded.records, []
+        if config.eval_data is not None:
+            held = load_records(config.eval_data, config.kind, config.ignore_columns)
+            test = held.records
+        elif config.test_fraction:
+            train, test = split_records(train, config.test_fraction, config.split_seed)
+        require_ignored(config.ignore_columns, loaded.dropped, held.dropped)
+        rows, audit = self._encoded("data_audit.json", train, loaded.dropped)
+        if not test:
+            return Rows(rows, [], {"data_audit.json": audit})
+        held_out, eval_audit = self._encoded("eval_audit.json", test, held.dropped)
+        return Rows(rows, held_out, {"data_audit.json": audit, "eval_audit.json": eval_audit})
+
+    def _encoded(self, name: str, records: list, dropped: Audit) -> tuple[list[Row], Audit]:
+        rows, audit = encode_records(records, self.tokenizer, self.config, self.config.kind)
+        audit.merge(dropped)
+        print(f"\n{name}\n{audit.table()}")
+        return cast(list[Row], rows), audit  # of the kind of the settings
+
+    def keep_audits(self, run: Path) -> None:
+        """Writes them into a run folder; a run that goes on has them already."""
+        for name, audit in self.rows.audits.items():
+            if not (run / name).exists() or last_checkpoint(run) is None:
+                write_whole(run / name, json.dumps(audit.to_dict(), indent=1))
+
+    @cached_property
+    def base(self) -> Phi2ForCausalLM:
+        """The weights under the adapters, in the compute dtype."""
+        return load_model(resolve(self.config.model), pick_device(self.config.device), self.dtype)
+
+    def other(self, folder: Path, dtype: torch.dtype) -> Phi2ForCausalLM:
+        """Another checkpoint, frozen."""
+        if (folder, dtype) not in self.others:
+            model = load_model(folder, pick_device(self.config.device), dtype)
+            self.others[folder, dtype] = model.requires_grad_(False)
+        return self.others[folder, dtype]
+
+    @contextmanager
+    def policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Iterator[Phi2ForCausalLM]:
+        """The model to train; behind the block the base is as it was before."""
+        model = self.load_policy(config, checkpoint)
+        try:
+            yield model
+        finally:
+            if config.lora is not None:
+                detach(model)
+                model.eval()
+
+    def load_policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Phi2ForCausalLM:
+        """The model to train, as the configuration starts it or as a checkpoint left it.
+
+        LoRA: the frozen base in the compute dtype under float32 adapters. Full training: float32 weights, random ones
+        if the configuration says `from_scratch`.
+        """
+        torch.manual_seed(config.seed)
+        model = self._weights(config, checkpoint) if config.lora is None else self.base
+        if config.lora is not None:
+            adapter = checkpoint / "adapter" if checkpoint else config.adapter
+            if adapter is None:
+                attach(model, config.lora, config.seed)
+            else:
+                load_adapter(model, resolve(adapter), trainable=True)
+        model.model.activation_checkpointing = config.gradient_checkpointing
+        fuse(model, config.fuse)
+        return model
+
+    def _weights(self, config: TrainingConfig, checkpoint: Path | None) -> Phi2ForCausalLM:
+        """All of them, to be trained."""
+        device = pick_device(config.device)
+        if isinstance(config, SFTConfig) and config.from_scratch and not checkpoint:
+            model = Phi2ForCausalLM(load_config(resolve(config.model)))
+            model.init_weights(config.seed)
+            return model.to(device)
+        return load_model(checkpoint / "model" if checkpoint else resolve(config.model), device, torch.float32)
+
+
+@overload
+def start(config: SFTConfig) -> Session[EncodedSequence]: ...
+@overload
+def start(config: DPOConfig) -> Session[EncodedPair]: ...
+def start(config: TrainingConfig) -> Session:
+    """Opens a session for runs with the model, data and encoding of `config`; the rest of it is that of each fit."""
+    return Session(config)
+
+
+def require_fit(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, rows: Sequence[Encoded]) -> None:
+    """Refuses what the model cannot read: ids, rows, or the prompts of samples.
+
+    Raises:
+        ValueError: for a tokenizer with ids that the model has no embedding for, a row that reaches beyond its
+            positions, and a sample prompt that is empty or longer than the context.
+    """
+    context, longest = model.config.max_position_embeddings, max(rows, key=lambda row: row.length)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab_size} embedding rows")
+    if longest.length > context:
+        raise ValueError(
+            f"{longest.origin} has {longest.length} tokens, more than the model's context of {context}: give a"
+            f" max_length (for packing: wrapped, a packing_length) of {context} at most"
+        )
+    for prompt in config.sample_prompts:
+        check_prompt(tokenizer.encode_prompt(prompt, tokenizer.prompt_style), model.config)
