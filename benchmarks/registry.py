@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +69,7 @@ class Report:
 
 
 class GateError(Exception):
-    """Both sides do not compute the same, so their speeds say nothing."""
+    """Both do not compute the same, so their speeds say nothing."""
 
 
 class Case(NamedTuple):
@@ -81,13 +83,14 @@ class Case(NamedTuple):
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, turns: int, summary: str) -> Callable[[Callable[[int], Report]], Callable[[int], Report]]:
-    """Registers a case under a name.
+def load() -> None:
+    """Imports every file of benchmarks/cases: they register cases here, and ops in `harness/spec.py`."""
+    for file in sorted(Path(__file__).parent.glob("cases/*.py")):
+        import_module(f"benchmarks.cases.{file.stem}")
 
-    Args:
-        turns: repetitions unless the command line says otherwise.
-        summary: one line of what is measured.
-    """
+
+def case(name: str, turns: int, summary: str) -> Callable[[Callable[[int], Report]], Callable[[int], Report]]:
+    """Registers a case under a name, with its number of repetitions and one line of what is measured."""
 
     def register(run: Callable[[int], Report]) -> Callable[[int], Report]:
         assert name not in CASES, name

@@ -22,22 +22,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import stream
-from benchmarks.cases import (  # noqa: F401  they register their cases
-    attention,
-    block,
-    elementwise,
-    full_size,
-    inference,
-    prefix,
-    quantized,
-    step,
-    training,
-)
-from benchmarks.harness import aot  # noqa: F401  it registers one too
 from benchmarks.harness.gpu import DeviceError
-from benchmarks.registry import CASES, GateError, Measure, Report, Spread
+from benchmarks.registry import CASES, GateError, Measure, Report, Spread, load
 from phi2.runs.folder import environment
 
+load()
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -3,9 +3,12 @@
     python -m benchmarks.tune --list
     python -m benchmarks.tune --op attention_forward,attention_dq
 
-Candidates are compiled ahead of time, and those over a budget are dropped: that needs no GPU (`sieve.py`). On one
-the others must compute what the shipped launch computes; then they are timed in turns, and the JSON line of each op is
-added to benchmarks/results/<device>.jsonl. The library itself runs what stands in its tables, and nothing of this.
+Candidates are compiled ahead of time, and those over a budget are dropped: that needs no GPU. On one the others must
+compute what the shipped launch computes; then they are timed in turns, and the JSON line of each op is added to
+benchmarks/results/<device>.jsonl. The library itself runs what stands in its tables, and nothing of this.
+
+Without a GPU the static model ranks them. It knows how busy each unit is but nothing of latency: they go by the
+efficiency that the busiest unit allows, and where that is the same by how busy all units are together.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import product
@@ -23,20 +27,54 @@ from typing import NamedTuple
 import torch
 from triton.errors import TritonError
 
-from benchmarks.harness import gpu
-from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side
+from benchmarks.harness import aot, gpu
+from benchmarks.harness.aot import Row, violations
+from benchmarks.harness.comparison import ROUNDING, Implementation, Outputs, poisoned_memory, relative_error
 from benchmarks.harness.sass import CHIPS
-from benchmarks.harness.sieve import Candidate, sieve
-from benchmarks.harness.spec import OPS, Launch, Op, label, launched_as
+from benchmarks.harness.spec import Entry, Launch, entries, label
 from benchmarks.registry import GateError, Measure, Report, Spread
 from benchmarks.run import columns, publish
 from phi2_kernels._dispatch import architecture
 
+OPS = entries()
 ALLOWED = ROUNDING[torch.bfloat16]  # ||output - that of the shipped launch|| / ||that||
 SETS = 4  # of inputs that the calls go around
 ONE_BLOCK_M = ("attention_forward", "attention_dq")  # they read one table of key ranges, each for block_m queries
 STILL = Spread(0, 0, 0)
 Line = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A launch, and what it compiles to in each form of the kernel (causal and packed, one row and eight, ...).
+
+    The first form is the one that is timed, and ranks; budgets hold for all.
+    """
+
+    launch: Launch
+    rows: list[Row]
+
+    @property
+    def faults(self) -> str:
+        """Why it is dropped; empty for one that may be shipped."""
+        return ", ".join(dict.fromkeys(text for row in self.rows for text in violations(row)))
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float, float]:
+    row = candidate.rows[0]
+    useful = row.efficiency * row.clocks[row.bound]
+    return candidate.faults != "", -row.efficiency, sum(row.clocks.values()) / useful
+
+
+def sieve(name: str, arch: int, launches: list[Launch] | None = None) -> list[Candidate]:
+    """The launches of an entry from the best to the worst by the model, dropped ones last.
+
+    Args:
+        launches: default: those of its spec.
+    """
+    launches = launches or OPS[name].launches(arch)
+    jobs = [(name, list(launch.values() if isinstance(launch, dict) else launch)) for launch in launches]
+    return sorted(map(Candidate, launches, aot.rows_of(arch, jobs)), key=_rank)
 
 
 class Timed(NamedTuple):
@@ -103,7 +141,7 @@ def clock(name: str, arch: int, candidates: list[Candidate], turns: int) -> list
     faults |= differences(op, arch, launches)
     if faults[label(launches[0])]:
         raise GateError(f"{name}: the shipped launch, {label(launches[0])}: {faults[label(launches[0])]}")
-    times = race(op, arch, [launch for launch in launches if not faults[label(launch)]], turns)
+    times = bench(op, arch, [launch for launch in launches if not faults[label(launch)]], turns)
     found = {label(timed.launch): timed.time for timed in times}
     table = [line(name, arch, each, faults[label(each.launch)], found) for each in candidates]
     show(name, arch, table)
@@ -111,33 +149,33 @@ def clock(name: str, arch: int, candidates: list[Candidate], turns: int) -> list
     return times
 
 
-def differences(op: Op, arch: int, launches: list[Launch]) -> dict[str, str]:
+def differences(op: Entry, arch: int, launches: list[Launch]) -> dict[str, str]:
     """By launch, what it computes otherwise than the shipped one or why it cannot run; empty where all is well."""
     device = gpu.device()
-    with gpu.poisoned_memory():
-        expected = op.call(*op.inputs(device, 0))
-        return {label(launch): _difference(op, arch, launch, op.inputs(device, 0), expected) for launch in launches}
+    with poisoned_memory():
+        expected = op.run(*op.inputs(device, 0))
+        return {label(launch): _difference(op, arch, launch, device, expected) for launch in launches}
 
 
-def _difference(op: Op, arch: int, launch: Launch, inputs: Inputs, expected: Outputs) -> str:
+def _difference(op: Entry, arch: int, launch: Launch, device: torch.device, expected: Outputs) -> str:
     try:
-        outputs = call(op, arch, launch, *inputs)
+        outputs = run(op, arch, launch, *op.inputs(device, 0))
     except TritonError as error:
         return str(error).strip().splitlines()[0]
-    errors = {name: gpu.relative_error(outputs[name], expected[name]) for name in expected}
+    errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
     return ", ".join(f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= ALLOWED)
 
 
-def call(op: Op, arch: int, launch: Launch, *inputs) -> Outputs:
-    with launched_as(op, arch, launch):
-        return op.call(*inputs)
+def run(op: Entry, arch: int, launch: Launch, *inputs) -> Outputs:
+    with op.launched_as(arch, launch):
+        return op.run(*inputs)
 
 
-def race(op: Op, arch: int, launches: list[Launch], turns: int) -> list[Timed]:
-    sides = {label(launch): Side(partial(call, op, arch, launch)) for launch in launches}
-    laps = gpu.race(partial(op.inputs, gpu.device()), sides, turns, SETS, op.in_graph)
+def bench(op: Entry, arch: int, launches: list[Launch], turns: int) -> list[Timed]:
+    ways = {label(launch): Implementation(partial(run, op, arch, launch)) for launch in launches}
+    times = gpu.bench(partial(op.inputs, gpu.device()), ways, turns, SETS, op.in_graph)
     torch.cuda.empty_cache()
-    return [Timed(launch, Spread.of([1e3 * lap for lap in laps[label(launch)]])) for launch in launches]
+    return [Timed(launch, Spread.of([1e3 * time for time in times[label(launch)]])) for launch in launches]
 
 
 def line(name: str, arch: int, candidate: Candidate, fault: str, times: dict[str, Spread] | None = None) -> Line:
@@ -204,8 +242,7 @@ def advice(changes: dict[str, Launch], arch: int) -> list[str]:
     """What to write where."""
     if not changes:
         return ["no launch is faster than the shipped one by more than the spread"]
-    entries = {name: OPS[name].entry for name in changes}
-    return [f'{module}.py, LAUNCH[{arch}]: "{key}": {changes[name]},' for name, (module, key) in entries.items()]
+    return [f'{OPS[name].file}.py, LAUNCH[{arch}]: "{OPS[name].key}": {new},' for name, new in changes.items()]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A benchmark gives a number only when both sides compute the same, and then it gives it twice."""
+"""A benchmark gives a number only when both compute the same, and then it gives it twice."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.harness.processes import WARM_UP, duel, flop_counter
+from benchmarks.harness.processes import WARM_UP, compare, flop_counter
 from benchmarks.registry import CASES, Case, GateError, Measure, Report, Spread
 from phi2_kernels.linear_logprob import linear_logprob
 
-SIDES = """
+WORKERS = """
 import time
 
-def slow(turns, task):
-    play(turns, 0.05, 1.0)
+def slow(timer, job):
+    play(timer, 0.05, 1.0)
 
-def fast(turns, task):
-    ballast = bytearray(task)
-    play(turns, 0.01, 1.0)
+def fast(timer, job):
+    ballast = bytearray(job)
+    play(timer, 0.01, 1.0)
 
-def wrong(turns, task):
-    play(turns, 0.01, 1.01)
+def wrong(timer, job):
+    play(timer, 0.01, 1.01)
 
-def broken(turns, task):
+def broken(timer, job):
     raise OSError("no such model")
 
-def play(turns, seconds, result):
+def play(timer, seconds, result):
     while True:
-        turns.begin()
+        timer.start()
         held = bytearray(40 * 2**20) if seconds > 0.02 else None
         time.sleep(seconds)
-        turns.end()
-        turns.report(loss=[result, 2 * result])
+        timer.stop()
+        timer.report(loss=[result, 2 * result])
 """
 EVEN = Spread(1.0, 1.0, 1.0)
 
 
 @pytest.fixture
-def sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A module that child processes can import too."""
-    (tmp_path / "toy_sides.py").write_text(SIDES)
+    (tmp_path / "toy_workers.py").write_text(WORKERS)
     monkeypatch.syspath_prepend(tmp_path)
-    import toy_sides
+    import toy_workers
 
-    return toy_sides
+    return toy_workers
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def report_of(ours: Spread, theirs: Spread, **more) -> Report:
     return Report({"peer": "1.0"}, "all equal", [Measure("time", "relative", ours, theirs, **more)], {"threads": 1})
 
 
-def test_two_sides_that_agree_are_timed_and_weighed_in_their_own_processes(sides):
-    result = duel(sides.fast, sides.slow, 200 * 2**20, turns=5, tolerance={"loss": 1e-6})
+def test_two_that_agree_are_timed_and_weighed_in_their_own_processes(workers):
+    result = compare(workers.fast, workers.slow, 200 * 2**20, turns=5, tolerance={"loss": 1e-6})
     assert len(result.ours) == len(result.theirs) == WARM_UP + 5
     assert result.largest_difference == {"loss": 0.0}
     assert result.times()[0].ratio < 0.8  # about 0.2 on an idle machine
@@ -74,14 +74,14 @@ def test_two_sides_that_agree_are_timed_and_weighed_in_their_own_processes(sides
     assert grown.theirs.median > grown.ours.median + 30  # what a turn takes
 
 
-def test_sides_that_differ_end_without_a_number(sides):
+def test_two_that_differ_end_without_a_number(workers):
     with pytest.raises(GateError, match="turn 1: loss differs by 1.0e-02 of its size, allowed 1e-03"):
-        duel(sides.wrong, sides.slow, 0, turns=1, tolerance={"loss": 1e-3})
+        compare(workers.wrong, workers.slow, 0, turns=1, tolerance={"loss": 1e-3})
 
 
-def test_a_side_that_fails_is_named(sides):
+def test_one_that_fails_is_named(workers):
     with pytest.raises(ChildProcessError, match="broken ended before its turn"):
-        duel(sides.broken, sides.slow, 0, turns=1, tolerance={"loss": 1e-3})
+        compare(workers.broken, workers.slow, 0, turns=1, tolerance={"loss": 1e-3})
 
 
 def test_a_case_prints_a_table_and_then_one_json_line_that_is_also_kept(results, monkeypatch, capsys):

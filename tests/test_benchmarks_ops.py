@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.cases import attention as ops_attention
-from benchmarks.cases import block as ops_block
-from benchmarks.cases import elementwise as ops
-from benchmarks.cases import prefix as ops_prefix
+from benchmarks.cases import attention, block, decode, elementwise, head, prefix
 from benchmarks.cases.prefix import Layout, Pair
-from benchmarks.harness import gpu
-from benchmarks.harness.gpu import OURS, Rates, Side, Task, Work
+from benchmarks.harness import comparison, gpu
+from benchmarks.harness.comparison import OURS, Comparison, Implementation, Work
+from benchmarks.harness.gpu import Rates
 from benchmarks.registry import CASES, Case, GateError
 from phi2.config import Phi2Config
 
@@ -35,55 +33,58 @@ GPU_CASES = [
 SMALL = Phi2Config(hidden_size=160, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1)
 PAIRS = [Pair(5, 3, 4), Pair(2, 4, 1)]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-TASKS = {
-    "attention forward": lambda dtype: ops_attention.attention_task(DEVICE, dtype, 2, 2, 21, 80, False),
-    "attention": lambda dtype: ops_attention.attention_task(DEVICE, dtype, 2, 2, 21, 80, True),
-    "head frozen": lambda dtype: ops.head_task(DEVICE, dtype, 12, 32, 77, False),
-    "head trainable": lambda dtype: ops.head_task(DEVICE, dtype, 12, 32, 77, True),
-    "layer_norm": lambda dtype: ops.layer_norm_task(DEVICE, dtype, 9, 48, True),
-    "gelu": lambda dtype: ops.gelu_task(DEVICE, dtype, 9, 48),
-    "rotary": lambda dtype: ops.rotary_task(DEVICE, dtype, 1, 7, 2, 80, 32),
-    "decode_attention": lambda dtype: ops.decode_attention_task(DEVICE, dtype, 2, 2, 33, 80),
-    **{f"gemv {form}": lambda dtype, form=form: ops.gemv_task(DEVICE, dtype, form, 1, 48, 64) for form in ops.FORMS},
+COMPARISONS = {
+    "attention forward": lambda dtype: attention.compare_attention(DEVICE, dtype, 2, 2, 21, 80, False),
+    "attention": lambda dtype: attention.compare_attention(DEVICE, dtype, 2, 2, 21, 80, True),
+    "head frozen": lambda dtype: head.compare_head(DEVICE, dtype, 12, 32, 77, False),
+    "head trainable": lambda dtype: head.compare_head(DEVICE, dtype, 12, 32, 77, True),
+    "layer_norm": lambda dtype: elementwise.compare_layer_norm(DEVICE, dtype, 9, 48, True),
+    "gelu": lambda dtype: elementwise.compare_gelu(DEVICE, dtype, 9, 48),
+    "rotary": lambda dtype: elementwise.compare_rotary(DEVICE, dtype, 1, 7, 2, 80, 32),
+    "decode_attention": lambda dtype: decode.compare_decode_attention(DEVICE, dtype, 2, 2, 33, 80),
+    **{
+        f"gemv {form}": lambda dtype, form=form: decode.compare_gemv(DEVICE, dtype, form, 1, 48, 64)
+        for form in decode.WEIGHT_FORMS
+    },
 }
 BLOCKS = {
-    "block LoRA": lambda dtype: ops_block.block_task(DEVICE, dtype, SMALL, 1, 9, 4),
-    "block": lambda dtype: ops_block.block_task(DEVICE, dtype, SMALL, 1, 9, 0),
-    "pairs": lambda dtype: ops_prefix.attention_task(Layout(PAIRS, DEVICE), dtype, 2, 80),
-    "pairs block LoRA": lambda dtype: ops_prefix.block_task(Layout(PAIRS, DEVICE), dtype, SMALL, 4),
+    "block LoRA": lambda dtype: block.compare_block(DEVICE, dtype, SMALL, 1, 9, 4),
+    "block": lambda dtype: block.compare_block(DEVICE, dtype, SMALL, 1, 9, 0),
+    "pairs": lambda dtype: prefix.compare_attention(Layout(PAIRS, DEVICE), dtype, 2, 80),
+    "pairs block LoRA": lambda dtype: prefix.compare_block(Layout(PAIRS, DEVICE), dtype, SMALL, 4),
 }
 
 
 def test_attention_counts_pairs_that_see_each_other():
-    assert ops_attention.attention_work(2, 3, 2, 4, backward=False) == Work(2 * 2 * 2 * 3 * 4, 4 * 2 * 2 * 4 * 2)
-    assert ops_attention.attention_work(2, 3, 2, 4, backward=True) == Work(336, 384)
-    whole = ops_attention.attention_task(DEVICE, BFLOAT16, 8, 32, 2048, 80, False)
+    assert attention.attention_work(2, 3, 2, 4, backward=False) == Work(2 * 2 * 2 * 3 * 4, 4 * 2 * 2 * 4 * 2)
+    assert attention.attention_work(2, 3, 2, 4, backward=True) == Work(336, 384)
+    whole = attention.compare_attention(DEVICE, BFLOAT16, 8, 32, 2048, 80, False)
     assert whole.work.flops == 171_882_577_920 and whole.per_second == (0.17188257792, "TFLOP/s")
 
 
 def test_the_head_counts_one_matmul_for_the_logits_and_one_for_each_gradient():
-    assert ops.head_work(2, 3, 5, trainable=False) == Work(2 * 60, 2 * (6 + 6 + 15))
-    assert ops.head_work(2, 3, 5, trainable=True) == Work(3 * 60, 2 * (6 + 6 + 15 + 15))
+    assert head.head_work(2, 3, 5, trainable=False) == Work(2 * 60, 2 * (6 + 6 + 15))
+    assert head.head_work(2, 3, 5, trainable=True) == Work(3 * 60, 2 * (6 + 6 + 15 + 15))
 
 
 def test_a_layer_of_phi2_counts_its_weights_its_adapters_and_its_attention():
     pairs, weights = 4 * 2048 * 2049 // 2, 78_643_200
-    full = ops_block.block_work(Phi2Config(), 8192, pairs, rank=0)
+    full = block.block_work(Phi2Config(), 8192, pairs, rank=0)
     assert full.flops == 6 * 8192 * weights + 300_794_511_360
     assert full.bytes == 2 * (4 * 8192 * 2560 + 3 * weights)
-    lora = ops_block.block_work(Phi2Config(), 8192, pairs, rank=16)
+    lora = block.block_work(Phi2Config(), 8192, pairs, rank=16)
     assert lora.flops == 4 * 8192 * weights + 6 * 8192 * 16 * 46_080 + 300_794_511_360
 
 
 def test_decoding_counts_the_bytes_of_weights_and_cache():
-    assert ops.decode_attention_work(1, 2, 3, 4) == Work(96, 2 * (2 * 2 * 3 * 4) + 2 * (2 * 2 * 4))
-    sizes = {form: ops.gemv_work(form, 1, 2, 64) for form in ops.FORMS}
+    assert decode.decode_attention_work(1, 2, 3, 4) == Work(96, 2 * (2 * 2 * 3 * 4) + 2 * (2 * 2 * 4))
+    sizes = {form: decode.gemv_work(form, 1, 2, 64) for form in decode.WEIGHT_FORMS}
     assert sizes == {"bf16": Work(256, 256 + 132), "int8": Work(256, 132 + 132), "int4": Work(256, 64 + 16 + 132)}
 
 
 @pytest.mark.parametrize(("name", "tensors"), [("layer_norm", 5 * 9 * 48), ("gelu", 5 * 9 * 48), ("rotary", 4 * 1120)])
 def test_elementwise_ops_count_what_both_passes_read_and_write(name, tensors):
-    assert TASKS[name](BFLOAT16).work == Work(0, 2 * tensors)
+    assert COMPARISONS[name](BFLOAT16).work == Work(0, 2 * tensors)
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
@@ -93,13 +94,13 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
 
 
 def test_a_shared_prompt_saves_its_own_scores_once():
-    assert ops_prefix.unshared_scores(Pair(2, 1, 3)) == 6 + 15
-    assert ops_prefix.shared_scores(Pair(2, 1, 3)) == 6 + 15 - 3
+    assert prefix.unshared_scores(Pair(2, 1, 3)) == 6 + 15
+    assert prefix.shared_scores(Pair(2, 1, 3)) == 6 + 15 - 3
 
 
 def test_both_layouts_of_pairs_hold_the_scores_that_are_counted():
     layout = Layout(PAIRS, torch.device("cpu"))
-    for row, count in ((layout.shared, ops_prefix.shared_scores), (layout.unshared, ops_prefix.unshared_scores)):
+    for row, count in ((layout.shared, prefix.shared_scores), (layout.unshared, prefix.unshared_scores)):
         until, query = row.visible_until[0], torch.arange(row.input_ids.shape[1])
         seen = (query[None] <= query[:, None]) & (query[:, None] < until[None])
         assert seen.sum() == sum(map(count, PAIRS))
@@ -108,51 +109,51 @@ def test_both_layouts_of_pairs_hold_the_scores_that_are_counted():
 
 
 def test_pair_lengths_are_the_same_in_every_run():
-    pairs = ops_prefix.sample_pairs(16384)
-    assert pairs == ops_prefix.sample_pairs(16384) != ops_prefix.sample_pairs(16384, seed=1)
+    pairs = prefix.sample_pairs(16384)
+    assert pairs == prefix.sample_pairs(16384) != prefix.sample_pairs(16384, seed=1)
     assert pairs[:2] == [Pair(165, 230, 367), Pair(163, 181, 310)] and len(pairs) == 16
     assert 15000 < sum(pair.unshared for pair in pairs) <= 16384
 
 
 def test_pair_lengths_follow_their_distribution_within_the_limit():
-    pairs = ops_prefix.sample_pairs(2_000_000)
+    pairs = prefix.sample_pairs(2_000_000)
     prompts, answers = sorted(p.prompt for p in pairs), sorted(n for p in pairs for n in p[1:])
     assert prompts[len(prompts) // 2] == pytest.approx(150, rel=0.1)
     assert answers[len(answers) // 2] == pytest.approx(250, rel=0.1)
     assert max(p.prompt + max(p[1:]) for p in pairs) == 1024 and min(prompts[0], answers[0]) >= 1
 
 
-@pytest.mark.parametrize("name", [*TASKS, *BLOCKS])
+@pytest.mark.parametrize("name", [*COMPARISONS, *BLOCKS])
 def test_our_side_and_the_peers_of_this_machine_pass_the_gate(name):
-    task = (TASKS | BLOCKS)[name](FLOAT32)
-    found = gpu.gate(task)
-    assert len(found.sides) >= 2
-    compared = [error for name, error in found.errors.items() if found.sides[name].is_compared]
+    one = (COMPARISONS | BLOCKS)[name](FLOAT32)
+    found = comparison.gate(one)
+    assert len(found.implementations) >= 2
+    compared = [error for name, error in found.errors.items() if found.implementations[name].is_compared]
     assert max(compared) < 2e-6
-    assert found.sides.keys() | found.absent.keys() == {OURS, *task.peers}
+    assert found.implementations.keys() | found.absent.keys() == {OURS, *one.peers}
 
 
-@pytest.mark.parametrize("name", [*TASKS, "pairs"])
+@pytest.mark.parametrize("name", [*COMPARISONS, "pairs"])
 def test_half_precision_passes_the_gate(name):
-    assert gpu.gate((TASKS | BLOCKS)[name](BFLOAT16)).errors[OURS] < 1e-2
+    assert comparison.gate((COMPARISONS | BLOCKS)[name](BFLOAT16)).errors[OURS] < 1e-2
 
 
-def broken(task: Task, change) -> Task:
-    """The task with an output of ours changed: change(name, tensor)."""
+def broken(one: Comparison, change) -> Comparison:
+    """With an output of ours changed: change(name, tensor)."""
 
     def run_(*inputs):
-        outputs = task.ours.run(*inputs)
+        outputs = one.ours.run(*inputs)
         return {name: change(name, x) for name, x in outputs.items()}
 
-    return replace(task, ours=replace(task.ours, run=run_))
+    return replace(one, ours=replace(one.ours, run=run_))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_every_output_of_ours_is_gated(name):
-    task = TASKS[name](FLOAT32)
-    for output in task.ours.run(*task.ours.prepare(*task.inputs(0))):
+    one = COMPARISONS[name](FLOAT32)
+    for output in one.ours.run(*one.ours.prepare(*one.inputs(0))):
         with pytest.raises(GateError, match=f"{output} is off by 1.0e-02 of its size"):
-            gpu.gate(broken(task, lambda name, x, output=output: x * (1.01 if name == output else 1)))
+            comparison.gate(broken(one, lambda name, x, output=output: x * (1.01 if name == output else 1)))
 
 
 def test_nan_never_passes():
@@ -162,41 +163,41 @@ def test_nan_never_passes():
         return x
 
     with pytest.raises(GateError, match="output is off by nan"):
-        gpu.gate(broken(TASKS["gelu"](FLOAT32), one_nan))
+        comparison.gate(broken(COMPARISONS["gelu"](FLOAT32), one_nan))
 
 
 def test_an_output_that_nobody_writes_is_seen():
     with pytest.raises(GateError, match="output is off by nan"):
-        gpu.gate(broken(TASKS["gelu"](FLOAT32), lambda name, x: torch.empty(x.shape, device=x.device)))
+        comparison.gate(broken(COMPARISONS["gelu"](FLOAT32), lambda name, x: torch.empty(x.shape, device=x.device)))
 
 
 def test_a_dropped_causal_mask_is_seen():
-    task = TASKS["attention forward"](FLOAT32)
-    blind = Side(lambda q, k, v: {"output": torch.nn.functional.scaled_dot_product_attention(q, k, v)})
+    one = COMPARISONS["attention forward"](FLOAT32)
+    blind = Implementation(lambda q, k, v: {"output": torch.nn.functional.scaled_dot_product_attention(q, k, v)})
     with pytest.raises(GateError, match="forward float32 B2 S21: output is off"):
-        gpu.gate(replace(task, ours=blind))
+        comparison.gate(replace(one, ours=blind))
 
 
 def test_a_gradient_of_the_prompt_that_is_not_added_up_is_seen():
-    task = BLOCKS["pairs"](FLOAT32)
-    side = task.peers["without sharing"]()
-    lost = replace(side, finish=lambda outputs: {**side.finish(outputs), "grad of k": outputs["grad of k"][:, :, :19]})
-    found = gpu.gate(replace(task, peers={"lost": lambda: lost}))
+    one = BLOCKS["pairs"](FLOAT32)
+    peer = one.peers["without sharing"]()
+    lost = replace(peer, finish=lambda outputs: {**peer.finish(outputs), "grad of k": outputs["grad of k"][:, :, :19]})
+    found = comparison.gate(replace(one, peers={"lost": lambda: lost}))
     assert "grad of k is off" in found.absent["lost"]
 
 
 def test_a_peer_that_is_wrong_missing_or_failing_is_left_out_and_named():
-    def missing() -> Side:
+    def missing() -> Implementation:
         raise ModuleNotFoundError("No module named 'liger_kernel'")
 
     def fail(*inputs):
         raise RuntimeError("No available kernel.\nmore lines")
 
-    task = TASKS["gelu"](FLOAT32)
-    wrong = lambda: Side(lambda *x: {name: -y for name, y in task.ours.run(*x).items()})  # noqa: E731
-    peers = {"wrong": wrong, "missing": missing, "failing": lambda: Side(fail), **task.peers}
-    found = gpu.gate(replace(task, peers=peers))
-    assert list(found.sides) == [OURS, *task.peers]
+    one = COMPARISONS["gelu"](FLOAT32)
+    wrong = lambda: Implementation(lambda *x: {name: -y for name, y in one.ours.run(*x).items()})  # noqa: E731
+    peers = {"wrong": wrong, "missing": missing, "failing": lambda: Implementation(fail), **one.peers}
+    found = comparison.gate(replace(one, peers=peers))
+    assert list(found.implementations) == [OURS, *one.peers]
     assert found.absent == {
         "wrong": "output is off by 2.0e+00 of its size",
         "missing": "ModuleNotFoundError: No module named 'liger_kernel'",
@@ -216,30 +217,30 @@ def test_without_a_gpu_a_case_ends_with_one_line(name, tmp_path, monkeypatch, ca
 
 @pytest.fixture
 def clock(monkeypatch) -> dict[str, float]:
-    """Stands for the GPU's clock, ceilings and memory: milliseconds by side, 1 unless said otherwise."""
+    """Stands for the GPU's clock, ceilings and memory: milliseconds by name, 1 unless said otherwise."""
     times: dict[str, float] = {}
 
-    def laps(calls, turns):
+    def timed(calls, turns):
         for around in calls.values():
             around[0]()
         return {name: [times.get(name, 1.0)] * turns for name in calls}
 
-    monkeypatch.setattr(gpu, "laps", laps)
+    monkeypatch.setattr(gpu, "timed", timed)
     monkeypatch.setattr(gpu, "device", lambda: DEVICE)
     monkeypatch.setattr(gpu, "measured_rates", lambda: Rates(200, 1000))
     monkeypatch.setattr(gpu, "datasheet", lambda: Rates(400, 2000))
-    monkeypatch.setattr(gpu, "peak_memory", lambda side, inputs: 0.5)
+    monkeypatch.setattr(gpu, "peak_memory", lambda implementation, inputs: 0.5)
     monkeypatch.setattr(gpu, "_captured", lambda calls: lambda: [call() for call in calls])
     return times
 
 
 def test_a_report_weighs_ours_against_each_peer_and_the_fastest_of_a_kind(clock):
     clock |= {OURS: 2.0, "slow": 8.0, "SDPA a": 4.0, "SDPA b": 3.0}
-    task = TASKS["gelu"](FLOAT32)
-    peers = {name: lambda: task.plain for name in ("slow", "SDPA a", "SDPA b")}
+    one = COMPARISONS["gelu"](FLOAT32)
+    peers = {name: lambda: one.plain for name in ("slow", "SDPA a", "SDPA b")}
     work = Work(4 * 10**11, 10**9)  # 2 ms on this clock's device
     speed = dict(work=work, per_second=(0.4, "TFLOP/s"), targets={"SDPA *": 1.6, "slow": 3.0}, peak_limit=0.4)
-    report = gpu.report([replace(task, peers=peers, **speed)], 5, {"tokens": 9})
+    report = gpu.report([replace(one, peers=peers, **speed)], 5, {"tokens": 9})
     found = {measure.name: (measure.ratio, measure.target, measure.is_met) for measure in report.measures}
     assert found == {
         "gelu: slow": (pytest.approx(4.0), 3.0, True),
@@ -256,7 +257,7 @@ def test_a_report_weighs_ours_against_each_peer_and_the_fastest_of_a_kind(clock)
 
 def test_a_report_of_time_is_better_when_lower(clock):
     clock |= {"its 2 matmuls": 0.8}
-    report = gpu.report([TASKS["head frozen"](FLOAT32)], 5, {})
+    report = gpu.report([COMPARISONS["head frozen"](FLOAT32)], 5, {})
     matmuls, peak = report.measures[0], report.measures[-1]
     assert (matmuls.name, matmuls.unit, matmuls.ratio, matmuls.is_met) == (
         "head frozen: its 2 matmuls", "ms", pytest.approx(1.25), False,
@@ -266,20 +267,20 @@ def test_a_report_of_time_is_better_when_lower(clock):
 
 
 def test_a_task_that_is_a_fact_has_lines_but_no_measure(clock):
-    report = gpu.report([replace(TASKS["gelu"](FLOAT32), is_fact=True)], 3, {})
+    report = gpu.report([replace(COMPARISONS["gelu"](FLOAT32), is_fact=True)], 3, {})
     assert report.measures == [] and [row["side"] for row in report.table] == [OURS, "eager", "torch.compile"]
 
 
 def test_a_red_gate_of_one_task_leaves_no_number_of_any(clock):
-    tasks = [TASKS["gelu"](FLOAT32), broken(TASKS["rotary"](FLOAT32), lambda name, x: x + 1)]
+    compared = [COMPARISONS["gelu"](FLOAT32), broken(COMPARISONS["rotary"](FLOAT32), lambda name, x: x + 1)]
     with pytest.raises(GateError, match="rotary"):
-        gpu.report(tasks, 3, {})
+        gpu.report(compared, 3, {})
 
 
 def test_a_case_prints_and_keeps_its_report(clock, tmp_path, monkeypatch, capsys):
-    tasks = [TASKS["gemv int8"](BFLOAT16), TASKS["gelu"](BFLOAT16)]
+    compared = [COMPARISONS["gemv int8"](BFLOAT16), COMPARISONS["gelu"](BFLOAT16)]
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setitem(CASES, "toy", Case(lambda turns: gpu.report(tasks, turns, {}), 2, "a toy"))
+    monkeypatch.setitem(CASES, "toy", Case(lambda turns: gpu.report(compared, turns, {}), 2, "a toy"))
     assert run.main(["--case", "toy"]) == 0
     out = capsys.readouterr().out
     assert "gemv int8 48x64: F.linear" in out and "roofline ms" in out and len(list(tmp_path.iterdir())) == 1
@@ -287,12 +288,12 @@ def test_a_case_prints_and_keeps_its_report(clock, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_each_case_sets_the_targets_of_the_project(name, clock, monkeypatch):
-    seen: list[Task] = []
-    monkeypatch.setattr(gpu, "report", lambda tasks, turns, facts: seen.extend(tasks))
-    for module in (ops_block, ops_prefix):
+    seen: list[Comparison] = []
+    monkeypatch.setattr(gpu, "report", lambda compared, turns, facts: seen.extend(compared))
+    for module in (block, prefix):
         monkeypatch.setattr(module, "Phi2Config", lambda: SMALL)
     CASES[name].run(1)
-    found = {target for task in seen for target in task.targets.items()}
+    found = {target for one in seen for target in one.targets.items()}
     expected = {
         "attention_forward": {("SDPA *", 1.2)},
         "attention_forward_backward": {("SDPA *", 1.2)},
@@ -304,13 +305,13 @@ def test_each_case_sets_the_targets_of_the_project(name, clock, monkeypatch):
     }
     if DEVICE.type == "cpu":  # which counts as an A100
         assert found == expected[name]
-    assert len({task.name for task in seen}) == len(seen) > 1
-    assert all(target in task.peers or target.endswith("*") for task in seen for target in task.targets)
+    assert len({one.name for one in seen}) == len(seen) > 1
+    assert all(target in one.peers or target.endswith("*") for one in seen for target in one.targets)
 
 
 def test_on_a_hopper_attention_has_other_targets(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert ops_attention._targets(torch.device("cuda", 0)) == {"SDPA cuDNN": 1.0, "SDPA flash": 1.3}
+    assert attention._targets(torch.device("cuda", 0)) == {"SDPA cuDNN": 1.0, "SDPA flash": 1.3}
 
 
 @pytest.mark.parametrize(
@@ -326,8 +327,8 @@ def test_datasheets_go_by_the_name_of_the_device(name, rates, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the clock needs a GPU")
 def test_the_clock_times_calls_and_graphs_and_memory():
     for name in ("gelu", "gemv bf16"):  # calls, and a graph
-        task = TASKS[name](BFLOAT16)
-        times = gpu.race(task.inputs, gpu.gate(task).sides, 3, task.sets, task.in_graph)
+        one = COMPARISONS[name](BFLOAT16)
+        times = gpu.bench(one.inputs, comparison.gate(one).implementations, 3, one.sets, one.in_graph)
         assert times.keys() >= {OURS} and all(len(t) == 3 and min(t) > 0 for t in times.values())
     x = torch.zeros(1, device=DEVICE)
-    assert gpu.peak_memory(Side(lambda x: {"y": x.new_empty(10**8)}), (x,)) == pytest.approx(0.4, rel=0.01)
+    assert gpu.peak_memory(Implementation(lambda x: {"y": x.new_empty(10**8)}), (x,)) == pytest.approx(0.4, rel=0.01)

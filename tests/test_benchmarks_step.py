@@ -1,4 +1,4 @@
-"""The benchmark of whole decode steps: what it counts, and that its sides say the same."""
+"""The benchmark of whole decode steps: what it counts, and that all say the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.cases import step as ops_step
-from benchmarks.harness import gpu
-from benchmarks.harness.gpu import OURS, Work
+from benchmarks.cases import step
+from benchmarks.harness.comparison import OURS, Comparison, Work, gate
 from benchmarks.registry import GateError
 from phi2.config import Phi2Config
 
@@ -27,36 +26,36 @@ def can_record(request) -> None:
         request.getfixturevalue("recordings")
 
 
-def task(format: str | None, dtype: torch.dtype = torch.float32) -> gpu.Task:
-    return ops_step.step_task(DEVICE, dtype, SMALL, 5, format)
+def compare(format: str | None, dtype: torch.dtype = torch.float32) -> Comparison:
+    return step.compare_step(DEVICE, dtype, SMALL, 5, format)
 
 
 def test_a_step_counts_every_weight_and_the_keys_and_values_of_its_context():
     blocks, head = 2 * (4 * 160 * 160 + 2 * 160 * 64), 96 * 160
-    assert ops_step.step_work(SMALL, 5, 16, 16) == Work(2 * (blocks + head + 3200), 2 * (blocks + head) + 6400)
-    assert ops_step.step_work(SMALL, 5, 5, 8).bytes == blocks * 5 // 8 + head + 6400
+    assert step.step_work(SMALL, 5, 16, 16) == Work(2 * (blocks + head + 3200), 2 * (blocks + head) + 6400)
+    assert step.step_work(SMALL, 5, 5, 8).bytes == blocks * 5 // 8 + head + 6400
 
 
-@pytest.mark.parametrize("format", ops_step.BITS)
+@pytest.mark.parametrize("format", step.BITS)
 def test_our_step_and_its_peers_say_the_same(format):
-    found = gpu.gate(task(format))
-    assert not found.absent and OURS in found.sides and max(found.errors.values()) < 1e-5
+    found = gate(compare(format))
+    assert not found.absent and OURS in found.implementations and max(found.errors.values()) < 1e-5
 
 
 def test_half_precision_passes_the_gate():
-    assert gpu.gate(task(None, torch.bfloat16)).errors[OURS] < 2e-2
+    assert gate(compare(None, torch.bfloat16)).errors[OURS] < 2e-2
 
 
 def test_every_call_adds_a_token():
-    side = task(None).ours
-    first, second = (side.run(torch.full((1, 1), 7, device=DEVICE))["output"] for _ in range(2))
+    ours = compare(None).ours
+    first, second = (ours.run(torch.full((1, 1), 7, device=DEVICE))["output"] for _ in range(2))
     assert not torch.allclose(first, second, atol=1e-4)
 
 
 def test_a_step_that_forgets_its_context_is_seen():
-    whole, empty = task(None), ops_step.step_task(DEVICE, torch.float32, SMALL, 4, None)
+    whole, empty = compare(None), step.compare_step(DEVICE, torch.float32, SMALL, 4, None)
     with pytest.raises(GateError, match="step float32: output is off"):
-        gpu.gate(replace(whole, ours=empty.ours))
+        gate(replace(whole, ours=empty.ours))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,24 +8,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 from benchmarks import run, tune
-from benchmarks.harness import calls as tune_calls
-from benchmarks.harness import gpu
-from benchmarks.harness import sieve as tune_sieve
+from benchmarks.harness import aot, comparison, gpu, spec
 from benchmarks.harness.aot import Row
-from benchmarks.harness.sieve import Candidate, sieve
-from benchmarks.harness.spec import OPS, Launch, Op, label, launched_as
+from benchmarks.harness.spec import Entry, Shapes, label
 from benchmarks.registry import GateError, Spread
-from benchmarks.tune import Timed, proposals
+from benchmarks.tune import OPS, Candidate, Timed, proposals, sieve
 from phi2_kernels import gelu_triton
 from phi2_kernels.attention_tiles_triton import AttentionLaunch as Tile
 
@@ -46,7 +44,7 @@ def test_the_sieve_drops_a_launch_that_spills_and_says_so():
 def rows(monkeypatch) -> list[Row]:
     """Stands for the compiler: what each launch of the sieve compiles to, in their order."""
     made: list[Row] = []
-    monkeypatch.setattr(tune_sieve, "printed_by", lambda *_: json.dumps([[asdict(row)] for row in made]))
+    monkeypatch.setattr(aot, "rows_of", lambda arch, jobs: [[row] for row in made])
     return made
 
 
@@ -66,10 +64,33 @@ def test_every_form_of_a_kernel_must_keep_its_budgets():
     assert Candidate(SHIPPED, [row(1.0), row(0.4, stack=64)]).faults == "64 bytes of stack"
 
 
+SHAPES = Shapes(B=2, H=3, S=5, D=4, C=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype"),
+    [
+        ("S 2H C/32", (5, 6, 2), torch.bfloat16),
+        ("B 7:float32", (2, 7), torch.float32),
+        ("B S H D -> B H S D", (2, 3, 5, 4), torch.bfloat16),
+    ],
+)
+def test_a_text_describes_a_tensor_of_random_numbers(text, shape, dtype):
+    x = spec.make(text, SHAPES, comparison.random(0, torch.device("cpu")), torch.device("cpu"))
+    assert x.shape == shape and x.dtype == dtype and x.float().std() > 0.05
+    assert x.stride() == ((60, 4, 12, 1) if "->" in text else x.contiguous().stride())
+
+
+@pytest.mark.parametrize(("text", "values"), [("7:int32%S", [0, 1, 2, 3, 4, 0, 1]), ("2:int64=C", [64, 64])])
+def test_a_text_describes_a_tensor_of_integers(text, values):
+    x = spec.make(text, SHAPES, comparison.random(0, torch.device("cpu")), torch.device("cpu"))
+    assert x.tolist() == values and str(x.dtype)[6:] in text
+
+
 def test_every_entry_of_every_launch_table_can_be_tuned():
     tables = [file.stem for file in KERNELS.glob("*_triton.py") if re.search(r"^LAUNCH = ", file.read_text(), re.M)]
-    entries = {(op.entry[0], key) for op in OPS.values() for key in op.table(80)}
-    assert entries == {op.entry for op in OPS.values()} and {module for module, _ in entries} == set(tables)
+    entries = {(op.file, key) for op in OPS.values() for key in op.table(80)}
+    assert entries == {(op.file, op.key) for op in OPS.values()} and {file for file, _ in entries} == set(tables)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -90,7 +111,7 @@ def test_another_launch_runs_only_within_and_is_gone_after_an_error(monkeypatch)
 
     monkeypatch.setattr(gelu_triton, "_forward_kernel", Kernel())
     x = torch.empty(8, 1024)
-    with pytest.raises(OSError), launched_as(GELU, 80, SMALLER):
+    with pytest.raises(OSError), GELU.launched_as(80, SMALLER):
         gelu_triton.forward(x, x)
         raise OSError
     gelu_triton.forward(x, x)
@@ -100,9 +121,7 @@ def test_another_launch_runs_only_within_and_is_gone_after_an_error(monkeypatch)
 @pytest.fixture
 def small(monkeypatch) -> None:
     """The calls of the tuner at shapes that the interpreter takes, where this machine can run them."""
-    shapes = {"B": 1, "C": 64, "F": 96, "H": 1, "N": 9, "S": 70, "V": 300, "CHUNK": 3}
-    for name, size in shapes.items():
-        monkeypatch.setattr(tune_calls, name, size)
+    monkeypatch.setattr(spec, "PHI2", Shapes(B=1, C=64, F=96, H=1, N=9, S=70, V=300, CHUNK=3))
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "device", lambda: torch.device("cpu"))
 
@@ -119,22 +138,23 @@ def clock(small, monkeypatch, tmp_path) -> dict[str, float]:
     """Stands for the GPU's clock: milliseconds by launch, 1 unless said otherwise; "timed" lists what was timed."""
     times: dict = {"timed": []}
 
-    def laps(calls, turns):
+    def timed(calls, turns):
         times["timed"] += calls
         return {name: [times.get(name, 1.0)] * turns for name in calls}
 
-    monkeypatch.setattr(gpu, "laps", laps)
+    monkeypatch.setattr(gpu, "timed", timed)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     return times
 
 
-def broken(op: Op, launch: Launch) -> Op:
-    """The op, but wrong by one part in fifty under a launch."""
+def altered(alter: Callable[[Tensor], Tensor]) -> Entry:
+    """GELU, with a function between what it computes and what it says."""
 
-    def call(*inputs):
-        return {name: x * (1.02 if op.shipped(80) == launch else 1) for name, x in op.call(*inputs).items()}
+    class Altered(Entry):
+        def run(self, *inputs):
+            return {name: alter(x) for name, x in super().run(*inputs).items()}
 
-    return replace(op, call=call)
+    return Altered(**vars(GELU))
 
 
 def candidates() -> list[Candidate]:
@@ -156,21 +176,20 @@ def test_times_come_in_a_table_and_a_json_line_that_is_kept(clock, capsys, tmp_p
 
 
 def test_a_candidate_that_computes_something_else_is_never_timed(clock, monkeypatch, capsys):
-    monkeypatch.setitem(OPS, "gelu_forward", broken(GELU, SMALLER))
+    wrong_if_smaller = altered(lambda x: x * (1.5 if GELU.shipped(80) == SMALLER else 1))
+    monkeypatch.setitem(OPS, "gelu_forward", wrong_if_smaller)
     timed = tune.clock("gelu_forward", 80, candidates(), 3)
     assert [t.launch for t in timed] == [SHIPPED] and clock["timed"] == [label(SHIPPED)]
-    assert "dropped: output is off by 2.0e-02" in capsys.readouterr().out
+    assert "dropped: y is off by 5.0e-01" in capsys.readouterr().out
 
 
 def test_an_output_that_a_candidate_forgets_is_seen(small):
-    lazy = replace(GELU, call=lambda x, *_: {"output": torch.empty_like(x)})
-    assert tune.differences(lazy, 80, [SMALLER]) == {label(SMALLER): "output is off by nan"}
+    assert tune.differences(altered(torch.empty_like), 80, [SMALLER]) == {label(SMALLER): "y is off by nan"}
 
 
 def test_without_repeatable_numbers_of_the_shipped_launch_there_are_no_times(clock, monkeypatch, tmp_path):
-    random = replace(GELU, call=lambda x, *_: {"output": torch.rand_like(x)})
-    monkeypatch.setitem(OPS, "gelu_forward", random)
-    with pytest.raises(GateError, match="gelu_forward: the shipped launch, n=4 f=1024 num_warps=4: output is off by"):
+    monkeypatch.setitem(OPS, "gelu_forward", altered(torch.rand_like))
+    with pytest.raises(GateError, match="gelu_forward: the shipped launch, n=4 f=1024 num_warps=4: y is off by"):
         tune.clock("gelu_forward", 80, candidates(), 3)
     assert clock["timed"] == [] and not (tmp_path / "results").exists()
 
@@ -197,7 +216,7 @@ def test_forward_and_dq_are_chosen_together_with_one_block_m():
 def test_a_proposal_reads_like_the_table_it_is_for():
     (line,) = tune.advice({"attention_dkdv": Tile(32, 64, 4, 2)}, 80)
     where, _, entry = line.partition(": ")
-    assert where == f"{OPS['attention_dkdv'].entry[0]}.py, LAUNCH[80]"
+    assert where == f"{OPS['attention_dkdv'].file}.py, LAUNCH[80]"
     assert eval("{" + entry + "}", {"AttentionLaunch": Tile}) == {"dkdv": Tile(32, 64, 4, 2)}
 
 
@@ -226,8 +245,8 @@ def test_an_unknown_op_ends_in_one_line_that_lists_the_ops(capsys):
 
 def test_a_compiler_that_fails_ends_in_one_line(monkeypatch, capsys):
     def fail(*_):
-        raise ChildProcessError("benchmarks.harness.sieve ended with exit code 1")
+        raise ChildProcessError("benchmarks.harness.aot ended with exit code 1")
 
-    monkeypatch.setattr(tune_sieve, "printed_by", fail)
+    monkeypatch.setattr(aot, "rows_of", fail)
     assert tune.main(["--op", "gelu_forward"]) == 1
-    assert capsys.readouterr().err == "no number: benchmarks.harness.sieve ended with exit code 1\n"
+    assert capsys.readouterr().err == "no number: benchmarks.harness.aot ended with exit code 1\n"

@@ -43,18 +43,18 @@ if name == "fails":
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from benchmarks import run
-from benchmarks.cases.elementwise import gelu_task, rotary_task
+from benchmarks.cases.elementwise import compare_gelu, compare_rotary
 from benchmarks.harness import gpu
 from benchmarks.registry import case
 
 @case("tiny", 3, "a tiny gelu and a tiny rotary")
 def tiny(turns):
     cpu, dtype = torch.device("cpu"), torch.float32
-    tasks = [gelu_task(cpu, dtype, 3, 48), rotary_task(cpu, dtype, 1, 7, 2, 80, 32)]
-    tasks[0].peers["Liger"] = lambda: exec("import no_such_package")
-    return gpu.report(tasks, turns, {{}})
+    compared = [compare_gelu(cpu, dtype, 3, 48), compare_rotary(cpu, dtype, 1, 7, 2, 80, 32)]
+    compared[0].peers["Liger"] = lambda: exec("import no_such_package")
+    return gpu.report(compared, turns, {{}})
 
-def laps(calls, turns):
+def timed(calls, turns):
     return {{name: [seconds(around[0]) for _ in range(turns)] for name, around in calls.items()}}
 
 def seconds(call):
@@ -62,8 +62,8 @@ def seconds(call):
     call()
     return time.perf_counter() - start
 
-gpu.laps, gpu.measured_rates, gpu.datasheet = laps, lambda: gpu.Rates(1, 1), lambda: None
-gpu.peak_memory, torch.cuda.empty_cache = lambda side, inputs: 0.0, lambda: None
+gpu.timed, gpu.measured_rates, gpu.datasheet = timed, lambda: gpu.Rates(1, 1), lambda: None
+gpu.peak_memory, torch.cuda.empty_cache = lambda implementation, inputs: 0.0, lambda: None
 run.RESULTS = run.Path(os.environ["OUT"], "kept")
 sys.exit(run.main(sys.argv[3:]))
 """

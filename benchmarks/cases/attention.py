@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import gpu
-from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work, pulled_back
+from benchmarks.harness import comparison, gpu, spec
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness.spec import PHI2, Call, Entry, Op, RoundWork, Shapes
 from benchmarks.registry import Report, case
 from phi2_kernels.attention import attention, attention_ref
 from phi2_kernels.visibility import Visibility
 
+PADDED = 128  # columns, the next power of two after 80
 SCORES = 2**28  # that the reference holds at a time
 
 
@@ -34,32 +36,34 @@ def attention_forward_backward(turns: int) -> Report:
 
 def _compare(turns: int, backward: bool) -> Report:
     device = gpu.device()
-    task = partial(attention_task, device, H=32, D=80, backward=backward)
-    tasks = [
-        task(torch.bfloat16, B=8, S=2048),
-        task(torch.float16, B=8, S=2048, is_fact=True),
-        task(torch.bfloat16, B=32, S=512, is_fact=True),
-        task(torch.bfloat16, B=2, S=8192, is_fact=True),
+    at = partial(compare_attention, device, H=32, D=80, backward=backward)
+    comparisons = [
+        at(torch.bfloat16, B=8, S=2048),
+        at(torch.float16, B=8, S=2048, is_fact=True),
+        at(torch.bfloat16, B=32, S=512, is_fact=True),
+        at(torch.bfloat16, B=2, S=8192, is_fact=True),
     ]
-    return gpu.report(tasks, turns, {"FLOPs": "two matmuls forward, five backward, over the pairs that see each other"})
+    return gpu.report(
+        comparisons, turns, {"FLOPs": "two matmuls forward, five backward, over the pairs that see each other"}
+    )
 
 
-def attention_task(
+def compare_attention(
     device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, is_fact: bool = False
-) -> Task:
+) -> Comparison:
     """One shape; a fact goes without FlexAttention, which takes long to compile."""
     visibility = Visibility(S, S, None, device)
     backends = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-efficient": "EFFICIENT_ATTENTION"}
     peers = {f"SDPA {name}": partial(_sdpa, backend, backward) for name, backend in backends.items()}
     peers |= {} if is_fact else {"FlexAttention": partial(_flex, S, device, backward)}
-    peers["ours padded to 128"] = lambda: Side(_padded, prepare=_widened)
+    peers["ours padded to 128"] = lambda: Implementation(_padded, prepare=_widened)
     work = attention_work(B * H, S * (S + 1) // 2, S, D, backward)
-    return Task(
+    return Comparison(
         name=f"{'forward+backward' if backward else 'forward'} {str(dtype)[6:]} B{B} S{S}",
         inputs=partial(attention_inputs, device, dtype, B, H, S, D, backward),
         reference=partial(reference, visibility),
-        ours=side(partial(attention, visibility=visibility, impl="triton"), backward),
-        plain=side(partial(F.scaled_dot_product_attention, is_causal=True), backward),
+        ours=of_function(partial(attention, visibility=visibility, impl="triton"), backward),
+        plain=of_function(partial(F.scaled_dot_product_attention, is_causal=True), backward),
         peers=peers,
         work=work,
         rounding=ROUNDING[dtype],
@@ -90,57 +94,54 @@ def attention_inputs(
     device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, seed: int
 ) -> Inputs:
     """q, k, v and, with gradients, that of the output: (B, H, S, D), the heads of a token side by side."""
-    normal = gpu.random(seed, device)
+    normal = comparison.random(seed, device)
     count = 4 if backward else 3
     made = [normal(B, S, H, D, dtype=dtype).transpose(1, 2) for _ in range(count)]
     return *(x.requires_grad_(backward) for x in made[:3]), *made[3:]
 
 
-def side(forward: Callable[..., Tensor], backward: bool, **options) -> Side:
+def of_function(forward: Callable[..., Tensor], backward: bool, **options) -> Implementation:
     """Of a function of q, k and v."""
-    run = pulled_back(forward, "q k v") if backward else lambda q, k, v: {"output": forward(q, k, v)}
-    return Side(run, **options)
+    run = comparison.forward_backward(forward, "q k v") if backward else lambda q, k, v: {"output": forward(q, k, v)}
+    return Implementation(run, **options)
 
 
 def reference(visibility: Visibility, *inputs: Tensor) -> Outputs:
     """By the formula in float32, some heads at a time."""
     B, H, T, _ = inputs[0].shape
     heads = max(1, SCORES // (T * visibility.keys))
-    run = side(lambda q, k, v: attention_ref(q, k, v, visibility), backward=len(inputs) == 4).run
+    run = of_function(lambda q, k, v: attention_ref(q, k, v, visibility), backward=len(inputs) == 4).run
     rows = []
     for b in range(B):
-        parts = [run(*gpu.in_float32(*(x[b : b + 1, h : h + heads] for x in inputs))) for h in range(0, H, heads)]
+        parts = [
+            run(*comparison.in_float32(*(x[b : b + 1, h : h + heads] for x in inputs))) for h in range(0, H, heads)
+        ]
         rows.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _sdpa(backend: str, backward: bool) -> Side:
+def _sdpa(backend: str, backward: bool) -> Implementation:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return side(forward, backward)
+    return of_function(forward, backward)
 
 
-def _flex(S: int, device: torch.device, backward: bool) -> Side:
+def _flex(S: int, device: torch.device, backward: bool) -> Implementation:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=device)
-    attend = gpu.compiled(flex_attention, device)
-    return side(lambda q, k, v: attend(q, k, v, block_mask=mask), backward)
-
-
-def _padded_width(D: int) -> int:
-    """The next power of two."""
-    return 1 << (D - 1).bit_length()
+    attend = comparison.compiled(flex_attention, device)
+    return of_function(lambda q, k, v: attend(q, k, v, block_mask=mask), backward)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Memory for x (B, H, S, D) with room for `_padded_width` columns a head."""
+    """Memory for x (B, H, S, D) with room for `PADDED` columns a head."""
     B, H, S, D = x.shape
-    return torch.empty((B, S, H, _padded_width(D)), dtype=x.dtype, device=x.device).transpose(1, 2)
+    return torch.empty((B, S, H, PADDED), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def _widened(*inputs: Tensor) -> Inputs:
@@ -157,27 +158,106 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> Output
     outputs = {name: _wide(q)[..., :D] for name in names}
     o, *grads = outputs.values()
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tiles = mock.patch.object(attention_tiles_triton, "pieces_of", lambda D: (_padded_width(D),))
-    with tiles, mock.patch.object(attention_tiles_triton, "LAUNCH", _padded_launches()):
+    with _padded_tiles(), mock.patch.object(attention_tiles_triton, "LAUNCH", _padded_launches()):
         attention_forward_triton.forward(q, k, v, o, lse)
         if do is not None:
             attention_backward_triton.backward(do, q, k, v, o, lse, *grads)
     return outputs
 
 
+def _padded_tiles():
+    """Within, a head is one tile, and not even masked: the least that padding costs."""
+    from phi2_kernels import attention_tiles_triton
+
+    return mock.patch.object(attention_tiles_triton, "pieces_of", lambda D: (PADDED,))
+
+
 def _padded_launches() -> dict:
     """The tiles of a padded head that spill least; the shipped ones would spill kilobytes."""
     from phi2_kernels.attention_tiles_triton import AttentionLaunch
 
-    return {
-        80: {
-            "forward": AttentionLaunch(128, 64, 8, 2),
-            "dkdv": AttentionLaunch(32, 64, 4, 2),
-            "dq": AttentionLaunch(128, 32, 8, 2),
-        },
-        90: {
-            "forward": AttentionLaunch(128, 128, 8, 2),
-            "dkdv": AttentionLaunch(32, 128, 8, 2),
-            "dq": AttentionLaunch(128, 64, 8, 2),
-        },
+    tiles = {
+        80: {"forward": (128, 64, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (128, 32, 8, 2)},
+        90: {"forward": (128, 128, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2)},
     }
+    return {arch: {name: AttentionLaunch(*tile) for name, tile in each.items()} for arch, each in tiles.items()}
+
+
+# ---- the kernels ----
+
+
+def padded() -> None:
+    with _padded_tiles():
+        compile_all(PHI2, only_timed=True)
+
+
+def unaligned() -> None:
+    """Forward on rows whose length no power of two divides."""
+    shape = dict(q="B S H", k="B S H", v="B S H")
+    inputs = FORWARD.inputs(PHI2._replace(H=PHI2.H * PHI2.D + 1), spec.FAKE, 0, **shape)
+    heads = {name: inputs[name][..., :-1].unflatten(-1, (PHI2.H, PHI2.D)).transpose(1, 2) for name in shape}
+    FORWARD.run(FORWARD.inputs(PHI2, spec.FAKE, 0) | heads)
+
+
+def compile_all(shapes: Shapes, only_timed: bool = False) -> None:
+    for entry in ENTRIES.values():
+        entry.compile(shapes, only_timed)
+
+
+def round_work(matmuls: int, BLOCK_M: int, BLOCK_N: int, PIECES: tuple[int, ...], q: str, **_) -> RoundWork:
+    """One tile of queries by keys, of heads that are as wide as their pieces together."""
+    work = matmuls * BLOCK_M * BLOCK_N * sum(PIECES)
+    return RoundWork(float32=work) if q == "*fp32" else RoundWork(work)
+
+
+HEADS = "B S H D -> B H S D"  # those of a token side by side
+DOCUMENTS = dict(until="B S:int32=S", ranges="B S 6:int32=S")  # what is only compiled needs no right tables
+FORWARD = Call(
+    "attention_forward_triton.forward",
+    reads=dict.fromkeys("qkv", HEADS),
+    writes=dict(o=HEADS, lse="B H S:float32"),
+    also=DOCUMENTS,
+)
+BACKWARD = Call(  # while one of its kernels has another launch, the others run as shipped
+    "attention_backward_triton.backward",
+    reads=dict.fromkeys(("do", "q", "k", "v", "o"), HEADS) | dict(lse="B H S:float32"),
+    writes=dict.fromkeys(("dq", "dk", "dv"), HEADS),
+    also=DOCUMENTS | dict(ends="B S 2:int32=S"),
+)
+# Candidates: block_m queries, block_n keys, warps, stages. With 16 rows a warp, shared memory binds; with 32, registers
+# do. No tile has warps that would do the same work twice.
+TILES = {
+    "forward": {
+        80: [(128, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3)],
+        90: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)],
+    },
+    "dkdv": {
+        80: [(32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)],
+        90: [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
+    },
+    "dq": {
+        80: [(128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)],
+        90: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+    },
+}
+ENTRIES = {
+    f"attention_{key}": Entry("attention_tiles_triton", key, f"attention {key}", TILES[key], (call,))
+    for key, call in (("forward", FORWARD), ("dkdv", BACKWARD), ("dq", BACKWARD))
+}
+BYTES = {"*fp32": 4, "*bf16": 2}
+OTHERS = [PHI2._replace(D=D, half=dtype) for D in (32, 48) for dtype in (torch.bfloat16, torch.float32)]
+spec.OPS["attention"] = Op(
+    work={
+        "attention forward": partial(round_work, 2),
+        "attention delta": lambda BLOCK_M, D, o, **_: RoundWork(dram_bytes=2 * BLOCK_M * D * BYTES[o]),
+        "attention dkdv": partial(round_work, 4),
+        "attention dq": partial(round_work, 3),
+    },
+    entries=ENTRIES,
+    forms={
+        spec.SHIPPED: [partial(compile_all, PHI2._replace(**each)) for each in (dict(D=64), dict(half=torch.float32))],
+        spec.OTHER_WIDTHS: [partial(compile_all, shapes) for shapes in OTHERS],
+        spec.PADDED: [padded],
+        spec.UNALIGNED: [unaligned],
+    },
+)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.attention import attention_work
-from benchmarks.harness import gpu
-from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task, Work
+from benchmarks.harness import comparison, gpu
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
@@ -34,36 +34,38 @@ NEARLY_ZERO = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 def block(turns: int) -> Report:
     """At least 1.25 x the layer of transformers, and 1.1 x the same compiled."""
     device, config = gpu.device(), Phi2Config()
-    tasks = [block_task(device, torch.bfloat16, config, B=4, T=2048, rank=rank) for rank in (16, 0)]
-    return gpu.report(tasks, turns, {"attention of the peers": "SDPA, by torch's own choice", "lora rank": 16})
+    comparisons = [compare_block(device, torch.bfloat16, config, B=4, T=2048, rank=rank) for rank in (16, 0)]
+    return gpu.report(comparisons, turns, {"attention of the peers": "SDPA, by torch's own choice", "lora rank": 16})
 
 
-def block_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, B: int, T: int, rank: int) -> Task:
+def compare_block(
+    device: torch.device, dtype: torch.dtype, config: Phi2Config, B: int, T: int, rank: int
+) -> Comparison:
     """Frozen with LoRA on all six linears, or, with rank 0, trainable throughout."""
     positions = torch.arange(T, device=device)[None]
     layer = partial(new_layer, device, dtype, config, rank)
     work = block_work(config, B * T, B * T * (T + 1) // 2, rank)
 
-    def peer(compile_: bool, autocast: bool = False) -> Side:
+    def peer(compile_: bool, autocast: bool = False) -> Implementation:
         theirs = _transformers_layer(layer(), config, rank)
-        forward = gpu.compiled(theirs, device) if compile_ else theirs
+        forward = comparison.compiled(theirs, device) if compile_ else theirs
         forward = torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32)(forward)
         angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
         cos, sin = (torch.cat((table, table), dim=-1).squeeze(2).to(dtype) for table in angles)  # (1, T, R)
-        return block_side(lambda x: forward(x, position_embeddings=(cos, sin)), theirs)
+        return of_layer(lambda x: forward(x, position_embeddings=(cos, sin)), theirs)
 
     # As trl trains adapters: its float32 ones are multiplied in half precision.
     as_trl = {f"{name}, autocast": partial(peer, "compile" in name, True) for name in TRANSFORMERS}
-    return Task(
+    return Comparison(
         name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
         inputs=partial(block_inputs, device, dtype, B, T, config.hidden_size),
         reference=partial(block_reference, layer(), config, positions, None),
-        ours=our_side(layer(), config, positions, None, fused=True),
-        plain=our_side(layer(), config, positions, None, fused=False, impl="torch"),
+        ours=our_layer(layer(), config, positions, None, fused=True),
+        plain=our_layer(layer(), config, positions, None, fused=False, impl="torch"),
         peers={
             **{name: partial(peer, "compile" in name) for name in TRANSFORMERS},
             **(as_trl if rank else {}),
-            "ours unfused": lambda: our_side(layer(), config, positions, None, fused=False),
+            "ours unfused": lambda: our_layer(layer(), config, positions, None, fused=False),
         },
         work=work,
         rounding=ROUNDING[dtype],
@@ -91,31 +93,42 @@ def block_work(config: Phi2Config, tokens: int, pairs: int, rank: int) -> Work:
 
 def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, seed: int) -> Inputs:
     """x, and the gradient of y."""
-    normal = gpu.random(seed, device)
+    normal = comparison.random(seed, device)
     return normal(B, T, C, dtype=dtype, grad=True), normal(B, T, C, dtype=dtype)
 
 
 def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:
     """A random layer without dropout; the same one for the same arguments. Adapters change something."""
     generator = torch.Generator().manual_seed(0)
-    layer = Block(config, 0).eval()
-    if rank:
-        attach(layer, LoraConfig(r=rank))
+    layer = adapted(Block(config, 0).eval(), rank)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             scale = 0.1 if parameter.ndim == 1 else config.initializer_range
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             if name == "input_layernorm.weight":
                 parameter.add_(1.0)
-    layer = layer.to(device, dtype)
+    return placed(layer, device, dtype)
+
+
+def adapted(layer: nn.Module, rank: int) -> nn.Module:
+    """With adapters on all linears; without for rank 0."""
+    if rank:
+        layer.adapters = {}  # as a whole model has
+        attach(layer, LoraConfig(r=rank))
+    return layer
+
+
+def placed(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """In a dtype, but for the adapters, which stay in float32."""
+    layer.to(device, dtype)
     for module in lora_modules(layer).values():
         module.lora_A.float(), module.lora_B.float()
     return layer
 
 
-def our_side(
+def our_layer(
     layer: Block, config: Phi2Config, positions: Tensor, until: Tensor | None, fused: bool, impl: str = "triton"
-) -> Side:
+) -> Implementation:
     """A layer of ours.
 
     Args:
@@ -129,7 +142,7 @@ def our_side(
         with implementation(impl):
             return fused_forward(layer, x, angles, visibility) if fused else layer(x, angles, visibility, None)
 
-    return block_side(forward, layer)
+    return of_layer(forward, layer)
 
 
 @contextmanager
@@ -142,7 +155,7 @@ def implementation(impl: str) -> Iterator[None]:
         _dispatch.default_impl = before
 
 
-def block_side(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Side:
+def of_layer(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Implementation:
     """A layer with the gradients of its input and of everything it trains."""
     parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
 
@@ -151,7 +164,7 @@ def block_side(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Side:
         dx, *grads = torch.autograd.grad(y, [x, *parameters.values()], dy)
         return {"output": y.detach(), "grad of x": dx, **dict(zip(parameters, grads, strict=True))}
 
-    return Side(run, finish=_biases_joined)
+    return Implementation(run, finish=_biases_joined)
 
 
 def _biases_joined(outputs: Outputs) -> Outputs:
@@ -167,9 +180,9 @@ def block_reference(
     """The layer as it is written in `phi2/model.py`, in float32, with none of our kernels."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    side = our_side(deepcopy(layer).float(), config, positions, until, fused=False, impl="torch")
+    plain = our_layer(deepcopy(layer).float(), config, positions, until, fused=False, impl="torch")
     with sdpa_kernel(SDPBackend.MATH):
-        return side.finish(side.run(*gpu.in_float32(x, dy)))
+        return plain.finish(plain.run(*comparison.in_float32(x, dy)))
 
 
 def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Module:
@@ -179,12 +192,7 @@ def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Modul
 
     theirs = PhiConfig(**config.to_dict())
     theirs._attn_implementation = "sdpa"
-    theirs = PhiDecoderLayer(theirs, 0).eval()
-    if rank:
-        attach(theirs, LoraConfig(r=rank))
+    theirs = adapted(PhiDecoderLayer(theirs, 0).eval(), rank)
     theirs.load_state_dict(layer.state_dict())
     weight = layer.input_layernorm.weight
-    theirs.to(weight.device, weight.dtype)
-    for module in lora_modules(theirs).values():
-        module.lora_A.float(), module.lora_B.float()
-    return theirs
+    return placed(theirs, weight.device, weight.dtype)

@@ -6,15 +6,14 @@ The twin is made once, by transformers, in bfloat16. A cold page cache measures 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from benchmarks.harness.processes import forget_peak, memory
 from benchmarks.registry import GateError, Measure, Report, Spread, case
 
 GIB = 2**30
@@ -64,29 +63,12 @@ def _in_process(work, *arguments):
         return pool.apply(work, arguments)
 
 
-def _resident() -> float:
-    """GiB of memory this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GIB
-
-
 def _peak(work) -> tuple[float, float]:
     """Seconds a function takes, and the most memory above the start that it holds, in GiB."""
-    start, seen, done = _resident(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            seen.append(_resident() - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
-    try:
-        work()
-    finally:
-        seconds = time.perf_counter() - began
-        done.set()
-        watcher.join()
-    return seconds, max(seen)
+    forget_peak()
+    start, began = memory("VmRSS"), time.perf_counter()
+    work()
+    return time.perf_counter() - began, (memory("VmHWM") - start) / GIB
 
 
 @torch.no_grad()

@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cases import attention as ops_attention
-from benchmarks.cases import block as ops_block
+from benchmarks.cases import attention, block
 from benchmarks.harness import gpu
-from benchmarks.harness.gpu import ROUNDING, Inputs, Outputs, Side, Task
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair, EncodedSequence
 from phi2.training.packing import TokenRow, row_of_pairs, row_of_sequences
-from phi2_kernels.attention import attention
+from phi2_kernels.attention import attention as attend
 from phi2_kernels.visibility import Visibility
 
 PROMPT, ANSWER = (150, 0.8), (250, 0.6)  # median, and deviation of the logarithm, in tokens
@@ -49,11 +48,11 @@ class Pair(NamedTuple):
 def prefix_sharing(turns: int) -> Report:
     device, pairs = gpu.device(), sample_pairs(16384)
     layout = Layout(pairs, device)
-    tasks = [
-        attention_task(layout, torch.bfloat16, H=32, D=80),
-        *(block_task(layout, torch.bfloat16, Phi2Config(), rank) for rank in (16, 0)),
+    comparisons = [
+        compare_attention(layout, torch.bfloat16, H=32, D=80),
+        *(compare_block(layout, torch.bfloat16, Phi2Config(), rank) for rank in (16, 0)),
     ]
-    return gpu.report(tasks, turns, saving(pairs))
+    return gpu.report(comparisons, turns, saving(pairs))
 
 
 def sample_pairs(tokens: int, seed: int = 0) -> list[Pair]:
@@ -135,31 +134,31 @@ class Layout:
         return folded
 
 
-def attention_task(layout: Layout, dtype: torch.dtype, H: int, D: int) -> Task:
+def compare_attention(layout: Layout, dtype: torch.dtype, H: int, D: int) -> Comparison:
     """q, k, v are (1, H, T, D)."""
     shared, unshared = (
         Visibility(row.input_ids.shape[1], row.input_ids.shape[1], row.visible_until, row.input_ids.device)
         for row in (layout.shared, layout.unshared)
     )
 
-    def side(visibility: Visibility, impl: str = "triton", **options) -> Side:
-        forward = partial(attention, visibility=visibility, impl=impl)
-        return ops_attention.side(forward, backward=True, **options)
+    def of(visibility: Visibility, impl: str = "triton", **options) -> Implementation:
+        forward = partial(attend, visibility=visibility, impl=impl)
+        return attention.of_function(forward, backward=True, **options)
 
     gradients = ("grad of q", "grad of k", "grad of v")
     T = shared.keys
-    return Task(
+    return Comparison(
         name="attention",
-        inputs=partial(ops_attention.attention_inputs, shared.device, dtype, 1, H, T, D, True),
-        reference=partial(ops_attention.reference, shared),
-        ours=side(shared),
-        plain=side(shared, impl="torch"),
+        inputs=partial(attention.attention_inputs, shared.device, dtype, 1, H, T, D, True),
+        reference=partial(attention.reference, shared),
+        ours=of(shared),
+        plain=of(shared, impl="torch"),
         peers={
-            "without sharing": lambda: side(
+            "without sharing": lambda: of(
                 unshared, prepare=partial(layout.spread_out, 2), finish=lambda o: layout.folded(2, o, gradients)
             )
         },
-        work=ops_attention.attention_work(H, sum(map(shared_scores, layout.pairs)), T, D, backward=True),
+        work=attention.attention_work(H, sum(map(shared_scores, layout.pairs)), T, D, backward=True),
         rounding=ROUNDING[dtype],
         targets={"without sharing": TARGET},
         per_second=(len(layout.pairs), "pairs/s"),
@@ -167,26 +166,26 @@ def attention_task(layout: Layout, dtype: torch.dtype, H: int, D: int) -> Task:
     )
 
 
-def block_task(layout: Layout, dtype: torch.dtype, config: Phi2Config, rank: int) -> Task:
-    """A fused layer; see `ops_block.block_task` for the rank."""
+def compare_block(layout: Layout, dtype: torch.dtype, config: Phi2Config, rank: int) -> Comparison:
+    """A fused layer; see `block.compare_block` for the rank."""
     rows = layout.shared, layout.unshared
     device, T = layout.index.device, rows[0].input_ids.shape[1]
-    layer, unfused = (ops_block.new_layer(device, dtype, config, rank) for _ in range(2))
-    ours, theirs = (ops_block.our_side(layer, config, row.positions, row.visible_until, fused=True) for row in rows)
+    layer, unfused = (block.new_layer(device, dtype, config, rank) for _ in range(2))
+    ours, theirs = (block.our_layer(layer, config, row.positions, row.visible_until, fused=True) for row in rows)
     where = config, rows[0].positions, rows[0].visible_until
     unshared = replace(
         theirs,
         prepare=partial(layout.spread_out, 1),
         finish=lambda outputs: theirs.finish(layout.folded(1, outputs, ("grad of x",))),
     )
-    return Task(
+    return Comparison(
         name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
-        inputs=partial(ops_block.block_inputs, device, dtype, 1, T, config.hidden_size),
-        reference=partial(ops_block.block_reference, unfused, *where),
+        inputs=partial(block.block_inputs, device, dtype, 1, T, config.hidden_size),
+        reference=partial(block.block_reference, unfused, *where),
         ours=ours,
-        plain=ops_block.our_side(unfused, *where, fused=False, impl="torch"),
+        plain=block.our_layer(unfused, *where, fused=False, impl="torch"),
         peers={"without sharing": lambda: unshared},
-        work=ops_block.block_work(config, T, sum(map(shared_scores, layout.pairs)), rank),
+        work=block.block_work(config, T, sum(map(shared_scores, layout.pairs)), rank),
         rounding=ROUNDING[dtype],
         targets={"without sharing": TARGET},
         per_second=(len(layout.pairs), "pairs/s"),

@@ -1,6 +1,6 @@
 """One token of the whole of Phi-2 behind a long context: our recorded step, with weights of three widths.
 
-Caches begin with random numbers, which cost what real ones cost; every call adds a token to the cache of its side.
+Caches begin with random numbers, which cost what real ones cost; every call adds a token to the cache of its own.
 
 Dims: V vocabulary, C hidden, F mlp.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.block import implementation
-from benchmarks.harness import gpu
-from benchmarks.harness.gpu import ROUNDING, Outputs, Side, Task, Work
+from benchmarks.harness import comparison, gpu
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
 from benchmarks.registry import Report, case
 from phi2.cache import KVCache
 from phi2.config import Phi2Config
@@ -34,11 +34,13 @@ ROOM = 1024  # tokens that calls may add
 @case("decode_step", turns=100, summary="one token of the whole of Phi-2 behind 1024 others")
 def decode_step(turns: int) -> Report:
     device = gpu.device()
-    tasks = [step_task(device, torch.bfloat16, Phi2Config(), 1024, format) for format in BITS]
-    return gpu.report(tasks, turns, {"rows": 1, "context": 1024})
+    comparisons = [compare_step(device, torch.bfloat16, Phi2Config(), 1024, format) for format in BITS]
+    return gpu.report(comparisons, turns, {"rows": 1, "context": 1024})
 
 
-def step_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, context: int, format: str | None) -> Task:
+def compare_step(
+    device: torch.device, dtype: torch.dtype, config: Phi2Config, context: int, format: str | None
+) -> Comparison:
     """Weights as they are, or in a format of `phi2.quantize`; everybody else's are then whole, and as rounded as ours.
 
     Args:
@@ -48,21 +50,21 @@ def step_task(device: torch.device, dtype: torch.dtype, config: Phi2Config, cont
 
     def reference(ids: Tensor) -> Outputs:
         with implementation("torch"):
-            return passes_side(model(format).float(), cache(torch.float32)).run(ids)
+            return whole_passes(model(format).float(), cache(torch.float32)).run(ids)
 
     whole = model(format)
     peers = {
-        "ours, kernel by kernel": lambda: passes_side(whole, cache()),
-        "ours, blocks as written": lambda: written_side(model() if format else whole, cache(), format),
+        "ours, kernel by kernel": lambda: whole_passes(whole, cache()),
+        "ours, blocks as written": lambda: recorded_as_written(model() if format else whole, cache(), format),
     }
     if format is None:
-        peers["transformers"] = lambda: transformers_side(whole, cache())
-    return Task(
+        peers["transformers"] = lambda: transformers_step(whole, cache())
+    return Comparison(
         name=f"step {format or str(dtype).removeprefix('torch.')}",
         inputs=lambda seed: (torch.full((1, 1), seed % config.vocab_size, device=device),),
         reference=reference,
-        ours=our_side(model() if format else whole, cache(), format),
-        plain=passes_side(whole, cache()),
+        ours=recorded(model() if format else whole, cache(), format),
+        plain=whole_passes(whole, cache()),
         peers=peers,
         work=step_work(config, context, *BITS[format]),
         rounding=2 * ROUNDING[dtype],  # of some two hundred matmuls, one behind the other
@@ -102,15 +104,15 @@ def random_cache(
     device: torch.device, dtype: torch.dtype, config: Phi2Config, context: int, other: torch.dtype | None = None
 ) -> KVCache:
     """Random keys and values, the same ones in every call; held in the `other` dtype if there is one."""
-    normal, cache = gpu.random(1, device), KVCache(config, 1, context + ROOM, other or dtype, device)
+    normal, cache = comparison.random(1, device), KVCache(config, 1, context + ROOM, other or dtype, device)
     for buffer in (cache.keys, cache.values):
         buffer[:, :, :, :context] = normal(*buffer[:, :, :, :context].shape, dtype=dtype)
     cache.advance(context)
     return cache
 
 
-def going_on(step: Callable[[Tensor], Tensor], device: torch.device) -> Side:
-    """A side whose calls go on from where the last one ended.
+def going_on(step: Callable[[Tensor], Tensor], device: torch.device) -> Implementation:
+    """What goes on with each call from where the last one ended.
 
     Args:
         step: token ids (1, 1) -> logits (1, V).
@@ -118,27 +120,27 @@ def going_on(step: Callable[[Tensor], Tensor], device: torch.device) -> Side:
     step = torch.no_grad()(step)
     for token in BEFORE:
         step(torch.full((1, 1), token, device=device))
-    return Side(lambda ids: {"output": step(ids).clone()})
+    return Implementation(lambda ids: {"output": step(ids).clone()})
 
 
-def our_side(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Side:
+def recorded(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:
     if format:
         quantize_model(model, format)
     return going_on(RecordedStep(model, cache, None, None), model.device)
 
 
-def written_side(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Side:
-    """Our side without `block_step`: a recording of six products a block, and of all that lies between them."""
+def recorded_as_written(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:
+    """Ours without `block_step`: a recording of six products a block, and of all that lies between them."""
     with mock.patch.object(step, "block_step", lambda block, *inputs: block(*inputs)):
-        return our_side(model, cache, format)
+        return recorded(model, cache, format)
 
 
-def passes_side(model: Phi2ForCausalLM, cache: KVCache) -> Side:
+def whole_passes(model: Phi2ForCausalLM, cache: KVCache) -> Implementation:
     """One whole forward pass after another, as it is written in `phi2/model.py`."""
     return going_on(lambda ids: model(ids, cache=cache)[:, -1].float(), model.device)
 
 
-def transformers_side(model: Phi2ForCausalLM, cache: KVCache) -> Side:
+def transformers_step(model: Phi2ForCausalLM, cache: KVCache) -> Implementation:
     """The model of transformers with the weights of ours, and its growing cache with the numbers of ours."""
     from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness.processes import THREADS, Turns, duel
+from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
 from phi2.checkpoints.peft_files import save_adapter
 from phi2.checkpoints.weights import save_pretrained
@@ -42,8 +42,8 @@ SEED, MAX_LENGTH, MANY_STEPS = 42, 512, 10_000
 TOLERANCE = {"loss": 1e-4, "grad_norm": 1e-3}
 
 
-class Task(NamedTuple):
-    """What both sides load and how they train."""
+class Job(NamedTuple):
+    """What both load and how they train."""
 
     folder: Path
     batch_size: int
@@ -83,11 +83,11 @@ def sft_checkpointed_step_vs_trl(turns: int) -> Report:
 
 
 def _compare(kind: str, batch_size: int, checkpointing: bool, turns: int, time: float, memory: float) -> Report:
-    sides = (our_dpo, trl_dpo) if kind == "preference" else (our_sft, trl_sft)
+    workers = (our_dpo, trl_dpo) if kind == "preference" else (our_sft, trl_sft)
     with TemporaryDirectory() as folder:
-        task = Task(Path(folder), batch_size, MAX_LENGTH, checkpointing)
-        rows = _prepare(task.folder, kind)
-        result = duel(*sides, task, turns, TOLERANCE)
+        job = Job(Path(folder), batch_size, MAX_LENGTH, checkpointing)
+        rows = _prepare(job.folder, kind)
+        result = compare(*workers, job, turns, TOLERANCE)
     apart = ", ".join(f"{name} by at most {value:.1e}" for name, value in result.largest_difference.items())
     return Report(
         peer={name: metadata.version(name) for name in ("trl", "transformers", "peft")},
@@ -105,7 +105,7 @@ def _compare(kind: str, batch_size: int, checkpointing: bool, turns: int, time: 
     )
 
 
-# ---- what both sides load ----
+# ---- what both load ----
 
 
 def shared_folder() -> Path:
@@ -155,49 +155,49 @@ def _prepare(folder: Path, kind: str) -> int:
 def _conversation(record: Chat | Pair) -> dict[str, list[dict]]:
     """A record as a row that both libraries read the same way."""
     if isinstance(record, Chat):
-        return {"prompt": _turns(record.messages[:-1]), "completion": _turns(record.messages[-1:])}
-    return {name: _turns(getattr(record, name)) for name in ("prompt", "chosen", "rejected")}
+        return {"prompt": _plain(record.messages[:-1]), "completion": _plain(record.messages[-1:])}
+    return {name: _plain(getattr(record, name)) for name in ("prompt", "chosen", "rejected")}
 
 
-def _turns(messages: tuple[Message, ...]) -> list[dict]:
+def _plain(messages: tuple[Message, ...]) -> list[dict]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-# ---- the sides ----
+# ---- what runs in the two processes ----
 
 
-def our_dpo(turns: Turns, task: Task) -> None:
-    config = _our_config(dpo.DPOConfig, task)
+def our_dpo(timer: Timer, job: Job) -> None:
+    config = _our_config(dpo.DPOConfig, job)
     session = start(config)
     pairs, model, optimizer = _our_start(session)
     reference, loss = make_reference(session, config, model, None, pairs), bind_loss(config.loss, config.knobs)
     model.train(not config.disable_dropout)
     windows = windows_of(config, len(pairs))
     for step in range(MANY_STEPS):
-        turns.begin()
+        timer.start()
         batches = [[pairs[i] for i in batch] for batch in windows.at(step)]
         metrics = dpo.update(config, model, optimizer, batches, reference, loss)
-        turns.end()
-        turns.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
+        timer.stop()
+        timer.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
 
 
-def our_sft(turns: Turns, task: Task) -> None:
-    config = _our_config(sft.SFTConfig, task)
+def our_sft(timer: Timer, job: Job) -> None:
+    config = _our_config(sft.SFTConfig, job)
     rows, model, optimizer = _our_start(start(config))
     blocks = sft.pack(rows, config, separator=0)
     model.train()
     windows = windows_of(config, len(blocks))
     for step in range(MANY_STEPS):
-        turns.begin()
+        timer.start()
         batches = [[blocks[i] for i in batch] for batch in windows.at(step)]
         metrics = sft.update(config, model, optimizer, batches)
-        turns.end()
-        turns.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
+        timer.stop()
+        timer.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
 
 
-def _our_config(config: type, task: Task):
-    where = dict(model=str(task.folder / "base"), data=str(task.folder / "rows.jsonl"), output=str(task.folder))
-    return config(**where, device="cpu", dtype="float32", lora=LoraConfig(**LORA), **task.settings())
+def _our_config(config: type, job: Job):
+    where = dict(model=str(job.folder / "base"), data=str(job.folder / "rows.jsonl"), output=str(job.folder))
+    return config(**where, device="cpu", dtype="float32", lora=LoraConfig(**LORA), **job.settings())
 
 
 def _our_start(session: Session):
@@ -206,19 +206,19 @@ def _our_start(session: Session):
     return rows, model, Optimizer(model, config, MANY_STEPS, scale_loss=False)
 
 
-def trl_dpo(turns: Turns, task: Task) -> None:
+def trl_dpo(timer: Timer, job: Job) -> None:
     import trl
 
-    _train_with_trl(trl.DPOTrainer, trl.DPOConfig, turns, task)
+    _train_with_trl(trl.DPOTrainer, trl.DPOConfig, timer, job)
 
 
-def trl_sft(turns: Turns, task: Task) -> None:
+def trl_sft(timer: Timer, job: Job) -> None:
     import trl
 
-    _train_with_trl(trl.SFTTrainer, trl.SFTConfig, turns, task)
+    _train_with_trl(trl.SFTTrainer, trl.SFTConfig, timer, job)
 
 
-def _train_with_trl(trainer_class: type, config_class: type, turns: Turns, task: Task) -> None:
+def _train_with_trl(trainer_class: type, config_class: type, timer: Timer, job: Job) -> None:
     import datasets
     import peft
     import transformers
@@ -227,28 +227,28 @@ def _train_with_trl(trainer_class: type, config_class: type, turns: Turns, task:
         """The loop of `Trainer` waits for its turn before every step."""
 
         def on_step_begin(self, *_, **__) -> None:
-            turns.begin()
+            timer.start()
 
         def on_step_end(self, *_, **__) -> None:
-            turns.end()
+            timer.stop()
 
         def on_log(self, args, state, control, logs, **_) -> None:
-            turns.report(loss=logs["loss"], grad_norm=logs["grad_norm"])
+            timer.report(loss=logs["loss"], grad_norm=logs["grad_norm"])
 
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     plain = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1)
     trainer = trainer_class(
-        transformers.PhiForCausalLM.from_pretrained(task.folder / "base", dtype=torch.float32),
-        args=config_class(str(task.folder / "trl"), **plain, **task.settings()),
+        transformers.PhiForCausalLM.from_pretrained(job.folder / "base", dtype=torch.float32),
+        args=config_class(str(job.folder / "trl"), **plain, **job.settings()),
         train_dataset=datasets.Dataset.from_list(
-            [json.loads(row) for row in (task.folder / "rows.jsonl").read_text().splitlines()]
+            [json.loads(row) for row in (job.folder / "rows.jsonl").read_text().splitlines()]
         ),
-        processing_class=transformers.AutoTokenizer.from_pretrained(task.folder / "base"),
+        processing_class=transformers.AutoTokenizer.from_pretrained(job.folder / "base"),
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **LORA),
         callbacks=[TakeTurns()],
     )
-    start = peft.load_peft_weights(task.folder / "adapter", device="cpu")
+    start = peft.load_peft_weights(job.folder / "adapter", device="cpu")
     peft.set_peft_model_state_dict(trainer.model, start)
     trainer.train()

@@ -1,15 +1,10 @@
-"""Shipped launches of every kernel, compiled for an A100 and an H100 where there is neither, and held to their budgets.
-
-`benchmarks/harness/launches.py` lists them.
+"""Launches compiled for an A100 and an H100 where there is neither, and held to their budgets.
 
 The launchers run as they do in training, on tensors that have a shape and a dtype but no memory and say they are on a
 GPU; Triton specialises and compiles what they launch, and the launch itself is left out. So what is read here is the
-code that a GPU would run, down to the divisibility of strides. `benchmarks/harness/sass.py` reads it.
+code that a GPU would run, down to the divisibility of strides. `sass.py` reads it.
 
-    python -m benchmarks.run --case aot_report
-
-Beside the shipped launches there are three that must not pass: attention padded from 80 to 128 dims, attention on
-strides that Triton knows nothing of, and the head's gradients without their barrier.
+Triton's cache keeps what it compiled: a launch is compiled once, whoever asks.
 """
 
 from __future__ import annotations
@@ -19,11 +14,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,9 +25,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.harness.launches import FORMS, OTHER_WIDTHS, PADDED, SHIPPED, WORK, D
+from benchmarks.harness import spec
 from benchmarks.harness.sass import CHIPS, Code
-from benchmarks.registry import GateError, Measure, Report, Spread, case
+from benchmarks.registry import load
 
 STACK = 16  # bytes of a thread that may not fit its registers
 TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
@@ -145,25 +138,28 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
         yield launched
 
 
-def compiled_rows(arch: int, forms: Iterable[str]) -> list[Row]:
-    """Compiles forms for an architecture. Triton must have been imported without TRITON_INTERPRET."""
-    pending: list[Future[Row]] = []
+def compiled(arch: int, jobs: list[tuple[str, list | None]]) -> list[list[Row]]:
+    """The rows of each job of `rows_of`, in this process; Triton must have been imported without TRITON_INTERPRET."""
     with ThreadPoolExecutor(1) as reader:  # the disassembler works while Triton compiles what comes next
-        for form in forms:
-            with compile_only(arch) as launched:
-                for launch in FORMS[form]:
-                    launch()
-            pending += [reader.submit(row_of, *launch, form, arch) for launch in distinct(launched)]
-    return [row.result() for row in pending]
+        pending = [[reader.submit(row_of, *launch, job[0], arch) for launch in launched(arch, *job)] for job in jobs]
+        return [[row.result() for row in rows] for rows in pending]
 
 
-def distinct(launched: list[tuple[Any, Any, dict]]) -> list[tuple[Any, Any, dict]]:
-    """Of launches whose code is the same, the last."""
-    return list({compiled.hash: (kernel, compiled, constants) for kernel, compiled, constants in launched}.values())
+def launched(arch: int, name: str, values: list | None) -> list[tuple[Any, Any, dict]]:
+    """What a job launches; of launches whose code is the same, the last."""
+    entry = spec.entries().get(name)
+    with compile_only(arch, entry.kernel if entry else "") as found:
+        if entry:
+            with entry.launched_as(arch, entry.launch(arch, values)):
+                entry.compile()
+        else:
+            for launch in spec.launchers(name):
+                launch()
+    return list({code.hash: (kernel, code, constants) for kernel, code, constants in found}.values())
 
 
 def name_of(kernel) -> str:
-    """Its file and what it does, as in the table `WORK`."""
+    """Its file and what it does, as in `spec.Op.work`."""
     op = kernel.fn.__module__.split(".")[-1].removesuffix("_triton").removesuffix("_forward").removesuffix("_backward")
     return f"{op} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
 
@@ -172,14 +168,16 @@ def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
     name = name_of(kernel)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     code = Code.read(compiled.asm["cubin"], arch, warps, shared)
-    unpadded = {"PIECES": (D,)} if form == PADDED else {}
-    work, chip = WORK[name](**compiled.src.signature | constants | unpadded), CHIPS[arch]
+    unpadded = {"PIECES": (spec.PHI2.D,)} if form == spec.PADDED else {}
+    works = {name: work for op in spec.OPS.values() for name, work in op.work.items()}
+    types = {argument.removesuffix("_ptr"): _first(type_) for argument, type_ in compiled.src.signature.items()}
+    work, chip = works[name](**types | constants | unpadded), CHIPS[arch]
     clocks = code.clocks(code.main_loop, work.dram_bytes)
     needed = max(work.multiply_adds / chip.tensor, work.float32 / chip.fp32, clocks["dram"])
     bound = max(clocks, key=clocks.get)
     return Row(
         kernel=name,
-        launch=_launch(compiled.src.signature, constants | unpadded),
+        launch=_launch(types, constants | unpadded),
         form=form,
         arch=arch,
         warps=warps,
@@ -197,7 +195,12 @@ def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
     )
 
 
-def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
+def _first(type_: str | tuple) -> str:
+    """Of a tensor its pointer's type, of several tensors the first one's."""
+    return _first(type_[0]) if isinstance(type_, tuple) else type_
+
+
+def _launch(types: dict[str, str], constants: dict[str, Any]) -> str:
     tile = [
         f"{name.removeprefix('BLOCK_').lower()}{value}"
         for name, value in constants.items()
@@ -205,82 +208,34 @@ def _launch(signature: dict[str, str], constants: dict[str, Any]) -> str:
     ]
     flags = [name.lower() for name, value in constants.items() if value is True and name.isupper()]
     pieces = [f"d{sum(constants['PIECES'])}"] if "PIECES" in constants else []
-    exact = ["float32"] if getattr(signature.get("q"), "ptr", "") == "*fp32" else []
-    given = [
-        name for name in ("until_ptr", "until", "scales", "zeros") if signature.get(name, "constexpr") != "constexpr"
-    ]
+    exact = ["float32"] if types.get("q") == "*fp32" else []
+    given = [name for name in ("until", "scales", "zeros") if types.get(name, "constexpr") != "constexpr"]
     return " ".join([*pieces, *exact, *tile, *flags, *given])
 
 
-def measure(forms: Iterable[str] = tuple(FORMS)) -> list[Row]:
-    """`compiled_rows` of all architectures, each in a process of its own."""
+def measure(forms: Iterable[str] = spec.FORMS) -> list[Row]:
+    """All that is launched in these forms, for all architectures."""
     with ThreadPoolExecutor(len(CHIPS)) as pool:
-        printed = pool.map(lambda arch: printed_by("benchmarks.harness.aot", str(arch), *forms), CHIPS)
-        return [Row(**row) for rows in printed for row in json.loads(rows)]
+        found = pool.map(lambda arch: rows_of(arch, [(form, None) for form in forms]), CHIPS)
+        return [row for jobs in found for rows in jobs for row in rows]
 
 
-def printed_by(module: str, *arguments: str) -> str:
-    """What `python -m module` prints in a process that has no interpreter and an empty cache."""
-    with TemporaryDirectory() as cache:
-        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        clean |= {"TRITON_CACHE_DIR": cache, "TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", module, *arguments]
-        process = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True)
+def rows_of(arch: int, jobs: list[tuple[str, Any]]) -> list[list[Row]]:
+    """Compiles in a process without interpreter.
+
+    Args:
+        jobs: a form and None; or the name of an entry, and the values of the launch with which it is compiled.
+    """
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    clean |= {"TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "benchmarks.harness.aot", str(arch), json.dumps(jobs)]
+    process = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        raise ChildProcessError(f"{module} ended with exit code {process.returncode}")
-    return process.stdout
-
-
-@case("aot_report", turns=1, summary="what the shipped kernels occupy and issue, compiled for sm_80 and sm_90")
-def aot_report(turns: int) -> Report:
-    rows = measure()
-    shipped = [row for row in rows if row.form in (SHIPPED, OTHER_WIDTHS)]
-    broken = [f"{row.kernel} {row.launch} for sm_{row.arch}: {text}" for row in shipped for text in violations(row)]
-    if broken:
-        raise GateError("; ".join(broken))
-    return Report(
-        peer={"padded-to-128": metadata.version("triton")},
-        gate=f"all {len(shipped)} shipped launches are within their budgets",
-        measures=[measure for row in rows if row.form == PADDED and row.useful for measure in _against(shipped, row)],
-        facts={"efficiency": "clocks of the useful work by those of the busiest unit, if all units overlap; a model"},
-        table=[_cells(row) for row in rows],
-    )
-
-
-def _against(shipped: list[Row], padded: Row) -> list[Measure]:
-    """A padded launch beside the shipped one that it is a form of."""
-    ours = next(x for x in shipped if (x.kernel, x.launch, x.arch) == (padded.kernel, padded.launch, padded.arch))
-    quantities = {
-        "multiply-adds a tile": ("Mi", [max(row.multiply_adds) / 2**20 for row in (ours, padded)], False),
-        "shared memory": ("KiB", [row.shared / 1024 for row in (ours, padded)], False),
-        "static efficiency": ("of 1", [row.efficiency for row in (ours, padded)], True),
-    }
-    which = f"sm_{ours.arch} {ours.kernel.removeprefix('attention ')}"
-    return [
-        Measure(f"{which}: {name}", unit, *(Spread.of([x]) for x in values), more_is_better=more)
-        for name, (unit, values, more) in quantities.items()
-    ]
-
-
-def _cells(row: Row) -> dict[str, str | int | float]:
-    """A line of the table."""
-    return {
-        "kernel": row.kernel,
-        "launch": row.launch,
-        "form": row.form,
-        "sm": row.arch,
-        "warps": row.warps,
-        "regs": row.registers,
-        "stack B": row.stack,
-        "shared KiB": round(row.shared / 1024, 1),
-        "CTAs": row.programs,
-        "16-B copies": row.copies,
-        "MMA of useful": round(max(row.multiply_adds, default=0) / row.useful, 2) if row.useful else "",
-        "bound by": row.bound,
-        "efficiency": row.efficiency,
-        "over budget": ", ".join(violations(row)),
-    }
+        raise ChildProcessError(f"benchmarks.harness.aot ended with exit code {process.returncode}")
+    return [[Row(**row) for row in rows] for rows in json.loads(process.stdout)]
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in compiled_rows(int(sys.argv[1]), sys.argv[2:])]))
+    load()
+    found = compiled(int(sys.argv[1]), json.loads(sys.argv[2]))
+    print(json.dumps([[asdict(row) for row in rows] for rows in found]))

@@ -1,14 +1,14 @@
-"""Two libraries side by side: each lives in a process of its own and they take turns at the same work.
+"""Two libraries compared: each lives in a process of its own, and they take turns at the same work.
 
-A side is a function `side(turns, task)`. It prepares what it needs, then goes around
+What a process runs is a function `worker(timer, job)`. It prepares what it needs, then goes around
 
-    turns.begin()              waits for its turn, and starts the clock
+    timer.start()              waits for its turn, and starts the clock
     ...                        the work
-    turns.end()                stops the clock
-    turns.report(loss=...)     what came of it
+    timer.stop()               stops the clock
+    timer.report(loss=...)     what came of it
 
-until `begin` ends the process. A machine that slows down slows both sides, and the peak of a process's memory is the
-peak of one side. What both report is compared after every turn: that is the gate.
+until `start` ends the process. A machine that slows down slows both, and the peak of a process's memory is the peak of
+one library. What both report is compared after every turn: that is the gate.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ THREADS = 2  # of torch, in either process
 WARM_UP = 2  # turns that are compared but not timed
 MIB = 2**20
 
-Side = Callable[["Turns", Any], None]
+Worker = Callable[["Timer", Any], None]
 
 
 class Turn(NamedTuple):
-    """One turn of a side.
+    """One turn of a worker.
 
     Attributes:
-        seconds, cpu_seconds: between `begin` and `end`, on the clock and of all the process's threads together.
+        seconds, cpu_seconds: between `start` and `stop`, on the clock and of all the process's threads together.
         flops: multiplications and additions of its matmuls; counted in the first turn only, which is slower for it.
         resident, peak: bytes of memory of the process before the first turn, and at most since the second one began.
-        outcome: what the side reported; both must report the same.
+        outcome: what was reported; both must report the same.
     """
 
     seconds: float
@@ -54,16 +54,15 @@ class Turn(NamedTuple):
     outcome: dict[str, Any]
 
 
-class Turns:
-    """The side's end of the line."""
+class Timer:
+    """The worker's end of the line."""
 
     def __init__(self, line: Connection) -> None:
-        self._line, self._resident, self._flops = line, 0, 0
-        self._count = 0
+        self._line, self._resident, self._flops, self._count = line, 0, 0, 0
 
-    def begin(self) -> None:
+    def start(self) -> None:
         if self._count == 0:
-            self._resident = _memory("VmRSS")
+            self._resident = memory("VmRSS")
             self._line.send("ready")
         try:
             self._line.recv()
@@ -73,10 +72,10 @@ class Turns:
         if self._count == 0:
             self._counter = self._counting.enter_context(flop_counter())
         if self._count == 1:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            forget_peak()
         self._start = time.perf_counter(), time.process_time()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self._took = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
         self._counting.close()
         if self._count == 0:
@@ -84,7 +83,7 @@ class Turns:
         self._count += 1
 
     def report(self, **outcome: Any) -> None:
-        self._line.send(Turn(*self._took, self._flops, self._resident, _memory("VmHWM"), outcome))
+        self._line.send(Turn(*self._took, self._flops, self._resident, memory("VmHWM"), outcome))
 
 
 def flop_counter():
@@ -113,19 +112,24 @@ def _head_backward_flops(
     return 2 * weight[0] * (whole * prod(hidden) + low_rank * adapter)
 
 
-def _memory(name: str) -> int:
+def memory(name: str) -> int:
     """Bytes of physical memory of this process: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-class _Process:
-    """A side in its process."""
+def forget_peak() -> None:
+    """VmHWM begins anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
-    def __init__(self, side: Side, task: Any) -> None:
+
+class _Process:
+    """A worker in its process."""
+
+    def __init__(self, worker: Worker, job: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        self.name, (self._line, theirs) = side.__name__, context.Pipe()
-        self._process = context.Process(target=_work, args=(side, task, theirs), daemon=True)
+        self.name, (self._line, theirs) = worker.__name__, context.Pipe()
+        self._process = context.Process(target=_work, args=(worker, job, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -144,15 +148,15 @@ class _Process:
         self._process.join()
 
 
-def _work(side: Side, task: Any, line: Connection) -> None:
+def _work(worker: Worker, job: Any, line: Connection) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  trainers print; the report is the parent's
     torch.set_num_threads(THREADS)
-    side(Turns(line), task)
+    worker(Timer(line), job)
 
 
-class Duel(NamedTuple):
-    """All turns of two sides, warm-up first, and the largest difference between what they reported."""
+class Result(NamedTuple):
+    """All turns of both, warm-up first, and the largest difference between what they reported."""
 
     ours: list[Turn]
     theirs: list[Turn]
@@ -165,12 +169,16 @@ class Duel(NamedTuple):
             Measure("CPU time", "relative", *self._relative(lambda turn: turn.cpu_seconds)),
         ]
 
-    def speeds(self, **target: Any) -> list[Measure]:
+    def speeds(self) -> list[Measure]:
         """Turns per time in units of the peer's median, on the clock and of the processors."""
-        more = dict(more_is_better=True)
         return [
-            Measure("tok/s", "relative", *self._relative(lambda turn: 1 / turn.seconds), **target, **more),
-            Measure("tokens per CPU time", "relative", *self._relative(lambda turn: 1 / turn.cpu_seconds), **more),
+            Measure("tok/s", "relative", *self._relative(lambda turn: 1 / turn.seconds), more_is_better=True),
+            Measure(
+                "tokens per CPU time",
+                "relative",
+                *self._relative(lambda turn: 1 / turn.cpu_seconds),
+                more_is_better=True,
+            ),
         ]
 
     def _relative(self, value: Callable[[Turn], float]) -> tuple[Spread, Spread]:
@@ -179,50 +187,46 @@ class Duel(NamedTuple):
         return Spread.of([v / unit for v in mine]), Spread.of([v / unit for v in reference])
 
     def flops(self) -> Measure:
-        return _single("matmul work", "GFLOP", *(turns[0].flops / 1e9 for turns in self[:2]))
+        return self._single("matmul work", "GFLOP", lambda turns: turns[0].flops / 1e9)
 
     def memory(self, **target: Any) -> list[Measure]:
         """Peak of the whole process, and how far that is above what stood there before the first turn."""
-        last = self.ours[-1], self.theirs[-1]
-        peaks = [turn.peak / MIB for turn in last]
-        grown = [(turn.peak - turn.resident) / MIB for turn in last]
+        above = "peak RSS above loaded model"
         return [
-            _single("peak RSS of the process", "MiB", *peaks, **target),
-            _single("peak RSS above loaded model", "MiB", *grown, **target),
+            self._single("peak RSS of the process", "MiB", lambda turns: turns[-1].peak / MIB, **target),
+            self._single(above, "MiB", lambda turns: (turns[-1].peak - turns[-1].resident) / MIB, **target),
         ]
 
+    def _single(self, name: str, unit: str, value: Callable[[list[Turn]], float], **target: Any) -> Measure:
+        return Measure(name, unit, *(Spread(*[value(turns)] * 3) for turns in (self.ours, self.theirs)), **target)
 
-def _single(name: str, unit: str, ours: float, theirs: float, **target: Any) -> Measure:
-    return Measure(name, unit, Spread(ours, ours, ours), Spread(theirs, theirs, theirs), **target)
 
-
-def duel(ours: Side, theirs: Side, task: Any, turns: int, tolerance: Mapping[str, float]) -> Duel:
-    """Lets both sides take `turns` turns behind the warm-up, one after the other.
+def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mapping[str, float]) -> Result:
+    """Lets both take `turns` turns behind the warm-up, one after the other.
 
     Args:
         ours, theirs: importable functions; they are called in processes of their own.
-        task: what both are given; it is pickled.
+        job: what both are given; it is pickled.
         tolerance: how far each thing that both report may differ, as a share of its largest number.
     Raises:
         GateError: as soon as they differ by more.
-        ChildProcessError: when a side fails.
+        ChildProcessError: when one fails.
     """
-    sides = [_Process(side, task) for side in (ours, theirs)]
-    done: tuple[list[Turn], list[Turn]] = [], []
-    differences = dict.fromkeys(tolerance, 0.0)
+    processes = [_Process(worker, job) for worker in (ours, theirs)]
+    result = Result([], [], dict.fromkeys(tolerance, 0.0))
     try:
-        for side in sides:
-            side.wait()
+        for process in processes:
+            process.wait()
         for number in range(1, WARM_UP + turns + 1):
-            for side, taken in zip(sides, done, strict=True):
-                taken.append(side.turn())
+            for process, taken in zip(processes, result, strict=False):
+                taken.append(process.turn())
             for name, allowed in tolerance.items():
-                mine, reference = (torch.as_tensor(taken[-1].outcome[name]).double() for taken in done)
+                mine, reference = (torch.as_tensor(taken[-1].outcome[name]).double() for taken in result[:2])
                 apart = ((mine - reference).abs().max() / reference.abs().max().clamp(min=1e-12)).item()
-                differences[name] = max(differences[name], apart)
+                result.largest_difference[name] = max(result.largest_difference[name], apart)
                 if not apart <= allowed:
                     raise GateError(f"turn {number}: {name} differs by {apart:.1e} of its size, allowed {allowed:.0e}")
     finally:
-        for side in sides:
-            side.stop()
-    return Duel(*done, differences)
+        for process in processes:
+            process.stop()
+    return result

@@ -12,8 +12,8 @@ import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 
@@ -123,16 +123,19 @@ class Code:
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """What cuobjdump says of resources, and nvdisasm's listing."""
+    """What cuobjdump says of resources, and nvdisasm's listing; kept in Triton's cache, beside the cubin."""
     import triton
+    from triton.runtime.cache import get_cache_manager
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        commands = ([tools / "cuobjdump", "--dump-resource-usage", file], [tools / "nvdisasm", "-c", "-ndf", file])
-        usage, listing = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
-    return usage, listing
+    cache, found = get_cache_manager(sha256(cubin).hexdigest()), []
+    for tool, *options in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c", "-ndf")):
+        if cache.get_file(tool) is None:
+            cubin_file = cache.put(cubin, "kernel.cubin")
+            command = [tools / tool, *options, cubin_file]
+            cache.put(subprocess.run(command, capture_output=True, text=True, check=True).stdout, tool, binary=False)
+        found.append(Path(cache.get_file(tool)).read_text())
+    return found[0], found[1]
 
 
 def parse(listing: str) -> tuple[list[str], list[range]]:

@@ -1,58 +1,148 @@
-"""What `benchmarks/tune.py` tunes: entries of the launch tables, and for each the few launches that may be better.
+"""One spec an op: what its kernels need, how they are launched, and which other launches may be better.
 
-They are those that theory leaves: enough warps to hide memory, accumulators that fit the registers, and in attention no
-tile whose warps would do the same work twice. Among hundreds the clock would pick the luckiest.
+A spec stands in benchmarks/cases, beside the benchmark case of its op. From it come the launches that `aot.py` compiles
+and holds to their budgets, and the candidates that `benchmarks/tune.py` compiles, checks and times.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.harness import calls
-from benchmarks.harness import launches as aot_launches
-from benchmarks.harness.gpu import Inputs, Outputs
+from benchmarks.harness import comparison
+from benchmarks.harness.comparison import Outputs
 
+SHIPPED, OTHER_WIDTHS = "shipped", "other widths"  # of heads: for other models than Phi
+PADDED, UNALIGNED, UNORDERED = "padded", "unaligned", "unordered"  # must not pass
+FORMS = (SHIPPED, OTHER_WIDTHS, PADDED, UNALIGNED, UNORDERED)
+FAKE = torch.device("meta")  # of tensors that are only compiled for
 Launch = Any  # a NamedTuple or a dict, as the table has it
+Texts = dict[str, Any]  # arguments by name: texts that `make` understands, lists of them, and what is passed as it is
+
+
+class Shapes(NamedTuple):
+    """Of a training step of Phi-2, and of a decode step behind S tokens."""
+
+    B: int = 8
+    H: int = 32
+    S: int = 2048
+    D: int = 80
+    N: int = 8 * 2048  # rows
+    C: int = 2560
+    F: int = 10240
+    V: int = 51200
+    CHUNK: int = 2048  # rows of logits
+    half: torch.dtype = torch.bfloat16
+
+
+PHI2 = Shapes()
+
+
+class RoundWork(NamedTuple):
+    """What one round of a kernel's main loop needs, or one program where there is no loop."""
+
+    multiply_adds: int = 0  # on tensor cores
+    dram_bytes: int = 0
+    float32: int = 0  # multiply-adds without them
+
+
+def make(text: str, shapes: Shapes, normal: Callable[..., Tensor], device: torch.device) -> Tensor:
+    """The tensor that a text describes.
+
+    "N 2H C/32"              small normal numbers in half precision
+    "N:float32"              in another dtype
+    "N:int32%S", "1:int32=S" counted from 0, by a modulus; all the same
+    "B S H D -> B H S D"     a view with another order of dims
+    """
+    text, _, kind = text.partition(":")
+    order, _, view = text.partition("->")
+    size = [_size(term, shapes) for term in order.split()]
+    dtype, rule, number = re.fullmatch(r"(\w*)([%=]?)(\w*)", kind).groups()
+    if rule:
+        filled = torch.arange(prod(size), device=device) % _size(number, shapes)
+        filled = filled if rule == "%" else torch.full_like(filled, _size(number, shapes))
+        return filled.view(size).to(getattr(torch, dtype))
+    x = normal(*size, dtype=getattr(torch, dtype) if dtype else shapes.half, scale=0.1)
+    return x.permute([order.split().index(dim) for dim in view.split()]) if view else x
+
+
+def _size(term: str, shapes: Shapes) -> int:
+    """Of a dim: "C", "2H", "C/32" or a number."""
+    factor, name, divisor = re.fullmatch(r"(\d*)([A-Z]*)/?(\d*)", term).groups()
+    return int(factor or 1) * (getattr(shapes, name) if name else 1) // int(divisor or 1)
 
 
 @dataclass(frozen=True)
-class Op:
+class Call:
+    """A call of a launcher at the shapes of Phi-2.
+
+    Attributes:
+        launcher: "file.function" in `phi2_kernels`.
+        reads: its arguments by name, what it writes over among them. The first is the launcher's first.
+        writes: the others, which are new memory.
+        over: names of what it writes over.
+        also: arguments in the place of some of `reads`, with which it is compiled too.
+    """
+
+    launcher: str
+    reads: Texts
+    writes: Texts = field(default_factory=dict)
+    over: tuple[str, ...] = ()
+    also: Texts = field(default_factory=dict)
+
+    def inputs(self, shapes: Shapes, device: torch.device, seed: int, **changes: Any) -> dict[str, Any]:
+        one = partial(make, shapes=shapes, normal=comparison.random(seed, device), device=device)
+        return tree_map(lambda x: one(x) if isinstance(x, str) else x, self.reads | self.writes | changes)
+
+    def run(self, inputs: dict[str, Any]) -> Outputs:
+        """What it wrote and returned, by name."""
+        written = {name: tree_map(torch.empty_like, inputs[name]) for name in self.writes}
+        first, *_ = arguments = inputs | written
+        module, _, function = self.launcher.partition(".")
+        launch = getattr(import_module(f"phi2_kernels.{module}"), function)
+        returned = launch(arguments.pop(first), **arguments)
+        outputs = written | {name: inputs[name] for name in self.over} | {"returned": returned}
+        leaves = {name: tree_leaves(x) for name, x in outputs.items() if x is not None}
+        return {name if len(xs) == 1 else f"{name}[{i}]": x for name, xs in leaves.items() for i, x in enumerate(xs)}
+
+
+@dataclass(frozen=True)
+class Entry:
     """An entry of a launch table.
 
     Attributes:
-        entry: the file in `phi2_kernels` whose LAUNCH is meant, and the key in LAUNCH[architecture].
-        kernel: what it launches, by its name in `aot_launches.WORK`.
+        file, key: it is LAUNCH[architecture][key] in a file of `phi2_kernels`.
+        kernel: what it launches, by its name in `Op.work`.
         candidates: by architecture, the values of a launch in the order of its fields. The shipped one may be missing.
-        compiles: launches the kernel, among others, in all its forms; for `aot.compile_only`.
-        inputs: of a device and a seed.
-        call: what is timed.
-        flag: where two entries have one kernel, what only launches of this one have; with "no " before it, lack.
-        in_graph: the call is so short that it is timed in a CUDA graph.
+            They are the few that theory leaves: among hundreds the clock would pick the luckiest.
+        calls: launch it; timed as one.
+        in_graph: they are so short that they are timed in a CUDA graph.
     """
 
-    entry: tuple[str, str]
+    file: str
+    key: str
     kernel: str
     candidates: dict[int, list[tuple]]
-    compiles: Callable[[], None]
-    inputs: Callable[[torch.device, int], Inputs]
-    call: Callable[..., Outputs]
-    flag: str = ""
+    calls: tuple[Call, ...]
     in_graph: bool = False
 
     def table(self, arch: int) -> dict[str, Launch]:
         """The entries of an architecture, among them this one. Launchers read them at each launch."""
-        return import_module(f"phi2_kernels.{self.entry[0]}").LAUNCH[arch]
+        return import_module(f"phi2_kernels.{self.file}").LAUNCH[arch]
 
     def shipped(self, arch: int) -> Launch:
-        return self.table(arch)[self.entry[1]]
+        return self.table(arch)[self.key]
 
     def launches(self, arch: int) -> list[Launch]:
         """The shipped one, then the others."""
@@ -63,21 +153,55 @@ class Op:
     def launch(self, arch: int, values: tuple) -> Launch:
         """Of the fields that the shipped one has."""
         shipped = self.shipped(arch)
-        if isinstance(shipped, dict):
-            return dict(zip(shipped, values, strict=True))
-        return type(shipped)(*values)
+        return dict(zip(shipped, values, strict=True)) if isinstance(shipped, dict) else type(shipped)(*values)
 
-    def has_made(self, flags: str) -> bool:
-        """Whether a launch of the kernel with such flags (see `aot.Row.launch`) is by this entry."""
-        flag = self.flag.removeprefix("no ")
-        return not flag or (flag in flags.split()) != self.flag.startswith("no ")
+    @contextmanager
+    def launched_as(self, arch: int, launch: Launch) -> Iterator[None]:
+        """Within, the table has this launch in the place of the shipped one."""
+        with mock.patch.dict(self.table(arch), {self.key: launch}):
+            yield
+
+    def inputs(self, device: torch.device, seed: int) -> tuple[dict[str, Any], ...]:
+        return tuple(call.inputs(PHI2, device, seed) for call in self.calls)
+
+    def run(self, *inputs: dict[str, Any]) -> Outputs:
+        outputs = [call.run(own) for call, own in zip(self.calls, inputs, strict=True)]
+        return {f"{name} of {i}" if i else name: x for i, own in enumerate(outputs) for name, x in own.items()}
+
+    def compile(self, shapes: Shapes = PHI2, only_timed: bool = False) -> None:
+        """Launches the kernel in all its forms; for `aot.compile_only`."""
+        for call in self.calls:
+            call.run(call.inputs(shapes, FAKE, 0))
+            if call.also and not only_timed:
+                call.run(call.inputs(shapes, FAKE, 0, **call.also))
 
 
-@contextmanager
-def launched_as(op: Op, arch: int, launch: Launch) -> Iterator[None]:
-    """Within, the table has this launch in the place of the shipped one."""
-    with mock.patch.dict(op.table(arch), {op.entry[1]: launch}):
-        yield
+@dataclass(frozen=True)
+class Op:
+    """The kernels of an op.
+
+    Attributes:
+        work: by kernel, what a round of it needs, given a launch's constants and the types of its pointers.
+        entries: of its launch tables, by the tuner's name.
+        forms: by form, functions that launch its kernels in other ways than the entries; for `aot.compile_only`.
+    """
+
+    work: dict[str, Callable[..., RoundWork]]
+    entries: dict[str, Entry]
+    forms: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
+
+
+OPS: dict[str, Op] = {}
+
+
+def entries() -> dict[str, Entry]:
+    return {name: entry for op in OPS.values() for name, entry in op.entries.items()}
+
+
+def launchers(form: str) -> list[Callable[[], Any]]:
+    """Functions that launch all that is compiled in a form."""
+    own = [entry.compile for entry in entries().values()] if form == SHIPPED else []
+    return [*own, *(launcher for op in OPS.values() for launcher in op.forms.get(form, []))]
 
 
 def label(launch: Launch) -> str:
@@ -88,145 +212,3 @@ def label(launch: Launch) -> str:
 def on_both(*candidates: tuple) -> dict[int, list[tuple]]:
     """The same for every architecture."""
     return {80: [*candidates], 90: [*candidates]}
-
-
-def gelu(entry: str, call: Callable[..., Outputs]) -> Op:
-    candidates = on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8))
-    return Op(("gelu_triton", entry), f"gelu {entry}", candidates, aot_launches.gelu, calls.gelu_inputs, call)
-
-
-def gemv(form: str, M: int, candidates: dict[int, list[tuple]]) -> Op:
-    """Into a layer and out of it, by one entry."""
-    entry = form if M == 1 else f"{form} rows"
-    inputs = partial(calls.layer_inputs, form, M)
-    return Op(
-        ("gemv_triton", entry),
-        "gemv each",
-        candidates,
-        partial(aot_launches.gemv, form, M),
-        inputs,
-        calls.layer,
-        in_graph=True,
-    )
-
-
-OPS = {
-    # block_m queries, block_n keys, warps, stages. With 16 rows a warp, shared memory binds; with 32, registers do.
-    "attention_forward": Op(
-        ("attention_tiles_triton", "forward"),
-        "attention forward",
-        {
-            80: [(128, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3)],
-            90: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)],
-        },
-        aot_launches.attention,
-        calls.attention_inputs,
-        calls.attention_forward,
-    ),
-    "attention_dkdv": Op(
-        ("attention_tiles_triton", "dkdv"),
-        "attention dkdv",
-        {
-            80: [(32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)],
-            90: [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
-        },
-        aot_launches.attention,
-        calls.attention_inputs,
-        calls.attention_backward,
-    ),
-    "attention_dq": Op(
-        ("attention_tiles_triton", "dq"),
-        "attention dq",
-        {
-            80: [(128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)],
-            90: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
-        },
-        aot_launches.attention,
-        calls.attention_inputs,
-        calls.attention_backward,
-    ),
-    # warps; a row is 2560 columns
-    **{
-        f"layer_norm_{entry}": Op(
-            ("layer_norm_triton", entry),
-            f"layer_norm {entry.removesuffix('_sums')}",
-            on_both((1,), (2,), (4,), (8,)),
-            aot_launches.layer_norm,
-            calls.norm_inputs,
-            call,
-            flag,
-        )
-        for entry, call, flag in (
-            ("forward", calls.norm_forward, ""),
-            ("backward", partial(calls.norm_backward, False), "no sums"),
-            ("backward_sums", partial(calls.norm_backward, True), "sums"),
-        )
-    },
-    # rows, columns, warps
-    "gelu_forward": gelu("forward", calls.gelu_forward),
-    "gelu_backward": gelu("backward", calls.gelu_backward),
-    # heads, warps
-    "apply_rotary": Op(
-        ("rotary_triton", "apply_rotary"),
-        "rotary apply_rotary",
-        on_both((32, 1), (16, 1), (64, 1), (32, 2), (64, 2)),
-        aot_launches.rotary,
-        calls.rotary_inputs,
-        calls.apply_rotary,
-    ),
-    "apply_rotary_and_store": Op(
-        ("rotary_triton", "apply_rotary_and_store"),
-        "rotary apply_rotary_and_store",
-        on_both((16, 1), (8, 1), (32, 1), (16, 2), (32, 2)),
-        aot_launches.rotary,
-        calls.token_inputs,
-        calls.apply_rotary_and_store,
-        in_graph=True,
-    ),
-    # columns at a time, warps
-    "linear_logprob_stats": Op(
-        ("linear_logprob_triton", "stats"),
-        "linear_logprob stats",
-        on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8)),
-        aot_launches.linear_logprob,
-        calls.logits_inputs,
-        calls.stats,
-    ),
-    "linear_logprob_gradient": Op(
-        ("linear_logprob_triton", "gradient"),
-        "linear_logprob gradient",
-        on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16)),
-        aot_launches.linear_logprob,
-        calls.logits_inputs,
-        calls.gradient,
-    ),
-    # keys at a time, stages, warps
-    "decode_attention": Op(
-        ("decode_attention_triton", "attend"),
-        "decode_attention attend",
-        on_both((32, 3, 4), (16, 3, 4), (32, 2, 4), (32, 4, 4), (64, 3, 4), (64, 3, 8)),
-        aot_launches.decode,
-        calls.query_inputs,
-        calls.decode_attention,
-        in_graph=True,
-    ),
-    # columns, rows, warps, stages
-    **{
-        f"gemv_{form}": gemv(
-            form,
-            1,
-            on_both((512, 8, 4, 1), (512, 4, 4, 1), (1024, 4, 4, 1), (1024, 8, 8, 1), (512, 16, 8, 1), (256, 8, 4, 1)),
-        )
-        for form in ("half", "int8", "int4")
-    },
-    **{
-        f"gemv_{form}_rows": gemv(
-            form,
-            8,
-            on_both(
-                (256, 16, 4, 3), (256, 16, 4, 4), (512, 16, 4, 3), (512, 16, 8, 3), (256, 16, 8, 1), (256, 32, 8, 1)
-            ),
-        )
-        for form in ("half", "int8", "int4")
-    },
-}

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
+from benchmarks.cases import aot_report
 from benchmarks.harness import aot, sass
 from benchmarks.harness.aot import Row, violations
-from benchmarks.harness.launches import FORMS, OTHER_WIDTHS, PADDED, UNALIGNED, UNORDERED
 from benchmarks.harness.sass import Code
+from benchmarks.harness.spec import FORMS, OTHER_WIDTHS, PADDED, UNALIGNED, UNORDERED
 from benchmarks.registry import GateError
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
@@ -109,7 +110,7 @@ def test_the_report_shows_our_split_beside_the_padded_form(rows, monkeypatch, ca
 def test_there_is_no_report_of_a_broken_budget(forward, monkeypatch):
     monkeypatch.setattr(aot, "measure", lambda: [replace(forward, stack=64)])
     with pytest.raises(GateError, match="attention forward d80 m128 n64 for sm_80: 64 bytes of stack"):
-        aot.aot_report(1)
+        aot_report.aot_report(1)
 
 
 LISTING = """

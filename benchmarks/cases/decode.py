@@ -1,0 +1,185 @@
+"""What a decode step is made of: attention of one query to a cache, and products of few rows with weights.
+
+Dims: B batch, H heads, S keys, D head dim, M rows of a product, K its inputs, N its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import comparison, gpu, spec
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Work
+from benchmarks.harness.spec import PHI2, Call, Entry, Op, RoundWork
+from benchmarks.registry import Report, case
+from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
+from phi2_kernels.gemv import gemv
+from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
+
+GROUP = 32  # columns of an int4 weight that share a scale
+WEIGHT_FORMS: dict[str, Callable[[Tensor], Weight]] = {
+    "bf16": Weight,
+    "int8": quantize_int8,
+    "int4": partial(quantize_int4, group=GROUP),
+}
+
+
+@case("decode_ops", turns=50, summary="attention to a cache of 2048 keys; gemv of bf16, int8 and int4 weights")
+def decode_ops(turns: int) -> Report:
+    """Each timed inside a CUDA graph, as a decode step runs."""
+    device, dtype = gpu.device(), torch.bfloat16
+    comparisons = [compare_decode_attention(device, dtype, B, H=32, S=2048, D=80) for B in (1, 8)]
+    for N, K in ((17920, 2560), (2560, 12800), (51200, 2560)):  # into a layer, out of it, and the head
+        comparisons += [compare_gemv(device, dtype, form, 1, N, K) for form in WEIGHT_FORMS]
+    return gpu.report(comparisons, turns, {"int4 group": GROUP})
+
+
+def compare_short(
+    name: str,
+    inputs: Callable[[int], Inputs],
+    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    peers: dict[str, Implementation],
+    work: Work,
+    dtype: torch.dtype,
+) -> Comparison:
+    """A step of decoding, bound by memory.
+
+    Args:
+        functions: ours, and the formula.
+        peers: the first is torch's own, which is always there.
+    """
+    ours, formula = functions
+    return Comparison(
+        name=name,
+        inputs=inputs,
+        reference=lambda *x: {"output": formula(*comparison.in_float32(*x))},
+        ours=of_function(ours),
+        plain=next(iter(peers.values())),
+        peers={name: lambda peer=peer: peer for name, peer in peers.items()},
+        work=work,
+        rounding=ROUNDING[dtype],
+        per_second=(work.bytes / 1e9, "GB/s"),
+        sets=8,
+        in_graph=True,
+    )
+
+
+def of_function(function: Callable[..., Tensor], **options) -> Implementation:
+    return Implementation(lambda *inputs: {"output": function(*inputs)}, **options)
+
+
+# ---- attention of one query ----
+
+
+def compare_decode_attention(device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int) -> Comparison:
+    """One query per row, all S keys filled."""
+    lengths = torch.full((B,), S, dtype=torch.int32, device=device)
+
+    def inputs(seed: int) -> Inputs:
+        normal = comparison.random(seed, device)
+        return tuple(normal(B, H, n, D, dtype=dtype) for n in (1, S, S))
+
+    functions = (
+        lambda q, k, v: decode_attention(q, k, v, lengths, impl="triton"),
+        lambda q, k, v: decode_attention_ref(q, k, v, lengths),
+    )
+    peers, work = {"SDPA": of_function(F.scaled_dot_product_attention)}, decode_attention_work(B, H, S, D)
+    return compare_short(f"decode_attention B{B} S{S}", inputs, functions, peers, work, dtype)
+
+
+def decode_attention_work(B: int, H: int, S: int, D: int) -> Work:
+    """Two matmuls of one query; keys and values, the query and the output."""
+    return Work(4 * B * H * S * D, 2 * B * H * D * (2 * S + 2))
+
+
+# Candidates: keys at a time, stages, warps.
+KEYS = spec.on_both((32, 3, 4), (16, 3, 4), (32, 2, 4), (32, 4, 4), (64, 3, 4), (64, 3, 8))
+ATTEND = Call(
+    "decode_attention_triton.attend",
+    reads=dict(q="1 H 1 D", k="1 H S D", v="1 H S D", lengths="1:int32=S", until=None),
+    writes=dict(o="1 H 1 D"),
+    also=dict(until="1 S:int32=S"),
+)
+FILE, ATTENTION = "decode_attention_triton", "decode_attention attend"
+spec.OPS["decode_attention"] = Op(
+    work={
+        ATTENTION: lambda BLOCK_S, PIECES, **_: RoundWork(dram_bytes=BLOCK_S * sum(PIECES) * 4),
+        "decode_attention combine": lambda BLOCK_SPLITS, **_: RoundWork(dram_bytes=BLOCK_SPLITS * PHI2.D * 4),
+    },
+    entries={"decode_attention": Entry(FILE, "attend", ATTENTION, KEYS, (ATTEND,), in_graph=True)},
+)
+
+
+# ---- products of few rows ----
+
+
+def compare_gemv(device: torch.device, dtype: torch.dtype, form: str, M: int, N: int, K: int) -> Comparison:
+    """M rows times a weight (N, K); the peers multiply the half-precision weight that a small one stands for."""
+
+    def inputs(seed: int) -> Inputs:
+        normal = comparison.random(seed, device)
+        weight = WEIGHT_FORMS[form](normal(N, K, dtype=dtype, scale=K**-0.5))
+        return normal(M, K, dtype=dtype), *(part for part in weight if part is not None)
+
+    def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        return (F.linear(x, codes.to(x.dtype)) * scale).to(x.dtype)
+
+    peers = {"F.linear": of_function(F.linear, prepare=lambda x, *parts: (x, Weight(*parts).dense().to(dtype)))}
+    if form == "int8":
+        peers["torch.compile"] = of_function(comparison.compiled(int8_linear, device))
+    functions = (
+        lambda x, *parts: gemv(x, Weight(*parts), impl="triton"),
+        lambda x, *parts: x.float() @ Weight(*parts).dense().float().T,
+    )
+    return compare_short(f"gemv {form} {N}x{K}", inputs, functions, peers, gemv_work(form, M, N, K), dtype)
+
+
+def gemv_work(form: str, M: int, N: int, K: int) -> Work:
+    """The weight in its form, with the scales of rows (int8) or the scales and zeros of groups (int4); x and y."""
+    weight = {"bf16": 2 * N * K, "int8": N * K + 2 * N, "int4": N * K // 2 + 4 * N * K // GROUP}[form]
+    return Work(2 * M * N * K, weight + 2 * M * (K + N))
+
+
+def round_work(codes: str, BLOCK_N: int, BLOCK_K: int, GROUP: int, PARTS: int, **_) -> RoundWork:
+    """One round of a product's loop: codes and, for int4, scales and zeros; on tensor cores eight rows of x."""
+    bits = {"*bf16": 16, "*i8": 8, "*u8": 4 + 32 // max(1, GROUP)}[codes]
+    matmuls = 0 if PARTS == 0 else 2 if GROUP else 1  # int4: codes by x, and ones by x
+    return RoundWork(8 * matmuls * BLOCK_N * BLOCK_K, BLOCK_N * BLOCK_K * bits // 8)
+
+
+def weights(form: str, *sizes: str) -> dict[str, list[str]]:
+    """Arguments of the launchers for weights of sizes "N K"; a list is empty where a form has none of it."""
+    rows = [size.split()[0] for size in sizes]
+    groups = [f"{size}/{GROUP}" for size in sizes]
+    codes = {"half": "{}", "int8": "{}:int8%16", "int4": "{}/2:uint8%256"}[form]
+    scales, zeros = {"half": ([], []), "int8": (rows, []), "int4": (groups, groups)}[form]
+    return dict(codes=[codes.format(size) for size in sizes], scales=scales, zeros=zeros, biases=rows)
+
+
+def gemv_entry(form: str, M: int) -> Entry:
+    """Into a layer and out of it, by one entry. Candidates: columns, rows, warps, stages."""
+    into = Call(
+        "gemv_triton.each",
+        reads=dict(x=f"{M} C", **weights(form, "C C", "C C", "C C", "F C"), gelu_last=True),
+        writes=dict(ys=[f"{M} C"] * 3 + [f"{M} F"]),
+    )
+    out = Call(
+        "gemv_triton.summed",
+        reads=dict(skip=f"{M} C", xs=[f"{M} C", f"{M} F"], **weights(form, "C C", "C F")),
+        writes=dict(y=f"{M} C"),
+    )
+    key, candidates = (form, ONE_ROW) if M == 1 else (f"{form} rows", ROWS)
+    return Entry("gemv_triton", key, "gemv each", spec.on_both(*candidates), (into, out), in_graph=True)
+
+
+ONE_ROW = (512, 8, 4, 1), (512, 4, 4, 1), (1024, 4, 4, 1), (1024, 8, 8, 1), (512, 16, 8, 1), (256, 8, 4, 1)
+ROWS = (256, 16, 4, 3), (256, 16, 4, 4), (512, 16, 4, 3), (512, 16, 8, 3), (256, 16, 8, 1), (256, 32, 8, 1)
+GEMVS = [gemv_entry(form, M) for M in (1, 8) for form in ("half", "int8", "int4")]
+spec.OPS["gemv"] = Op(
+    work={"gemv each": round_work, "gemv sum": round_work},
+    entries={f"gemv_{gemv.key.replace(' ', '_')}": gemv for gemv in GEMVS},
+)

@@ -1,0 +1,141 @@
+"""The head: log-probabilities of tokens without their logits.
+
+Dims: N tokens, C hidden, V vocabulary, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import comparison, gpu, spec
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness.spec import Call, Entry, Op, RoundWork
+from benchmarks.registry import Report, case
+from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
+
+ARGUMENTS = "hidden weight bias targets"
+
+
+@case("head", turns=20, summary="log-probabilities of 16384 tokens and their gradients, head frozen and trainable")
+def head(turns: int) -> Report:
+    """At most 1.1 x the time of its matmuls, and with a frozen head 0.6 GB beside the inputs."""
+    device, shape = gpu.device(), dict(N=16384, C=2560, V=51200)
+    comparisons = [compare_head(device, torch.bfloat16, trainable=trainable, **shape) for trainable in (False, True)]
+    return gpu.report(comparisons, turns, shape)
+
+
+def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: int, trainable: bool) -> Comparison:
+    """hidden, weight, bias, targets -> log-probabilities; a trainable head makes its logits twice."""
+
+    def inputs(seed: int) -> Inputs:
+        normal = comparison.random(seed, device)
+        weights = (normal(*shape, dtype=dtype, scale=C**-0.5, grad=trainable) for shape in ((V, C), (V,)))
+        targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed)).to(device)
+        return normal(N, C, dtype=dtype, grad=True), *weights, targets, normal(N, dtype=torch.float32)
+
+    def eager(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
+
+    own = 4 if trainable else 2
+    kept = {"the 3 matmuls of kept logits": lambda: Implementation(partial(_matmuls, 3), is_compared=False)}
+    return comparison.compare_functions(
+        f"head {'trainable' if trainable else 'frozen'}",
+        inputs,
+        ARGUMENTS,
+        (lambda *x: linear_logprob(*x, impl="triton")[0], lambda *x: linear_logprob_ref(*x)[0], eager),
+        head_work(N, C, V, trainable),
+        device,
+        peers={
+            f"its {own} matmuls": lambda: Implementation(partial(_matmuls, own), is_compared=False),
+            **(kept if trainable else {}),
+            "Liger": lambda: Implementation(comparison.forward_backward(_liger(), ARGUMENTS)),
+            "F.linear_cross_entropy": lambda: Implementation(
+                comparison.forward_backward(_linear_cross_entropy(), ARGUMENTS)
+            ),
+        },
+        rounding=ROUNDING[dtype],
+        targets={f"its {own} matmuls": 1.1},
+        peak_limit=None if trainable else 0.6,
+        sets=2,
+    )
+
+
+def gradients_of(forward: Callable[..., Tensor]) -> Implementation:
+    return Implementation(comparison.forward_backward(forward, ARGUMENTS))
+
+
+def head_work(N: int, C: int, V: int, trainable: bool) -> Work:
+    """Logits, and one matmul for each gradient; hidden and its gradient, the weight and, if it is wanted, its own."""
+    matmuls, weights = (3, 2) if trainable else (2, 1)
+    return Work(matmuls * 2 * N * C * V, 2 * (2 * N * C + weights * V * C))
+
+
+def _matmuls(count: int, hidden: Tensor, weight: Tensor, *_) -> Outputs:
+    """The first `count` of: logits, gradient of hidden, gradient of the weight, logits again."""
+    with torch.no_grad():
+        logits = hidden @ weight.T  # they stand for their gradient too
+        matmuls = (lambda: logits @ weight, lambda: logits.T @ hidden, lambda: hidden @ weight.T)
+        return {str(i): matmul() for i, matmul in enumerate(matmuls[: count - 1])}
+
+
+def _liger() -> Callable[..., Tensor]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
+    return lambda hidden, weight, bias, targets: -loss(weight, hidden, targets, bias)
+
+
+def _linear_cross_entropy() -> Callable[..., Tensor]:
+    """torch's, from 2.13 on, in chunks."""
+    chunks = torch.nn.LinearCrossEntropyOptions()
+    return lambda hidden, weight, bias, targets: (
+        -F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="none", options=chunks)
+    )
+
+
+# The kernels read logits (n, V) and write their gradient over them. Candidates: columns at a time, warps.
+ROWS = dict(logits="CHUNK V:float32", bias="V", targets="CHUNK:int64%V")
+NEW_ROWS = dict(logp="CHUNK:float32", lse="CHUNK:float32")
+STATS = Call(
+    "linear_logprob_triton.stats",
+    reads=ROWS | dict(entropies=None, grad_dtype=torch.bfloat16),
+    writes=NEW_ROWS,
+    also=dict(entropies="CHUNK:float32"),
+)
+GRADIENT = Call(
+    "linear_logprob_triton.gradient",
+    reads=ROWS | dict(lse="CHUNK:float32", scale="CHUNK:float32", grad_dtype=torch.bfloat16),
+)
+ENTRIES = {
+    f"linear_logprob_{key}": Entry("linear_logprob_triton", key, f"linear_logprob {key}", candidates, (call,))
+    for key, call, candidates in (
+        ("stats", STATS, spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))),
+        ("gradient", GRADIENT, spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))),
+    )
+}
+
+
+def unordered() -> None:
+    """Without a barrier between reading logits and writing over them."""
+    from phi2_kernels import linear_logprob_triton
+
+    flags = linear_logprob_triton._flags
+    with mock.patch.object(linear_logprob_triton, "_flags", lambda *call: flags(*call) | {"BARRIER": False}):
+        for entry in ENTRIES.values():
+            entry.compile(only_timed=True)
+
+
+spec.OPS["linear_logprob"] = Op(
+    work={
+        "linear_logprob stats": lambda BLOCK_V, **_: RoundWork(dram_bytes=BLOCK_V * 4),
+        "linear_logprob gradient": lambda BLOCK_V, **_: RoundWork(dram_bytes=BLOCK_V * 6),
+    },
+    entries=ENTRIES,
+    forms={spec.UNORDERED: [unordered]},
+)
