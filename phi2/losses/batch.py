@@ -45,11 +45,11 @@ class Columns(dict[str, Tensor]):
 class PairBatch:
     """Everything a preference loss may look at, token by token.
 
-    Dims: B pairs, C and R the longest chosen and rejected answer.
+    Dims: B pairs, T_w and T_l tokens of the longest chosen and rejected answer.
 
     Attributes:
-        policy_chosen_logps, ref_chosen_logps: (B, C) float32 in nats, 0 behind the end of an answer.
-        policy_rejected_logps, ref_rejected_logps: (B, R) likewise. The ref ones are None in a reference-free run.
+        policy_chosen_logps, ref_chosen_logps: (B, T_w) float32 in nats, 0 behind the end of an answer.
+        policy_rejected_logps, ref_rejected_logps: (B, T_l) likewise. The ref ones are None in a reference-free run.
         chosen_mask, rejected_mask: bool of the same shapes, True at tokens of the answer.
         columns: (B,) float32 for each numeric column of the data set (score_chosen, weight, ...).
     """

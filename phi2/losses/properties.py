@@ -21,7 +21,7 @@ CLOSE = 1e-4  # by how much of the largest number of a batch the rounding of one
 
 
 class Outcome(NamedTuple):
-    """A loss's values, (B,), and the gradients of their sum, (B, C) and (B, R)."""
+    """A loss's values, (B,), and the gradients of their sum, (B, T_w) and (B, T_l)."""
 
     values: Tensor
     chosen: Tensor

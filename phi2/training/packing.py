@@ -47,39 +47,38 @@ class TokenRow:
 def row_of_sequences(sequences: Sequence[EncodedSequence]) -> TokenRow:
     """Sequences one behind the other; a masked token is predicted by the token before it in its own sequence."""
     starts = _starts([len(s.ids) for s in sequences])
-    rows = [start + np.flatnonzero(s.mask[1:]) for start, s in zip(starts, sequences, strict=True)]
     return _row(
         ids=[s.ids for s in sequences],
         positions=[np.arange(len(s.ids)) for s in sequences],
         until=[np.full(len(s.ids), start + len(s.ids)) for start, s in zip(starts, sequences, strict=True)],
-        rows=rows,
+        indices=[start + np.flatnonzero(s.mask[1:]) for start, s in zip(starts, sequences, strict=True)],
         targets=[s.ids[1:][s.mask[1:]] for s in sequences],
     )
 
 
 def row_of_pairs(pairs: Sequence[EncodedPair]) -> TokenRow:
     """[prompt | chosen | rejected] of every pair; targets are each pair's chosen tokens, then its rejected tokens."""
-    ids, positions, until, rows, targets = [], [], [], [], []
+    ids, positions, until, indices, targets = [], [], [], [], []
     for start, pair in zip(_starts([p.tokens for p in pairs]), pairs, strict=True):
-        P, C, R = (len(part) for part in (pair.prompt, pair.chosen, pair.rejected))
-        end = start + P + C + R
+        prompt, chosen, rejected = (len(part) for part in (pair.prompt, pair.chosen, pair.rejected))
+        behind_chosen, end = start + prompt + chosen, start + prompt + chosen + rejected
         ids += [pair.prompt, pair.chosen, pair.rejected]
-        positions += [np.arange(P + C), np.arange(P, P + R)]
-        until += [np.full(P, end), np.full(C, start + P + C), np.full(R, end)]
-        last = start + P - 1  # the prompt's last token predicts the first token of both answers
-        rows += [last + np.arange(C), [last][: min(R, 1)], last + C + np.arange(1, R)]
+        positions += [np.arange(prompt + chosen), np.arange(prompt, prompt + rejected)]
+        until += [np.full(prompt, end), np.full(chosen, behind_chosen), np.full(rejected, end)]
+        last = start + prompt - 1  # the prompt's last token predicts the first token of both answers
+        indices += [last + np.arange(chosen), [last][: min(rejected, 1)], last + chosen + np.arange(1, rejected)]
         targets += [pair.chosen, pair.rejected]
-    return _row(ids, positions, until, rows, targets)
+    return _row(ids, positions, until, indices, targets)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
     return [0, *np.cumsum(lengths)[:-1].tolist()]
 
 
-def _row(ids, positions, until, rows, targets) -> TokenRow:
-    joined = (np.concatenate(part) for part in (ids, positions, until, rows, targets))
-    ids, positions, until, rows, targets = (torch.from_numpy(part.astype(np.int64)) for part in joined)
-    return TokenRow(ids[None], positions[None], until[None].int(), rows, targets)
+def _row(ids, positions, until, indices, targets) -> TokenRow:
+    joined = (np.concatenate(part) for part in (ids, positions, until, indices, targets))
+    ids, positions, until, indices, targets = (torch.from_numpy(part.astype(np.int64)) for part in joined)
+    return TokenRow(ids[None], positions[None], until[None].int(), indices, targets)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
