@@ -116,3 +116,11 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on():
     folder = "/wo" + "rk/"
     found = subprocess.run(["git", "grep", "--untracked", "-l", "-F", folder], cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (1, ""), found.stderr  # 1: searched, and found nothing
+
+
+def test_the_readme_lists_every_file_of_the_library():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2]
+    kernels = [path for path in (ROOT / "kernels" / "phi2_kernels").glob("*.py") if not path.stem.endswith("_triton")]
+    library = [path for path in (ROOT / "phi2").rglob("*.py") if not path.name.startswith("__")]
+    named = set(re.findall(r"[\w]+\.py\b", tree))
+    assert {path.name for path in (*library, *kernels)} - {"__init__.py"} <= named
