@@ -48,7 +48,7 @@ def test_a_score_prints_its_share_with_the_interval():
 
 
 def answering(answer):
-    """A stand-in for `generate` that answers each conversation with `answer(question)`."""
+    """A stand-in for `generate_batch` that answers each conversation with `answer(question)`."""
 
     def generate(model, tokenizer, prompts, **sampling):
         texts = [answer(messages[-1]["content"]) for messages in prompts]
@@ -59,7 +59,7 @@ def answering(answer):
 
 def test_every_answer_is_graded_against_its_own_question(monkeypatch):
     right = {item.messages[-1].content: item.answer for skill in SKILLS for item in items(skill, "test", 70, 3)}
-    monkeypatch.setattr(evaluation, "generate", answering(right.get))
+    monkeypatch.setattr(evaluation, "generate_batch", answering(right.get))
     assert {skill: score.rate for skill, score in evaluate(None, None, 70, 3).items()} == dict.fromkeys(SKILLS, 1.0)
 
 
@@ -67,7 +67,7 @@ def test_wrong_answers_are_counted_as_wrong(monkeypatch):
     asked = [item for skill in SKILLS for item in items(skill, "test", 40, 3)]
     draw = random.Random(0)
     said = {item.messages[-1].content: draw.choice((item.answer, item.wrong[0])) for item in asked}
-    monkeypatch.setattr(evaluation, "generate", answering(said.get))
+    monkeypatch.setattr(evaluation, "generate_batch", answering(said.get))
     scores = evaluate(None, None, 40, 3)
     for skill in SKILLS:
         asked = items(skill, "test", 40, 3)
@@ -75,7 +75,7 @@ def test_wrong_answers_are_counted_as_wrong(monkeypatch):
 
 
 def test_transcripts_hold_what_was_asked_said_and_right(monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", answering(lambda question: " nothing "))
+    monkeypatch.setattr(evaluation, "generate_batch", answering(lambda question: " nothing "))
     first = evaluate(None, None, 5, 0)["quiz"].transcripts[0]
     item = items("quiz", "test", 5, 0)[0]
     assert first == evaluation.Transcript(item.messages[-1].content, "nothing", item.answer, False)

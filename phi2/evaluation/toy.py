@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from phi2.data.toy.skills import SKILLS, Item, grade, items
-from phi2.inference.generate import generate
+from phi2.inference.generate import generate_batch
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -91,7 +91,7 @@ def _answers(model: Phi2ForCausalLM, tokenizer: Tokenizer, asked: Sequence[Item]
     with tqdm(total=len(asked), desc="grading", unit="answer", dynamic_ncols=True) as bar:
         for start in range(0, len(asked), BATCH_SIZE):
             chats = [[message._asdict() for message in item.messages] for item in asked[start : start + BATCH_SIZE]]
-            answers += [reply.text for reply in generate(model, tokenizer, chats, max_new_tokens=MAX_NEW_TOKENS)]
+            answers += [reply.text for reply in generate_batch(model, tokenizer, chats, max_new_tokens=MAX_NEW_TOKENS)]
             bar.update(len(chats))
     return answers
 
