@@ -8,7 +8,6 @@ and tabs; ChatML adds two more at the next free ids.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,17 +18,18 @@ from typing import Any
 
 import tokenizers
 
-from phi2.files import read_json, write_whole
 from phi2.text.special_text import SpecialText
 from phi2.text.stream_decoder import StreamDecoder
+from phi2.text.template_choice import TEMPLATE_CHOICES, read_template_file, require_template_choice
 from phi2.text.tokenizer_files import (
     read_backend,
     read_config,
     read_stop_ids,
     read_template,
-    read_text,
     special_tokens,
     unnamed_special_tokens,
+    write_stop_ids,
+    write_tokenizer,
 )
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -39,8 +39,6 @@ CHATML_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PROMPT_STYLES = ("raw", "instruct", "chatml", "chat")
-TEMPLATE_CHOICES = ("auto", "chatml", "none")
-LOOKS_SPECIAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|</?s>")
 
 
 class Tokenizer:
@@ -79,16 +77,20 @@ class Tokenizer:
         self._config = dict(config)
         self._length = 1 + max(backend.get_vocab().values(), default=-1)
         self._special = {"eos_token": END_OF_TEXT, **special_tokens(config, where)}
-        ids = {name: self.token_id(token) for name, token in self._special.items()}
-        for name in ("bos_token", "eos_token", "pad_token"):
-            if name in ids and ids[name] is None:
-                raise ValueError(f"{where}: {name} {self._special[name]!r} is not in the vocabulary")
-        self.eos_id, self.bos_id = ids["eos_token"], ids.get("bos_token")
-        self.pad_id = ids.get("pad_token", self.eos_id)
-        self._ends = frozenset({self.eos_id, self.token_id(END_OF_TEXT), self.token_id(IM_END), *stop_ids} - {None})
+        self.bos_id = self._special_id("bos_token", where) if "bos_token" in self._special else None
+        self.eos_id = self._special_id("eos_token", where)
+        self.pad_id = self._special_id("pad_token", where) if "pad_token" in self._special else self.eos_id
+        ends = (self.eos_id, self.token_id(END_OF_TEXT), self.token_id(IM_END), *stop_ids)
+        self._stop_ids = frozenset(token_id for token_id in ends if token_id is not None)
         has_chatml = None not in (self.token_id(IM_START), self.token_id(IM_END))
         self.chat_template = chat_template or (CHATML_TEMPLATE if has_chatml else None)
         self.template_origin = "the model's own" if chat_template else "ChatML" if has_chatml else "none"
+
+    def _special_id(self, name: str, where: str) -> int:
+        token_id = self.token_id(self._special[name])
+        if token_id is None:
+            raise ValueError(f"{where}: {name} {self._special[name]!r} is not in the vocabulary")
+        return token_id
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -115,7 +117,7 @@ class Tokenizer:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Any of these ends a reply: the end tokens, the ids the checkpoint lists, and what ends a turn in a chat."""
-        return self._ends if self.turn_end_id is None else self._ends | {self.turn_end_id}
+        return self._stop_ids if self.turn_end_id is None else self._stop_ids | {self.turn_end_id}
 
     @property
     def turn_end_id(self) -> int | None:
@@ -296,18 +298,10 @@ class Tokenizer:
         return changed
 
     def _with_template_file(self, path: Path) -> Tokenizer:
-        from phi2.text import template
-
-        source = read_text(path)
-        if not source.strip():
-            raise ValueError(f"{path}: an empty chat template")
-        try:
-            spelled = set(LOOKS_SPECIAL.findall(template.literals(source)))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        changed = Tokenizer(self.backend, self._config, source, str(path), self._ends)
+        source, spelled = read_template_file(path)
+        changed = Tokenizer(self.backend, self._config, source, str(path), self._stop_ids)
         changed.template_origin = str(path)
-        for token in sorted(spelled):
+        for token in spelled:
             if self.token_id(token) is None:
                 warnings.warn(
                     f"{path} writes {token!r}, which is no token of this vocabulary: the model reads it as"
@@ -318,7 +312,7 @@ class Tokenizer:
 
     def with_stop_ids(self, stop_ids: Iterable[int]) -> Tokenizer:
         """A copy that ends a reply at these ids too."""
-        copy = Tokenizer(self.backend, self._config, self.chat_template, stop_ids=self._ends.union(stop_ids))
+        copy = Tokenizer(self.backend, self._config, self.chat_template, stop_ids=self._stop_ids.union(stop_ids))
         copy.template_origin = self.template_origin
         return copy
 
@@ -330,7 +324,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens([IM_START, IM_END])
         config = {**self._config, "bos_token": IM_START, "eos_token": IM_END, "pad_token": IM_END}
-        tokenizer = Tokenizer(backend, config, CHATML_TEMPLATE, stop_ids=self._ends)
+        tokenizer = Tokenizer(backend, config, CHATML_TEMPLATE, stop_ids=self._stop_ids)
         tokenizer.template_origin = "ChatML"
         return tokenizer
 
@@ -341,26 +335,11 @@ class Tokenizer:
         end a text and that no file of a tokenizer can tell stand in `generation_config.json`, whose other keys stay.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self._special}
-        for stale in ("chat_template", "added_tokens_decoder"):  # the second repeats what tokenizer.json says
-            config.pop(stale, None)
-        if self.chat_template is None:
-            (folder / "chat_template.jinja").unlink(missing_ok=True)
-        else:
-            config["chat_template"] = self.chat_template
-            write_whole(folder / "chat_template.jinja", self.chat_template)
-        write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        (folder / "special_tokens_map.json").unlink(missing_ok=True)  # an older one would win over the config
-        self._save_stop_ids(folder / "generation_config.json")
-
-    def _save_stop_ids(self, path: Path) -> None:
+        write_tokenizer(folder, self.backend, config, self.chat_template)
         told = {self.eos_id, self.token_id(END_OF_TEXT), self.token_id(IM_END)}
-        if path.exists() or not self.stop_ids <= told:
-            ids = sorted(token_id for token_id in self.stop_ids if token_id < len(self))
-            content = (read_json(path) if path.exists() else {}) | {"eos_token_id": ids}
-            write_whole(path, json.dumps(content, indent=2) + "\n")
+        if not self.stop_ids <= told or (folder / "generation_config.json").exists():
+            write_stop_ids(folder, sorted(token_id for token_id in self.stop_ids if token_id < len(self)))
 
 
 @lru_cache(maxsize=8)
@@ -396,9 +375,3 @@ def _special_text(tokenizer: Tokenizer, chat_template: str | None) -> SpecialTex
         if token.special or (token.content.strip() and (token.content in written or token_id in tokenizer.stop_ids))
     ]
     return SpecialText(tokenizer.backend, tokens)
-
-
-def require_template_choice(choice: str) -> None:
-    """Raises ValueError unless `choice` may stand after `chat_template`."""
-    if choice not in TEMPLATE_CHOICES and not choice.endswith(".jinja"):
-        raise ValueError(f"chat_template must be auto, chatml, none or the path of a .jinja file, got {choice!r}")

@@ -191,7 +191,7 @@ def test_every_extra_key_of_a_message_is_read_refused_or_counted(name, key, valu
         assert not ignored or key in row
     else:
         unset = value is None or value in ("", [], {})
-        carried = any(turn.keys and key in turn.keys for turn in messages_of(record))
+        carried = any(turn.extra and key in turn.extra for turn in messages_of(record))
         learnt = key in columns.TRAIN_KEYS and not ignored and not unset
         counted = f"{holder}.{key}" in column_status
         assert unset + carried + learnt + counted == 1
@@ -303,9 +303,9 @@ def test_calls_of_tools_and_their_results_are_kept_for_the_template():
 
 def test_a_call_of_a_tool_is_an_answer_to_learn():
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert parse_row({"messages": [CHAT[0], call]}, ORIGIN).messages[-1].keys == {"tool_calls": [CALL]}
+    assert parse_row({"messages": [CHAT[0], call]}, ORIGIN).messages[-1].extra == {"tool_calls": [CALL]}
     pair = parse_row({"prompt": CHAT[:1], "chosen": call, "rejected": CHAT[1:]}, ORIGIN)
-    assert pair.chosen[0].keys == {"tool_calls": [CALL]}
+    assert pair.chosen[0].extra == {"tool_calls": [CALL]}
 
 
 def test_roles_of_other_libraries_are_known():

@@ -189,7 +189,7 @@ TOOLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
     "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}<|im_end|>{% endfor %}"
 )
-CALLING = Message("assistant", "", keys={"content": None, "tool_calls": [{"function": {"name": "f"}}]})
+CALLING = Message("assistant", "", extra={"content": None, "tool_calls": [{"function": {"name": "f"}}]})
 
 
 def test_tools_and_calls_reach_a_template_that_reads_them():
@@ -209,8 +209,8 @@ def test_tools_of_a_pair_stand_in_its_prompt():
     [
         ("tools", Chat((*chat("a", "b").messages,), ORIGIN, {"tools": [{"name": "f"}]})),
         ("enable_thinking", Chat((*chat("a", "b").messages,), ORIGIN, {"enable_thinking": False})),
-        ("tool_calls", chat("a", Message("assistant", "b", keys={"tool_calls": [{}]}))),
-        ("reasoning_content", chat("a", Message("assistant", "b", keys={"reasoning_content": "c"}))),
+        ("tool_calls", chat("a", Message("assistant", "b", extra={"tool_calls": [{}]}))),
+        ("reasoning_content", chat("a", Message("assistant", "b", extra={"reasoning_content": "c"}))),
     ],
 )
 @pytest.mark.parametrize("tokenizer", [CHATML, BASE], ids=["chatml", "no template"])
@@ -220,7 +220,7 @@ def test_what_the_template_does_not_read_and_should_refuses_the_row(name, record
 
 
 def test_names_that_the_template_does_not_write_are_counted():
-    named = chat(Message("user", "a", keys={"name": "Ann"}), "b")
+    named = chat(Message("user", "a", extra={"name": "Ann"}), "b")
     assert supervised_pieces(named, CHATML, "completion", True)[1] == {"eos_present", "names_not_written"}
     writes = with_template("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
     pieces, flags = supervised_pieces(named, writes, "completion", True)

@@ -48,7 +48,7 @@ def test_a_score_prints_its_share_with_the_interval():
 
 
 def answering(answer):
-    """A stand-in for `generate` that answers each conversation with `answer(question)`."""
+    """A stand-in for `generate_batch` that answers each conversation with `answer(question)`."""
 
     def generate(model, tokenizer, prompts, **sampling):
         texts = [answer(messages[-1]["content"]) for messages in prompts]

@@ -28,7 +28,7 @@ FLAGS = {
     "content_not_written": "the chat template leaves out the words of a message, or changes them",
     "names_not_written": "a message has a name or a tool_call_id that the chat template does not write",
 }
-FIRST = 3  # rows named as examples of each rule
+EXAMPLES = 3  # rows named as examples of each rule
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Audit:
     def _add(self, rule: str, more: Dropped) -> None:
         seen = self.dropped.setdefault(rule, Dropped(reason=more.reason))
         seen.rows += more.rows
-        seen.first = (seen.first + more.first)[:FIRST]
+        seen.first = (seen.first + more.first)[:EXAMPLES]
 
     def percentiles(self) -> dict[str, int]:
         """Lengths in tokens that 0, 50, 95 and 100 % of the kept rows do not exceed; {} when none was kept."""

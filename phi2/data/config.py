@@ -70,7 +70,7 @@ class Subsample:
     seed: int = 42
     """Seed of the draws."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"subsample.fraction must be above 0 and at most 1, got {self.fraction}")
         if self.fraction == 1 and self.seed != 42:
@@ -97,7 +97,7 @@ class DataSpec:
     ignore_columns: list[str] = field(default_factory=list)
     """Columns, and keys of messages, of this source that are left out."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.source == "":
             raise ValueError("a data source must have a name, got ''")
         for name in ("max_tokens", "rows"):

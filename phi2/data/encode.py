@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 import numpy as np
 from tokenizers import Encoding
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from phi2.data.audit import Audit
 from phi2.data.config import Boundary, EncodeConfig
 from phi2.data.pieces import Piece, pair_texts, supervised_pieces
-from phi2.data.records import Chat, Origin, Pair, Plain, Record, RowError
+from phi2.data.records import Origin, Pair, Record, RowError
 from phi2.text.special_text import MarkedEncoding
 from phi2.tokenizer import Tokenizer
 
@@ -102,7 +102,13 @@ class EncodedPair:
 Encoded = EncodedSequence | EncodedPair
 
 
-class RenderedRecord(NamedTuple):
+Row = TypeVar("Row", EncodedSequence, EncodedPair)
+Encodings = Sequence[Encoding | MarkedEncoding]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class RenderedRecord(NamedTuple, Generic[Row]):
     """A record written out: the texts to tokenise, and the function that makes arrays of their encodings.
 
     In `marked` texts the special tokens that stay text are marked, as by `SpecialText.mark`.
@@ -111,12 +117,24 @@ class RenderedRecord(NamedTuple):
     origin: Origin
     texts: list[str]
     marked: bool
-    encode: Callable[[list[Encoding | MarkedEncoding]], Encoded]
+    encode: Callable[[Encodings], Row]
 
 
+@overload
+def encode_records(
+    records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: Literal["supervised"]
+) -> tuple[list[EncodedSequence], Audit]: ...
+@overload
+def encode_records(
+    records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: Literal["preference"]
+) -> tuple[list[EncodedPair], Audit]: ...
+@overload
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
-) -> tuple[list[Encoded], Audit]:
+) -> tuple[list[EncodedSequence] | list[EncodedPair], Audit]: ...
+def encode_records(
+    records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
+) -> tuple[list[EncodedSequence] | list[EncodedPair], Audit]:
     """Encodes a data set; rows that cannot be used are dropped and counted.
 
     Args:
@@ -126,13 +144,33 @@ def encode_records(
     Raises:
         ValueError: for options that do not fit the kind, and when no row is left.
     """
-    render = _renderer(kind, options)
-    encoded, audit = [], Audit()
+    if kind not in ("supervised", "preference"):
+        raise ValueError(f"kind must be supervised or preference, got {kind!r}")
+    if kind == "supervised" and options.truncation_mode == "keep_end":
+        raise ValueError("truncation_mode must be keep_start or drop for supervised rows, got keep_end")
+    if kind == "preference" and options.train_on != "completion":
+        raise ValueError(
+            f"train_on must be completion for preference rows, whose answers are learnt, got {options.train_on}"
+        )
+    if kind == "supervised":
+        return _encode_records(records, tokenizer, options, _render_supervised)
+    return _encode_records(records, tokenizer, options, _render_pair)
+
+
+def _encode_records(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    options: EncodeConfig,
+    render: Callable[[Record, Tokenizer, EncodeConfig], RenderedRecord[Row]],
+) -> tuple[list[Row], Audit]:
+    encoded: list[Row] = []
+    audit = Audit()
     with tqdm(total=len(records), desc="encode", unit=" rows", delay=2, disable=None) as progress:
         for start in range(0, len(records), BATCH_ROWS):
             batch = records[start : start + BATCH_ROWS]
-            rendered_records = [d for record in batch if (d := _or_drop(audit, render, record, tokenizer, options))]
-            rows = (_or_drop(audit, _encode, *row) for row in _tokenize(rendered_records, tokenizer))
+            rendered = [_or_drop(audit, render, record, tokenizer, options) for record in batch]
+            tokenized = _tokenize([one for one in rendered if one], tokenizer)
+            rows = (_or_drop(audit, _encode, one, tokenizer, encodings) for one, encodings in tokenized)
             encoded += [row for row in rows if row]
             progress.update(len(batch))
     for row in encoded:
@@ -145,37 +183,27 @@ def encode_records(
     return encoded, audit
 
 
-def _or_drop(audit: Audit, function: Callable, *arguments: Any) -> Any:
+def _or_drop(
+    audit: Audit, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result | None:
     try:
-        return function(*arguments)
+        return function(*args, **kwargs)
     except RowError as error:
         audit.drop(error)
         return None
 
 
-def _renderer(kind: str, options: EncodeConfig) -> Callable[[Record, Tokenizer, EncodeConfig], RenderedRecord]:
-    if kind not in ("supervised", "preference"):
-        raise ValueError(f"kind must be supervised or preference, got {kind!r}")
-    if kind == "supervised" and options.truncation_mode == "keep_end":
-        raise ValueError("truncation_mode must be keep_start or drop for supervised rows, got keep_end")
-    if kind == "preference" and options.train_on != "completion":
-        raise ValueError(
-            f"train_on must be completion for preference rows, whose answers are learnt, got {options.train_on}"
-        )
-    return _render_supervised if kind == "supervised" else _render_pair
-
-
 def _tokenize(
-    rendered_records: list[RenderedRecord], tokenizer: Tokenizer
-) -> Iterator[tuple[RenderedRecord, Tokenizer, list[Encoding]]]:
+    rendered: list[RenderedRecord[Row]], tokenizer: Tokenizer
+) -> Iterator[tuple[RenderedRecord[Row], list[Encoding]]]:
     """The records with the encodings of their texts, made in one batch; marked texts wait for `_encode`."""
-    texts = [text for rendered in rendered_records if not rendered.marked for text in rendered.texts]
+    texts = [text for one in rendered if not one.marked for text in one.texts]
     encodings = iter(tokenizer.backend.encode_batch(texts, add_special_tokens=False))
-    for rendered in rendered_records:
-        yield rendered, tokenizer, [] if rendered.marked else list(islice(encodings, len(rendered.texts)))
+    for one in rendered:
+        yield one, [] if one.marked else list(islice(encodings, len(one.texts)))
 
 
-def _encode(rendered: RenderedRecord, tokenizer: Tokenizer, encodings: list[Encoding]) -> Encoded:
+def _encode(rendered: RenderedRecord[Row], tokenizer: Tokenizer, encodings: list[Encoding]) -> Row:
     if not rendered.marked:
         return rendered.encode(encodings)
     try:
@@ -199,7 +227,7 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 # ---- supervised rows ----
 
 
-def _render_supervised(record: Chat | Plain, tokenizer: Tokenizer, options: EncodeConfig) -> RenderedRecord:
+def _render_supervised(record: Record, tokenizer: Tokenizer, options: EncodeConfig) -> RenderedRecord[EncodedSequence]:
     special = options.special_tokens_in_text
     pieces, flags = supervised_pieces(record, tokenizer, options.train_on, options.append_eos, special)
     texts = [piece.text for piece in pieces]
@@ -219,7 +247,7 @@ def _encode_sequence(
     flags: set[str],
     tokenizer: Tokenizer,
     options: EncodeConfig,
-    encodings: list[Encoding],
+    encodings: Encodings,
 ) -> EncodedSequence:
     ids, mask, merged = _ids_and_mask(pieces, encodings, options.boundary)
     flags = flags | ({"boundary_merged"} if merged else set())
@@ -235,9 +263,7 @@ def _encode_sequence(
     return EncodedSequence(ids, mask, origin, frozenset(flags))
 
 
-def _ids_and_mask(
-    pieces: list[Piece], encodings: list[Encoding], boundary: Boundary
-) -> tuple[np.ndarray, np.ndarray, bool]:
+def _ids_and_mask(pieces: list[Piece], encodings: Encodings, boundary: Boundary) -> tuple[np.ndarray, np.ndarray, bool]:
     """(T,) ids, (T,) mask, and whether a token spans a boundary between context and target."""
     arrays = [_array(encoding) for encoding in encodings]
     if boundary == "split" or len(pieces) == 1:
@@ -260,8 +286,9 @@ def _truncation_flags(tail: np.ndarray, tokenizer: Tokenizer) -> set[str]:
 # ---- preference rows ----
 
 
-def _render_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> RenderedRecord:
+def _render_pair(record: Record, tokenizer: Tokenizer, options: EncodeConfig) -> RenderedRecord[EncodedPair]:
     (prompt, *answers), flags = pair_texts(record, tokenizer, options.append_eos, options.special_tokens_in_text)
+    assert isinstance(record, Pair)  # pair_texts refuses the others
     if options.boundary == "joint":
         answers = [prompt + answer for answer in answers]
     encode = partial(_encode_pair, record, flags, tokenizer, options)
@@ -269,41 +296,38 @@ def _render_pair(record: Pair, tokenizer: Tokenizer, options: EncodeConfig) -> R
 
 
 def _encode_pair(
-    record: Pair, flags: set[str], tokenizer: Tokenizer, options: EncodeConfig, encodings: list[Encoding]
+    record: Pair, flags: set[str], tokenizer: Tokenizer, options: EncodeConfig, encodings: Encodings
 ) -> EncodedPair:
-    prompt, *answers = (_array(encoding) for encoding in encodings)
+    prompt, chosen, rejected = map(_array, encodings)
     if options.boundary == "joint":
-        start = min(_common_prefix(prompt, whole) for whole in answers)
+        start = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
         flags = flags | ({"boundary_merged"} if start < len(prompt) else set())
-        prompt, answers = prompt[:start], [whole[start:] for whole in answers]
+        prompt, chosen, rejected = prompt[:start], chosen[start:], rejected[start:]
     if not len(prompt):
         raise RowError(record.origin, "no-prompt", "no token of the prompt stands before the answers")
-    if np.array_equal(*answers):
+    if np.array_equal(chosen, rejected):
         raise RowError(record.origin, "same-answers", "chosen and rejected are the same tokens")
-    if options.max_length is not None and len(prompt) + max(map(len, answers)) > options.max_length:
-        prompt, cut = _truncated(prompt, answers, record.origin, options)
-        flags = flags.union(
-            *(_truncation_flags(whole[len(kept) :], tokenizer) for whole, kept in zip(answers, cut, strict=True))
-        )
-        answers = cut
-        if np.array_equal(*answers):
-            raise RowError(
-                record.origin, "same-answers-cut", f"chosen and rejected differ only after {options.max_length} tokens"
-            )
-    return EncodedPair(prompt, *answers, record.origin, record.columns, frozenset(flags))
+    longest, limit = max(len(chosen), len(rejected)), options.max_length
+    if limit is not None and len(prompt) + longest > limit:
+        prompt, room = _truncated(prompt, longest, limit, record.origin, options)
+        flags = flags.union(*(_truncation_flags(answer[room:], tokenizer) for answer in (chosen, rejected)))
+        chosen, rejected = chosen[:room], rejected[:room]
+        if np.array_equal(chosen, rejected):
+            reason = f"chosen and rejected differ only after {limit} tokens"
+            raise RowError(record.origin, "same-answers-cut", reason)
+    return EncodedPair(prompt, chosen, rejected, record.origin, record.columns, frozenset(flags))
 
 
 def _truncated(
-    prompt: np.ndarray, answers: list[np.ndarray], origin: Origin, options: EncodeConfig
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    limit, longest = options.max_length, max(map(len, answers))
+    prompt: np.ndarray, longest: int, limit: int, origin: Origin, options: EncodeConfig
+) -> tuple[np.ndarray, int]:
+    """What stays of a prompt, and how many tokens of each answer; the longer answer has `longest`."""
     if options.truncation_mode == "drop":
         raise RowError(origin, "too-long", f"{len(prompt) + longest} tokens exceed max_length {limit}")
     if options.truncation_mode == "keep_start":
         if len(prompt) >= limit:
             raise RowError(origin, "prompt-too-long", f"the prompt's {len(prompt)} tokens fill max_length {limit}")
-        return prompt, [answer[: limit - len(prompt)] for answer in answers]
+        return prompt, limit - len(prompt)
     prompt_limit = options.max_prompt_length or limit // 2
     prompt = prompt[-prompt_limit:]
-    room = longest if len(prompt) + longest <= limit else limit - prompt_limit
-    return prompt, [answer[:room] for answer in answers]
+    return prompt, longest if len(prompt) + longest <= limit else limit - prompt_limit

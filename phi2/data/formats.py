@@ -175,7 +175,7 @@ def parse_row(
     if is_conversational(record) and not _CHAT.isdisjoint(present):
         record = _with_chat_columns(record, row, ctx)
     if isinstance(record, Pair):
-        record.columns.update(_columns(row))
+        record.columns.update(_kept_columns(row))
     kept = record.columns if isinstance(record, Pair) else {}
     check_unread(row, present - _READ[name, is_conversational(record)], kept, ctx)
     return record
@@ -206,7 +206,7 @@ def _unknown_format(row: Row, kind: str | None) -> str:
     return f"columns {seen}{hint} fit no {kind or 'known'} format; known are {known}"
 
 
-def _columns(row: Row) -> dict[str, float | str]:
+def _kept_columns(row: Row) -> dict[str, float | str]:
     """What a pair keeps for losses and reports: its numbers and its short texts."""
     kept: dict[str, float | str] = {}
     for name, value in row.items():

@@ -20,7 +20,8 @@ from phi2.data.encode import EncodeConfig, Encoded, EncodedSequence, encode_reco
 from phi2.data.records import Record
 from phi2.data.sources import Loaded, NoUsableRow, load_records, require_ignored
 from phi2.hub import resolve
-from phi2.tokenizer import Tokenizer, require_template_choice
+from phi2.text.template_choice import require_template_choice
+from phi2.tokenizer import Tokenizer
 
 RESET, BOLD = "\x1b[0m", "\x1b[1m"
 SPECIAL = "\x1b[1;35m"

@@ -60,16 +60,16 @@ def _message(value: Any, name: str, ctx: RowContext) -> Message:
     """One turn, in OpenAI's names (role, content) or ShareGPT's (from, value)."""
     if not isinstance(value, Mapping):
         raise ctx.error("not-a-message", f"a turn of {name} must be an object, got {type(value).__name__}")
-    spoken = ("role", "content") if value.get("role") is not None else ("from", "value")
-    role, content = value.get(spoken[0]), value.get(spoken[1])
+    names = ("role", "content") if value.get("role") is not None else ("from", "value")
+    role, content = value.get(names[0]), value.get(names[1])
     if not isinstance(role, str) or role not in ROLES:
         raise ctx.error("unknown-role", f"role must be one of {', '.join(ROLES)}, got {str(role)[:40]!r}")
-    train, keys = True, None
+    train, extra = True, None
     if len(value) > 2:
-        train, keys = _other_keys(value, spoken, name, ctx)
-    if content is None and keys and "tool_calls" in keys:
-        return Message(ROLES[role], "", train, {"content": None, **keys})
-    return Message(ROLES[role], _content(content, name, ctx), train, keys)
+        train, extra = _other_keys(value, names, name, ctx)
+    if content is None and extra and "tool_calls" in extra:
+        return Message(ROLES[role], "", train, {"content": None, **extra})
+    return Message(ROLES[role], _content(content, name, ctx), train, extra)
 
 
 def _content(value: Any, name: str, ctx: RowContext) -> str:
@@ -87,30 +87,30 @@ def _part(part: Any, name: str, ctx: RowContext) -> str:
         )
     for key, value in part.items():
         if key not in ("type", "text") and is_set(value):
-            _count(key, f"{name}.content", ctx)
+            _count_unread(key, f"{name}.content", ctx)
     return read_text(part.get("text"), f"the content of a turn of {name}", ctx)
 
 
 def _other_keys(
-    value: Mapping[str, Any], spoken: tuple[str, str], name: str, ctx: RowContext
+    value: Mapping[str, Any], names: tuple[str, str], name: str, ctx: RowContext
 ) -> tuple[bool, dict[str, Any] | None]:
     """Whether the turn is learnt, and what the chat template may want to know of it."""
-    train, keys = True, {}
+    train, extra = True, {}
     for key, item in value.items():
-        if item is None or key in spoken or not is_set(item):
+        if item is None or key in names or not is_set(item):
             continue
         if key in ctx.ignore:
             ctx.column_status[f"{name}.{key}"] = IGNORED
         elif key in ("weight", "train"):
             train &= _train_flag(key, item, ctx)
         elif key in TEMPLATE_KEYS:
-            keys[key] = _tool_calls(item, ctx) if key == "tool_calls" else require_plain(item, key, ctx)
+            extra[key] = _tool_calls(item, ctx) if key == "tool_calls" else require_plain(item, key, ctx)
         else:
-            _count(key, name, ctx)
-    return train, keys or None
+            _count_unread(key, name, ctx)
+    return train, extra or None
 
 
-def _count(key: str, where: str, ctx: RowContext) -> None:
+def _count_unread(key: str, where: str, ctx: RowContext) -> None:
     if key in REFUSED_KEYS and key not in ctx.ignore:
         raise ctx.unread_error(key, REFUSED_KEYS[key], f"in {where}")
     ctx.column_status[f"{where}.{key}"] = IGNORED if key in ctx.ignore else NOT_READ
@@ -161,7 +161,7 @@ def require_nonempty(text: str, name: str, ctx: RowContext) -> None:
 
 def require_nonempty_message(message: Message, name: str, ctx: RowContext) -> None:
     """An answer is words, or calls of tools."""
-    if not (message.keys and {"tool_calls", "function_call", "refusal"} & message.keys.keys()):
+    if not (message.extra and {"tool_calls", "function_call", "refusal"} & message.extra.keys()):
         require_nonempty(message.content, name, ctx)
 
 

@@ -201,7 +201,7 @@ def _require_template_reads(
     record: Chat | Pair[Messages], messages: Iterable[Message], tokenizer: Tokenizer
 ) -> set[str]:
     """Refuses what the chat template does not read and should; names and ids of calls are counted by a flag."""
-    keys = {key for message in messages if message.keys for key in message.keys if key != "content"}
+    keys = {key for message in messages if message.extra for key in message.extra if key != "content"}
     unread = {name for name in keys.union(record.variables or ()) if not tokenizer.template_uses(name)}
     if matters := sorted(unread.difference(NAME_KEYS)):
         reason = f"the chat template does not read {', '.join(map(repr, matters))}; a run that may do without"
@@ -290,7 +290,7 @@ def _render(
 
 def _template_messages(messages: Iterable[Message]) -> list[dict]:
     """Messages as a chat template reads them."""
-    return [{"role": m.role, "content": m.content, **(m.keys or {})} for m in messages]
+    return [{"role": m.role, "content": m.content, **(m.extra or {})} for m in messages]
 
 
 def _joined_text(pieces: Iterable[Piece]) -> str:

@@ -22,14 +22,14 @@ KINDS = ("supervised", "preference", "unpaired")
 class Message(NamedTuple):
     """One turn.
 
-    `role` is system, user, assistant or tool; with `train` False the turn is never in the loss. `keys` is what else the
-    chat template may read, such as `tool_calls`; beside these a `content` of None there stands for no words at all.
+    `role` is system, user, assistant or tool; with `train` False the turn is never in the loss. `extra` is what else
+    the chat template may read, such as `tool_calls`; a `content` of None there stands for no words at all.
     """
 
     role: str
     content: str
     train: bool = True
-    keys: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = None
 
 
 class Origin(NamedTuple):

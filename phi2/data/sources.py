@@ -226,8 +226,8 @@ def _is_row(value: Any) -> bool:
 
 def _load(spec: DataSpec, kind: str, ignore: frozenset[str]) -> Loaded:
     dropped = Audit()
-    slots = _toy_slots(spec, kind) if spec.label in TOYS else _slots(spec, kind, ignore, dropped)
-    taken = list(slots if spec.rows is None or spec.shuffle_seed is not None else islice(slots, spec.rows))
+    parsed = _toy_records(spec, kind) if spec.label in TOYS else _parsed_rows(spec, kind, ignore, dropped)
+    taken = list(parsed if spec.rows is None or spec.shuffle_seed is not None else islice(parsed, spec.rows))
     if spec.rows is not None and len(taken) < spec.rows:
         raise ValueError(
             f"{spec.label}: rows must be at most {len(taken)}, all there are after filtering, got {spec.rows}"
@@ -243,7 +243,7 @@ def _load(spec: DataSpec, kind: str, ignore: frozenset[str]) -> Loaded:
     return Loaded(records, dropped)
 
 
-def _slots(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) -> Iterator[Record | None]:
+def _parsed_rows(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) -> Iterator[Record | None]:
     """The records of one source in file order, None for each row that passed the filters and did not parse."""
     source = SOURCES.get(spec.label)
     if source and FORMATS[source.format].kind != kind:
@@ -267,7 +267,7 @@ def _slots(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) ->
         yield record
 
 
-def _toy_slots(spec: DataSpec, kind: str) -> list[Record]:
+def _toy_records(spec: DataSpec, kind: str) -> list[Record]:
     from phi2.data.toy import skills
 
     name, toy_kind = TOYS[spec.label]
@@ -284,7 +284,7 @@ def _filters(spec: DataSpec, source: Source | None, kind: str) -> dict[str, Call
     if spec.max_tokens is not None:
         rules["too-long"] = lambda row: _too_long(row, spec, kind)
     if spec.subsample is not None:
-        rules["subsample"] = _thinning(spec.subsample)
+        rules["subsample"] = _subsampler(spec.subsample)
     return rules
 
 
@@ -304,7 +304,7 @@ def _too_long(row: Row, spec: DataSpec, kind: str) -> bool:
         raise ValueError(f"{spec.label}: max_tokens needs columns of numbers {needed}, got {list(row)[:20]}") from None
 
 
-def _thinning(subsample: Subsample) -> Callable[[Row], bool]:
+def _subsampler(subsample: Subsample) -> Callable[[Row], bool]:
     draw, value = random.Random(subsample.seed).random, subsample.source_dataset
     return lambda row: (value is None or row.get("source_dataset") == value) and draw() > subsample.fraction
 

@@ -70,15 +70,11 @@ class SpecialText:
         Raises:
             ValueError: when this vocabulary cannot write a special token's spelling in any other way.
         """
-        ids, offsets, place = [], [], 0
-        for match in [*self._marked.finditer(text), None]:
-            end = len(text) if match is None else match.start()
-            if end > place:
-                encoding = self.backend.encode(text[place:end], add_special_tokens=False)
-                ids += encoding.ids
-                offsets += [(place + first, place + last) for first, last in encoding.offsets]
-            if match is None:
-                return MarkedEncoding(ids, offsets)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        place = 0
+        for match in self._marked.finditer(text):
+            self._encode_unmarked(text, place, match.start(), ids, offsets)
             if match[1]:
                 spelled = self._encode_spelled(match[1])
                 ids += spelled
@@ -86,6 +82,15 @@ class SpecialText:
             elif match[0] == END and offsets:  # the template took a marked spelling apart
                 offsets[-1] = (offsets[-1][0], match.end())
             place = match.end()
+        self._encode_unmarked(text, place, len(text), ids, offsets)
+        return MarkedEncoding(ids, offsets)
+
+    def _encode_unmarked(self, text: str, start: int, end: int, ids: list[int], offsets: list[tuple[int, int]]) -> None:
+        """Adds what stands between two marks."""
+        if end > start:
+            encoding = self.backend.encode(text[start:end], add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(start + first, start + last) for first, last in encoding.offsets]
 
     def _encode_spelled(self, token: str) -> list[int]:
         """The ids of a special token's spelling, by the model of the vocabulary alone."""

@@ -107,9 +107,12 @@ def _plain(value: Any, where: str) -> Any:
         return {_plain(key, where): _plain(item, where) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(_plain(item, where) for item in value)
-    for kind, plain in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, kind):  # of a subclass, such as an enumeration
-            return plain(value)
+    if isinstance(value, str):  # here and below: of a subclass, such as an enumeration
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     raise ValueError(f"{where}: a template reads text, numbers, lists and mappings, got {short_repr(value)}")
 
 
@@ -168,15 +171,14 @@ def _raise_exception(message: str) -> None:
 @lru_cache(maxsize=8)
 def _read_names(source: str) -> frozenset[str]:
     tree = _parsed(source)
+    # message.get("name"), messages | selectattr("name"), | map(attribute="name")
+    look_ups: list[nodes.Call | nodes.Filter] = [*tree.find_all(nodes.Call), *tree.find_all(nodes.Filter)]
     return frozenset(meta.find_undeclared_variables(tree)).union(
         (node.attr for node in tree.find_all(nodes.Getattr)),
         _strings(node.arg for node in tree.find_all(nodes.Getitem)),
         _strings(node.expr for node in tree.find_all(nodes.Compare) if any(o.op in ("in", "notin") for o in node.ops)),
-        *(_strings([*node.args, *(pair.value for pair in node.kwargs)]) for node in tree.find_all(_LOOK_UPS)),
+        *(_strings([*node.args, *(pair.value for pair in node.kwargs)]) for node in look_ups),
     )
-
-
-_LOOK_UPS = (nodes.Call, nodes.Filter)  # message.get("name"), messages | selectattr("name"), | map(attribute="name")
 
 
 def _strings(expressions: Iterable[nodes.Node]) -> set[str]:

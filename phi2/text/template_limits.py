@@ -162,8 +162,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """JSON as transformers' `tojson` filter writes it: nothing is escaped for HTML."""
         size_of(value)
         require_size(_length(indent) + _length(separators))
-        form = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
-        return self.concat(_within_limit(json.JSONEncoder(**form).iterencode(value)))
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return self.concat(_within_limit(encoder.iterencode(value)))
 
 
 class LimitedNamespace(Namespace):
@@ -203,11 +203,12 @@ class _Metering(NodeTransformer):
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
-        return _environment_call("measured", self.generic_visit(node))
+        self.generic_visit(node)
+        return _environment_call("measured", node)
 
     def _literal(self, node: nodes.Expr) -> nodes.Expr:
         constant = all(isinstance(part, (nodes.Literal, nodes.Pair)) for part in node.find_all(nodes.Expr))
-        node = self.generic_visit(node)
+        self.generic_visit(node)
         return node if constant or getattr(node, "ctx", "load") != "load" else _environment_call("measured", node)
 
     visit_List = visit_Tuple = visit_Dict = _literal
@@ -267,9 +268,10 @@ def _padded(text: Any, width: int = 80, *_: Any) -> int:
 
 
 def _replaced(text: Any, old: Any, new: Any, *_: Any, **__: Any) -> int:
-    if not isinstance(text, bytes):  # the filter takes anything, as it is written
-        text, old, new = str(text), str(old), str(new)
-    return len(text) + text.count(old) * len(new)
+    if isinstance(text, bytes):
+        return len(text) + text.count(old) * len(new)
+    written = str(text)  # the filter takes anything, as it is written
+    return len(written) + written.count(str(old)) * len(str(new))
 
 
 def _joined(separator: Any, items: list[Any]) -> int:

@@ -1,7 +1,8 @@
-"""What the files beside a vocabulary say of it: its special tokens, its chat template, and what ends a text."""
+"""The files of a tokenizer: its vocabulary, its special tokens, its chat template, and what ends a text."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from phi2.files import one_line, read_json
+from phi2.files import one_line, read_json, write_whole
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -177,3 +178,27 @@ def _is_id(value: Any, limit: int) -> bool:
 
 def _existing(folder: Path, *names: str) -> Iterator[Path]:
     return (folder / name for name in names if (folder / name).is_file())
+
+
+def write_tokenizer(
+    folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any], chat_template: str | None
+) -> None:
+    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stale = ("chat_template", "added_tokens_decoder")  # the second repeats what tokenizer.json says
+    config = {name: value for name, value in config.items() if name not in stale}
+    if chat_template is None:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    else:
+        config["chat_template"] = chat_template
+        write_whole(folder / "chat_template.jinja", chat_template)
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "tokenizer.json", backend.to_str(pretty=True))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # an older one would win over the config
+
+
+def write_stop_ids(folder: Path, stop_ids: list[int]) -> None:
+    """Writes them into `generation_config.json`, whose other keys stay."""
+    path = folder / "generation_config.json"
+    content = (read_json(path) if path.exists() else {}) | {"eos_token_id": stop_ids}
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from phi2.data.config import EncodeConfig
 from phi2.runs.config import RunConfig, require_at_least, require_effect, require_not_negative
-from phi2.tokenizer import require_template_choice
+from phi2.text.template_choice import require_template_choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -336,6 +336,6 @@ def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     return [_pair(item, rejected, Origin(file, row)) for row, (item, rejected) in enumerate(pairs, start=1)]
 
 
-def _pair(item: Item, rejected: str, origin: Origin) -> Pair:
+def _pair(item: Item, rejected: str, origin: Origin) -> Pair[Messages]:
     chosen, worse = Message("assistant", item.answer), Message("assistant", rejected)
     return Pair(item.messages, (chosen,), (worse,), origin, {"source_dataset": item.skill})
