@@ -40,8 +40,6 @@ class Source:
 
     hub_id: str
     """Data set on the hub, owner/name."""
-    doc: str
-    """One sentence for help texts."""
     format: str
     """Layout of its rows, a name in `formats.FORMATS`."""
     splits: tuple[str, ...] = ("train",)
@@ -56,26 +54,20 @@ def _below(row: Row, column: str, least: float) -> bool:
 
 
 SOURCES = {
-    "OpenHermes-2.5": Source(
-        "teknium/OpenHermes-2.5",
-        "A million conversations, mostly written by GPT-4: what Phi-2-instruct was tuned on.",
-        "conversations",
-    ),
-    "OpenHermes-SLM-384k": Source(
-        "rasyosef/OpenHermes-SLM-384k",
-        "384 thousand short conversations of OpenHermes-2.5, with their lengths in Phi-2 tokens.",
-        "messages",
-    ),
+    # a million conversations, mostly written by GPT-4: what Phi-2-instruct was tuned on
+    "OpenHermes-2.5": Source("teknium/OpenHermes-2.5", "conversations"),
+    # 384 thousand short conversations of OpenHermes-2.5, with their lengths in Phi-2 tokens
+    "OpenHermes-SLM-384k": Source("rasyosef/OpenHermes-SLM-384k", "messages"),
+    # 61 thousand pairs of answers that GPT-4 scored, without ties
     "ultrafeedback_binarized": Source(
         "HuggingFaceH4/ultrafeedback_binarized",
-        "61 thousand pairs of answers that GPT-4 scored, without ties.",
         "prompt-pair",
         splits=("train_prefs", "test_prefs"),
         drop={"tie": lambda row: row.get("score_chosen") == row.get("score_rejected")},
     ),
+    # 13 thousand Orca pairs, without ties, rows of GSM8K's training set and chosen answers scored below 8
     "distilabel-intel-orca-dpo-pairs": Source(
         "argilla/distilabel-intel-orca-dpo-pairs",
-        "13 thousand Orca pairs, without ties, rows of GSM8K's training set and chosen answers scored below 8.",
         "orca-pair",
         drop={
             "tie": lambda row: row.get("status") == "tie",
@@ -83,14 +75,11 @@ SOURCES = {
             "in-gsm8k": lambda row: bool(row.get("in_gsm8k_train")),
         },
     ),
-    "distilabel-math-preference-dpo": Source(
-        "argilla/distilabel-math-preference-dpo",
-        "2.4 thousand pairs of answers to mathematical questions.",
-        "math-pair",
-    ),
+    # 2.4 thousand pairs of answers to mathematical questions
+    "distilabel-math-preference-dpo": Source("argilla/distilabel-math-preference-dpo", "math-pair"),
+    # the three sets above in one, as ChatML text with token counts: what Phi-2-instruct was aligned on
     "ultrafeedback-orca-math-dpo": Source(
         "rasyosef/ultrafeedback-orca-math-dpo",
-        "The three sets above in one, as ChatML text with token counts: what Phi-2-instruct was aligned on.",
         "prompt-pair",
         splits=("train", "test"),
     ),
