@@ -15,15 +15,15 @@ export OUT=${OUT:-$(mktemp -d)}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}  # one for all steps, torch.compile's too, and for the next visit
 python=${PYTHON:-python3}
 
-all="tests block decode_step decode_ops attention_forward_backward attention_forward head prefix_sharing elementwise"
+all="tests training_step decode_step decode_ops attention_forward_backward attention_forward head block prefix_sharing elementwise"
 limit=525 steps=$*
 case $steps in
   "") steps=$all ;;
-  quick) limit=225 steps="tests block decode_step attention_forward_backward" ;;
+  quick) limit=225 steps="tests training_step decode_step attention_forward_backward" ;;
 esac
 limit=${LIMIT:-$limit}
 
-weight() { case $1 in tests) echo 8 ;; block | decode_step | tune) echo 3 ;; *) echo 2 ;; esac }
+weight() { case $1 in tests) echo 8 ;; training_step | block | decode_step | tune) echo 3 ;; *) echo 2 ;; esac }
 
 # A test that hangs ends its worker, and another worker takes its place.
 flags=(-q -p benchmarks.stream)

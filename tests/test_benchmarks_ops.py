@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.cases import attention, block, decode, elementwise, head, prefix
+from benchmarks.cases import attention, block, decode, dpo_step, elementwise, head, prefix
 from benchmarks.cases.prefix import Layout, Pair
 from benchmarks.harness import comparison, gpu
 from benchmarks.harness.comparison import OURS, Comparison, Implementation, Work
@@ -22,6 +22,7 @@ from phi2.config import Phi2Config
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 GPU_CASES = [
+    "training_step",
     "attention_forward",
     "attention_forward_backward",
     "prefix_sharing",
@@ -31,6 +32,7 @@ GPU_CASES = [
     "decode_ops",
 ]
 SMALL = Phi2Config(hidden_size=160, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1)
+SMALL_MODEL = replace(SMALL, vocab_size=120, resid_pdrop=0.0, eos_token_id=0, bos_token_id=0)
 PAIRS = [Pair(5, 3, 4), Pair(2, 4, 1)]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 COMPARISONS = {
@@ -48,6 +50,7 @@ COMPARISONS = {
     },
 }
 BLOCKS = {
+    "DPO step": lambda dtype: dpo_step.compare_dpo_step(DEVICE, dtype, SMALL_MODEL, pairs=2, answer=9),
     "block LoRA": lambda dtype: block.compare_block(DEVICE, dtype, SMALL, 1, 9, 4),
     "block": lambda dtype: block.compare_block(DEVICE, dtype, SMALL, 1, 9, 0),
     "pairs": lambda dtype: prefix.compare_attention(Layout(PAIRS, DEVICE), dtype, 2, 80),
@@ -290,11 +293,12 @@ def test_a_case_prints_and_keeps_its_report(clock, tmp_path, monkeypatch, capsys
 def test_each_case_sets_the_targets_of_the_project(name, clock, monkeypatch):
     seen: list[Comparison] = []
     monkeypatch.setattr(gpu, "report", lambda compared, turns, facts: seen.extend(compared))
-    for module in (block, prefix):
+    for module in (block, dpo_step, prefix):
         monkeypatch.setattr(module, "Phi2Config", lambda: SMALL)
     CASES[name].run(1)
     found = {target for one in seen for target in one.targets.items()}
     expected = {
+        "training_step": {("transformers, peft", 1.25)},
         "attention_forward": {("SDPA *", 1.2)},
         "attention_forward_backward": {("SDPA *", 1.2)},
         "prefix_sharing": {("without sharing", 1.4)},
