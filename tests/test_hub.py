@@ -109,7 +109,9 @@ def test_the_tiny_models_are_in_the_package(name):
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "missing", "./a/b", "a/b/c", "../b", "owner/"])
-def test_neither_a_folder_nor_a_hub_id(name):
+def test_neither_a_folder_nor_a_hub_id(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with one_line_error(f"{name}: no such folder, and not a hub id", FileNotFoundError):
         hub.resolve(name)
 

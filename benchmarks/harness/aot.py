@@ -41,7 +41,7 @@ class Row:
 
     Attributes:
         launch: the tile, and what is switched on.
-        form: "shipped", "other widths", or which control it is.
+        form: one of `spec.FORMS`.
         programs: how many of them a multiprocessor holds at a time.
         copies: instructions that copy from global to shared memory past the registers, of the loop with the fewest.
         is_written_behind: every loop that reads and writes does so with a barrier between.

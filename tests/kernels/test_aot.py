@@ -14,15 +14,22 @@ from benchmarks.cases import aot_report
 from benchmarks.harness import aot, sass
 from benchmarks.harness.aot import Row, violations
 from benchmarks.harness.sass import Code
-from benchmarks.harness.spec import FORMS, OTHER_WIDTHS, PADDED, UNALIGNED, UNORDERED
+from benchmarks.harness.spec import ALSO_SHIPPED, FORMS, OTHER_WIDTHS, PADDED, SHIPPED, UNALIGNED, UNORDERED
 from benchmarks.registry import GateError
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
 
 
 @pytest.fixture(scope="session")
-def rows() -> list[Row]:
-    return aot.measure([form for form in FORMS if form != OTHER_WIDTHS])
+def phi2_rows() -> list[Row]:
+    """Phi-2's own launches, in half precision."""
+    return aot.measure([SHIPPED])
+
+
+@pytest.fixture(scope="session")
+def rows(phi2_rows) -> list[Row]:
+    """These, those of other heads and of float32, and those that must not pass."""
+    return phi2_rows + aot.measure([form for form in FORMS if form not in (SHIPPED, OTHER_WIDTHS)])
 
 
 def of(rows: list[Row], form: str, arch: int, kernel: str = "attention forward") -> Row:
@@ -31,11 +38,11 @@ def of(rows: list[Row], form: str, arch: int, kernel: str = "attention forward")
 
 @pytest.fixture
 def forward(rows) -> Row:
-    return of(rows, "shipped", 80)
+    return of(rows, SHIPPED, 80)
 
 
 def faults(rows: list[Row]) -> list[tuple[int, str, str, str]]:
-    shipped = [row for row in rows if row.form == "shipped"]
+    shipped = [row for row in rows if row.form in (SHIPPED, ALSO_SHIPPED)]
     return [(row.arch, row.kernel, row.launch, text) for row in shipped for text in violations(row)]
 
 
@@ -43,27 +50,25 @@ def test_every_shipped_launch_is_within_its_budgets(rows):
     assert not faults(rows)
 
 
-def test_under_every_triton_all_that_phi2_launches_in_half_precision_is_within_its_budgets(rows):
+def test_under_every_triton_all_that_phi2_launches_in_half_precision_is_within_its_budgets(phi2_rows):
     """Compilers differ by a few spilled registers in attention of other widths, and in float32."""
-    others = [fault for fault in faults(rows) if re.match("d(?!80 m)", fault[2])]
-    assert faults(rows) == others
-    assert all(re.fullmatch("[1-9]?[0-9] bytes of stack", text) for *_, text in others)
+    assert phi2_rows and not faults(phi2_rows)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_no_kernel_is_left_out(rows, arch):
+def test_under_every_triton_no_kernel_is_left_out(phi2_rows, arch):
     written = {
         f"{file.name.removesuffix('_triton.py').removesuffix('_forward').removesuffix('_backward')} {name}"
         for file in KERNELS.glob("*_triton.py")
         for name in re.findall(r"^def _(\w+)_kernel\(", file.read_text(), re.M)
     }
-    assert {row.kernel for row in rows if row.form == "shipped" and row.arch == arch} == written
+    assert {row.kernel for row in phi2_rows if row.arch == arch} == written
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
 def test_padding_80_dims_to_128_breaks_the_budget_of_multiply_adds(rows, arch, kernel):
-    padded, ours = (of(rows, form, arch, f"attention {kernel}") for form in (PADDED, "shipped"))
+    padded, ours = (of(rows, form, arch, f"attention {kernel}") for form in (PADDED, SHIPPED))
     assert any("multiply-adds" in text for text in violations(padded))
     assert {5 * n for n in padded.multiply_adds} == {8 * n for n in ours.multiply_adds}
     assert padded.efficiency < ours.efficiency
