@@ -84,6 +84,15 @@ def test_a_fit_that_fails_leaves_the_session_usable(dpo_config, tmp_path, monkey
     assert metrics_of(dpo.fit(session, config)) == metrics_of(dpo.train(replace(config, output=str(tmp_path / "new"))))
 
 
+def test_a_policy_that_cannot_be_made_leaves_the_base_as_it_was(dpo_config, make_phi, tmp_path):
+    config = dpo_config(model=str(make_phi(qk_layernorm=True)), max_steps=1)
+    session = start(config)
+    with pytest.raises(ValueError, match="fused blocks cannot have qk_layernorm"):
+        dpo.fit(session, replace(config, fuse=True, output=str(tmp_path / "fused")))
+    assert not session.base.adapters
+    assert (dpo.fit(session, config) / "adapter").is_dir()
+
+
 def test_everything_is_loaded_once(dpo_config, tmp_path, monkeypatch, make_phi):
     loaded = []
     for name in ("load_model", "load_records", "encode_records", "load_tokenizer"):

@@ -155,13 +155,13 @@ class Session(Generic[Row]):
     @contextmanager
     def policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Iterator[Phi2ForCausalLM]:
         """The model to train; behind the block the base is as it was before."""
-        model = self.load_policy(config, checkpoint)
+        base = self.base if config.lora is not None else None
         try:
-            yield model
+            yield self.load_policy(config, checkpoint)
         finally:
-            if config.lora is not None:
-                detach(model)
-                model.eval()
+            if base is not None and base.adapters:
+                detach(base)
+                base.eval()
 
     def load_policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Phi2ForCausalLM:
         """The model to train, as the configuration starts it or as a checkpoint left it.
