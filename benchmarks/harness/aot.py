@@ -213,10 +213,11 @@ def _launch(types: dict[str, str], constants: dict[str, Any]) -> str:
     return " ".join([*pieces, *exact, *tile, *flags, *given])
 
 
-def measure(forms: Iterable[str] = spec.FORMS) -> list[Row]:
-    """All that is launched in these forms, for all architectures."""
+def measure(forms: Iterable[str] = spec.FORMS, architectures: Iterable[int] = CHIPS) -> list[Row]:
+    """All that is launched in these forms, for these architectures."""
+    jobs = [(form, None) for form in forms]
     with ThreadPoolExecutor(len(CHIPS)) as pool:
-        found = pool.map(lambda arch: rows_of(arch, [(form, None) for form in forms]), CHIPS)
+        found = pool.map(lambda arch: rows_of(arch, jobs), architectures)
         return [row for jobs in found for rows in jobs for row in rows]
 
 
