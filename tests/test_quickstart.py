@@ -9,7 +9,7 @@ import pytest
 from phi2.checkpoints.weights import load
 from phi2.demo.quickstart import Budget, quickstart
 
-TINY = Budget(sft_steps=2, dpo_steps=2, questions=2)
+TINY = Budget(sft_steps=2, dpo_steps=2, questions=2, held_out_rows=16)
 
 
 @pytest.fixture(scope="module")

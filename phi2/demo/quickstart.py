@@ -25,7 +25,6 @@ from phi2.training import dpo, sft
 
 BASE = "nano"
 LORA = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"))
-HELD_OUT_ROWS = 200  # on which the loss is watched during a run
 SMALL_TALK = ("Where does the owl live?", "And what does it eat?")  # no longer than the chats it was trained on
 SAMPLE_PROMPTS = [
     "What colour is the cat? Use three words.",
@@ -44,9 +43,11 @@ class Budget:
     """Updates of preference optimisation, of 16 pairs each."""
     questions: int = 200
     """Held-out questions of each skill, asked to every model."""
+    held_out_rows: int = 200
+    """Rows that a run is evaluated on."""
 
     def __post_init__(self) -> None:
-        for name in ("sft_steps", "dpo_steps", "questions"):
+        for name in ("sft_steps", "dpo_steps", "questions", "held_out_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -89,7 +90,7 @@ def fine_tune(run: Path, seed: int, budget: Budget) -> Path:
     config = sft.SFTConfig(
         model=BASE,
         data="toy-sft",
-        eval_data=[DataSpec("toy-sft", split="test", rows=HELD_OUT_ROWS)],
+        eval_data=[DataSpec("toy-sft", split="test", rows=budget.held_out_rows)],
         eval_steps=ceil(budget.sft_steps / 4),
         output=str(run),
         lora=None,
@@ -117,7 +118,7 @@ def align(run: Path, model: str, seed: int, budget: Budget) -> Path:
     config = dpo.DPOConfig(
         model=model,
         data="toy-dpo",
-        eval_data=[DataSpec("toy-dpo", split="test", rows=HELD_OUT_ROWS)],
+        eval_data=[DataSpec("toy-dpo", split="test", rows=budget.held_out_rows)],
         eval_steps=ceil(budget.dpo_steps / 4),
         output=str(run),
         lora=LORA,
