@@ -6,6 +6,7 @@ a kill or on a full disk, finds what was there before or the whole of what is ne
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -75,4 +76,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def _flush(path: Path) -> None:
     """Waits until the file is on the disk: a rename may otherwise outlive what it renamed."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that cannot be asked to
+                raise

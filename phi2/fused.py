@@ -31,10 +31,15 @@ def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:
     """Makes the blocks of a model run fused, or unfused again; outputs and gradients are the same.
 
     Raises:
-        ValueError: for a model with qk_layernorm, which stands between the two halves of what is fused.
+        ValueError: for a model with qk_layernorm, which stands between the two halves of what is fused, and for a
+            quantised one.
     """
     if on and model.config.qk_layernorm:
         raise ValueError("fused blocks cannot have qk_layernorm; load this model with fuse off")
+    linears = [linear for layer in model.model.blocks for linear in (*layer.inputs, *layer.outputs)]
+    other = next((linear.weight.dtype for linear in linears if not linear.weight.is_floating_point()), None)
+    if on and other is not None:
+        raise ValueError(f"fused blocks multiply with float weights, and this model's are {other}")
     for layer in model.model.blocks:
         if on:
             _join_block(layer)

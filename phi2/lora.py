@@ -103,6 +103,10 @@ class LoraLinear(PhiLinear):
             if self.active is not None:
                 self.add_module(part, getattr(self.active, part).train(self.training))
 
+    def extra_repr(self) -> str:
+        base = type(self.base).__name__
+        return f"{base}, in_features={self.in_features}, out_features={self.out_features}, adapters={[*self.adapters]}"
+
     @property
     def adapter(self) -> LoraAdapter | None:
         """What is added to the base now."""
@@ -196,6 +200,7 @@ def insert(model: AdaptableModel, config: LoraConfig, layers: list[str], name: s
         raise ValueError("the model has an adapter already: merge it first")
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and ".lora_" in parameter_name)
+    model.adapters[name] = config  # first, so that `detach` can clear up behind a failure
     for layer in layers:
         linear = model.get_submodule(layer)
         assert isinstance(linear, PhiLinear)
@@ -203,7 +208,6 @@ def insert(model: AdaptableModel, config: LoraConfig, layers: list[str], name: s
             linear = LoraLinear(linear)
             model.set_submodule(layer, linear)
         linear.add(name, config.rank(layer), config.scaling(layer), config.lora_dropout)
-    model.adapters[name] = config
     activate(model, name)
 
 
@@ -332,8 +336,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
+def _adapted(model: AdaptableModel) -> dict[str, LoraLinear]:
     modules = lora_modules(model)
+    if not modules and model.adapters:
+        raise ValueError(f"no adapter is active; the model has {', '.join(model.adapters)}")
     if not modules:
         raise ValueError("the model has no adapter")
     return modules

@@ -133,7 +133,7 @@ def quantize_model(model: nn.Module, format: str) -> None:
     if format not in FORMATS:
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if any(".lora_" in name for name in linears):
+    if getattr(model, "adapters", None):
         raise ValueError("the model has an adapter: merge it before quantising")
     if not linears:
         raise ValueError("the model is quantised already")

@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
+from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.config import Phi2Config
+from phi2.fused import fuse
 from phi2.lora import LoraLinear, activate, adapter_state, attach, detach, disabled, has_adapter, lora_modules, merge
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
@@ -129,6 +131,49 @@ def test_two_adapters_are_not_merged_at_once():
     attach(model, LoraConfig(r=4), name="b")
     with pytest.raises(ValueError, match="adapters a, b: detach all but one"):
         merge(model)
+
+
+def test_a_second_adapter_with_another_head_under_it_is_refused(tmp_path):
+    model, other = make_model(), make_model()
+    for one, name in ((model, "a"), (other, "b")):
+        if name == "b":
+            with torch.no_grad():
+                other.lm_head.weight.add_(1.0)
+        attach(one, LoraConfig(r=4, target_modules=SEVEN))
+        save_adapter(one, tmp_path / name, "base")
+    before = model(IDS)
+    with pytest.raises(ValueError, match="b: brings its own lm_head.weight, not for a model with other adapters"):
+        load_adapter(model, tmp_path / "b", adapter_name="b")
+    assert torch.equal(model(IDS), before)
+    load_adapter(model, tmp_path / "a", adapter_name="again")
+    assert torch.equal(model(IDS), before)
+
+
+def test_an_adapter_with_a_float_head_is_not_put_on_codes(tmp_path):
+    model, quantised = make_model(), make_model()
+    attach(model, LoraConfig(r=4, target_modules=SEVEN))
+    save_adapter(model, tmp_path, "base")
+    quantize_model(quantised, "int8")
+    with pytest.raises(ValueError, match="brings its own lm_head.weight: load it before the model is quantised"):
+        load_adapter(quantised, tmp_path)
+
+
+def test_a_model_with_an_adapter_that_rests_is_neither_quantised_nor_merged():
+    model = make_model()
+    attach(model, LoraConfig(r=4), name="a")
+    attach(model, LoraConfig(r=4), name="b")
+    detach(model, "b")
+    with pytest.raises(ValueError, match="has an adapter: merge it before quantising"):
+        quantize_model(model, "int8")
+    with pytest.raises(ValueError, match="no adapter is active; the model has a"):
+        merge(model)
+
+
+def test_blocks_of_codes_are_not_fused():
+    model = make_model()
+    quantize_model(model, "int8")
+    with pytest.raises(ValueError, match="multiply with float weights, and this model's are torch.int8"):
+        fuse(model)
 
 
 # ---- on any base ----

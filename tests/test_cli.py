@@ -90,6 +90,11 @@ def test_the_readme_names_every_source():
     assert named.split(", ") == [*SOURCES, *TOYS]
 
 
+def test_a_config_file_may_say_that_nothing_stops_a_reply(capsys, tmp_path):
+    (tmp_path / "old.yaml").write_text("model: nano\nprompt: hi\nmax_new_tokens: 2\nstop: null\n")
+    assert run(capsys, "generate", "--config", str(tmp_path / "old.yaml"))[0] == 0
+
+
 def test_the_overview_names_every_command(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0 and all(f"  {name} " in out for name in COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -357,6 +358,16 @@ def test_a_string_without_its_choices_is_refused_as_a_knob(registry):
             return pairs.margin
 
 
+class Called:
+    """A loss that is an object."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+
+    def __call__(self, pairs, *, kl: Literal["a", "b"] = "a") -> Tensor:
+        return self.function(pairs, kl=kl)
+
+
 @pytest.fixture
 def typed(registry) -> str:
     """The name of a loss with a knob of each type."""
@@ -378,16 +389,55 @@ def test_knobs_may_be_numbers_booleans_and_strings_with_their_choices(typed):
 @pytest.mark.parametrize(
     ("knob", "value", "message"),
     [
-        ("kl", "sideways", "kl must be one of forward, reverse, got sideways"),
+        ("kl", "sideways", "kl must be one of forward, reverse, got 'sideways'"),
         ("kl", 1.0, "kl must be one of forward, reverse, got 1.0"),
         ("mean", 1.0, "mean must be true or false, got 1.0"),
         ("beta", True, "beta must be a number, got True"),
-        ("beta", "forward", "beta must be a number, got forward"),
+        ("beta", None, "beta must be a number, got None"),
+        ("beta", [1], r"beta must be a number, got \[1\]"),
+        ("beta", "forward", "beta must be a number, got 'forward'"),
     ],
 )
 def test_a_knob_takes_values_of_its_own_type_only(typed, knob, value, message):
     with pytest.raises(ValueError, match=message):
         bind_loss(typed, {knob: value})
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial, Called], ids=["function", "partial", "object"])
+def test_the_choices_of_a_knob_are_found_however_the_loss_is_made(registry, wrap):
+    def loss(pairs: NotHere, *, kl: Literal["a", "b"] = "a") -> Tensor:  # noqa: F821  only a type checker knows it
+        return pairs.margin
+
+    wrapped = wrap(loss)
+    wrapped.__qualname__ = "loss"
+    preference_loss("wrapped")(wrapped)
+    assert registry["wrapped"].choices == {"kl": ("a", "b")}
+
+
+@pytest.mark.parametrize("choice", ["1", "on", "null"])
+def test_a_choice_that_a_command_line_would_read_as_something_else_is_refused(registry, choice):
+    def loss(pairs, *, kl="a") -> Tensor:
+        return pairs.margin
+
+    loss.__annotations__["kl"] = Literal["a", choice]
+    with pytest.raises(ValueError, match=f"the choice '{choice}' of its argument 'kl' is not read as text"):
+        preference_loss("mine")(loss)
+
+
+@pytest.mark.parametrize("scale", ["taau", "kl"])
+def test_a_reward_scale_that_is_no_number_of_the_loss_is_refused(registry, scale):
+    def loss(pairs, *, tau: float = 1.0, kl: Literal["a"] = "a") -> Tensor:
+        return pairs.margin
+
+    with pytest.raises(ValueError, match=f"reward_scale must be one of its numbers, tau, got '{scale}'"):
+        preference_loss("mine", reward_scale=scale)(loss)
+
+
+def test_a_loss_file_takes_the_place_of_the_one_before_it(registry, tmp_path):
+    for name, value in (("one", "1.0"), ("two", "2.0")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(FIVE_LINES.replace("-(beta * pairs.margin)", f"{value} * pairs.margin"))
+        assert bind_loss("mine", loss_file=path)(pair_batch(**HAND_PAIR)).item() == 6 * float(value)
 
 
 def test_the_reward_that_a_loss_implies_is_scaled_by_the_knob_it_names(registry):

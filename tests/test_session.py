@@ -10,6 +10,7 @@ import torch
 
 import phi2
 from phi2.data.config import DataSpec
+from phi2.lora import LoraLinear
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, session, sft
 from phi2.training.session import start
@@ -40,6 +41,10 @@ FITS = {  # what is done first on the session, and what is done then
     "full training": ({"lora": None}, {}),
     "of all weights after LoRA": ({}, {"lora": None}),
     "another seed and batch size": ({"seed": 7, "per_device_train_batch_size": 2}, {}),
+    "a precomputed reference, fused before": (
+        {"precompute_ref_log_probs": True, "fuse": True},
+        {"precompute_ref_log_probs": True},
+    ),
     "a precomputed reference": ({"precompute_ref_log_probs": True}, {"precompute_ref_log_probs": True}),
 }
 
@@ -91,6 +96,30 @@ def test_a_policy_that_cannot_be_made_leaves_the_base_as_it_was(dpo_config, make
         dpo.fit(session, replace(config, fuse=True, output=str(tmp_path / "fused")))
     assert not session.base.adapters
     assert (dpo.fit(session, config) / "adapter").is_dir()
+
+
+def test_a_reference_that_was_read_from_a_cache_is_none_of_the_sessions(dpo_config, tmp_path):
+    config = dpo_config(precompute_ref_log_probs=True, max_steps=1)
+    shared = {"reference_cache": str(tmp_path / "cache")}
+    dpo.train(replace(config, **shared, per_device_train_batch_size=3, output=str(tmp_path / "filled")))
+    session = start(config)
+    dpo.fit(session, replace(config, **shared, output=str(tmp_path / "reads")))
+    assert session.reference_logps == {}
+    dpo.fit(session, replace(config, output=str(tmp_path / "scores")))
+    assert len(session.reference_logps) == 1
+
+
+def test_an_adapter_that_was_put_on_half_leaves_nothing_behind(dpo_config, tmp_path, monkeypatch):
+    session, count = start(dpo_config()), iter(range(100))
+    add = LoraLinear.add
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(LoraLinear, "add", lambda *given: add(*given) if next(count) < 3 else out_of_memory())
+        dpo.fit(session, dpo_config())
+    assert not any(isinstance(module, LoraLinear) for module in session.base.modules())
+
+
+def out_of_memory() -> None:
+    raise MemoryError
 
 
 def test_everything_is_loaded_once(dpo_config, tmp_path, monkeypatch, make_phi):

@@ -148,11 +148,10 @@ def load_adapter(
     whole = [name for part, group in WHOLE.items() for name in group if name in tensors or part in _saved(raw)]
     if whole and trainable:
         raise ValueError(f"{folder}: brings its own {', '.join(whole)}, not to be trained on: merge it into its base")
-    if whole and model.adapters:
-        raise ValueError(f"{folder}: brings its own {', '.join(whole)}, not for a model with other adapters")
     _check_tensors(tensors, _expected_shapes(model, config, names, tensors, whole), folder / WEIGHTS_FILE)
-    _warn_of_another_base(model, folder, raw)
     given = {n.replace(".base_layer", ""): tensors.pop(n) for n in (*whole, HEAD_WEIGHT, HEAD_BIAS) if n in tensors}
+    _require_replaceable(model, given, folder)
+    _warn_of_another_base(model, folder, raw)
     if given:
         _replace_vocabulary(model, given, folder)
     insert(model, config, names, adapter_name)
@@ -282,6 +281,21 @@ def _check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]
 
 def _some(items: list[str], most: int = 4) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _require_replaceable(model: Phi2ForCausalLM, given: dict[str, Tensor], folder: Path) -> None:
+    """A model that others count on keeps its embedding and head, and one that is quantised has no place for these."""
+    own = model.state_dict()
+    other = [name for name, tensor in given.items() if not _is_same(tensor, own[name])]
+    if other and model.adapters:
+        raise ValueError(f"{folder}: brings its own {', '.join(other)}, not for a model with other adapters")
+    quantised = [name for name in given if not own[name].is_floating_point()]
+    if quantised:
+        raise ValueError(f"{folder}: brings its own {', '.join(quantised)}: load it before the model is quantised")
+
+
+def _is_same(tensor: Tensor, own: Tensor) -> bool:
+    return tensor.shape == own.shape and torch.equal(tensor.to(own), own)
 
 
 def _replace_vocabulary(model: Phi2ForCausalLM, given: dict[str, Tensor], folder: Path) -> None:

@@ -32,11 +32,12 @@ class SamplingParams:
     seed: int | None = 0
     """Row i of a batch draws from its own generator, seeded with seed + i; null takes a new one each time and tells it:
     in Python it stands in the attribute afterwards."""
-    stop: Sequence[str] | str = ()
+    stop: Sequence[str] | str | None = ()
     """String the reply ends before; on the command line give the flag again for another."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
         t = self.temperature
         _check("max_new_tokens", self.max_new_tokens, int, lambda v: v >= 1, "a whole number of at least 1")
         _check("temperature", t, (int, float), lambda v: v == 0 or v >= COLDEST, f"0 (greedy) or at least {COLDEST}")
@@ -46,7 +47,7 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, (int, float), lambda v: v > 0, "a positive number")
         if self.seed is not None:
             _check("seed", self.seed, int, lambda v: 0 <= v < 2**63, "a whole number in [0, 2**63)")
-        for text in self.stop:
+        for text in stop:
             _check("stop", text, str, len, "strings of at least one character")
         if t == 0:
             self._refuse_without_draws()

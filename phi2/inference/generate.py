@@ -159,7 +159,7 @@ def decode(
     if cache is None:
         length = max(map(len, prompts)) + max(limits)
         cache = KVCache(model.config, len(prompts), length, model.dtype, model.device)
-    stop_ids = tokenizer.stop_ids | _config_stop_ids(model.config) | _special_stop_ids(tokenizer, params.stop)
+    stop_ids = tokenizer.stop_ids | _config_stop_ids(model.config) | _special_stop_ids(tokenizer, params.stop or ())
     choices = min(len(tokenizer), model.config.vocab_size)
     with evaluation_mode(model):
         replies = [

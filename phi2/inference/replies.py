@@ -73,7 +73,7 @@ class Reply:
         new: int,
         limit: int,
     ) -> None:
-        self._decoder, self._cutter = tokenizer.stream(), StopCutter(params.stop)
+        self._decoder, self._cutter = tokenizer.stream(), StopCutter(params.stop or ())
         self._seed = None if params.temperature == 0 or params.seed is None else params.seed + row
         self._stop_ids, self._limit = stop_ids, limit
         self._prompt, self._new, self._count = prompt, new, 0  # tokens: prompt, those not cached, generated

@@ -7,14 +7,17 @@ name once, and what it returns is all that a run asks about its loss.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from torch import Tensor
 
 from phi2.losses.batch import PairBatch
@@ -51,10 +54,11 @@ class PreferenceLoss(NamedTuple):
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
+_OF_THE_LAST_FILE: list[str] = []  # names that it registered
 
 
 def preference_loss(
-    name: str, *, reference_free: bool = False, reward_scale: str | None = REWARD_SCALE
+    name: str, *, reference_free: bool = False, reward_scale: str | None = None
 ) -> Callable[[LossFunction], LossFunction]:
     """Registers a loss under a name.
 
@@ -62,10 +66,11 @@ def preference_loss(
         name: what `--loss` takes.
         reference_free: the loss reads no ref_* log-probabilities, so none are computed.
         reward_scale: the knob that multiplies the log-ratio of an answer (reference-free: its log-probability a token)
-            in the reward that the loss implies; a loss without such a knob has rewards of scale 1.
+            in the reward that the loss implies; unset, beta where that is one, else 1.
     Raises:
         ValueError: when the name is taken by another function, or a keyword argument has no default that says what it
-            takes. The same function may come again, as when a notebook cell is run twice.
+            takes, or reward_scale is no knob that is a number. The same function may come again, as when a notebook
+            cell is run twice.
     """
 
     def register(function: LossFunction) -> LossFunction:
@@ -73,7 +78,11 @@ def preference_loss(
         if taken and _full_name(taken.function) != _full_name(function):
             raise ValueError(f"the loss name {name!r} is taken; registered are {', '.join(PREFERENCE_LOSSES)}")
         knobs, choices = _knobs_of(name, function)
-        scale = reward_scale if reward_scale in knobs else None
+        numbers = [knob for knob, default in knobs.items() if not isinstance(default, bool | str)]
+        if reward_scale is not None and reward_scale not in numbers:
+            told = ", ".join(numbers) or "none"
+            raise ValueError(f"loss {name!r}: reward_scale must be one of its numbers, {told}, got {reward_scale!r}")
+        scale = reward_scale or (REWARD_SCALE if REWARD_SCALE in numbers else None)
         PREFERENCE_LOSSES[name] = PreferenceLoss(function, reference_free, knobs, choices, scale)
         return function
 
@@ -86,7 +95,7 @@ def _full_name(function: LossFunction) -> str:
 
 def _knobs_of(name: str, function: LossFunction) -> tuple[dict[str, Knob], dict[str, tuple[str, ...]]]:
     _, *knobs = inspect.signature(function).parameters.values()
-    choices = {knob.name: _choices(function, knob.name) for knob in knobs if isinstance(knob.default, str)}
+    choices = {knob.name: _choices(name, function, knob) for knob in knobs if isinstance(knob.default, str)}
     for knob in knobs:
         if not isinstance(knob.default, int | float | str):
             raise ValueError(
@@ -98,13 +107,25 @@ def _knobs_of(name: str, function: LossFunction) -> tuple[dict[str, Knob], dict[
     return {knob.name: knob.default for knob in knobs}, choices
 
 
-def _choices(function: LossFunction, knob: str) -> tuple[str, ...]:
-    """What the annotation of a knob lists."""
+def _choices(name: str, function: LossFunction, knob: inspect.Parameter) -> tuple[str, ...]:
+    """What the annotation of a knob lists.
+
+    Raises:
+        ValueError: for a choice that a command line or a YAML file would read as something else than text.
+    """
+    owner: Any = function
+    while isinstance(owner, functools.partial):
+        owner = owner.func
+    space = getattr(owner, "__globals__", None) or getattr(type(owner).__call__, "__globals__", {})
     try:
-        hint = get_type_hints(function).get(knob)
+        hint = get_type_hints(SimpleNamespace(__annotations__={"knob": knob.annotation}), space)["knob"]
     except (NameError, AttributeError, TypeError):  # of an annotation that only a type checker can read
         return ()
-    return get_args(hint) if get_origin(hint) is Literal else ()
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    for choice in choices:
+        if yaml.safe_load(str(choice)) != choice:
+            raise ValueError(f"loss {name!r}: the choice {choice!r} of its argument {knob.name!r} is not read as text")
+    return choices
 
 
 @dataclass(frozen=True)
@@ -150,7 +171,7 @@ class BoundLoss:
         return losses
 
 
-def bind_loss(name: str, knobs: Mapping[str, Knob] | None = None, loss_file: str | Path | None = None) -> BoundLoss:
+def bind_loss(name: str, knobs: Mapping[str, Any] | None = None, loss_file: str | Path | None = None) -> BoundLoss:
     """The loss of that name with its knobs set, those that are not given at their defaults.
 
     Args:
@@ -168,12 +189,12 @@ def bind_loss(name: str, knobs: Mapping[str, Knob] | None = None, loss_file: str
     for knob, value in (knobs or {}).items():
         _check_knob(name, loss, knob, value)
     values = {**loss.knobs, **(knobs or {})}
-    scale = 1.0 if loss.reward_scale is None else float(values[loss.reward_scale])
+    scale = 1.0 if loss.reward_scale is None else values[loss.reward_scale]
     source = source_of_loss(loss.function, loss_file)
     return BoundLoss(name, loss.function, values, loss.reference_free, scale, source)
 
 
-def _check_knob(name: str, loss: PreferenceLoss, knob: str, value: Knob) -> None:
+def _check_knob(name: str, loss: PreferenceLoss, knob: str, value: Any) -> None:
     if knob not in loss.knobs:
         raise ValueError(f"loss {name!r} does not take {knob!r}; its knobs are {', '.join(loss.knobs) or 'none'}")
     default = loss.knobs[knob]
@@ -181,17 +202,17 @@ def _check_knob(name: str, loss: PreferenceLoss, knob: str, value: Knob) -> None
         is_allowed, rule = value in loss.choices[knob], f"one of {', '.join(loss.choices[knob])}"
     elif isinstance(default, bool):
         is_allowed, rule = isinstance(value, bool), "true or false"
-    elif isinstance(value, bool | str):
+    elif isinstance(value, bool) or not isinstance(value, int | float):
         is_allowed, rule = False, "a number"
     else:
         in_range, rule = RANGES.get(knob, (math.isfinite, "a finite number"))
         is_allowed = in_range(value)
     if not is_allowed:
-        raise ValueError(f"loss {name!r}: {knob} must be {rule}, got {value}")
+        raise ValueError(f"loss {name!r}: {knob} must be {rule}, got {value!r}")
 
 
 def load_loss_file(path: str | Path) -> None:
-    """Runs a Python file of the user's, for the losses it registers.
+    """Runs a Python file of the user's, for the losses it registers; those of the file before it are forgotten.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -199,11 +220,16 @@ def load_loss_file(path: str | Path) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"loss_file {path}: no such file")
+    for name in _OF_THE_LAST_FILE:
+        PREFERENCE_LOSSES.pop(name, None)
+    before = set(PREFERENCE_LOSSES)
     try:
         code = compile(Path(path).read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
         exec(code, {"__name__": Path(path).stem, "__file__": str(path)})
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"loss_file {path}: {type(error).__name__}: {error}") from error
+    finally:
+        _OF_THE_LAST_FILE[:] = PREFERENCE_LOSSES.keys() - before
 
 
 def document() -> str:

@@ -104,7 +104,7 @@ class DPOConfig(UpdateConfig, EncodeConfig, RunConfig):
     """The loss's beta; unset, its own default."""
     label_smoothing: float | None = None
     """The loss's label_smoothing; unset, its own default."""
-    loss_args: dict[str, float | bool | str] = field(default_factory=dict)
+    loss_args: dict[str, float | bool | str | None] = field(default_factory=dict)
     """Other knobs of the loss by name."""
     loss_file: str | None = None
     """Python file of yours that registers losses with @phi2.preference_loss; it is run, and kept as loss.py."""
@@ -139,7 +139,7 @@ class DPOConfig(UpdateConfig, EncodeConfig, RunConfig):
             raise ValueError(f"lora_dropout {self.lora.lora_dropout} needs disable_dropout false, got true")
 
     @property
-    def knobs(self) -> dict[str, float | bool | str]:
+    def knobs(self) -> dict[str, float | bool | str | None]:
         """What was set of the loss's own arguments."""
         named = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return {**{name: value for name, value in named.items() if value is not None}, **self.loss_args}

@@ -22,7 +22,7 @@ from phi2.files import write_whole
 from phi2.losses.batch import PairBatch
 from phi2.losses.head import target_logps
 from phi2.losses.properties import require_numbers
-from phi2.losses.registry import BoundLoss, bind_loss
+from phi2.losses.registry import BoundLoss, Knob, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
@@ -105,7 +105,8 @@ def with_all_knobs(config: DPOConfig, loss: BoundLoss) -> DPOConfig:
     """The config with the loss's own values where it was silent, so that the run folder tells what was used."""
     beta, smoothing = loss.number("beta"), loss.number("label_smoothing")
     own = {"beta": beta, "label_smoothing": smoothing}
-    others = {name: value for name, value in loss.knobs.items() if own.get(name) is None}
+    others: dict[str, Knob | None] = {}
+    others |= {name: value for name, value in loss.knobs.items() if own.get(name) is None}
     return replace(config, beta=beta, label_smoothing=smoothing, loss_args=others)
 
 

@@ -28,7 +28,7 @@ from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
 from phi2.training.packing import TokenRow
 from phi2.training.precision import autocast
-from phi2.training.reference_cache import Precomputed, Reference, fingerprint, key_of, precomputed
+from phi2.training.reference_cache import Precomputed, Reference, cache_file, fingerprint, key_of, precomputed
 from phi2.training.session import Session
 
 
@@ -69,10 +69,14 @@ def make_reference(
 def _precomputed(
     session: Session, config: DPOConfig, live: Reference, name: str, pairs: Sequence[EncodedPair]
 ) -> Precomputed:
-    """From the cache, and from an earlier fit that asked for the same pairs in the same batches."""
+    """From its file; where there is none, from an earlier fit that scored all of it in the same way."""
     folder, size = Path(config.reference_cache or Path(config.output) / "reference"), config.per_device_train_batch_size
-    known = session.reference_logps.setdefault((name, size, key_of(pairs)), {})
-    return precomputed(live, name, pairs, size, folder, pick_device(config.device), known)
+    key, is_new = (name, size, config.fuse, key_of(pairs)), not cache_file(folder, name).exists()
+    known = session.reference_logps.get(key) if is_new else None
+    cached = precomputed(live, name, pairs, size, folder, pick_device(config.device), known)
+    if is_new:
+        session.reference_logps[key] = cached.known
+    return cached
 
 
 def start_of_run(session: Session, config: DPOConfig, model: Phi2ForCausalLM) -> Phi2ForCausalLM:

@@ -63,12 +63,11 @@ def precomputed(
     What was scored before Ctrl-C or a failure is kept.
 
     Args:
-        known: log-probabilities that need not be scored; it is completed too.
+        known: log-probabilities that need not be scored.
     """
-    path = folder / f"{fingerprint[:16]}.safetensors"
+    path = cache_file(folder, fingerprint)
     stored = _read_cache(path)
-    known = {} if known is None else known
-    known |= stored
+    known = {**(known or {}), **stored}
     missing = [pair for pair in pairs if pair_key(pair) not in known]
     try:
         for start in tqdm(range(0, len(missing), batch_size), desc="reference", unit="batch", disable=not missing):
@@ -80,6 +79,11 @@ def precomputed(
         if len(known) > len(stored):
             _write_cache(path, known)
     return Precomputed(known, not missing, device)
+
+
+def cache_file(folder: Path, fingerprint: str) -> Path:
+    """Where the log-probabilities of the reference with this fingerprint are."""
+    return folder / f"{fingerprint[:16]}.safetensors"
 
 
 def pair_key(pair: EncodedPair) -> bytes:

@@ -61,13 +61,13 @@ class Session(Generic[Row]):
     Attributes:
         config: the settings it was started with.
         others: checkpoints that are references, by folder and dtype.
-        reference_logps: log-probabilities of a reference, by its name and how it was asked.
+        reference_logps: log-probabilities of a reference, by its name and all that decides how they are rounded.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.others: dict[tuple[Path, torch.dtype], Phi2ForCausalLM] = {}
-        self.reference_logps: dict[tuple[str, int, bytes], dict[bytes, np.ndarray]] = {}
+        self.reference_logps: dict[tuple[str, int, bool, bytes], dict[bytes, np.ndarray]] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Session(Generic[Row]):
 
     @contextmanager
     def policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Iterator[Phi2ForCausalLM]:
-        """The model to train; behind the block the base is as it was before."""
+        """The model to train; behind the block the adapter is off, and every number of the base as it was before."""
         base = self.base if config.lora is not None else None
         try:
             yield self.load_policy(config, checkpoint)
