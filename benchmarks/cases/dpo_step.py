@@ -1,4 +1,4 @@
-"""The step that the seed's recipe takes on a GPU: LoRA DPO over 4 pairs, reference included, without the optimizer.
+"""The step of phi-2-instruct's recipe on a GPU: LoRA DPO, reference included, without the optimizer.
 
 Ours packs the pairs into one row in which both answers share a prompt, the library's `score_pairs`; the peer pads twice
 as many sequences to the longest, as trl does.

@@ -286,8 +286,8 @@ def _some(items: list[str], most: int = 4) -> str:
 def _require_replaceable(model: Phi2ForCausalLM, given: dict[str, Tensor], folder: Path) -> None:
     """A model that others count on keeps its embedding and head, and one that is quantised has no place for these."""
     own = model.state_dict()
-    other = [name for name, tensor in given.items() if not _is_same(tensor, own[name])]
-    if other and model.adapters:
+    other = [name for name, tensor in given.items() if model.adapters and not _is_same(tensor, own[name])]
+    if other:
         raise ValueError(f"{folder}: brings its own {', '.join(other)}, not for a model with other adapters")
     quantised = [name for name in given if not own[name].is_floating_point()]
     if quantised:

@@ -1,8 +1,8 @@
 """The command line: one table of commands, each a function whose arguments are its flags.
 
-Flags, their help and their checks come from the functions' signatures and docstrings, and for the training commands
-from the fields of their config, so nothing is said twice (`flags.py`). `--config FILE.yaml` sets flags from a file,
-flags given beside it win, `--print_config` shows the result.
+Flags, their help and their checks come from the fields of a command's config, or from the signature and docstring of
+its function, and what a registry holds from the registry, so nothing is said twice (`flags.py`). `--config FILE.yaml`
+sets flags from a file, flags given beside it win, `--print_config` shows the result.
 """
 
 from __future__ import annotations

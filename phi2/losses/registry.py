@@ -47,11 +47,6 @@ class PreferenceLoss(NamedTuple):
     choices: dict[str, tuple[str, ...]]
     reward_scale: str | None
 
-    @property
-    def summary(self) -> str:
-        """First line of its docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0] if self.function.__doc__ else ""
-
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
 _OF_THE_LAST_FILE: list[str] = []  # names that it registered

@@ -47,7 +47,7 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Path:
     session.keep_audits(run)
     samples = pack(train_rows, config, tokenizer.eos_id)
     windows = windows_of(config, len(samples))
-    total_steps(config, windows)
+    total_steps(config, windows)  # a warm-up that outlasts them is refused before a model is loaded
     inputs = inputs_of(config, tokenizer, train_rows, eval_rows, session.dtype, config.from_scratch)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
