@@ -7,7 +7,7 @@ transposed, into another; every parameter stays itself, under its own name, as a
 Nothing remembers the buffers: a block looks whether its weights are neighbours, and moves them together when they are
 not (after `.to(...)`, a deep copy, or a merge), so no second copy can go stale.
 
-Blocks run unfused where the fused form does not exist: with a key-value cache, and while attention has dropout.
+Blocks run unfused where the fused form does not exist: over a key-value cache, and while attention has dropout.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ to the residual stream: x + attention(ln(x)) + mlp(ln(x)). Rotary embedding turn
 head. Every linear has a bias. Parameter names are exactly those of Hugging Face's checkpoints, so that loading is
 `load_state_dict(strict=True)`.
 
-Dims: B batch, T tokens of this pass, S tokens attended to, C hidden (2560), H heads (32), D head dim (80),
+Dims: B batch, T tokens of this pass, C hidden (2560), H heads (32), D head dim (80),
 R rotary dims (32), F mlp (10240), V vocabulary (51200).
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from phi2.cache import KVCache, StepCache
+from phi2.cache import CachedPass
 from phi2.config import Phi2Config
 from phi2.linear import Linear, PhiLinear
 from phi2.lora import AdaptableModel
@@ -52,20 +52,24 @@ class Attention(nn.Module):
             self.k_layernorm = LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | StepCache | None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        visibility: Visibility | None,
+        cached: CachedPass | None,
     ) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, T, H, D)
         if self.config.qk_layernorm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if cache is None:
-            q, k = rotary(q, *angles), rotary(k, *angles)
-        else:
-            q, k, v = cache.apply_rotary_and_store(self.layer, q, k, v, angles)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, H_kv, S, D) twice
+        q, k = rotary(q, *angles), rotary(k, *angles)
+        if cached is not None:
+            return self.dense(cached.attend(self.layer, q, k, v).flatten(2))  # (B, T, C)
+        assert visibility is not None
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
         out = attention(q, k, v, visibility, self.config.attention_dropout if self.training else 0.0)
-        return self.dense(out.transpose(1, 2).flatten(2))  # (B, T, C)
+        return self.dense(out.transpose(1, 2).flatten(2))
 
     @property
     def drops(self) -> bool:
@@ -107,12 +111,16 @@ class Block(nn.Module):
         return self.self_attn.dense, self.mlp.fc2
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: KVCache | StepCache | None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        visibility: Visibility | None,
+        cached: CachedPass | None,
     ) -> Tensor:
-        if self.fused_forward is not None and cache is None and not self.self_attn.drops:
+        if self.fused_forward is not None and visibility is not None and not self.self_attn.drops:
             return self.fused_forward(self, x, angles, visibility)
         normed = self.input_layernorm(x)
-        attended = self.resid_dropout(self.self_attn(normed, angles, visibility, cache))
+        attended = self.resid_dropout(self.self_attn(normed, angles, visibility, cached))
         return attended + self.resid_dropout(self.mlp(normed)) + x
 
 
@@ -138,17 +146,17 @@ class Phi2Model(nn.Module):
         inputs_embeds: Tensor | None = None,
         positions: Tensor | None = None,
         visible_until: Tensor | None = None,
-        cache: KVCache | StepCache | None = None,
+        cached: CachedPass | None = None,
     ) -> Tensor:
         """Hidden states of every token.
 
         Args:
             input_ids: (B, T) token ids; or
             inputs_embeds: (B, T, C) in their place.
-            positions: (B, T) whole numbers for rotary embedding; default: counted on from the cache.
-            visible_until: (B, S) int32, for each key the end of the queries that may see it; default: causal
-                (`phi2_kernels.attention` explains the layouts).
-            cache: holds the S - T tokens before these, and stores these.
+            positions: (B, T) whole numbers for rotary embedding; default: counted from 0.
+            visible_until: (B, T) int32, for each key the end of the queries that may see it; default: causal
+                (`phi2_kernels.visibility` explains the layouts).
+            cached: a pass over a key-value cache, which says where the tokens stand and what they see.
         Returns:
             (B, T, C).
         Raises:
@@ -158,18 +166,18 @@ class Phi2Model(nn.Module):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T = x.shape[1]
-        if positions is None:
-            positions = torch.arange(T, device=x.device)[None] if cache is None else cache.positions(T)
+        if cached is not None:
+            assert positions is None and visible_until is None
+            positions = cached.positions
+        elif positions is None:
+            positions = torch.arange(T, device=x.device)[None]
         angles = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)
-        if cache is None:
-            visibility = Visibility(T, T, visible_until, x.device)
-        else:
-            visibility = cache.visibility(T, visible_until)
+        visibility = Visibility(T, T, visible_until, x.device) if cached is None else None
         x = self.embed_dropout(x)
         for block in self.blocks:
-            x = self._run(block, x, angles, visibility, cache)
-        if cache is not None:
-            cache.advance(T)
+            x = self._run(block, x, angles, visibility, cached)
+        if cached is not None:
+            cached.finish()
         return self.final_layernorm(x)
 
     @property

@@ -258,7 +258,8 @@ class Recording(TorchDispatchMode):
 @pytest.fixture
 def recordings(monkeypatch) -> list[Recording]:
     """Lets the CPU record decode steps; each recording is in the list."""
-    import phi2.inference.generate
+    import phi2.inference.engine
+    import phi2.inference.kept_engine
     import phi2.inference.step
 
     made = []
@@ -267,10 +268,9 @@ def recordings(monkeypatch) -> list[Recording]:
         with Recording() as recording:
             result = launch()
         made.append(recording)
-        if isinstance(step := getattr(launch, "__self__", None), phi2.inference.step.RecordedStep):
-            step._device_cache.advance(-1)  # a real recording runs nothing
         return recording.replay, result
 
     monkeypatch.setattr(phi2.inference.step, "record", record)
-    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: True)
+    for module in (phi2.inference.engine, phi2.inference.kept_engine):
+        monkeypatch.setattr(module, "can_record", lambda device: True)
     return made

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phi2.inference.config import SamplingParams
-from phi2.inference.sampling import Sampler, draw, process_logits
+from phi2.inference.sampling import Sampler, choose, draw, process_logits
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_one_stop_string_is_not_taken_for_its_characters():
 
 def test_temperature_0_takes_the_largest_logit():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]])
-    assert Sampler(SamplingParams(), [[0], [0]], 3, CPU)(logits).tolist() == [1, 0]
+    assert choose(logits, [Sampler(SamplingParams(), [0], 3, CPU)] * 2).tolist() == [1, 0]
 
 
 def test_draws_follow_the_probabilities():
@@ -64,28 +64,39 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
     assert together.tolist() == alone
 
 
-def test_rows_that_are_kept_go_on_with_their_own_generators():
-    logits = torch.zeros(3, 1000)
-    params = SamplingParams(temperature=1.0, repetition_penalty=2.0, seed=3)
-    whole, shrunk = (Sampler(params, [[1], [2], [3]], 1000, CPU) for _ in range(2))
-    assert whole(logits).tolist() == shrunk(logits).tolist()
-    shrunk.keep([0, 2])
-    expected = whole(logits)
-    assert shrunk(logits[:2]).tolist() == [expected[0].item(), expected[2].item()]
+MIXED = [
+    dict(),
+    dict(temperature=1.0, seed=3),
+    dict(repetition_penalty=2.0),
+    dict(temperature=1.0, seed=4, repetition_penalty=2.0),
+    dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, seed=5),
+]
+
+
+def test_rows_of_any_settings_choose_together_what_each_chooses_alone():
+    logits = torch.randn(len(MIXED), 50, generator=torch.Generator().manual_seed(0))
+
+    def samplers() -> list[Sampler]:
+        return [Sampler(SamplingParams(**given), [1], 50, CPU) for given in MIXED]
+
+    rows, alone = samplers(), samplers()
+    for _ in range(6):  # what was said before counts too
+        expected = [choose(logits[row : row + 1], [alone[row]]).item() for row in range(len(MIXED))]
+        assert choose(logits, rows).tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
 def test_ids_past_the_choices_are_never_taken(temperature):
     logits = torch.zeros(64, 20)
     logits[:, 12:] = 1e4
-    sampler = Sampler(SamplingParams(temperature=temperature), [[0]] * 64, 12, CPU)
-    assert max(sampler(logits).max().item() for _ in range(20)) < 12
+    rows = [Sampler(SamplingParams(temperature=temperature).of_row(row), [0], 12, CPU) for row in range(64)]
+    assert max(choose(logits, rows).max().item() for _ in range(20)) < 12
 
 
 def test_the_repetition_penalty_counts_prompt_and_reply():
     logits = torch.tensor([[1.0, 1.1, 0.9, 0.8]])
-    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [[1]], 4, CPU)
-    assert [sampler(logits).item() for _ in range(3)] == [0, 2, 3]
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [1], 4, CPU)
+    assert [choose(logits, [sampler]).item() for _ in range(3)] == [0, 2, 3]
 
 
 def test_top_p_keeps_no_more_than_it_needs_to_reach_p():

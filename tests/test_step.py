@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import phi2.inference.engine
+import phi2.inference.kept_engine
 import phi2.inference.step
-from phi2.cache import KVCache, StepCache
+from phi2.cache import KVCache, PackedPass, StepPass
 from phi2.config import Phi2Config
 from phi2.inference.chat import ChatSession
 from phi2.inference.generate import generate, stream
 from phi2.inference.step import RecordedStep, block_step, record
-from phi2.lora import attach
+from phi2.lora import attach, disabled
 from phi2.lora_config import LoraConfig
-from phi2.model import Block, Phi2ForCausalLM
+from phi2.model import Phi2ForCausalLM
 from phi2.quantize import FORMATS, quantize_model
 from phi2_kernels import _dispatch
 from phi2_kernels.rotary import rotary_angles
@@ -34,6 +41,11 @@ def impl(request, monkeypatch) -> str:
     return request.param
 
 
+def never_record(monkeypatch) -> None:
+    for module in (phi2.inference.engine, phi2.inference.kept_engine):
+        monkeypatch.setattr(module, "can_record", lambda device: False)
+
+
 def tiny_model(**changes) -> Phi2ForCausalLM:
     fixed = dict(max_position_embeddings=96, initializer_range=0.3, partial_rotary_factor=0.4)
     model = Phi2ForCausalLM(Phi2Config(**{**SHAPE, **fixed, **changes}))
@@ -45,21 +57,23 @@ def tiny_model(**changes) -> Phi2ForCausalLM:
 def test_replays_equal_passes_that_the_host_counts(recordings, impl):
     layers = 1 if impl == "triton" else 2  # the interpreter takes its time
     model = tiny_model(vocab_size=32, hidden_size=80, num_attention_heads=1, num_hidden_layers=layers)
-    tokens = torch.randint(0, 32, (2, 8))
-    pads = torch.tensor([[0], [3]], dtype=torch.int32)
-    caches = [KVCache(model.config, 2, 12, torch.float32) for _ in range(2)]
-    until = torch.where(torch.arange(12) < pads, 0, 12).int()
-    positions = (torch.arange(8) - pads).clamp(min=0)
+    tokens, read = torch.randint(0, 32, (3, 8)), {0: 5, 1: 2, 2: 3}
+    caches = [KVCache(model.config, 3, 12, torch.float32) for _ in range(2)]
     for cache in caches:
-        model.model(tokens[:, :5], positions=positions[:, :5], visible_until=until[:, :5], cache=cache)
-    step = RecordedStep(model, caches[0], pads, until)
-    for i in range(5, 8):
-        expected = model(
-            tokens[:, i : i + 1], positions=positions[:, i : i + 1], visible_until=until[:, : i + 1], cache=caches[1]
-        )
-        torch.testing.assert_close(step(tokens[:, i : i + 1]), expected[:, 0], atol=2e-5, rtol=2e-5)
-    assert len(recordings) == 1 and caches[0].length == 8
-    torch.testing.assert_close(caches[0].keys, caches[1].keys, atol=2e-5, rtol=2e-5)
+        prompts = torch.cat([tokens[row, :n] for row, n in read.items()])[None]
+        model(prompts, cached=PackedPass(cache, read))
+    step = RecordedStep(model, caches[0], 3)
+    for i in range(3):
+        active = [0, 1, 2] if i < 2 else [0, 2]  # row 1 has left
+        ids = torch.stack([tokens[row, n + i] for row, n in read.items()])
+        logits = step(model, ids[:, None], active)
+        for row in active:
+            expected = model(ids[None, row : row + 1], cached=PackedPass(caches[1], {row: 1}))
+            torch.testing.assert_close(logits[row], expected[0, 0], atol=2e-5, rtol=2e-5)
+    assert len(recordings) == 1 and caches[0].lengths == caches[1].lengths == [8, 4, 6]
+    for row, length in enumerate(caches[0].lengths):
+        ours, theirs = (cache.keys[:, row, :, :length] for cache in caches)
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
 class Launches(TorchDispatchMode):
@@ -87,14 +101,15 @@ def test_a_block_is_five_ops_that_say_what_it_says(format, rows, dtype, monkeypa
     block, x = model.model.layers[1], torch.randn(rows, 1, 160, device=device).to(dtype)
     angles = rotary_angles(torch.full((rows, 1), 5, device=device), 32, 10000.0)
     outputs, caches = [], [KVCache(model.config, rows, 8, dtype, device) for _ in range(2)]
-    for cache, run in zip(caches, (block_step, Block.__call__), strict=True):
-        cache.keys.copy_(torch.arange(8.0)[:, None] / 8), cache.values.copy_(torch.arange(80.0) / 80)
-        cache.advance(5)
-        step = StepCache(cache)
-        visibility = step.visibility(1, None)
+    fewest, as_written = partial(block_step, block, x, angles), partial(block, x, angles, None)
+    for cache, run in zip(caches, (fewest, as_written), strict=True):
+        cache.keys.copy_(torch.arange(9.0)[:, None] / 8), cache.values.copy_(torch.arange(80.0) / 80)
+        cache.lengths = [5] * rows
+        step = StepPass(cache, rows)
+        step.start(range(rows))
         with Launches() as launches:
-            outputs.append(run(block, x, angles, visibility, step))
-        if run is block_step:
+            outputs.append(run(step))
+        if run is fewest:
             ops = ["layer_norm", "gemv_each", "rotary_and_store", "decode_attention", "gemv_sum"]
             assert launches.names == [f"phi2.{op}" for op in ops]
     for ours, plain in (outputs, (caches[0].keys, caches[1].keys), (caches[0].values, caches[1].values)):
@@ -104,12 +119,12 @@ def test_a_block_is_five_ops_that_say_what_it_says(format, rows, dtype, monkeypa
 
 @torch.no_grad()
 def test_a_recording_that_froze_the_count_is_noticed(recordings):
-    """Passes with a KVCache, which the host counts, must not survive being recorded: else the test above is blind."""
+    """Packed passes, whose places the host counts, must not survive being recorded: else the test above is blind."""
     model, tokens = tiny_model(), torch.randint(0, 300, (1, 8))
     cache, truth = (KVCache(model.config, 1, 8, torch.float32) for _ in range(2))
-    expected = [model(tokens[:, i : i + 1], cache=truth) for i in range(8)]
+    expected = [model(tokens[:, i : i + 1], cached=PackedPass(truth, {0: 1})) for i in range(8)]
     ids = tokens[:, :1].clone()
-    replay, logits = phi2.inference.step.record(lambda: model(ids, cache=cache))
+    replay, logits = phi2.inference.step.record(lambda: model(ids, cached=PackedPass(cache, {0: 1})))
     for i in range(1, 8):
         ids.copy_(tokens[:, i : i + 1])
         replay()
@@ -120,7 +135,7 @@ def test_a_batch_says_the_same_recorded_or_not_also_when_rows_leave(recordings, 
     model = tiny_model()
     recorded = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, temperature=1.0, seed=3)
     count = len(recordings)
-    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: False)
+    never_record(monkeypatch)
     plain = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, temperature=1.0, seed=3)
     assert [row.token_ids for row in recorded] == [row.token_ids for row in plain]
     assert count >= 1
@@ -131,13 +146,11 @@ def test_every_kind_of_model_can_be_recorded(recordings, tiny_tokenizer, monkeyp
     shape = dict(qk_layernorm=dict(qk_layernorm=True), grouped=dict(num_key_value_heads=1))
     model = tiny_model(**shape.get(change, {}))
     if change == "adapter":
-        attach(model, LoraConfig(r=4))
-        for parameter in model.parameters():
-            parameter.data += 0.01 * torch.randn_like(parameter)
+        put_on_adapter(model)
     if change in FORMATS:
         quantize_model(model, change)
     said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
-    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: False)
+    never_record(monkeypatch)
     assert said.token_ids == generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12).token_ids
     assert recordings
 
@@ -147,7 +160,7 @@ def test_a_chat_goes_on_from_what_recorded_steps_stored(recordings, tiny_tokeniz
     chat, other = (ChatSession(model, tiny_tokenizer, max_new_tokens=6) for _ in range(2))
     first = [chat.reply("Hi"), chat.reply("Why?")]
     assert recordings
-    monkeypatch.setattr(phi2.inference.generate, "can_record", lambda device: False)
+    never_record(monkeypatch)
     assert first == [other.reply("Hi"), other.reply("Why?")]
 
 
@@ -161,15 +174,50 @@ def test_a_replay_whose_logits_are_not_finite_names_the_layer(recordings, tiny_t
         list(chunks)
 
 
-@torch.no_grad()
-def test_a_full_cache_is_left_alone(impl):
+def test_recorded_steps_serve_the_replies_that_follow(recordings, tiny_tokenizer):
     model = tiny_model()
-    cache = KVCache(model.config, 1, 4, torch.float32)
-    cache.advance(3)
-    step = RecordedStep(model, cache, None, None)
-    step(torch.ones((1, 1), dtype=torch.int64))
-    with pytest.raises(ValueError, match="holds 4 tokens, 5 were asked for"):
-        step(torch.ones((1, 1), dtype=torch.int64))
+    first = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+    count = len(recordings)
+    again = [generate(model, tiny_tokenizer, prompt, max_new_tokens=12) for prompt in (PROMPTS[2], PROMPTS[1])]
+    assert len(recordings) == count == 1
+    assert again[1].token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("change", ["trained", "moved", "adapter", "switched off"])
+@torch.no_grad()
+def test_recorded_steps_of_other_weights_are_never_replayed(recordings, tiny_tokenizer, monkeypatch, change):
+    model = tiny_model()
+    if change == "switched off":
+        put_on_adapter(model)
+    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+    with disabled(model) if change == "switched off" else nullcontext():
+        match change:
+            case "trained":
+                model.model.layers[0].mlp.fc1.weight.mul_(-1)
+            case "moved":
+                weight = model.model.layers[0].mlp.fc1.weight
+                weight.data = -weight.data
+            case "adapter":
+                put_on_adapter(model)
+        recorded = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+        never_record(monkeypatch)
+        assert recorded.token_ids == generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12).token_ids
+
+
+def put_on_adapter(model: Phi2ForCausalLM) -> None:
+    attach(model, LoraConfig(r=4))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_kept_engine_goes_with_its_model(recordings, tiny_tokenizer):
+    model = tiny_model()
+    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=4)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.gpu
@@ -179,11 +227,11 @@ def test_a_full_cache_is_left_alone(impl):
 def test_a_cuda_graph_says_what_its_kernels_say_one_by_one(dtype):
     model, tokens = tiny_model().to("cuda", dtype), torch.randint(0, 300, (2, 12), device="cuda")
     caches = [KVCache(model.config, 2, 20, dtype, "cuda") for _ in range(2)]
-    steps = [RecordedStep(model, cache, None, None) for cache in caches]
+    steps = [RecordedStep(model, cache, 2) for cache in caches]
     for i in range(12):
-        recorded = steps[0](tokens[:, i : i + 1]).clone()
+        recorded = steps[0](model, tokens[:, i : i + 1], [0, 1]).clone()
         steps[1]._logits = steps[1]._replay = None  # launches kernel by kernel again
-        assert torch.equal(recorded, steps[1](tokens[:, i : i + 1]))
+        assert torch.equal(recorded, steps[1](model, tokens[:, i : i + 1], [0, 1]))
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.cases.training import base_model, parameters, shared_folder
 from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
-from phi2.cache import KVCache
+from phi2.cache import KVCache, PackedPass
 from phi2.checkpoints.weights import load_model, save_pretrained
 from phi2.config import Phi2Config
 from phi2.data.sources import load_records
@@ -150,11 +150,11 @@ def ours_quantized(timer: Timer, format: str) -> None:
     model, ids = random_model(), random_ids()
     quantize_model(model, format)
     cache = KVCache(model.config, 1, PROMPT + NEW, torch.bfloat16)
-    model.model(ids[:, :PROMPT], cache=cache)
+    model.model(ids[:, :PROMPT], cached=PackedPass(cache, {0: PROMPT}))
     while True:
-        cache.truncate(PROMPT)
+        cache.truncate(0, PROMPT)
         timer.start()
-        logits = [model(ids[:, i : i + 1], cache=cache)[0, 0] for i in range(PROMPT, PROMPT + NEW)]
+        logits = [model(ids[:, i : i + 1], cached=PackedPass(cache, {0: 1}))[0, 0] for i in range(PROMPT, PROMPT + NEW)]
         timer.stop()
         timer.report(logits=torch.stack(logits).float().numpy())
 

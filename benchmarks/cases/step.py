@@ -18,7 +18,7 @@ from benchmarks.cases.block import implementation
 from benchmarks.harness import comparison, gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
 from benchmarks.registry import Report, case
-from phi2.cache import KVCache
+from phi2.cache import KVCache, PackedPass
 from phi2.config import Phi2Config
 from phi2.inference import step
 from phi2.inference.step import RecordedStep
@@ -107,7 +107,7 @@ def random_cache(
     normal, cache = comparison.random(1, device), KVCache(config, 1, context + ROOM, other or dtype, device)
     for buffer in (cache.keys, cache.values):
         buffer[:, :, :, :context] = normal(*buffer[:, :, :, :context].shape, dtype=dtype)
-    cache.advance(context)
+    cache.lengths[0] = context
     return cache
 
 
@@ -126,18 +126,19 @@ def going_on(step: Callable[[Tensor], Tensor], device: torch.device) -> Implemen
 def recorded(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:
     if format:
         quantize_model(model, format)
-    return going_on(RecordedStep(model, cache, None, None), model.device)
+    step = RecordedStep(model, cache, rows=1)
+    return going_on(lambda ids: step(model, ids, [0]), model.device)
 
 
 def recorded_as_written(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:
     """Ours without `block_step`: a recording of six products a block, and of all that lies between them."""
-    with mock.patch.object(step, "block_step", lambda block, *inputs: block(*inputs)):
+    with mock.patch.object(step, "block_step", lambda block, x, angles, cached: block(x, angles, None, cached)):
         return recorded(model, cache, format)
 
 
 def whole_passes(model: Phi2ForCausalLM, cache: KVCache) -> Implementation:
     """One whole forward pass after another, as it is written in `phi2/model.py`."""
-    return going_on(lambda ids: model(ids, cache=cache)[:, -1].float(), model.device)
+    return going_on(lambda ids: model(ids, cached=PackedPass(cache, {0: 1}))[:, -1].float(), model.device)
 
 
 def transformers_step(model: Phi2ForCausalLM, cache: KVCache) -> Implementation:
@@ -149,5 +150,5 @@ def transformers_step(model: Phi2ForCausalLM, cache: KVCache) -> Implementation:
     theirs.load_state_dict(model.state_dict())
     past = DynamicCache()
     for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        past.update(*(x[:, :, : cache.length].clone() for x in (keys, values)), layer)
+        past.update(*(x[:, :, : cache.lengths[0]].clone() for x in (keys, values)), layer)
     return going_on(lambda ids: theirs(ids, past_key_values=past, use_cache=True).logits[:, -1].float(), model.device)

@@ -60,8 +60,7 @@ def attention(
     """
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if visibility.queries == 1 and not dropout and not has_gradient:
-        return decode_attention(q, k, v, visibility.filled, visibility.until, impl=impl)
-    assert visibility.filled is None, "a cache that counts on the device has steps of one token without gradient"
+        return decode_attention(q, k, v, until=visibility.until, impl=impl)
     if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, visibility, dropout)):
         return _attention_on_triton(q, k, v, visibility)[0]
     if visibility.until is not None and visibility.queries == visibility.keys:
@@ -81,10 +80,8 @@ def attention_with_lse(
         o (B, H, T, D) in the dtype of q; lse (B, H, T), float32, natural, without gradient; -inf for a query that sees
         nothing.
     Raises:
-        ValueError: when Triton was named and cannot run, or the cache counts its tokens on the device.
+        ValueError: when Triton was named and cannot run.
     """
-    if visibility.filled is not None:
-        raise ValueError("attention_with_lse must know its number of keys, got a cache that counts on the device")
     if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, visibility, 0.0)):
         return _attention_on_triton(q, k, v, visibility)
     with torch.no_grad():

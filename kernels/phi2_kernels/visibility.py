@@ -109,18 +109,14 @@ class Visibility:
         keys: S.
         until: (B, S) int32, or None for plain causal.
         device: where the masks go.
-        filled: (B,) int32, for a single query to keys with an empty end: how many are filled, its own among them.
     """
 
-    def __init__(
-        self, queries: int, keys: int, until: Tensor | None, device: torch.device, filled: Tensor | None = None
-    ) -> None:
+    def __init__(self, queries: int, keys: int, until: Tensor | None, device: torch.device) -> None:
         if until is not None and until.shape[-1] != keys:
             raise ValueError(f"visible_until must say something of each of the {keys} keys, got {until.shape[-1]}")
         if queries > keys:
             raise ValueError(f"queries are the last of the keys: at most {keys}, got {queries}")
-        assert filled is None or queries == 1
-        self.queries, self.keys, self.device, self.filled = queries, keys, device, filled
+        self.queries, self.keys, self.device = queries, keys, device
         self.until = None if until is None else until.contiguous()
         self._lower_right: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._key_ranges: dict[int, Tensor] = {}

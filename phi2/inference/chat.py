@@ -1,24 +1,24 @@
 """A conversation that goes on: `ChatSession` for programs, `run_chat` for the terminal.
 
-The session renders the whole conversation for every turn and compares the token ids with those its KV cache holds. The
-longest common prefix is kept and only the rest is computed, so an edited, trimmed or interrupted conversation is right
-without special cases: what changed is simply not a prefix any more.
+The session renders the whole conversation for every turn. Its engine keeps what it has read: the longest common prefix
+is taken over and only the rest is computed, so an edited, trimmed or interrupted conversation is right without special
+cases: what changed is simply not a prefix any more.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from phi2.cache import KVCache
 from phi2.files import write_whole
 from phi2.inference.config import SamplingParams
-from phi2.inference.generate import check_prompt, decode
+from phi2.inference.engine import Engine
+from phi2.inference.generate import check_prompt, choices_of, replies_to
 from phi2.inference.replies import Chunk
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
@@ -62,8 +62,7 @@ class ChatSession:
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.params = SamplingParams(**sampling)
         self.reset()
-        self._cache = KVCache(model.config, 1, model.config.max_position_embeddings, model.dtype, model.device)
-        self._ids: list[int] = []  # the cache holds the first `_cache.length` of these
+        self._engine = Engine(model, choices_of(model, tokenizer), slots=1)
 
     def reset(self) -> None:
         """Forgets the conversation and keeps the system message."""
@@ -93,11 +92,9 @@ class ChatSession:
         turn = {"role": "user", "content": text}
         ids, dropped = self._fit(turn)
         self._trim(dropped)
-        self._keep_common_prefix(ids)
         pieces: list[str] = []
         try:
-            for _, chunk in decode(self.model, self.tokenizer, [ids], self.params, self._cache):
-                self._ids.append(chunk.token_id)
+            for _, chunk in replies_to(self._engine, self.tokenizer, [ids], [self.params]):
                 pieces.append(chunk.text)
                 yield chunk
         finally:
@@ -132,21 +129,6 @@ class ChatSession:
             self.notice = f"the {dropped} oldest messages no longer fit the context of {context} tokens"
         self.trimmed += self.messages[:dropped]
         self.messages = self.messages[dropped:]
-
-    def _keep_common_prefix(self, ids: list[int]) -> None:
-        """Cuts the cache back to what it shares with `ids`, leaving at least the last id to compute."""
-        pairs = zip(self._ids[: self._cache.length], ids[:-1], strict=False)
-        self._cache.truncate(_leading_equal(pairs))
-        self._ids = list(ids)
-
-
-def _leading_equal(pairs: Iterator[tuple[int, int]]) -> int:
-    count = 0
-    for held, wanted in pairs:
-        if held != wanted:
-            break
-        count += 1
-    return count
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -53,6 +53,10 @@ class SamplingParams:
             self._refuse_without_draws()
         elif self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(32))
+
+    def of_row(self, row: int) -> "SamplingParams":
+        """The settings of this row of a batch."""
+        return self if self.temperature == 0 or self.seed is None else replace(self, seed=self.seed + row)
 
     def _refuse_without_draws(self) -> None:
         """What shapes a distribution means nothing to a choice that draws from none."""

@@ -1,30 +1,20 @@
-"""Text from a model: one pass over the prompt, then one token a step until something ends the reply.
+"""Text from a model: `stream` gives a reply piece by piece, `generate` gives it whole, for one prompt or any number.
 
-`stream` gives the reply piece by piece, `generate` gives it whole, for one prompt or a batch; both fold one loop,
-`decode`. The rows of a batch are padded on the left, so that all of them grow at the same index of the cache; the pads
-are invisible and do not count as positions, and a row says what it would say alone.
-
+Both fold one loop, `replies_to`, which asks the engine for tokens (`engine.py`) and makes text of them (`replies.py`).
 A reply ends at a stop id ("stop"), at its last allowed token ("length") or before a stop string ("stop_string").
-
-Dims: B rows, T tokens of this pass, S tokens in the cache, C hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as short_repr
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-
-from phi2.cache import KVCache
 from phi2.config import Phi2Config
 from phi2.inference.config import SamplingParams
+from phi2.inference.engine import Engine, Request, evaluation_mode
+from phi2.inference.kept_engine import kept_engine
 from phi2.inference.replies import Chunk, Generation, Reply, join
-from phi2.inference.sampling import Sampler
-from phi2.inference.step import RecordedStep, can_record
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -72,9 +62,9 @@ def generate_batch(
     params = SamplingParams(**sampling)
     ids = encode_prompts(tokenizer, prompts, prompt_style, model.config)
     chunks: list[list[Chunk]] = [[] for _ in ids]
-    for row, chunk in decode(model, tokenizer, ids, params):
-        chunks[row].append(chunk)
-    return [join(row) for row in chunks]
+    for number, chunk in _replies(model, tokenizer, ids, params):
+        chunks[number].append(chunk)
+    return [join(reply) for reply in chunks]
 
 
 def stream(
@@ -83,7 +73,18 @@ def stream(
     """The reply to one prompt as it is made, a chunk for each token. Arguments and errors are those of `generate`."""
     params = SamplingParams(**sampling)
     ids = encode_prompts(tokenizer, [prompt], prompt_style, model.config)
-    return (chunk for _, chunk in decode(model, tokenizer, ids, params))
+    return (chunk for _, chunk in _replies(model, tokenizer, ids, params))
+
+
+def _replies(
+    model: Phi2ForCausalLM, tokenizer: Tokenizer, prompts: list[list[int]], params: SamplingParams
+) -> Iterator[tuple[int, Chunk]]:
+    """Prompt number i draws from seed + i."""
+    if not prompts:
+        return
+    length = min(model.config.max_position_embeddings, max(map(len, prompts)) + params.max_new_tokens)
+    engine = kept_engine(model, choices_of(model, tokenizer), len(prompts), length)
+    yield from replies_to(engine, tokenizer, prompts, [params.of_row(row) for row in range(len(prompts))])
 
 
 def encode_prompts(
@@ -139,136 +140,43 @@ def check_prompt(ids: list[int], config: Phi2Config) -> None:
         raise ValueError(f"the prompt has token id {max(ids)}, the model knows ids below {config.vocab_size}")
 
 
-@torch.no_grad()
-def decode(
-    model: Phi2ForCausalLM,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    params: SamplingParams,
-    cache: KVCache | None = None,
+def replies_to(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> Iterator[tuple[int, Chunk]]:
-    """The loop behind everything that generates: (row, chunk) for every token of every row, step by step.
+    """The loop behind everything that makes text: (number of the prompt, chunk) for every token, as they come.
 
     Args:
-        prompts: token ids that passed `check_prompt`, one list for each row.
-        cache: one row's cache that holds the first ids of its prompt already, fewer than all of them.
+        prompts: token ids that passed `check_prompt`, any number of them.
+        params: how each is to be answered.
     """
-    limits = [min(params.max_new_tokens, model.config.max_position_embeddings - len(ids)) for ids in prompts]
-    if not prompts:
-        return
-    if cache is None:
-        length = max(map(len, prompts)) + max(limits)
-        cache = KVCache(model.config, len(prompts), length, model.dtype, model.device)
-    stop_ids = tokenizer.stop_ids | _config_stop_ids(model.config) | _special_stop_ids(tokenizer, params.stop or ())
-    choices = min(len(tokenizer), model.config.vocab_size)
-    with evaluation_mode(model):
-        replies = [
-            Reply(tokenizer, params, row, stop_ids, len(ids), len(ids) - cache.length, limit)
-            for row, (ids, limit) in enumerate(zip(prompts, limits, strict=True))
-        ]
-        batch = _Batch(model, prompts, cache, Sampler(params, prompts, choices, model.device))
-        while any(not reply.finish_reason for reply in replies):
-            for row, (token_id, logprob, finite) in zip(batch.rows, batch.step(), strict=True):
-                if replies[row].finish_reason:
-                    continue
-                if not finite:
-                    raise ValueError(f"non-finite logits; first in {batch.first_nonfinite_module()} ({model.dtype})")
-                yield row, replies[row].add(int(token_id), logprob)
-            batch.shrink([row for row in batch.rows if not replies[row].finish_reason])
-
-
-class _Batch:
-    """The device side of decoding: what one forward pass reads, and what it leaves for the next."""
-
-    def __init__(self, model: Phi2ForCausalLM, prompts: list[list[int]], cache: KVCache, sampler: Sampler) -> None:
-        self.model, self.cache, self.sampler = model, cache, sampler
-        self.rows = list(range(len(prompts)))  # the row of `prompts` that each row of the tensors belongs to
-        device, width = model.device, max(map(len, prompts))
-        pads = [width - len(ids) for ids in prompts]
-        padded = torch.tensor([[0] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=device)
-        self.input_ids = padded[:, cache.length :]  # (B, T), then (B, 1)
-        self.pads: Tensor | None = None
-        self.visible_until: Tensor | None = None
-        self._recorded: RecordedStep | None = None
-        if any(pads):
-            self.pads = torch.tensor(pads, dtype=torch.int32, device=device)[:, None]  # (B, 1)
-            index = torch.arange(cache.max_length, device=device)
-            self.visible_until = torch.where(index < self.pads, 0, cache.max_length).int()  # (B, max_length)
-
-    def step(self) -> list[list[float]]:
-        """One pass, and one token for each row: its id, its log-probability, and whether its logits were finite."""
-        logits = self._logits()
-        tokens = self.sampler(logits)
-        logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        finite = logits.isfinite().all(dim=-1)
-        self._last_input, self.input_ids = self.input_ids, tokens[:, None]
-        return torch.stack((tokens, logprobs, finite), dim=1).tolist()  # float32 holds ids; one wait for the device
-
-    def _logits(self) -> Tensor:
-        if self.input_ids.shape[1] > 1 or not can_record(self.model.device):
-            return self._forward()
-        if self._recorded is None:
-            self._recorded = RecordedStep(self.model, self.cache, self.pads, self.visible_until)
-        return self._recorded(self.input_ids)
-
-    def _forward(self) -> Tensor:
-        """(B, V) float32 logits of the token after the last one of `input_ids`; the head runs nowhere else."""
-        start, end = self.cache.length, self.cache.length + self.input_ids.shape[1]
-        positions = None if self.pads is None else (self.cache.positions(end - start) - self.pads).clamp(min=0)
-        until = None if self.visible_until is None else self.visible_until[:, :end]
-        hidden = self.model.model(self.input_ids, positions=positions, visible_until=until, cache=self.cache)
-        return self.model.lm_head(hidden[:, -1]).float()
-
-    def shrink(self, rows: list[int]) -> None:
-        """Drops finished rows once they are half of the batch, so that copying the cache stays cheap on the whole."""
-        if not rows or 2 * len(rows) > len(self.rows):
-            return
-        kept = [self.rows.index(row) for row in rows]
-        self.rows = rows
-        self.sampler.keep(kept)
-        self.cache.keys, self.cache.values = self.cache.keys[:, kept], self.cache.values[:, kept]
-        self.input_ids = self.input_ids[kept]
-        if self.pads is not None and self.visible_until is not None:
-            self.pads, self.visible_until = self.pads[kept], self.visible_until[kept]
-        self._recorded = None
-
-    def first_nonfinite_module(self) -> str:
-        """Repeats the last pass and names the first module whose output is not finite."""
-        self.input_ids = self._last_input
-        self.cache.truncate(self.cache.length - self.input_ids.shape[1])
-        return first_nonfinite_module(self.model, self._forward)
-
-
-def first_nonfinite_module(model: torch.nn.Module, run: Callable[[], object]) -> str:
-    """Calls `run` and names the first module of `model` that returned something that is not finite."""
-    found = []
-
-    def watch(name: str):
-        def hook(module, inputs, output):
-            if not output.isfinite().all():
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    model = engine.model
+    own_stops = tokenizer.stop_ids | _config_stop_ids(model.config)
+    requests: dict[Request, int] = {}
+    for number, (ids, sampling) in enumerate(zip(prompts, params, strict=True)):
+        requests[Request(ids, sampling, own_stops | _special_stop_ids(tokenizer, sampling.stop or ()))] = number
+    replies: dict[Request, Reply] = {}
+    for request in requests:
+        engine.add(request)
     try:
-        run()
+        with evaluation_mode(model):
+            while requests:
+                for token in engine.step():
+                    request = token.request
+                    reply = replies.get(request) or replies.setdefault(request, Reply(tokenizer, request))
+                    chunk = reply.add(token)
+                    number = requests[request]
+                    if chunk.finish_reason:
+                        engine.cancel(request)  # text may end before the tokens do
+                        del requests[request], replies[request]
+                    yield number, chunk
     finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else "no module when the pass was repeated"
+        for request in requests:
+            engine.cancel(request)
 
 
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Switches dropout off, and afterwards every module back to what it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def choices_of(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> int:
+    """How many ids may be said."""
+    return min(len(tokenizer), model.config.vocab_size)
 
 
 def _config_stop_ids(config: Phi2Config) -> set[int]:

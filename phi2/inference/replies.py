@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from phi2.inference.config import SamplingParams
+from phi2.inference.engine import Request, Token
 from phi2.tokenizer import Tokenizer
 
 
@@ -61,58 +61,40 @@ class Generation:
 
 
 class Reply:
-    """The text side of one row: tokens in, chunks out, and the decision that it ends."""
+    """The text side of one request: tokens in, chunks out, and the decision that it ends before a stop string."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        row: int,
-        stop_ids: frozenset[int],
-        prompt: int,
-        new: int,
-        limit: int,
-    ) -> None:
-        self._decoder, self._cutter = tokenizer.stream(), StopCutter(params.stop or ())
-        self._seed = None if params.temperature == 0 or params.seed is None else params.seed + row
-        self._stop_ids, self._limit = stop_ids, limit
-        self._prompt, self._new, self._count = prompt, new, 0  # tokens: prompt, those not cached, generated
-        self._started = perf_counter()
-        self.finish_reason: str | None = None
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self._decoder, self._cutter = tokenizer.stream(), StopCutter(request.params.stop or ())
+        self._request, self._count = request, 0  # tokens generated
+        self._prompt_seconds = 0.0
 
-    def add(self, token_id: int, logprob: float) -> Chunk:
+    def add(self, token: Token) -> Chunk:
         self._count += 1
+        request, seconds = self._request, perf_counter() - self._request.started
         if self._count == 1:
-            self._first = perf_counter()
-        text = self._text(token_id)
-        elapsed = perf_counter() - self._first
+            self._prompt_seconds = seconds
+        text, finish_reason = self._text(token)
         return Chunk(
             text=text,
-            token_id=token_id,
-            logprob=logprob,
-            prompt_tokens=self._prompt,
+            token_id=token.token_id,
+            logprob=token.logprob,
+            prompt_tokens=len(request.ids),
             generation_tokens=self._count,
-            prompt_tps=self._new / (self._first - self._started),
-            generation_tps=(self._count - 1) / elapsed if self._count > 1 else 0.0,
-            finish_reason=self.finish_reason,
-            seed=self._seed,
+            prompt_tps=(len(request.ids) - request.cached_tokens) / self._prompt_seconds,
+            generation_tps=(self._count - 1) / (seconds - self._prompt_seconds) if self._count > 1 else 0.0,
+            finish_reason=finish_reason,
+            seed=None if request.params.temperature == 0 else request.params.seed,
         )
 
-    def _text(self, token_id: int) -> str:
-        """What may be shown now; sets `finish_reason`, and then lets out all that was held back."""
-        if token_id in self._stop_ids:
-            self.finish_reason = "stop"
-        elif self._count == self._limit:
-            self.finish_reason = "length"
-        piece = "" if self.finish_reason == "stop" else self._decoder.step(token_id)
-        if self.finish_reason:
+    def _text(self, token: Token) -> tuple[str, str | None]:
+        """What may be shown now, all that was held back if the reply ends, and why it does."""
+        piece = "" if token.finish_reason == "stop" else self._decoder.step(token.token_id)
+        if token.finish_reason:
             piece += self._decoder.flush()
         text = self._cutter.step(piece)
         if self._cutter.found:
-            self.finish_reason = "stop_string"
-        elif self.finish_reason:
-            text += self._cutter.flush()
-        return text
+            return text, "stop_string"
+        return text + (self._cutter.flush() if token.finish_reason else ""), token.finish_reason
 
 
 class StopCutter:

@@ -8,6 +8,8 @@ Dims: B rows, V ids to choose from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,37 +17,55 @@ from phi2.inference.config import SamplingParams
 
 
 class Sampler:
-    """Chooses the next token of every row and remembers what the choice depends on.
+    """What the choices of one reply depend on beside the logits.
 
     Args:
-        params: the settings, the same for all rows.
-        prompts: the token ids of each row's prompt, which the repetition penalty counts as said.
+        params: the settings.
+        prompt: token ids, which the repetition penalty counts as said.
         choices: V, the ids that exist; a model may have more logits than the tokenizer has tokens.
         device: where the logits are.
     """
 
-    def __init__(self, params: SamplingParams, prompts: list[list[int]], choices: int, device: torch.device) -> None:
-        self.params, self.choices = params, choices
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], choices: int, device: torch.device) -> None:
         assert params.seed is not None
-        self.generators = [torch.Generator(device).manual_seed(params.seed + row) for row in range(len(prompts))]
-        self.seen = None
+        self.params, self.choices = params, choices
+        self.generator = torch.Generator(device).manual_seed(params.seed) if params.temperature else None
+        self.seen: Tensor | None = None  # (V,) bool
         if params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(prompts), choices, dtype=torch.bool, device=device)
-            for seen, prompt in zip(self.seen, prompts, strict=True):
-                seen[torch.tensor(prompt, device=device)] = True
+            self.seen = torch.zeros(choices, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(prompt, device=device)] = True
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """One token id for each row, (B,), from logits (B, at least V) float32; never an id of V or above."""
-        scores = process_logits(logits[:, : self.choices], self.params, self.seen)
-        tokens = scores.argmax(dim=-1) if self.params.temperature == 0 else draw(scores, self.generators)
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
+    @property
+    def kind(self) -> tuple[float, ...]:
+        """Rows whose kinds are equal are processed together."""
+        p = self.params
+        return p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, self.choices
 
-    def keep(self, rows: list[int]) -> None:
-        """Forgets every row but these."""
-        self.generators = [self.generators[row] for row in rows]
-        self.seen = None if self.seen is None else self.seen[rows]
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """The next token id of each row, (B,), from logits (B, at least V) float32 and each row's own sampler.
+
+    No row's choice depends on the others. Never an id of V or above.
+    """
+    kinds: dict[tuple[float, ...], list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        kinds.setdefault(sampler.kind, []).append(row)
+    if len(kinds) == 1:
+        return _choose_alike(logits, samplers)
+    tokens = torch.empty(len(samplers), dtype=torch.int64, device=logits.device)
+    for rows in kinds.values():
+        tokens[rows] = _choose_alike(logits[rows], [samplers[row] for row in rows])
+    return tokens
+
+
+def _choose_alike(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    first, generators = samplers[0], [s.generator for s in samplers if s.generator is not None]
+    said = [sampler.seen for sampler in samplers if sampler.seen is not None]
+    scores = process_logits(logits[:, : first.choices], first.params, torch.stack(said) if said else None)
+    tokens = draw(scores, generators) if generators else scores.argmax(dim=-1)
+    for seen, token in zip(said, tokens, strict=False):  # none, or one a row
+        seen[token] = True
+    return tokens
 
 
 def process_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> Tensor:

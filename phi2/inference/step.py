@@ -2,7 +2,7 @@
 
 A step is some two hundred kernels, six a block, of a few microseconds each, and launching them one by one takes longer
 than running them. A replay launches them all at once, with the very arguments of the recording: what changes from step
-to step lies in device memory that the step itself reads and moves on, the tokens and `StepCache.slots`.
+to step lies in device memory, which the step itself reads.
 
 Dims: B rows, C hidden, H heads, H_kv key-value heads, D head dim, R rotary dims, S tokens there is room for,
 V vocabulary.
@@ -15,68 +15,62 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from phi2.cache import KVCache, StepCache
+from phi2.cache import KVCache, StepPass
 from phi2.linear import PhiLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.attention import attention
 from phi2_kernels.gemv import gemv_each, gemv_sum
 from phi2_kernels.rotary import rotary_angles
-from phi2_kernels.visibility import Visibility
 from phi2_kernels.weight_forms import Weight
 
 
 class RecordedStep:
-    """Logits of one more token a row, again and again for the same rows.
+    """Logits of one more token of each of the first slots, again and again, whoever is in them.
 
     Args:
         cache: holds the tokens before; it counts along.
-        pads: (B, 1), how many pads each row begins with, or None.
-        visible_until: (B, S) int32 over the whole cache, or None.
+        rows: B, the slots that are computed.
     """
 
-    def __init__(
-        self, model: Phi2ForCausalLM, cache: KVCache, pads: Tensor | None, visible_until: Tensor | None
-    ) -> None:
-        self.model, self.cache, self.pads, self.visible_until = model, cache, pads, visible_until
-        self._device_cache = StepCache(cache)
-        self._input_ids = torch.zeros((cache.keys.shape[1], 1), dtype=torch.int64, device=cache.keys.device)
-        every = torch.arange(cache.max_length, device=cache.keys.device)[None]
-        self._tables = rotary_angles(every, model.config.rotary_dim, model.config.rope_theta)  # (1, S, 1, R/2) twice
+    def __init__(self, model: Phi2ForCausalLM, cache: KVCache, rows: int) -> None:
+        self.cached, device = StepPass(cache, rows), cache.keys.device
+        self._input_ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        every = torch.arange(cache.max_length + 1, device=device)[None]
+        self._tables = rotary_angles(
+            every, model.config.rotary_dim, model.config.rope_theta
+        )  # (1, S + 1, 1, R/2) twice
         self._logits: Tensor | None = None
         self._replay: Callable[[], None] | None = None
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, model: Phi2ForCausalLM, input_ids: Tensor, active: Sequence[int]) -> Tensor:
         """(B, V) float32 logits after the tokens (B, 1); the next call may overwrite them.
 
+        Args:
+            model: the same in every call.
+            active: the rows whose tokens count; what the others hold is left alone.
         Raises:
-            ValueError: when the cache is full.
+            ValueError: when a slot is full.
         """
-        self.cache.end_of(1)
+        self.cached.start(active)
         self._input_ids.copy_(input_ids)
         if self._logits is None:
-            self._logits = self._launch()  # compiles kernels and makes workspaces, which a recording may not
+            self._logits = self._launch(model)  # compiles kernels and makes workspaces, which a recording may not
         else:
             if self._replay is None:
-                self._replay, self._logits = record(self._launch, self._input_ids.device)
+                self._replay, self._logits = record(lambda: self._launch(model), self._input_ids.device)
             self._replay()
-        self.cache.advance(1)
+        self.cached.finish()
         return self._logits
 
-    def _launch(self) -> Tensor:
-        model, slots = self.model.model, self._device_cache.positions(1)  # (B, 1)
-        positions = slots if self.pads is None else slots - self.pads
+    def _launch(self, model: Phi2ForCausalLM) -> Tensor:
+        positions = self.cached.positions  # (B, 1)
         cos, sin = (table[0, positions] for table in self._tables)  # (B, 1, 1, R/2) twice
-        visibility = self._device_cache.visibility(1, self.visible_until)
-        x = model.embed_tokens(self._input_ids)  # (B, 1, C)
-        for block in model.blocks:
-            x = block_step(block, x, (cos, sin), visibility, self._device_cache)
-        self._device_cache.advance(1)
-        return self.model.lm_head(model.final_layernorm(x)[:, -1]).float()
+        x = model.model.embed_tokens(self._input_ids)  # (B, 1, C)
+        for block in model.model.blocks:
+            x = block_step(block, x, (cos, sin), self.cached)
+        return model.lm_head(model.model.final_layernorm(x)[:, -1]).float()
 
 
-def block_step(
-    block: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: StepCache
-) -> Tensor:
+def block_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], cached: StepPass) -> Tensor:
     """What `Block.forward` computes for one token a row, (B, 1, C) to (B, 1, C), in as few kernels as there can be.
 
     The six products are two, which take the GELU and both additions with them. A block with adapters, or with
@@ -84,11 +78,10 @@ def block_step(
     """
     own, into, out = block.self_attn, _weights(block.inputs), _weights(block.outputs)
     if into is None or out is None or own.config.qk_layernorm:
-        return block(x, angles, visibility, cache)
+        return block(x, angles, None, cached)
     *qkv, f = gemv_each(block.input_layernorm(x), into, gelu_last=True)
     q, k, v = (z.unflatten(-1, (-1, own.config.head_dim)) for z in qkv)  # (B, 1, H, D), (B, 1, H_kv, D) twice
-    q, k, v = (z.transpose(1, 2) for z in cache.apply_rotary_and_store(own.layer, q, k, v, angles))
-    attended = attention(q, k, v, visibility).transpose(1, 2).flatten(2)  # (B, 1, H D)
+    attended = cached.rotate_and_attend(own.layer, q, k, v, angles).flatten(2)  # (B, 1, H D)
     return gemv_sum([attended, f], out, x)
 
 

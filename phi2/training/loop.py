@@ -14,6 +14,7 @@ import torch
 from phi2.checkpoints.peft_files import save_adapter
 from phi2.checkpoints.weights import save_pretrained
 from phi2.inference.generate import generate_batch
+from phi2.inference.kept_engine import release_engine
 from phi2.lora import has_adapter
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.card import write_card
@@ -131,11 +132,12 @@ def _write_samples(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: To
     """Answers every sample prompt greedily and appends the answers to samples.jsonl."""
     if not config.sample_prompts:
         return
-    style = tokenizer.prompt_style
+    prompts = list(config.sample_prompts)
+    answers = generate_batch(
+        model, tokenizer, prompts, prompt_style=tokenizer.prompt_style, max_new_tokens=128, temperature=0.0
+    )
+    release_engine(model)  # training needs its memory
     with (Path(config.output) / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for prompt in config.sample_prompts:
-            (answer,) = generate_batch(
-                model, tokenizer, [prompt], prompt_style=style, max_new_tokens=128, temperature=0.0
-            )
+        for prompt, answer in zip(prompts, answers, strict=True):
             line = {"step": step, "prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -100,11 +100,3 @@ def test_results_over_disjoint_keys_are_joined_by_their_lse(impl, T):
     torch.testing.assert_close(lse, joined)
     torch.testing.assert_close(o, o1 * (lse1 - joined).exp()[..., None] + o2 * (lse2 - joined).exp()[..., None])
     assert not lse.requires_grad
-
-
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_cache_that_counts_on_the_device_has_no_lse(impl):
-    q, k, v = (x[:, :, -n:] for x, n in zip(qkv(1, 8), (1, 8, 8), strict=True))
-    visibility = Visibility(1, 8, None, q.device, filled=torch.tensor([5]).int())
-    with pytest.raises(ValueError, match="must know its number of keys"):
-        attention_with_lse(q, k, v, visibility, impl=impl)
