@@ -153,7 +153,8 @@ def replies_to(
     own_stops = tokenizer.stop_ids | _config_stop_ids(model.config)
     requests: dict[Request, int] = {}
     for number, (ids, sampling) in enumerate(zip(prompts, params, strict=True)):
-        requests[Request(ids, sampling, own_stops | _special_stop_ids(tokenizer, sampling.stop or ()))] = number
+        stop_ids = own_stops | _special_stop_ids(tokenizer, sampling.stop or ())
+        requests[Request(ids, sampling, stop_ids, adapter=model.computed_adapter)] = number
     replies: dict[Request, Reply] = {}
     for request in requests:
         engine.add(request)
