@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.cases.attention import attention_work
 from benchmarks.harness import comparison, gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness.models import randomise
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
@@ -99,15 +100,7 @@ def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: in
 
 def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:
     """A random layer without dropout; the same one for the same arguments. Adapters change something."""
-    generator = torch.Generator().manual_seed(0)
-    layer = adapted(Block(config, 0).eval(), rank)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            scale = 0.1 if parameter.ndim == 1 else config.initializer_range
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            if name == "input_layernorm.weight":
-                parameter.add_(1.0)
-    return placed(layer, device, dtype)
+    return placed(randomise(adapted(Block(config, 0).eval(), rank), config.initializer_range), device, dtype)
 
 
 def adapted(layer: nn.Module, rank: int) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import comparison, gpu, spec
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
-from benchmarks.harness.spec import Call, Entry, Op, RoundWork
+from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
 
@@ -112,12 +112,12 @@ GRADIENT = Call(
     "linear_logprob_triton.gradient",
     reads=ROWS | dict(lse="CHUNK:float32", scale="CHUNK:float32", grad_dtype=torch.bfloat16),
 )
-ENTRIES = {
-    f"linear_logprob_{key}": Entry("linear_logprob_triton", key, f"linear_logprob {key}", candidates, (call,))
-    for key, call, candidates in (
-        ("stats", STATS, spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))),
-        ("gradient", GRADIENT, spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))),
-    )
+STATS_ROWS = spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))
+GRADIENT_ROWS = spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))
+FILE = "linear_logprob_triton"
+spec.ENTRIES |= {
+    "linear_logprob_stats": Entry(FILE, "stats", "linear_logprob stats", STATS_ROWS, (STATS,)),
+    "linear_logprob_gradient": Entry(FILE, "gradient", "linear_logprob gradient", GRADIENT_ROWS, (GRADIENT,)),
 }
 
 
@@ -127,15 +127,8 @@ def unordered() -> None:
 
     flags = linear_logprob_triton._flags
     with mock.patch.object(linear_logprob_triton, "_flags", lambda *call: flags(*call) | {"BARRIER": False}):
-        for entry in ENTRIES.values():
-            entry.compile(only_timed=True)
+        STATS.compile(spec.PHI2)
+        GRADIENT.compile(spec.PHI2)
 
 
-spec.OPS["linear_logprob"] = Op(
-    work={
-        "linear_logprob stats": lambda BLOCK_V, **_: RoundWork(dram_bytes=BLOCK_V * 4),
-        "linear_logprob gradient": lambda BLOCK_V, **_: RoundWork(dram_bytes=BLOCK_V * 6),
-    },
-    entries=ENTRIES,
-    forms={spec.UNORDERED: [unordered]},
-)
+spec.FORMS[spec.UNORDERED] = unordered
