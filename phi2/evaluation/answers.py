@@ -1,7 +1,7 @@
-"""What a model has answered, in a file that grows by a line for each answer: a killed evaluation goes on from there.
+"""What a model has answered, in files that grow by a line for each answer: a killed evaluation goes on from there.
 
-An answer is named by the model, the kind of request and the request itself, so that the file may hold those of several
-models, and a model that was trained further finds none.
+An answer is named by the model, the kind of request and the request itself. So one folder holds those of several
+models, a model that was trained further finds none, and with another number of processes all are found.
 """
 
 from __future__ import annotations
@@ -12,24 +12,36 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from phi2.checkpoints.same_base import digest_of_weights
 from phi2.files import write_whole
+from phi2.model import Phi2ForCausalLM
 from phi2.runs.log import whole_lines
+from phi2.tokenizer import Tokenizer
+
+
+def fingerprint(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> str:
+    """Of all that an answer depends on beside the request."""
+    said = [digest_of_weights(model), repr(model.config), tokenizer.backend.to_str(), repr(sorted(tokenizer.stop_ids))]
+    return sha256("\0".join(said).encode()).hexdigest()
 
 
 class Answers:
-    """The answers of one model in a file of JSON lines.
+    """The answers of one model.
 
     Args:
-        path: the file; a line that a kill left unfinished is dropped.
-        fingerprint: of the model, the tokenizer and whatever else an answer depends on beside the request.
+        folder: of the files; each process writes its own and reads all. A line that a kill left unfinished is dropped.
+        fingerprint: of the model.
+        rank: of this process.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        lines = whole_lines(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(f"{line}\n" for line in lines))
-        self._known = {entry["request"]: entry["answer"] for entry in map(json.loads, lines)}
-        self._fingerprint, self._file = fingerprint, path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, fingerprint: str, rank: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = {path: whole_lines(path) for path in sorted(folder.glob("*.jsonl"))}
+        entries = [json.loads(line) for of_one in lines.values() for line in of_one]
+        self._known = {entry["request"]: entry["answer"] for entry in entries}
+        own = folder / f"{rank}.jsonl"
+        write_whole(own, "".join(f"{line}\n" for line in lines.get(own, [])))
+        self._fingerprint, self._file = fingerprint, own.open("a", encoding="utf-8")
 
     def get(self, kind: str, args: Sequence[Any]) -> Any:
         """The answer to a request, None when there is none yet. One that is drawn is drawn anew each time."""

@@ -197,13 +197,13 @@ class Phi2LM(TemplateLM):
         for index, (_, settings) in enumerate(requests):
             alike[json.dumps(settings, sort_keys=True)].append(index)
         for indices in alike.values():
-            until, params = self._sampling(requests[indices[0]][1])
+            until, params = self.sampling(requests[indices[0]][1])
             room = self.max_length - params.max_new_tokens
             prompts = [self.tok_encode(requests[index][0])[-room:] for index in indices]
             for turn, text in replies(self.model, self.tokenizer, prompts, params, self.batch_size):
                 yield indices[turn], postprocess_generated_text(text, until, None)
 
-    def _sampling(self, settings: Mapping[str, Any]) -> tuple[list[str], SamplingParams]:
+    def sampling(self, settings: Mapping[str, Any]) -> tuple[list[str], SamplingParams]:
         """Where a text is cut, and how it is sampled.
 
         Raises:
@@ -214,7 +214,8 @@ class Phi2LM(TemplateLM):
         until = [text for text in until if text]
         tokens, draws = known.pop("max_gen_toks"), known.pop("do_sample")
         if unknown := [name for name in known if name not in SAMPLING]:
-            raise ValueError(f"generation settings must be until, max_gen_toks, do_sample or of {SAMPLING}, {unknown}")
+            allowed = ", ".join(("until", "max_gen_toks", "do_sample", *SAMPLING))
+            raise ValueError(f"generation settings must be of {allowed}, got {', '.join(unknown)}")
         if tokens >= self.max_length:
             raise ValueError(
                 f"{tokens} new tokens are asked for, more than the model's context of {self.max_length} has room for:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ from torch import Tensor
 
 class Ranks:
     """The processes of `torchrun`, once torch.distributed is initialised; else this one alone."""
+
+    @classmethod
+    def start(cls) -> Ranks:
+        """Joins the others, if `torchrun` started this process."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return cls()
+
+    def device(self, asked: str) -> str:
+        """The device of this process: with several on one machine each has a GPU of its own."""
+        several = self.count > 1 and torch.cuda.is_available() and asked in ("auto", "cuda")
+        return f"cuda:{os.environ['LOCAL_RANK']}" if several else asked
 
     @property
     def count(self) -> int:

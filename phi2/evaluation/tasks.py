@@ -32,12 +32,21 @@ class Loaded:
     Attributes:
         tasks: as `lm_eval.evaluate` takes them.
         samples_of: for each name that was asked for, the tasks whose samples count.
-        notes: what a reader of the scores must know.
+        shots: for each name.
+        files: local ones, by task and split.
+        notes: what a reader must know of them.
     """
 
     tasks: dict[str, Any]
     samples_of: dict[str, list[str]]
+    shots: dict[str, int]
+    files: dict[str, str]
     notes: list[str]
+
+    @property
+    def card(self) -> list[str]:
+        """Those of the names that the model card has."""
+        return [name for name in self.samples_of if name in CARD]
 
 
 def load_tasks(names: Sequence[str], data_dir: str | None = None, num_fewshot: int | None = None) -> Loaded:
@@ -49,8 +58,9 @@ def load_tasks(names: Sequence[str], data_dir: str | None = None, num_fewshot: i
         FileNotFoundError: when the folder or a file in it is missing.
         ValueError: for a name that the harness does not have, with the nearest, and for data that cannot be reached.
     """
+    files: dict[str, str] = {}
     notes: list[str] = []
-    with _manager(names, data_dir, notes) as manager:
+    with _manager(names, data_dir, files, notes) as manager:
         known = set(manager.all_tasks)
         for name in names:
             if name not in known:
@@ -58,6 +68,8 @@ def load_tasks(names: Sequence[str], data_dir: str | None = None, num_fewshot: i
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"no task is called {name!r}{hint} The card's are {', '.join(CARD)}")
         loaded = {name: _load(manager, name) for name in names}
+    if "ifeval" in loaded:
+        _require_sentences()
     for name, parts in loaded.items():
         shots = CARD[name].shots if num_fewshot is None and name in CARD else num_fewshot
         for task in parts["tasks"].values():
@@ -66,7 +78,9 @@ def load_tasks(names: Sequence[str], data_dir: str | None = None, num_fewshot: i
     for parts in loaded.values():
         for kind in tasks:
             tasks[kind] |= parts[kind]
-    return Loaded(tasks, {name: [*parts["tasks"]] for name, parts in loaded.items()}, notes)
+    parts_of = {name: [*parts["tasks"]] for name, parts in loaded.items()}
+    shots_of = {name: max(tasks["tasks"][part].get_config("num_fewshot") for part in parts_of[name]) for name in names}
+    return Loaded(tasks, parts_of, shots_of, files, notes)
 
 
 def _load(manager: TaskManager, name: str) -> dict[str, Any]:
@@ -78,6 +92,17 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
         ) from error
 
 
+def _require_sentences() -> None:
+    """What IFEval counts sentences with is downloaded when its task is loaded, and missed when it grades."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        hint = "set NLTK_DATA to a folder with tokenizers/punkt_tab"
+        raise ValueError(f"ifeval: nltk's punkt_tab is not here and cannot be downloaded; {hint}") from error
+
+
 def _set_shots(task: Any, shots: int | None) -> None:
     """As the harness does: a task that says it has none keeps none."""
     if shots is not None and task.get_config("num_fewshot") != 0:
@@ -87,11 +112,15 @@ def _set_shots(task: Any, shots: int | None) -> None:
 
 
 @contextmanager
-def _manager(names: Sequence[str], data_dir: str | None, notes: list[str]) -> Iterator[TaskManager]:
+def _manager(
+    names: Sequence[str], data_dir: str | None, files: dict[str, str], notes: list[str]
+) -> Iterator[TaskManager]:
     """Knows at least the named tasks."""
     if data_dir is not None:
         with TemporaryDirectory(prefix="phi2-tasks-") as folder:
-            _write_local_tasks(names, Path(data_dir), Path(folder), notes)
+            for name in names:
+                found = _write_local_task(name, Path(data_dir), Path(folder), notes)
+                files |= {f"{name}, {split}": path for split, path in found.items()}
             yield TaskManager(include_path=folder, include_defaults=False)
     elif all(name in CARD for name in names):
         yield _manager_of(names)
@@ -103,18 +132,16 @@ def _manager_of(names: Sequence[str]) -> TaskManager:
     return TaskManager(include_path=[HERE / CARD[name].folder for name in names], include_defaults=False)
 
 
-def _write_local_tasks(names: Sequence[str], data_dir: Path, folder: Path, notes: list[str]) -> None:
-    """Task files that include the harness's own and read local data; groups hold the tasks that have some."""
-    for name in names:
-        if name not in CARD:
-            raise ValueError(f"data_dir serves the tasks {', '.join(CARD)}, got {name!r}")
-        files = local_files(data_dir, name)
-        notes += [f"{name} {split}: {path}" for split, path in files.items()]
-        entries = _manager_of([name]).task_index
-        if name == "mmlu":
-            _write_subjects(entries, files, folder, notes)
-        else:
-            _write(folder, name, _local(entries[name], files))
+def _write_local_task(name: str, data_dir: Path, folder: Path, notes: list[str]) -> dict[str, str]:
+    """Task files that include the harness's own and read local data, which is returned; groups hold what has some."""
+    if name not in CARD:
+        raise ValueError(f"data_dir serves the tasks {', '.join(CARD)}, got {name!r}")
+    files, entries = local_files(data_dir, name), _manager_of([name]).task_index
+    if name == "mmlu":
+        _write_subjects(entries, files, folder, notes)
+    else:
+        _write(folder, name, _local(entries[name], files))
+    return files
 
 
 def _write_subjects(entries: dict[str, Any], files: dict[str, str], folder: Path, notes: list[str]) -> None:
