@@ -173,6 +173,15 @@ def test_a_run_is_evaluated_as_what_it_trained(tiny_phi, sft_config, data, tmp_p
         assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
 
 
+def test_models_in_memory_are_evaluated_by_the_names_they_are_given(both):
+    model, tokenizer = load("nano-instruct", "cpu", "float32")
+    found = phi2.evaluate({"mine": (model, tokenizer)}, questions=2)
+    skills = [score for score in both.models["nano-instruct"].scores if score.metric == "right"]
+    assert [(s.task, s.value) for s in found.models["mine"].scores] == [(s.task, s.value) for s in skills]
+    with pytest.raises(ValueError, match="dtype cannot change a model that is loaded already"):
+        phi2.evaluate({"mine": (model, tokenizer)}, dtype="bfloat16")
+
+
 def fails(capsys, *arguments: str) -> str:
     code = main(["evaluate", *arguments])
     err = capsys.readouterr().err.splitlines()

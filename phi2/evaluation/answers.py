@@ -40,7 +40,8 @@ class Answers:
         entries = [json.loads(line) for of_one in lines.values() for line in of_one]
         self._known = {entry["request"]: entry["answer"] for entry in entries}
         own = folder / f"{rank}.jsonl"
-        write_whole(own, "".join(f"{line}\n" for line in lines.get(own, [])))
+        if own in lines and not own.read_bytes().endswith(b"\n"):
+            write_whole(own, "".join(f"{line}\n" for line in lines[own]))
         self._fingerprint, self._file = fingerprint, own.open("a", encoding="utf-8")
 
     def get(self, kind: str, args: Sequence[Any]) -> Any:

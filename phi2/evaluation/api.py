@@ -7,7 +7,7 @@ import logging
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,55 +16,66 @@ import torch
 
 from phi2.evaluation import toy
 from phi2.evaluation.config import TOY, EvaluateConfig
-from phi2.evaluation.models import load_named, require_chat_template
+from phi2.evaluation.models import load_named, require_chat_template, tokenizer_of
 from phi2.evaluation.ranks import Ranks
 from phi2.evaluation.report import write_report
 from phi2.evaluation.results import Evaluation, ModelResult, scores_of
 from phi2.evaluation.samples import Sample, samples_of, samples_of_toy
 from phi2.files import write_whole
+from phi2.inference.config import LoadConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from phi2.evaluation.tasks import Loaded
 
+Asked = tuple[Phi2ForCausalLM, Tokenizer]
+
 OUTPUT = Path("runs/evaluate")
 SEED = 1234  # the harness's own, of numpy, torch and the choice of shots; Python's begins at 0
 
 
-def evaluate(model: Sequence[str] | str, **settings: Any) -> Evaluation:
+def evaluate(model: Sequence[str] | str | Mapping[str, Asked], **settings: Any) -> Evaluation:
     """Scores of one model, or of several side by side.
 
     Args:
-        model: name of a model, or several.
+        model: name of a model, or several; or, by names of your own, models that are loaded, with their tokenizers.
         settings: the other fields of `EvaluateConfig`, which are the flags of `phi2 evaluate`.
     Raises:
         FileNotFoundError, ValueError: one line for settings, tasks, data or a model that cannot be used.
         KeyboardInterrupt: saying where the answers are, from which the same call goes on.
     """
-    return run(EvaluateConfig(model=model, **settings))
+    if not isinstance(model, Mapping):
+        return run(EvaluateConfig(model=model, **settings))
+    if given := [field.name for field in fields(LoadConfig) if field.name in settings]:
+        raise ValueError(f"{', '.join(given)} cannot change a model that is loaded already")
+    return run(EvaluateConfig(model=[*model], **settings), model)
 
 
-def run(config: EvaluateConfig) -> Evaluation:
-    """`evaluate` for settings in one object."""
-    ranks = Ranks.start()
-    if ranks.count > 1 and TOY in config.tasks:
-        raise ValueError(f"the toy skills are for one process, got {ranks.count}")
-    if config.apply_chat_template:
-        for name in config.model:
-            require_chat_template(name, config)
+def run(config: EvaluateConfig, loaded: Mapping[str, Asked] | None = None) -> Evaluation:
+    """`evaluate` for settings in one object; models that are not in `loaded` are loaded one after the other."""
+    ranks, loaded = Ranks.start(), loaded or {}
+    _require_usable(config, loaded, ranks)
     tasks = _harness_tasks(config) if config.harness_tasks else None
-    writes = config.output is not None or tasks is not None
-    output = Path(config.output or OUTPUT) if writes else None
+    output = Path(config.output or OUTPUT) if config.output is not None or tasks is not None else None
     models: dict[str, ModelResult] = {}
     for name in config.model:
-        loaded, tokenizer = load_named(name, replace(config, device=ranks.device(config.device)))
-        models[name] = _result(config, loaded, tokenizer, tasks, output)
-        del loaded
+        asked = loaded.get(name) or load_named(name, replace(config, device=ranks.device(config.device)))
+        models[name] = _result(config, asked, tasks, output)
+        del asked  # one at a time in memory
     evaluation = Evaluation(models, _notes(config, tasks), {} if tasks is None else tasks.files, output)
     if output is not None and ranks.rank == 0:
         _write(evaluation, output)
     return evaluation
+
+
+def _require_usable(config: EvaluateConfig, loaded: Mapping[str, Asked], ranks: Ranks) -> None:
+    """What can be known before a task or a weight is read."""
+    if ranks.count > 1 and TOY in config.tasks:
+        raise ValueError(f"the toy skills are for one process, got {ranks.count}")
+    if config.apply_chat_template:
+        for name in config.model:
+            require_chat_template(name, loaded[name][1] if name in loaded else tokenizer_of(name, config))
 
 
 def _harness_tasks(config: EvaluateConfig) -> Loaded:
@@ -80,19 +91,13 @@ def _harness_tasks(config: EvaluateConfig) -> Loaded:
     return loaded
 
 
-def _result(
-    config: EvaluateConfig,
-    model: Phi2ForCausalLM,
-    tokenizer: Tokenizer,
-    tasks: Loaded | None,
-    output: Path | None,
-) -> ModelResult:
+def _result(config: EvaluateConfig, asked: Asked, tasks: Loaded | None, output: Path | None) -> ModelResult:
     """Scores in the order in which the tasks were named."""
     result = ModelResult([], [])
-    reported, logged = ({}, {}) if tasks is None else _answer(config, model, tokenizer, tasks, output)
+    reported, logged = ({}, {}) if tasks is None else _answer(config, asked, tasks, output)
     for name in config.tasks:
         if name == TOY:
-            samples = samples_of_toy(toy.evaluate(model, tokenizer, config.questions, config.seed))
+            samples = samples_of_toy(toy.evaluate(*asked, config.questions, config.seed))
             result.samples.extend(samples)
             for skill in dict.fromkeys(sample.task for sample in samples):
                 result.scores.extend(scores_of(skill, [sample for sample in samples if sample.task == skill]))
@@ -106,7 +111,7 @@ def _result(
 
 
 def _answer(
-    config: EvaluateConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, tasks: Loaded, output: Path | None
+    config: EvaluateConfig, asked: Asked, tasks: Loaded, output: Path | None
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What the harness reports, and what it logs of every sample; nothing except on the first rank."""
     from lm_eval import evaluate
@@ -116,9 +121,9 @@ def _answer(
 
     assert output is not None
     _seed(tasks)
-    answers = Answers(output / "answers", fingerprint(model, tokenizer), Ranks().rank)
+    answers = Answers(output / "answers", fingerprint(*asked), Ranks().rank)
     settings = {name: getattr(config, name) for name in ("limit", "apply_chat_template", "fewshot_as_multiturn")}
-    lm = Phi2LM(model, tokenizer, answers=answers)
+    lm = Phi2LM(*asked, answers=answers)
     try:
         for task in tasks.tasks["tasks"].values():  # all of them, before the first answer
             if task.OUTPUT_TYPE == "generate_until":

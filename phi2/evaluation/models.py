@@ -38,13 +38,13 @@ def load_named(name: str, config: LoadConfig) -> tuple[Phi2ForCausalLM, Tokenize
     return load(model, config.device, config.dtype, adapter=adapter, quantize=config.quantize)
 
 
-def require_chat_template(name: str, config: LoadConfig) -> None:
-    """Before any weight is read.
-
-    Raises:
-        ValueError: when the model's tokenizer has no chat template.
-    """
+def tokenizer_of(name: str, config: LoadConfig) -> Tokenizer:
+    """The tokenizer of a name, before any weight is read."""
     model, adapter = find(name, config.adapter)
-    tokenizer = load_tokenizer(resolve(model), None if adapter is None else resolve(adapter))
+    return load_tokenizer(resolve(model), None if adapter is None else resolve(adapter))
+
+
+def require_chat_template(name: str, tokenizer: Tokenizer) -> None:
+    """Raises ValueError when the tokenizer has none."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{name}: its tokenizer has no chat template, which apply_chat_template needs")
