@@ -1,7 +1,8 @@
 """Our model in lm-evaluation-harness against the harness's own `hf` backend, on the same requests of the card's tasks.
 
-Multiple choice is MMLU (5 shots), TruthfulQA and Winogrande (5 shots); written answers are IFEval's and GSM8K's, cut
-at 64 tokens. The models are nano, and a random Phi of 30 M with the tokenizer and the context of phi-2-instruct.
+Multiple choice is MMLU, TruthfulQA and Winogrande; written answers are IFEval's and GSM8K's, cut at 64 tokens. The
+models are nano, with one shot, so that prompts fit its context of 512 tokens; and a random Phi of 30 M with the
+tokenizer and the context of phi-2-instruct, and the shots of its model card.
 """
 
 from __future__ import annotations
@@ -36,29 +37,30 @@ class Job(NamedTuple):
     folder: Path
     tasks: tuple[str, ...]
     samples: int
+    shots: int | None
     batch_size: int  # of theirs; padding makes 1 the fastest where nothing is generated
 
 
 @case("harness_choice_vs_hf", turns=5, summary="log-likelihoods of multiple choice in lm-evaluation-harness, nano")
 def harness_choice_vs_hf(turns: int) -> Report:
-    return _compare(Job(resolve("nano"), CHOICES, 4, 1), turns, target=3.0)
+    return _compare(Job(resolve("nano"), CHOICES, 4, 1, 1), turns, target=3.0)
 
 
 @case("harness_written_vs_hf", turns=5, summary="written answers in lm-evaluation-harness, nano")
 def harness_written_vs_hf(turns: int) -> Report:
-    return _compare(Job(resolve("nano"), WRITTEN, 8, 8), turns, target=1.5)
+    return _compare(Job(resolve("nano"), WRITTEN, 8, 1, 8), turns, target=1.5)
 
 
 @case("harness_choice_30m_vs_hf", turns=3, summary="the same multiple choice, a random 30 M with the real tokenizer")
 def harness_choice_30m_vs_hf(turns: int) -> Report:
     with TemporaryDirectory() as folder:
-        return _compare(Job(_random_phi(Path(folder)), CHOICES, 3, 1), turns, target=3.0)
+        return _compare(Job(_random_phi(Path(folder)), CHOICES, 3, None, 1), turns, target=3.0)
 
 
 @case("harness_written_30m_vs_hf", turns=3, summary="the same written answers, a random 30 M with the real tokenizer")
 def harness_written_30m_vs_hf(turns: int) -> Report:
     with TemporaryDirectory() as folder:
-        return _compare(Job(_random_phi(Path(folder)), WRITTEN, 4, 4), turns, target=1.5)
+        return _compare(Job(_random_phi(Path(folder)), WRITTEN, 4, None, 4), turns, target=1.5)
 
 
 def _compare(job: Job, turns: int, target: float) -> Report:
@@ -68,7 +70,12 @@ def _compare(job: Job, turns: int, target: float) -> Report:
         gate=f"log-likelihoods apart by at most {result.largest_difference['log_likelihoods']:.0e} of the largest,"
         " texts equal",
         measures=[replace(measure, target=target) for measure in result.speeds()],
-        facts={"tasks": ", ".join(job.tasks), "samples": job.samples, "their batch": job.batch_size},
+        facts={
+            "tasks": ", ".join(job.tasks),
+            "samples": job.samples,
+            "shots": job.shots or "of the card",
+            "their batch": job.batch_size,
+        },
     )
 
 
@@ -116,7 +123,8 @@ def _requests(job: Job, model: Any) -> dict[str, list[Any]]:
 
     os.environ.setdefault("NLTK_DATA", str(shared_folder() / "data" / "nltk_data"))
     requests: dict[str, list[Any]] = {}
-    for task in load_tasks(job.tasks, str(shared_folder() / "data" / "eval")).tasks["tasks"].values():
+    data = str(shared_folder() / "data" / "eval")
+    for task in load_tasks(job.tasks, data, job.shots).tasks["tasks"].values():
         task.set_fewshot_seed(0)
         if task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", {"max_gen_toks": NEW_TOKENS}, update=True)
