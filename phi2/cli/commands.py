@@ -19,8 +19,9 @@ from phi2 import __version__
 from phi2.cli.flags import UsageError, parse
 
 if TYPE_CHECKING:
-    from phi2.cli.configs import EvaluateConfig, GenerateConfig, ReplyConfig
+    from phi2.cli.configs import GenerateConfig, ReplyConfig
     from phi2.data.inspect import InspectConfig
+    from phi2.evaluation.config import EvaluateConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -118,12 +119,13 @@ def convert(
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Grade a model on the five toy skills, with 95 % intervals."""
-    from phi2.evaluation.toy import evaluate
+    """Grade models: the five toy skills, or tasks of lm-evaluation-harness beside the model card of phi-2-instruct."""
+    from phi2.evaluation.api import run
 
-    loaded, tokenizer = config.load()
-    for skill, score in evaluate(loaded, tokenizer, config.questions, config.seed).items():
-        print(f"{skill:<12} {score}")
+    evaluation = run(config)
+    print(evaluation)
+    if evaluation.output is not None:
+        print(f"wrote {evaluation.output / 'report.html'}, results.json and samples/ beside it")
 
 
 def inspect(config: InspectConfig) -> None:
@@ -175,7 +177,7 @@ COMMANDS = {
     "dpo": Command(dpo, "phi2.training.config:DPOConfig", {"data": named_sources, "loss": registered_losses}),
     "merge": Command(merge),
     "convert": Command(convert),
-    "evaluate": Command(evaluate, "phi2.cli.configs:EvaluateConfig"),
+    "evaluate": Command(evaluate, "phi2.evaluation.config:EvaluateConfig"),
     "inspect": Command(inspect, "phi2.data.inspect:InspectConfig", {"data": named_sources}),
     "quickstart": Command(quickstart),
 }

@@ -3,23 +3,15 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from phi2.inference.config import SamplingParams
+from phi2.inference.config import LoadConfig, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(LoadConfig):
     """The model that is asked."""
 
     model: str
     """Folder, hub id, "nano" or "nano-instruct"."""
-    adapter: str | None = None
-    """Folder or hub id of a LoRA adapter."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too."""
 
     def load(self) -> tuple[Any, Any]:
         """The model and its tokenizer."""
@@ -51,13 +43,3 @@ class GenerateConfig(ReplyConfig):
     """The text; "-" reads it from standard input."""
     prompt_style: Literal["auto", "raw", "instruct", "chatml", "chat"] = "auto"
     """How the model sees the prompt; auto is its chat template (chat) if it has one, else raw."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelConfig):
-    """A model that is graded."""
-
-    questions: int = 100
-    """Held-out questions of each skill."""
-    seed: int = 0
-    """Of the choice of questions."""

@@ -4,9 +4,23 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 COLDEST = 1e-4  # below it logits / temperature leaves float32; ask for 0 instead
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """How a model is loaded; the arguments of `phi2.load`."""
+
+    adapter: str | None = None
+    """Folder or hub id of a LoRA adapter."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too."""
 
 
 @dataclass(frozen=True)
