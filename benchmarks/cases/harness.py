@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 @case("harness_choice_vs_hf", turns=5, summary="log-likelihoods of multiple choice in lm-evaluation-harness, nano")
 def harness_choice_vs_hf(turns: int) -> Report:
-    return _compare(Job(resolve("nano"), CHOICES, 4, 1, 1), turns, target=3.0)
+    return _compare(Job(resolve("nano"), CHOICES, 10, 1, 1), turns, target=3.0)
 
 
 @case("harness_written_vs_hf", turns=5, summary="written answers in lm-evaluation-harness, nano")
