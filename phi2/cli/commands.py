@@ -19,8 +19,9 @@ from phi2 import __version__
 from phi2.cli.flags import UsageError, parse
 
 if TYPE_CHECKING:
-    from phi2.cli.configs import EvaluateConfig, GenerateConfig, ReplyConfig
+    from phi2.cli.configs import EvaluateConfig, GenerateConfig
     from phi2.data.inspect import InspectConfig
+    from phi2.inference.config import ReplyConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -170,7 +171,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command(generate, "phi2.cli.configs:GenerateConfig"),
-    "chat": Command(chat, "phi2.cli.configs:ReplyConfig"),
+    "chat": Command(chat, "phi2.inference.config:ReplyConfig"),
     "sft": Command(sft, "phi2.training.config:SFTConfig", {"data": named_sources}),
     "dpo": Command(dpo, "phi2.training.config:DPOConfig", {"data": named_sources, "loss": registered_losses}),
     "merge": Command(merge),

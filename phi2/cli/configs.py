@@ -1,46 +1,9 @@
 """The flags of the commands that ask a model: which one, and, from where it is defined, how it samples."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from phi2.inference.config import SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The model that is asked."""
-
-    model: str
-    """Folder, hub id, "nano" or "nano-instruct"."""
-    adapter: str | None = None
-    """Folder or hub id of a LoRA adapter."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too."""
-
-    def load(self) -> tuple[Any, Any]:
-        """The model and its tokenizer."""
-        import phi2
-
-        return phi2.load(self.model, self.device, self.dtype, adapter=self.adapter, quantize=self.quantize)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplyConfig(SamplingParams, ModelConfig):
-    """A model that replies."""
-
-    system: str | None = None
-    """System message; a prompt is then a user's turn."""
-
-    def __post_init__(self) -> None:
-        SamplingParams(**self.sampling)  # checks them; a seed that is drawn is drawn by whoever samples
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+from phi2.inference.config import ModelConfig, ReplyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
