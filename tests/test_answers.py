@@ -84,6 +84,7 @@ BAD_ROWS = {
     "no prompt": ({"title": "a"}, "hold no prompt"),
     "an option out of range": ({"prompt": "a", "top_p": 7}, "top_p must be in"),
     "an option of another type": ({"prompt": "a", "max_new_tokens": "9"}, "max_new_tokens must be"),
+    "a stop that is no text": ({"prompt": "a", "stop": 5}, "stop must be a string or a list of strings, got 5"),
     "no answers": ({"prompt": "a", "n": 0}, "n must be a whole number of at least 1"),
     "several answers without draws": ({"prompt": "a", "n": 2, "temperature": 0}, "n 2 needs a temperature"),
     "media": ({"prompt": "a", "image": "x.png"}, "'image' .* is not read here"),
@@ -278,14 +279,6 @@ BAD_USAGE = {
     "n 2 needs prompts, got one prompt": ["--prompt", "a", "--n", "2", "--temperature", "1"],
     "n 2 needs a temperature above 0, got 0 (greedy)": ["--prompts", "a.txt", "--output", "a.jsonl", "--n", "2"],
     "ignore_columns ['id'] needs prompts, got one prompt": ["--prompt", "a", "--ignore_columns", "id"],
-    "system needs prompt_style chatml (or auto), got 'raw'": [
-        "--prompt",
-        "a",
-        "--system",
-        "b",
-        "--prompt_style",
-        "raw",
-    ],
 }
 
 

@@ -50,6 +50,8 @@ class SamplingParams:
     """String the reply ends before; on the command line give the flag again for another."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stop, str | Sequence | None):
+            raise ValueError(f"stop must be a string or a list of strings, got {self.stop!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         t = self.temperature
