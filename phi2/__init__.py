@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi2.answers.pairs import sample_pairs
     from phi2.checkpoints.weights import load, save_pretrained
     from phi2.evaluation.api import evaluate
     from phi2.inference.chat import ChatSession
@@ -31,6 +32,7 @@ __all__ = [
     "generate",
     "load",
     "preference_loss",
+    "sample_pairs",
     "save_pretrained",
     "sft",
     "start",
@@ -48,6 +50,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "generate": "phi2.inference.generate",
     "load": "phi2.checkpoints.weights",
     "preference_loss": "phi2.losses.registry",
+    "sample_pairs": "phi2.answers.pairs",
     "save_pretrained": "phi2.checkpoints.weights",
     "sft": "phi2.training.api",
     "start": "phi2.training.session",
