@@ -168,7 +168,8 @@ def replies_to(
                     chunk = reply.add(token)
                     number = requests[request]
                     if chunk.finish_reason:
-                        engine.cancel(request)  # text may end before the tokens do
+                        if token.finish_reason is None:  # the text ends before the tokens do
+                            engine.cancel(request)
                         del requests[request], replies[request]
                     yield number, chunk
     finally:
