@@ -86,6 +86,11 @@ class Comparison:
     peers_are_ours: bool = False
 
 
+def of_function(function: Callable[..., Tensor], **options: Any) -> Implementation:
+    """Its output alone."""
+    return Implementation(lambda *inputs: {"output": function(*inputs)}, **options)
+
+
 def forward_backward(forward: Callable[..., Tensor], names: str) -> Callable[..., Outputs]:
     """A function's output and the gradients of those of its arguments that require one.
 
