@@ -19,7 +19,7 @@ from phi2 import __version__
 from phi2.cli.flags import UsageError, parse
 
 if TYPE_CHECKING:
-    from phi2.cli.configs import EvaluateConfig, GenerateConfig, ReplyConfig
+    from phi2.cli.configs import EvaluateConfig, GenerateConfig, ReplyConfig, ServeConfig
     from phi2.data.inspect import InspectConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
@@ -133,6 +133,13 @@ def inspect(config: InspectConfig) -> None:
     print(inspect_data(config))
 
 
+def serve(config: ServeConfig) -> None:
+    """Answer OpenAI's API: chats, completions and log-probs, for many clients at once."""
+    from phi2.serve.server import serve
+
+    serve(config, config.load_served)
+
+
 def quickstart(output: str = "runs/quickstart", seed: int = 0) -> None:
     """Base, SFT, DPO, merge, grades, a chat and a report on the tiny embedded model, in minutes on a CPU.
 
@@ -177,6 +184,7 @@ COMMANDS = {
     "convert": Command(convert),
     "evaluate": Command(evaluate, "phi2.cli.configs:EvaluateConfig"),
     "inspect": Command(inspect, "phi2.data.inspect:InspectConfig", {"data": named_sources}),
+    "serve": Command(serve, "phi2.cli.configs:ServeConfig"),
     "quickstart": Command(quickstart),
 }
 

@@ -1,9 +1,14 @@
 """The flags of the commands that ask a model: which one, and, from where it is defined, how it samples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from phi2.inference.config import SamplingParams
+from phi2.serve.config import EndpointConfig
+
+if TYPE_CHECKING:
+    from phi2.serve.models import Served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +66,25 @@ class EvaluateConfig(ModelConfig):
     """Held-out questions of each skill."""
     seed: int = 0
     """Of the choice of questions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(EndpointConfig, ModelConfig):
+    """Models that are served."""
+
+    adapters: Sequence[str] = ()
+    """NAME=PATH_OR_ID of a LoRA adapter that is served as model NAME beside its base; give the flag again for
+    another."""
+
+    def load_served(self) -> "Served":
+        """The base, and every adapter on it."""
+        from phi2.serve.models import load_served
+
+        return load_served(
+            self.model,
+            self.adapters,
+            adapter=self.adapter,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+        )
