@@ -17,8 +17,8 @@ import yaml
 from phi2.data.audit import FLAGS
 from phi2.evaluation.toy import Score
 from phi2.files import one_line, read_json, write_whole
-from phi2.lab.charts import Line, interval_chart, line_chart, number
-from phi2.lab.page import chat, page, said, settings, table
+from phi2.pages.charts import Line, interval_chart, line_chart, number
+from phi2.pages.page import chat, page, said, settings, table
 
 CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Loss": {"loss": "training", "eval_loss": "held out"},
@@ -30,6 +30,8 @@ CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Learning rate": {"learning_rate": "of the update"},
     "Speed, tokens per second": {"tokens_per_second": "training"},
 }
+
+SHOWN = 4  # questions of each skill
 
 Metrics = list[dict[str, Any]]
 Scores = Mapping[str, Mapping[str, Score]]  # model -> skill -> score
@@ -190,7 +192,7 @@ def _side_by_side(scores: Scores) -> str:
     """The questions whose answers were kept, and what each model said."""
     parts = []
     for skill in _skills(scores):
-        kept = [of_model[skill].transcripts for of_model in scores.values() if skill in of_model]
+        kept = [of_model[skill].transcripts[:SHOWN] for of_model in scores.values() if skill in of_model]
         rows = [
             [said(asked[0].prompt), *(said(t.answer, t.correct) for t in asked), said(asked[0].expected)]
             for asked in zip(*kept, strict=False)

@@ -5,6 +5,12 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from phi2.inference.config import ModelConfig
+
+if TYPE_CHECKING:
+    from phi2.serve.models import Served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,28 @@ class EndpointConfig:
         """Raises ValueError when anyone on the network could ask."""
         if key is None and not is_loopback(self.host):
             raise ValueError(f"host {self.host} can be reached from other machines: give an api_key, or use 127.0.0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(EndpointConfig, ModelConfig):
+    """Models that are served."""
+
+    adapters: Sequence[str] = ()
+    """NAME=PATH_OR_ID of a LoRA adapter that is served as model NAME beside its base; give the flag again for
+    another."""
+
+    def load_served(self) -> Served:
+        """The base, and every adapter on it."""
+        from phi2.serve.models import load_served
+
+        return load_served(
+            self.model,
+            self.adapters,
+            adapter=self.adapter,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -65,7 +65,8 @@ def interval_chart(title: str, groups: Mapping[str, Mapping[str, Interval]]) -> 
     """A figure of shares in [0, 1] with their intervals: a row for each group, in it a mark for each name."""
     names = list(dict.fromkeys(name for marks in groups.values() for name in marks))
     legend = "".join(f'<span class="key c{i}">{escape(name)}</span>' for i, name in enumerate(names))
-    step, left, width = 12, 82, 440
+    step, width = 12, 440
+    left = max(82, 10 + CHARACTER * 1.15 * max(map(len, groups), default=0))
     rows, y = [], 10.0
     axis = Axis(0, 1, left, width - 16, [0, 0.25, 0.5, 0.75, 1])
     for group, marks in groups.items():
