@@ -53,6 +53,15 @@ def test_many_leaves_behind_a_long_prefix_are_scored_as_alone(model):
     assert_as_alone(model, [Request(shots, end) for end in ends])
 
 
+def test_the_likeliest_tokens_are_told_with_their_log_probs(model):
+    ((_, scored),) = score(model, [Request([5, 6], [7, 8, 9])], top_logprobs=3)
+    with torch.no_grad():
+        values, ids = model(torch.tensor([[5, 6, 7, 8]]))[0, 1:].log_softmax(dim=-1).topk(3)
+    assert [[token_id for token_id, _ in place] for place in scored.top] == ids.tolist()
+    told = [logp for place in scored.top for _, logp in place]
+    assert told == pytest.approx(values.flatten().tolist(), abs=2e-5)
+
+
 def test_a_greedy_continuation_is_known_as_one(model):
     context = [5, 6, 7]
     said = []

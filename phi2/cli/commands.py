@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from phi2.data.inspect import InspectConfig
     from phi2.evaluation.config import EvaluateConfig
     from phi2.inference.config import ReplyConfig
+    from phi2.serve.config import ServeConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -146,6 +147,13 @@ def inspect(config: InspectConfig) -> None:
     print(inspect_data(config))
 
 
+def serve(config: ServeConfig) -> None:
+    """Answer OpenAI's API: chats, completions and log-probs, for many clients at once."""
+    from phi2.serve.server import serve
+
+    serve(config, config.load_served)
+
+
 def quickstart(output: str = "runs/quickstart", seed: int = 0) -> None:
     """Base, SFT, DPO, merge, grades, a chat and a report on the tiny embedded model, in minutes on a CPU.
 
@@ -208,6 +216,7 @@ COMMANDS = {
     "convert": Command(convert),
     "evaluate": Command(evaluate, "phi2.evaluation.config:EvaluateConfig"),
     "inspect": Command(inspect, "phi2.data.inspect:InspectConfig", {"data": named_sources}),
+    "serve": Command(serve, "phi2.serve.config:ServeConfig"),
     "quickstart": Command(quickstart),
 }
 

@@ -48,11 +48,13 @@ class Score:
         logprobs: of each of its tokens, in nats.
         best: the most likely token in the place of each.
         is_greedy: whether each of its tokens is the most likely one.
+        top: the likeliest ids in the place of each with their log-probs, largest first; as many as were asked for.
     """
 
     logprobs: list[float]
     best: list[int]
     is_greedy: bool
+    top: list[list[tuple[int, float]]]
 
     @property
     def total(self) -> float:
@@ -103,12 +105,16 @@ class TrieRow:
 
 
 def score(
-    model: Phi2ForCausalLM, requests: Sequence[Request], tokens_per_pass: int = TOKENS_PER_PASS
+    model: Phi2ForCausalLM,
+    requests: Sequence[Request],
+    tokens_per_pass: int = TOKENS_PER_PASS,
+    top_logprobs: int = 0,
 ) -> Iterator[tuple[int, Score]]:
     """The score of every request, in the order in which passes complete.
 
     Args:
         tokens_per_pass: how long a row may become; a longer request has a row of its own.
+        top_logprobs: how many of the likeliest tokens to report in the place of each.
     Returns:
         The index of a request and its score.
     Raises:
@@ -116,7 +122,7 @@ def score(
     """
     for number, request in enumerate(requests, start=1):
         _require_fit(request, number, model)
-    return _scores(model, requests, tokens_per_pass)
+    return _scores(model, requests, tokens_per_pass, top_logprobs)
 
 
 def _require_fit(request: Request, number: int, model: Phi2ForCausalLM) -> None:
@@ -133,7 +139,9 @@ def _require_fit(request: Request, number: int, model: Phi2ForCausalLM) -> None:
 
 
 @torch.no_grad()
-def _scores(model: Phi2ForCausalLM, requests: Sequence[Request], tokens_per_pass: int) -> Iterator[tuple[int, Score]]:
+def _scores(
+    model: Phi2ForCausalLM, requests: Sequence[Request], tokens_per_pass: int, top_logprobs: int
+) -> Iterator[tuple[int, Score]]:
     read = [np.array([*context, *continuation[:-1]], dtype=">u4") for context, continuation in requests]
     order = sorted(range(len(read)), key=lambda i: read[i].tobytes())  # big-endian bytes sort as the tokens do
     shared = [0, *(_common(read[a], read[b]) for a, b in zip(order, order[1:], strict=False))]
@@ -146,7 +154,7 @@ def _scores(model: Phi2ForCausalLM, requests: Sequence[Request], tokens_per_pass
             places.append(path[-len(requests[index].continuation) :])
         chosen = order[start:end]
         with evaluation_mode(model):
-            scored = _score_row(model, row, places, [requests[i].continuation for i in chosen])
+            scored = _score_row(model, row, places, [requests[i].continuation for i in chosen], top_logprobs)
         yield from zip(chosen, scored, strict=True)
 
 
@@ -180,7 +188,11 @@ def passes(lengths: Sequence[int], shared: Sequence[int], tokens: int) -> Iterat
 
 
 def _score_row(
-    model: Phi2ForCausalLM, row: TrieRow, places: list[list[int]], continuations: list[Sequence[int]]
+    model: Phi2ForCausalLM,
+    row: TrieRow,
+    places: list[list[int]],
+    continuations: list[Sequence[int]],
+    top_logprobs: int,
 ) -> list[Score]:
     """One pass.
 
@@ -190,31 +202,39 @@ def _score_row(
     inputs = row.tensors(model.device)
     where = torch.tensor([place for of_one in places for place in of_one], device=model.device)  # (N,)
     targets = torch.tensor([token for of_one in continuations for token in of_one], device=model.device)
-    logps, best = _predictions(model, model.model(**inputs)[0], where, targets)
+    logps, best, top = _predictions(model, model.model(**inputs)[0], where, targets, top_logprobs)
     if not logps.isfinite().all():
         name = first_nonfinite_module(model, lambda: model(**inputs))
         raise ValueError(f"non-finite logits; first in {name} ({model.dtype})")
-    sizes = [len(of_one) for of_one in continuations]
-    return [
-        Score(logp.tolist(), top.tolist(), bool((top == target).all()))
-        for logp, top, target in zip(logps.split(sizes), best.split(sizes), targets.cpu().split(sizes), strict=True)
-    ]
+    scores, end = [], 0
+    for of_one in continuations:
+        start, end = end, end + len(of_one)
+        most_likely = best[start:end].tolist()
+        scores.append(Score(logps[start:end].tolist(), most_likely, most_likely == list(of_one), top[start:end]))
+    return scores
 
 
-def _predictions(model: Phi2ForCausalLM, hidden: Tensor, where: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the targets, (N,) float32, and the most likely tokens, (N,), both on the CPU.
+def _predictions(
+    model: Phi2ForCausalLM, hidden: Tensor, where: Tensor, targets: Tensor, top_logprobs: int
+) -> tuple[Tensor, Tensor, list[list[tuple[int, float]]]]:
+    """Log-probabilities of the targets, (N,) float32, the most likely tokens, (N,), both on the CPU, and `Score.top`.
 
     Args:
         hidden: (T, C).
         where: (N,) rows of `hidden`.
     """
     rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
-    logps, best = [], []
+    logps, best, top = [], [], []
     for some, wanted in zip(where.split(rows), targets.split(rows), strict=True):
         logits = _logits(model, hidden[some])  # (n, V)
-        logps.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(dim=-1))
+        lse = logits.logsumexp(dim=-1)
+        logps.append(logits.gather(1, wanted[:, None])[:, 0] - lse)
         best.append(logits.argmax(dim=-1))
-    return torch.cat(logps).cpu(), torch.cat(best).cpu()
+        values, ids = logits.topk(top_logprobs)  # (n, k) twice
+        top += [
+            list(zip(*row, strict=True)) for row in zip(ids.tolist(), (values - lse[:, None]).tolist(), strict=True)
+        ]
+    return torch.cat(logps).cpu(), torch.cat(best).cpu(), top
 
 
 def _logits(model: Phi2ForCausalLM, hidden: Tensor) -> Tensor:
