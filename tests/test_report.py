@@ -14,8 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from phi2.evaluation.toy import Score, Transcript
-from phi2.lab.charts import Line, distinct_digits, interval_chart, line_chart, nice_ticks, number, thin
 from phi2.lab.report import write_comparison, write_report
+from phi2.pages.charts import Line, distinct_digits, interval_chart, line_chart, nice_ticks, number, thin
 
 FILES = ("config.yaml", "metrics.jsonl", "data_audit.json", "samples.jsonl", "environment.json")
 EVIL = "<script>alert('x')</script> & \"quoted\""

@@ -17,8 +17,8 @@ import yaml
 from phi2.data.audit import FLAGS
 from phi2.evaluation.toy import Score
 from phi2.files import one_line, read_json, write_whole
-from phi2.lab.charts import Line, interval_chart, line_chart, number
-from phi2.lab.page import chat, page, said, settings, table
+from phi2.pages.charts import Line, interval_chart, line_chart, number
+from phi2.pages.page import chat, page, said, settings, table
 
 CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Loss": {"loss": "training", "eval_loss": "held out"},
