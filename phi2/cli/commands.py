@@ -21,6 +21,7 @@ from phi2.cli.flags import UsageError, parse
 if TYPE_CHECKING:
     from phi2.cli.configs import EvaluateConfig, GenerateConfig, ReplyConfig
     from phi2.data.inspect import InspectConfig
+    from phi2.runs.run import Run
     from phi2.training.config import DPOConfig, SFTConfig
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -81,7 +82,7 @@ def dpo(config: DPOConfig) -> None:
     _announce(run := train(config), write_report(run))
 
 
-def _announce(run: Path, *files: Path) -> None:
+def _announce(run: Run, *files: Path) -> None:
     result = next(run / name for name in ("adapter", "model") if (run / name).exists())
     print("\n".join(f"wrote {path}" for path in (result, *files)))
 
