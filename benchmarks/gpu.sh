@@ -37,7 +37,7 @@ read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_g
 command_of() {
   case $1 in
     tests) command=("$python" -m pytest "${flags[@]}" "${files[@]}") ;;
-    tune) command=("$python" -m benchmarks.tune --op attention_forward,attention_dkdv,attention_dq,gemv_half,gemv_int8,gemv_int4) ;;
+    tune) command=("$python" -m benchmarks.tune attention_{forward,dkdv,dq} gemv_{half,int8,int4}) ;;
     *) command=("$python" -m benchmarks.run --case "$1") ;;
   esac
 }

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+Cells = dict[str, str | int | float]  # values by name: facts, or a line of a table
+
 
 class Spread(NamedTuple):
     """What repeated measurements gave: their median, and the quantiles 0.2 and 0.8 around it."""
@@ -64,8 +66,8 @@ class Report:
     peer: dict[str, str]
     gate: str
     measures: list[Measure]
-    facts: dict[str, str | int | float] = field(default_factory=dict)
-    table: list[dict[str, str | int | float]] = field(default_factory=list)
+    facts: Cells = field(default_factory=dict)
+    table: list[Cells] = field(default_factory=list)
 
 
 class GateError(Exception):

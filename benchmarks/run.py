@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import stream
 from benchmarks.harness.gpu import DeviceError
-from benchmarks.registry import CASES, GateError, Measure, Report, Spread, load
+from benchmarks.registry import CASES, Cells, GateError, Measure, Report, Spread, load
 from phi2.runs.folder import environment
 
 load()
@@ -58,11 +58,12 @@ def table(name: str, report: Report) -> str:
     peer, version = next(iter(report.peer.items()))
     lines = [f"{name}: {CASES[name].summary}", f"  gate green: {report.gate}"]
     lines += [f"  {key}: {value}" for key, value in report.facts.items()]
-    lines.append(f"  {'':<36} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
+    if report.measures:
+        lines.append(f"  {'':<36} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
     return "\n".join(lines + [_line(measure) for measure in report.measures] + columns(report.table))
 
 
-def columns(rows: list[dict[str, str | int | float]]) -> list[str]:
+def columns(rows: list[Cells]) -> list[str]:
     """Lines of a table, each column as wide as its widest cell."""
     if not rows:
         return []

@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in a file of one a line. A last line without its end is left out: it is still being written, or
+    """The JSON objects in a file of one a line. A last one without its end is left out: it is still being written, or
     whoever wrote it was killed.
 
     Raises:
@@ -42,10 +42,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """
     values = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a text may hold characters that splitlines cuts at
+        *lines, last = path.read_text(encoding="utf-8").split("\n")  # not splitlines: it cuts inside of texts, too
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from error
-    for row, line in enumerate(lines, start=1):
+    for row, line in enumerate([*lines, last] if last.endswith("}") else lines, start=1):
         try:
             values.append(json.loads(line))
         except (ValueError, RecursionError) as error:

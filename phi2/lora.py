@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -54,7 +55,8 @@ class LoraAdapter:
 
     def hidden(self, x: Tensor) -> Tensor:
         """s * dropout(x) A^T, (..., r), in float32 (under autocast in autocast's dtype)."""
-        return self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))) * self.scaling
+        x = x.to(self.lora_A.weight.dtype)
+        return F.linear(self.lora_dropout(x) if self.lora_dropout.training else x, self.lora_A.weight) * self.scaling
 
     def change(self) -> Tensor:
         """s * B A, (out, in) float32."""
@@ -71,7 +73,8 @@ class LoraLinear(PhiLinear):
     Attributes:
         base: the layer that this one stands for.
         adapters: by name.
-        enabled: False computes the base alone.
+        active: the one that the layer shows.
+        adapter: what is added to the base now; another one than `active`, or none, inside `computing`.
     """
 
     base: PhiLinear
@@ -85,7 +88,7 @@ class LoraLinear(PhiLinear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.adapters: dict[str, LoraAdapter] = {}
         self.active: LoraAdapter | None = None
-        self.enabled = True
+        self.adapter: LoraAdapter | None = None
         self.train(base.training)
 
     def add(self, name: str, r: int, scaling: float, dropout: float) -> None:
@@ -97,7 +100,7 @@ class LoraLinear(PhiLinear):
 
     def activate(self, name: str) -> None:
         """From now on the layer computes, and shows, this adapter; none if it has none of that name."""
-        self.active = self.adapters.get(name)
+        self.active = self.adapter = self.adapters.get(name)
         for part in ("lora_A", "lora_B", "lora_dropout"):
             self._modules.pop(part, None)
             if self.active is not None:
@@ -106,11 +109,6 @@ class LoraLinear(PhiLinear):
     def extra_repr(self) -> str:
         base = type(self.base).__name__
         return f"{base}, in_features={self.in_features}, out_features={self.out_features}, adapters={[*self.adapters]}"
-
-    @property
-    def adapter(self) -> LoraAdapter | None:
-        """What is added to the base now."""
-        return self.active if self.enabled else None
 
     @property
     def form(self) -> Weight | None:
@@ -122,7 +120,7 @@ class LoraLinear(PhiLinear):
         out = self.base(x)
         if self.adapter is None:
             return out
-        return out.add_(self.adapter.lora_B(self.adapter.hidden(x)))
+        return out.add_(F.linear(self.adapter.hidden(x), self.adapter.lora_B.weight))
 
     @torch.no_grad()
     def merged(self) -> PhiLinear:
@@ -154,7 +152,8 @@ class AdaptableModel(nn.Module):
 
     Attributes:
         adapters: their settings by name.
-        active_adapter: name of the one that is computed.
+        active_adapter: name of the one that is shown, trained and saved.
+        computed_adapter: name of the one that passes compute; another one, or None, inside `computing`.
         brought_by_adapter: parts of the model that an adapter's file replaced.
     """
 
@@ -162,6 +161,7 @@ class AdaptableModel(nn.Module):
         super().__init__()
         self.adapters: dict[str, LoraConfig] = {}
         self.active_adapter: str | None = None
+        self.computed_adapter: str | None = None
         self.brought_by_adapter: tuple[str, ...] = ()
 
     @property
@@ -217,9 +217,8 @@ def activate(model: AdaptableModel, name: str) -> None:
     Raises:
         ValueError: when there is none.
     """
-    if name not in model.adapters:
-        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(model.adapters) or 'none'}")
-    model.active_adapter = name
+    _require_adapter(model, name)
+    model.active_adapter = model.computed_adapter = name
     for module in _layers(model).values():
         module.activate(name)
 
@@ -239,7 +238,7 @@ def detach(model: AdaptableModel, name: str = DEFAULT) -> None:
         if not module.adapters:
             model.set_submodule(layer, module.base)
     del model.adapters[name]
-    model.active_adapter = None
+    model.active_adapter = model.computed_adapter = None
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -283,14 +282,37 @@ def disabled(model: AdaptableModel) -> Iterator[None]:
     Raises:
         ValueError: when the model has no adapter.
     """
-    before = {module: module.enabled for module in _adapted(model).values()}
+    _adapted(model)
+    with computing(model, None):
+        yield
+
+
+@contextmanager
+def computing(model: AdaptableModel, name: str | None) -> Iterator[None]:
+    """Inside it passes without gradient compute the adapter of this name, or the base alone; what is shown stays.
+
+    Raises:
+        ValueError: when there is no such adapter.
+    """
+    if name is not None:
+        _require_adapter(model, name)
+    layers = {} if name == model.computed_adapter else {m: m.adapter for m in _layers(model).values()}
+    before, model.computed_adapter = model.computed_adapter, name
     try:
-        for module in before:
-            module.enabled = False
+        for module in layers:
+            module.adapter = None if name is None else module.adapters.get(name)
+            if module.adapter is not None:
+                module.adapter.lora_dropout.train(module.training)
         yield
     finally:
-        for module, enabled in before.items():
-            module.enabled = enabled
+        model.computed_adapter = before
+        for module, adapter in layers.items():
+            module.adapter = adapter
+
+
+def _require_adapter(model: AdaptableModel, name: str) -> None:
+    if name not in model.adapters:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(model.adapters) or 'none'}")
 
 
 def merge(model: AdaptableModel) -> None:
@@ -309,7 +331,8 @@ def merge(model: AdaptableModel) -> None:
             model.set_submodule(name, module.merged())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    model.adapters, model.active_adapter, model.brought_by_adapter = {}, None, ()
+    model.adapters, model.brought_by_adapter = {}, ()
+    model.active_adapter = model.computed_adapter = None
     model.requires_grad_(True)
 
 

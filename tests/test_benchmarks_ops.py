@@ -189,6 +189,17 @@ def test_a_gradient_of_the_prompt_that_is_not_added_up_is_seen():
     assert "grad of k is off" in found.absent["lost"]
 
 
+def test_peers_that_are_ours_are_held_to_what_ours_is():
+    one = COMPARISONS["gelu"](FLOAT32)
+    off = replace(one.ours, finish=lambda outputs: {name: x * 1.01 for name, x in outputs.items()})
+    unwritten = Implementation(lambda *x: {name: torch.empty_like(y) for name, y in one.ours.run(*x).items()})
+    peers = {"off": lambda: off, "unwritten": lambda: unwritten}
+    assert comparison.gate(replace(one, peers={"off": lambda: off})).implementations.keys() == {OURS, "off"}
+    assert comparison.gate(replace(one, peers=peers, peers_are_ours=True)).absent == {
+        "off": "output is off by 1.0e-02 of its size", "unwritten": "output is off by nan of its size",
+    }  # fmt: skip
+
+
 def test_a_peer_that_is_wrong_missing_or_failing_is_left_out_and_named():
     def missing() -> Implementation:
         raise ModuleNotFoundError("No module named 'liger_kernel'")
@@ -231,7 +242,6 @@ def clock(monkeypatch) -> dict[str, float]:
     monkeypatch.setattr(gpu, "timed", timed)
     monkeypatch.setattr(gpu, "device", lambda: DEVICE)
     monkeypatch.setattr(gpu, "measured_rates", lambda: Rates(200, 1000))
-    monkeypatch.setattr(gpu, "datasheet", lambda: Rates(400, 2000))
     monkeypatch.setattr(gpu, "peak_memory", lambda implementation, inputs: 0.5)
     monkeypatch.setattr(gpu, "_captured", lambda calls: lambda: [call() for call in calls])
     return times
@@ -254,7 +264,7 @@ def test_a_report_weighs_ours_against_each_peer_and_the_fastest_of_a_kind(clock)
     }
     ours, slow = report.table[0], report.table[1]
     assert (ours["side"], ours["ms"], ours["TFLOP/s"], ours["GB/s"], ours["share"]) == (OURS, 2.0, 200.0, 500, 1.0)
-    assert (slow["side"], slow["share"], slow["of datasheet"]) == ("slow", 0.25, 0.125)
+    assert (slow["side"], slow["share"]) == ("slow", 0.25)
     assert report.facts["tokens"] == 9 and "measured 200 TFLOP/s and 1000 GB/s" in report.facts["limits"]
 
 
@@ -318,21 +328,12 @@ def test_on_a_hopper_attention_has_other_targets(monkeypatch):
     assert attention._targets(torch.device("cuda", 0)) == {"SDPA cuDNN": 1.0, "SDPA flash": 1.3}
 
 
-@pytest.mark.parametrize(
-    ("name", "rates"),
-    [("NVIDIA H100 80GB HBM3", Rates(989, 3350)), ("NVIDIA L4", None), ("NVIDIA H200", Rates(989, 4800))],
-)
-def test_datasheets_go_by_the_name_of_the_device(name, rates, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert gpu.datasheet() == rates
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the clock needs a GPU")
 def test_the_clock_times_calls_and_graphs_and_memory():
     for name in ("gelu", "gemv bf16"):  # calls, and a graph
         one = COMPARISONS[name](BFLOAT16)
-        times = gpu.bench(one.inputs, comparison.gate(one).implementations, 3, one.sets, one.in_graph)
+        times = gpu.bench(one, comparison.gate(one).implementations, 3)
         assert times.keys() >= {OURS} and all(len(t) == 3 and min(t) > 0 for t in times.values())
     x = torch.zeros(1, device=DEVICE)
     assert gpu.peak_memory(Implementation(lambda x: {"y": x.new_empty(10**8)}), (x,)) == pytest.approx(0.4, rel=0.01)

@@ -1,4 +1,4 @@
-"""The tuner drops what may not be shipped, never times what is wrong, and proposes only what is faster beyond doubt.
+"""The tuner drops what may not be shipped and never times what is wrong; specs describe what it launches.
 
 The clock alone needs a GPU; here it is set by hand.
 """
@@ -6,65 +6,31 @@ The clock alone needs a GPU; here it is set by hand.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 from benchmarks import run, tune
 from benchmarks.harness import aot, comparison, gpu, spec
 from benchmarks.harness.aot import Row
-from benchmarks.harness.spec import Entry, Shapes, label
-from benchmarks.registry import GateError, Spread
-from benchmarks.tune import OPS, Candidate, Timed, proposals, sieve
+from benchmarks.harness.comparison import OURS
+from benchmarks.harness.spec import ENTRIES, Entry, Shapes, label
+from benchmarks.registry import CASES, GateError
 from phi2_kernels import gelu_triton
-from phi2_kernels.attention_tiles_triton import AttentionLaunch as Tile
 
 KERNELS = Path(gelu_triton.__file__).parent
-GELU = OPS["gelu_forward"]
+GELU = ENTRIES["gelu_forward"]
 SHIPPED = GELU.shipped(80)
 SPILLING, SMALLER = GELU.launch(80, (8, 1024, 1)), GELU.launch(80, (1, 1024, 4))
-
-
-def test_the_sieve_drops_a_launch_that_spills_and_says_so():
-    kept, dropped = sieve("gelu_forward", 80, [SPILLING, SHIPPED])
-    assert (kept.launch, kept.faults) == (SHIPPED, "")
-    assert dropped.launch == SPILLING and re.fullmatch(r"\d+ bytes of stack", dropped.faults)
-    assert [each.rows[0].launch for each in (kept, dropped)] == ["n4 f1024", "n8 f1024"]
-
-
-@pytest.fixture
-def rows(monkeypatch) -> list[Row]:
-    """Stands for the compiler: what each launch of the sieve compiles to, in their order."""
-    made: list[Row] = []
-    monkeypatch.setattr(aot, "rows_of", lambda arch, jobs: [[row] for row in made])
-    return made
-
-
-def row(efficiency: float, stack: int = 0, issue: float = 50) -> Row:
-    """Bound by memory, which is busy for 100 clocks."""
-    clocks = {"dram": 100.0, "issue": issue}
-    return Row("gelu forward", "", "candidate", 80, 4, 64, stack, 0, 8, 0, True, [], 0, clocks, "dram", efficiency)
-
-
-def test_the_sieve_ranks_by_efficiency_then_by_what_else_is_busy_and_puts_dropped_ones_last(rows):
-    rows += [row(1.0, stack=64), row(0.5), row(1.0, issue=90), row(1.0, issue=40)]
-    launches = [GELU.launch(80, (4, 1024, warps)) for warps in (1, 2, 4, 8)]
-    assert [each.launch["num_warps"] for each in sieve("gelu_forward", 80, launches)] == [8, 4, 2, 1]
-
-
-def test_every_form_of_a_kernel_must_keep_its_budgets():
-    assert Candidate(SHIPPED, [row(1.0), row(0.4, stack=64)]).faults == "64 bytes of stack"
-
-
 SHAPES = Shapes(B=2, H=3, S=5, D=4, C=64)
+
+
+def test_a_launch_that_spills_breaks_its_budget():
+    (kept,), (dropped,) = aot.compiled([(80, "gelu_forward", launch) for launch in (SHIPPED, SPILLING)])
+    assert (kept.launch, kept.violations, dropped.launch) == ("n4 f1024", [], "n8 f1024")
+    assert re.fullmatch(r"\d+ bytes of stack", *dropped.violations)
 
 
 @pytest.mark.parametrize(
@@ -89,15 +55,16 @@ def test_a_text_describes_a_tensor_of_integers(text, values):
 
 def test_every_entry_of_every_launch_table_can_be_tuned():
     tables = [file.stem for file in KERNELS.glob("*_triton.py") if re.search(r"^LAUNCH = ", file.read_text(), re.M)]
-    entries = {(op.file, key) for op in OPS.values() for key in op.table(80)}
-    assert entries == {(op.file, op.key) for op in OPS.values()} and {file for file, _ in entries} == set(tables)
+    entries = {(entry.file, key) for entry in ENTRIES.values() for key in entry.table(80)}
+    assert entries == {(entry.file, entry.key) for entry in ENTRIES.values()}
+    assert {file for file, _ in entries} == set(tables)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("arch", spec.ARCHITECTURES)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_the_shipped_launch_comes_first_and_no_launch_twice(name, arch):
-    launches = OPS[name].launches(arch)
-    assert launches[0] == OPS[name].shipped(arch) and 3 < len(launches) < 8
+    launches = ENTRIES[name].launches(arch)
+    assert launches[0] == ENTRIES[name].shipped(arch) and 3 < len(launches) < 8
     assert len({label(launch) for launch in launches}) == len(launches)
 
 
@@ -126,127 +93,62 @@ def small(monkeypatch) -> None:
         monkeypatch.setattr(gpu, "device", lambda: torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_every_candidate_computes_what_the_shipped_launch_computes(name, small):
-    launches = OPS[name].launches(80)
-    found = tune.differences(OPS[name], 80, launches)
-    assert found == {label(launch): "" for launch in launches}
+    launches = ENTRIES[name].launches(80)
+    found = comparison.gate(tune.compare_launches(name, 80, launches))
+    assert list(found.implementations) == [OURS, *map(label, launches[1:])] and not found.absent
+
+
+def test_without_repeatable_numbers_of_the_shipped_launch_there_are_no_times(small, monkeypatch):
+    class Random(Entry):
+        def run(self, *inputs):
+            return {name: torch.rand_like(x) for name, x in super().run(*inputs).items()}
+
+    monkeypatch.setitem(ENTRIES, "gelu_forward", Random(**vars(GELU)))
+    with pytest.raises(GateError, match="gelu_forward: y is off by"):
+        comparison.gate(tune.compare_launches("gelu_forward", 80, [SHIPPED, SMALLER]))
 
 
 @pytest.fixture
-def clock(small, monkeypatch, tmp_path) -> dict[str, float]:
-    """Stands for the GPU's clock: milliseconds by launch, 1 unless said otherwise; "timed" lists what was timed."""
-    times: dict = {"timed": []}
+def compiler(monkeypatch, tmp_path) -> None:
+    """Stands for the compiler: of GELU's launches the last one spills."""
 
-    def timed(calls, turns):
-        times["timed"] += calls
-        return {name: [times.get(name, 1.0)] * turns for name in calls}
+    def compiled(jobs):
+        stacks = [0] * (len(jobs) - 1) + [64]
+        return [[Row("gelu forward", "", name, arch, 4, 64, stack, 0, 0, True, [], 0)]
+                for (arch, name, _), stack in zip(jobs, stacks, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(gpu, "timed", timed)
+    monkeypatch.setattr(aot, "compiled", compiled)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
-    return times
+    monkeypatch.setattr(tune, "CASES", CASES.copy())
+    monkeypatch.setattr(run, "CASES", tune.CASES)
 
 
-def altered(alter: Callable[[Tensor], Tensor]) -> Entry:
-    """GELU, with a function between what it computes and what it says."""
-
-    class Altered(Entry):
-        def run(self, *inputs):
-            return {name: alter(x) for name, x in super().run(*inputs).items()}
-
-    return Altered(**vars(GELU))
-
-
-def candidates() -> list[Candidate]:
-    """Two within their budgets and one that is not."""
-    return [Candidate(SMALLER, [row(1.0)]), Candidate(SHIPPED, [row(1.0)]), Candidate(SPILLING, [row(0.9, stack=64)])]
-
-
-def test_times_come_in_a_table_and_a_json_line_that_is_kept(clock, capsys, tmp_path):
-    clock |= {label(SHIPPED): 0.004, label(SMALLER): 0.002}
-    timed = tune.clock("gelu_forward", 80, candidates(), 3)
-    assert [(t.launch, t.time.median) for t in timed] == [(SHIPPED, pytest.approx(4)), (SMALLER, pytest.approx(2))]
-    *table, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"  n=4 f=1024 num_warps=4 .* 4.0 +4.0 +4.0 +shipped", table[4])
-    assert table[5].endswith("dropped: 64 bytes of stack")
-    line = json.loads(last)
-    assert line["case"] == "tune_gelu_forward" and line["measures"][0]["ratio"] == pytest.approx(0.5)
-    (kept,) = (tmp_path / "results").iterdir()
-    assert kept.read_text() == last + "\n"
-
-
-def test_a_candidate_that_computes_something_else_is_never_timed(clock, monkeypatch, capsys):
-    wrong_if_smaller = altered(lambda x: x * (1.5 if GELU.shipped(80) == SMALLER else 1))
-    monkeypatch.setitem(OPS, "gelu_forward", wrong_if_smaller)
-    timed = tune.clock("gelu_forward", 80, candidates(), 3)
-    assert [t.launch for t in timed] == [SHIPPED] and clock["timed"] == [label(SHIPPED)]
-    assert "dropped: y is off by 5.0e-01" in capsys.readouterr().out
-
-
-def test_an_output_that_a_candidate_forgets_is_seen(small):
-    assert tune.differences(altered(torch.empty_like), 80, [SMALLER]) == {label(SMALLER): "y is off by nan"}
-
-
-def test_without_repeatable_numbers_of_the_shipped_launch_there_are_no_times(clock, monkeypatch, tmp_path):
-    monkeypatch.setitem(OPS, "gelu_forward", altered(torch.rand_like))
-    with pytest.raises(GateError, match="gelu_forward: the shipped launch, n=4 f=1024 num_warps=4: y is off by"):
-        tune.clock("gelu_forward", 80, candidates(), 3)
-    assert clock["timed"] == [] and not (tmp_path / "results").exists()
-
-
-def times(*launches: tuple[Tile | dict, float], width: float = 1.0) -> list[Timed]:
-    return [Timed(launch, Spread(us - width / 2, us, us + width / 2)) for launch, us in launches]
-
-
-@pytest.mark.parametrize(("us", "proposed"), [(98.0, {"gelu_forward": SMALLER}), (99.5, {}), (101.0, {})])
-def test_a_launch_is_proposed_when_it_saves_more_than_the_spread(us, proposed):
-    assert proposals({"gelu_forward": times((SHIPPED, 100.0), (SMALLER, us))}, 80) == proposed
-
-
-def test_forward_and_dq_are_chosen_together_with_one_block_m():
-    wide, narrow, fast = Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)
-    forward = times((wide, 100.0), (narrow, 80.0))
-    both = {"attention_forward": forward, "attention_dq": times((wide, 100.0), (fast, 110.0))}
-    assert proposals(both, 80) == {"attention_forward": narrow, "attention_dq": fast}
-    costly = {"attention_forward": forward, "attention_dq": times((wide, 100.0), (fast, 130.0))}
-    assert proposals(costly, 80) == {}
-    assert proposals({"attention_forward": forward}, 80) == {}  # dq stays as it is shipped
-
-
-def test_a_proposal_reads_like_the_table_it_is_for():
-    (line,) = tune.advice({"attention_dkdv": Tile(32, 64, 4, 2)}, 80)
-    where, _, entry = line.partition(": ")
-    assert where == f"{OPS['attention_dkdv'].file}.py, LAUNCH[80]"
-    assert eval("{" + entry + "}", {"AttentionLaunch": Tile}) == {"dkdv": Tile(32, 64, 4, 2)}
-
-
-def test_without_a_gpu_it_prints_the_static_half_and_says_what_is_missing(rows, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rows += [row(1.0)] * len(GELU.launches(80))
-    assert tune.main(["--op", "gelu_forward"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "gelu_forward, sm_80" and any(line.endswith(" shipped") for line in out)
-    assert out[-1] == "in the order of the static model; times need a GPU"
-
-
-def test_on_a_gpu_the_launch_to_write_into_the_table_comes_last(small, rows, monkeypatch, capsys):
+def test_what_is_within_the_budgets_is_timed_beside_the_shipped_launch(compiler, small, monkeypatch):
+    fast = label(SMALLER)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune, "clock", lambda *_: times((SHIPPED, 100.0), (SMALLER, 50.0)))
-    rows += [row(1.0)] * len(GELU.launches(80))
-    assert tune.main(["--op", "gelu_forward"]) == 0
-    assert capsys.readouterr().out == f'gelu_triton.py, LAUNCH[80]: "forward": {SMALLER},\n'
+    monkeypatch.setattr(gpu, "measured_rates", lambda: gpu.Rates(1, 1))
+    monkeypatch.setattr(gpu, "peak_memory", lambda implementation, inputs: 0.0)
+    monkeypatch.setattr(gpu, "timed", lambda calls, turns: {name: [0.5 if name == fast else 1.0] for name in calls})
+    report = tune.tune("gelu_forward", 1)
+    launches = list(map(label, GELU.launches(80)))
+    assert report.facts[f"dropped {launches[-1]}"] == "64 bytes of stack"
+    assert [row["side"] for row in report.table] == [OURS, *launches[1:-1]]
+    (best,) = (measure for measure in report.measures if "best" in measure.name)
+    assert (best.ratio, best.is_met) == (2.0, False)
 
 
-def test_an_unknown_op_ends_in_one_line_that_lists_the_ops(capsys):
-    assert tune.main(["--op", "gelu_forward,soft_max"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err == f"--op must be some of {', '.join(OPS)}, got soft_max\n"
+def test_without_a_gpu_it_prints_what_each_launch_occupies(compiler, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["gelu_forward"]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["gate"] == "compiled only: times need a GPU" and line["measures"] == []
+    assert [row["candidate"] for row in line["table"]] == 2 * list(map(label, GELU.launches(80)))
+    assert line["table"][-1]["over budget"] == "64 bytes of stack"
 
 
-def test_a_compiler_that_fails_ends_in_one_line(monkeypatch, capsys):
-    def fail(*_):
-        raise ChildProcessError("benchmarks.harness.aot ended with exit code 1")
-
-    monkeypatch.setattr(aot, "rows_of", fail)
-    assert tune.main(["--op", "gelu_forward"]) == 1
-    assert capsys.readouterr().err == "no number: benchmarks.harness.aot ended with exit code 1\n"
+def test_an_unknown_entry_ends_with_the_ones_there_are(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["gelu_forward", "soft_max"])
+    assert f"some of {', '.join(ENTRIES)}, got soft_max\n" in capsys.readouterr().err

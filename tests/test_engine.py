@@ -11,6 +11,8 @@ import phi2.inference.engine
 from phi2.config import Phi2Config
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine, Request, default_slots
+from phi2.lora import adapter_state, attach, computing
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 
 CONTEXT, CHOICES = 64, 50
@@ -167,6 +169,37 @@ def test_what_was_read_with_other_weights_is_forgotten():
     assert again.cached_tokens == 0
 
 
+def test_every_request_is_answered_by_its_own_adapter(monkeypatch):
+    model = tiny_model()
+    for seed, name in enumerate(("one", "two")):
+        attach(model, LoraConfig(r=4), seed, name)
+        for parameter in adapter_state(model).values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    shown = model.active_adapter
+    requests = [Request([1, 2, 3, i], GREEDY, adapter=name) for i in range(2) for name in (None, "one", "two")]
+    said = finish(Engine(model, CHOICES, slots=4), *requests)
+    assert (model.active_adapter, model.computed_adapter) == (shown, shown) == ("two", "two")
+    for request in requests:
+        with computing(model, request.adapter), torch.no_grad():
+            logits = model(torch.tensor([request.ids]))[0, -1]
+        assert said[request][0].logprob == pytest.approx(
+            logits.log_softmax(-1)[said[request][0].token_id].item(), abs=1e-5
+        )
+        alone = Request(request.ids, GREEDY, adapter=request.adapter)
+        assert_same_reply(said[request], finish(Engine(model, CHOICES, slots=1), alone)[alone])
+    assert len({tuple(t.token_id for t in said[request]) for request in requests[:3]}) == 3
+
+
+def test_an_adapter_never_goes_on_from_what_another_has_read():
+    model = tiny_model()
+    attach(model, LoraConfig(r=4))
+    engine, ids = Engine(model, CHOICES, slots=2), list(range(30))
+    requests = [Request(ids, GREEDY, adapter=name) for name in ("default", None, None)]
+    for request in requests:
+        finish(engine, request)
+    assert [request.cached_tokens for request in requests] == [0, 0, 29]
+
+
 def test_few_rows_that_are_left_do_not_pay_for_those_that_have_gone():
     rows: list[int] = []
     hook = MODEL.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
@@ -200,3 +233,16 @@ def test_the_cache_stays_within_its_bound():
     per_token = 320 * 1024  # bytes of Phi-2 in half precision
     for length in (64, 512, 2048):
         assert default_slots(model, length) == min(64, 4 * 2**30 // (per_token * length))
+
+
+def test_an_engine_that_forgets_says_what_a_new_one_says_to_the_last_bit():
+    def requests(first: int) -> list[Request]:
+        prompts = [[first, 7, *range(1 + n % 5), *range(n % 3)] for n in range(9)]
+        return [Request(ids, SamplingParams(max_new_tokens=3 + n % 4)) for n, ids in enumerate(prompts)]
+
+    used, asked, again = Engine(MODEL, CHOICES, slots=4), requests(3), requests(3)
+    finish(used, *requests(3), *requests(4)[:2])
+    used.forget()
+    expected, said = finish(Engine(MODEL, CHOICES, slots=4), *asked), finish(used, *again)
+    for request, other in zip(asked, again, strict=True):
+        assert [token[1:] for token in said[other]] == [token[1:] for token in expected[request]]

@@ -276,15 +276,15 @@ def test_disabled_nests():
     with disabled(model):
         with disabled(model):
             pass
-        assert not model.lm_head.enabled
-    assert model.lm_head.enabled
+        assert model.lm_head.adapter is None
+    assert model.lm_head.adapter
 
 
 def test_an_exception_inside_disabled_switches_the_adapter_on_again():
     model = adapted_model()
     with pytest.raises(KeyError), disabled(model):
         raise KeyError
-    assert all(module.enabled for module in lora_modules(model).values())
+    assert all(module.adapter for module in lora_modules(model).values())
 
 
 def test_disabled_needs_an_adapter():

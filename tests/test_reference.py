@@ -69,7 +69,7 @@ def test_asking_it_leaves_the_policy_as_it_was(adapted, training):
     adapted.train(training)
     ask(adapters_off(adapted))
     assert {module.training for module in adapted.modules()} == {training}
-    assert all(module.enabled for module in lora_modules(adapted).values())
+    assert all(module.adapter for module in lora_modules(adapted).values())
 
 
 def test_it_has_no_dropout_though_the_policy_trains_with_it(make_phi):

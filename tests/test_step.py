@@ -27,7 +27,7 @@ from phi2_kernels import _dispatch
 from phi2_kernels.rotary import rotary_angles
 
 SHAPE = dict(vocab_size=300, hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-PROMPTS = ["a", "What is the capital of France?", "def fib(n):", "12345 67890"]
+PROMPTS = ["a", "What is the capital of France?", "def fib(n):", "12345 67890", "z y"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from unittest import mock
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness import comparison, gpu, spec
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
-from benchmarks.harness.spec import PHI2, Call, Entry, Op, RoundWork, Shapes
+from benchmarks.harness.spec import PHI2, Call, Entry, Shapes
 from benchmarks.registry import Report, case
 from phi2_kernels.attention import attention, attention_ref
 from phi2_kernels.visibility import Visibility
@@ -186,30 +187,6 @@ def _padded_launches() -> dict:
 # ---- the kernels ----
 
 
-def padded() -> None:
-    with _padded_tiles():
-        compile_all(PHI2, only_timed=True)
-
-
-def unaligned() -> None:
-    """Forward on rows whose length no power of two divides."""
-    shape = dict(q="B S H", k="B S H", v="B S H")
-    inputs = FORWARD.inputs(PHI2._replace(H=PHI2.H * PHI2.D + 1), spec.FAKE, 0, **shape)
-    heads = {name: inputs[name][..., :-1].unflatten(-1, (PHI2.H, PHI2.D)).transpose(1, 2) for name in shape}
-    FORWARD.run(FORWARD.inputs(PHI2, spec.FAKE, 0) | heads)
-
-
-def compile_all(shapes: Shapes, only_timed: bool = False) -> None:
-    for entry in ENTRIES.values():
-        entry.compile(shapes, only_timed)
-
-
-def round_work(matmuls: int, BLOCK_M: int, BLOCK_N: int, PIECES: tuple[int, ...], q: str, **_) -> RoundWork:
-    """One tile of queries by keys, of heads that are as wide as their pieces together."""
-    work = matmuls * BLOCK_M * BLOCK_N * sum(PIECES)
-    return RoundWork(float32=work) if q == "*fp32" else RoundWork(work)
-
-
 HEADS = "B S H D -> B H S D"  # those of a token side by side
 DOCUMENTS = dict(until="B S:int32=S", ranges="B S 6:int32=S")  # what is only compiled needs no right tables
 FORWARD = Call(
@@ -225,7 +202,8 @@ BACKWARD = Call(  # while one of its kernels has another launch, the others run 
     also=DOCUMENTS | dict(ends="B S 2:int32=S"),
 )
 # Candidates: block_m queries, block_n keys, warps, stages. With 16 rows a warp, shared memory binds; with 32, registers
-# do. No tile has warps that would do the same work twice.
+# do. No tile has warps that would do the same work twice. Forward and dq are shipped with one block_m: they change
+# together.
 TILES = {
     "forward": {
         80: [(128, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3)],
@@ -240,27 +218,46 @@ TILES = {
         90: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
     },
 }
+CALLS = {"forward": FORWARD, "dkdv": BACKWARD, "dq": BACKWARD}
 ENTRIES = {
     f"attention_{key}": Entry("attention_tiles_triton", key, f"attention {key}", TILES[key], (call,))
-    for key, call in (("forward", FORWARD), ("dkdv", BACKWARD), ("dq", BACKWARD))
+    for key, call in CALLS.items()
 }
-BYTES = {"*fp32": 4, "*bf16": 2}
-ALSO = [PHI2._replace(D=64), PHI2._replace(half=torch.float32)]
+spec.ENTRIES |= ENTRIES
+
+
+def useful(matmuls: int, BLOCK_M: int, BLOCK_N: int, PIECES: tuple[int, ...], q: str, **_) -> int:
+    """Of one tile of queries by keys, of heads that are as wide as their pieces together."""
+    return 0 if q == "*fp32" else matmuls * BLOCK_M * BLOCK_N * sum(PIECES)
+
+
+spec.USEFUL |= {f"attention {key}": partial(useful, n) for key, n in (("forward", 2), ("dkdv", 4), ("dq", 3))}
+
+
+def compile_all(*shapes: Shapes) -> None:
+    for entry, each in product(ENTRIES.values(), shapes):
+        entry.compile(each)
+
+
+def padded() -> None:
+    with _padded_tiles():
+        FORWARD.compile(PHI2)
+        BACKWARD.compile(PHI2)
+
+
+def unaligned() -> None:
+    """Forward on rows whose length no power of two divides."""
+    shape = dict(q="B S H", k="B S H", v="B S H")
+    inputs = FORWARD.inputs(PHI2._replace(H=PHI2.H * PHI2.D + 1), spec.FAKE, 0, **shape)
+    heads = {name: inputs[name][..., :-1].unflatten(-1, (PHI2.H, PHI2.D)).transpose(1, 2) for name in shape}
+    FORWARD.run(FORWARD.inputs(PHI2, spec.FAKE, 0) | heads)
+
+
+ALSO = PHI2._replace(D=64), PHI2._replace(half=torch.float32)
 OTHERS = [PHI2._replace(D=D, half=dtype) for D in (32, 48) for dtype in (torch.bfloat16, torch.float32)]
-spec.OPS["attention"] = Op(
-    work={
-        "attention forward": partial(round_work, 2),
-        "attention delta": lambda BLOCK_M, D, o, **_: RoundWork(dram_bytes=2 * BLOCK_M * D * BYTES[o]),
-        "attention dkdv": partial(round_work, 4),
-        "attention dq": partial(round_work, 3),
-    },
-    entries=ENTRIES,
-    forms={
-        spec.ALSO_SHIPPED: [
-            partial(compile_all, PHI2._replace(**each)) for each in (dict(D=64), dict(half=torch.float32))
-        ],
-        spec.OTHER_WIDTHS: [partial(compile_all, shapes) for shapes in OTHERS],
-        spec.PADDED: [padded],
-        spec.UNALIGNED: [unaligned],
-    },
-)
+spec.FORMS |= {
+    spec.ALSO_SHIPPED: partial(compile_all, *ALSO),
+    spec.OTHER_WIDTHS: partial(compile_all, *OTHERS),
+    spec.PADDED: padded,
+    spec.UNALIGNED: unaligned,
+}

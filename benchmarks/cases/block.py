@@ -5,10 +5,11 @@ Dims: B batch, T tokens, C hidden, F mlp, r LoRA rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.cases.attention import attention_work
 from benchmarks.harness import comparison, gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness.models import randomise
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
@@ -99,15 +101,7 @@ def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: in
 
 def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:
     """A random layer without dropout; the same one for the same arguments. Adapters change something."""
-    generator = torch.Generator().manual_seed(0)
-    layer = adapted(Block(config, 0).eval(), rank)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            scale = 0.1 if parameter.ndim == 1 else config.initializer_range
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            if name == "input_layernorm.weight":
-                parameter.add_(1.0)
-    return placed(layer, device, dtype)
+    return placed(randomise(adapted(Block(config, 0).eval(), rank), config.initializer_range), device, dtype)
 
 
 def adapted(layer: nn.Module, rank: int) -> nn.Module:
@@ -145,14 +139,9 @@ def our_layer(
     return of_layer(forward, layer)
 
 
-@contextmanager
-def implementation(impl: str) -> Iterator[None]:
+def implementation(impl: str) -> AbstractContextManager:
     """Inside it every op that is not told otherwise runs by `impl`."""
-    before, _dispatch.default_impl = _dispatch.default_impl, impl
-    try:
-        yield
-    finally:
-        _dispatch.default_impl = before
+    return mock.patch.object(_dispatch, "default_impl", impl)
 
 
 def of_layer(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Implementation:

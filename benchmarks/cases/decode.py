@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness import comparison, gpu, spec
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Work
-from benchmarks.harness.spec import PHI2, Call, Entry, Op, RoundWork
+from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
 from phi2_kernels.gemv import gemv
@@ -104,13 +104,8 @@ ATTEND = Call(
     writes=dict(o="1 H 1 D"),
     also=dict(until="1 S:int32=S"),
 )
-FILE, ATTENTION = "decode_attention_triton", "decode_attention attend"
-spec.OPS["decode_attention"] = Op(
-    work={
-        ATTENTION: lambda BLOCK_S, PIECES, **_: RoundWork(dram_bytes=BLOCK_S * sum(PIECES) * 4),
-        "decode_attention combine": lambda BLOCK_SPLITS, **_: RoundWork(dram_bytes=BLOCK_SPLITS * PHI2.D * 4),
-    },
-    entries={"decode_attention": Entry(FILE, "attend", ATTENTION, KEYS, (ATTEND,), in_graph=True)},
+spec.ENTRIES["decode_attention"] = Entry(
+    "decode_attention_triton", "attend", "decode_attention attend", KEYS, (ATTEND,), in_graph=True
 )
 
 
@@ -144,11 +139,10 @@ def gemv_work(form: str, M: int, N: int, K: int) -> Work:
     return Work(2 * M * N * K, weight + 2 * M * (K + N))
 
 
-def round_work(codes: str, BLOCK_N: int, BLOCK_K: int, GROUP: int, PARTS: int, **_) -> RoundWork:
-    """One round of a product's loop: codes and, for int4, scales and zeros; on tensor cores eight rows of x."""
-    bits = {"*bf16": 16, "*i8": 8, "*u8": 4 + 32 // max(1, GROUP)}[codes]
-    matmuls = 0 if PARTS == 0 else 2 if GROUP else 1  # int4: codes by x, and ones by x
-    return RoundWork(8 * matmuls * BLOCK_N * BLOCK_K, BLOCK_N * BLOCK_K * bits // 8)
+def useful(BLOCK_N: int, BLOCK_K: int, GROUP: int, PARTS: int, **_) -> int:
+    """Of one round of a product's loop: eight rows of x by codes and, for int4, by ones."""
+    matmuls = 0 if PARTS == 0 else 2 if GROUP else 1
+    return 8 * matmuls * BLOCK_N * BLOCK_K
 
 
 def weights(form: str, *sizes: str) -> dict[str, list[str]]:
@@ -179,7 +173,5 @@ def gemv_entry(form: str, M: int) -> Entry:
 ONE_ROW = (512, 8, 4, 1), (512, 4, 4, 1), (1024, 4, 4, 1), (1024, 8, 8, 1), (512, 16, 8, 1), (256, 8, 4, 1)
 ROWS = (256, 16, 4, 3), (256, 16, 4, 4), (512, 16, 4, 3), (512, 16, 8, 3), (256, 16, 8, 1), (256, 32, 8, 1)
 GEMVS = [gemv_entry(form, M) for M in (1, 8) for form in ("half", "int8", "int4")]
-spec.OPS["gemv"] = Op(
-    work={"gemv each": round_work, "gemv sum": round_work},
-    entries={f"gemv_{gemv.key.replace(' ', '_')}": gemv for gemv in GEMVS},
-)
+spec.ENTRIES |= {f"gemv_{gemv.key.replace(' ', '_')}": gemv for gemv in GEMVS}
+spec.USEFUL |= {"gemv each": useful, "gemv sum": useful}

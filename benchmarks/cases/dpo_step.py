@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness import gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness.models import random_model, twin
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
@@ -74,18 +75,11 @@ def compare_dpo_step(
 
 @cache  # for all comparisons
 def _policy(device: torch.device, shape: Phi2Config, dtype: torch.dtype, fused: bool = False) -> Phi2ForCausalLM:
-    with torch.device("meta"):
-        model = Phi2ForCausalLM(shape)
-    model.to_empty(device=device).to(torch.bfloat16)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.02 if parameter.ndim > 1 else 0.1
-            parameter.normal_(1.0 if "layernorm.weight" in name else 0.0, scale, generator=generator)
-        model.to(dtype)
-        attach(model, LORA)
-        for tensor in adapter_state(model).values():
-            tensor.normal_(0, 0.02, generator=generator)
+    model = random_model(shape, device, dtype)
+    attach(model, LORA)
+    generator = torch.Generator(device).manual_seed(1)
+    for tensor in adapter_state(model).values():
+        tensor.normal_(0, 0.02, generator=generator)
     fuse(model, fused)
     return model
 
@@ -131,15 +125,9 @@ def _logp(model: Phi2ForCausalLM, prompt: np.ndarray, answer: np.ndarray) -> Ten
 def _peft_model(ours: Phi2ForCausalLM) -> nn.Module:
     """The same weights and adapter in transformers and peft."""
     import peft
-    import transformers
 
-    config = transformers.PhiConfig(**{k: v for k, v in ours.config.to_dict().items() if k != "architectures"})
-    with torch.device(ours.device):
-        model = transformers.PhiForCausalLM(config).to(ours.dtype)
-    state = {name: tensor for name, tensor in ours.state_dict().items() if ".lora_" not in name}
-    model.load_state_dict(state)
     settings = dict(r=LORA.r, lora_alpha=LORA.lora_alpha, target_modules=list(LORA.target_modules))
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    adapted = peft.get_peft_model(twin(ours), peft.LoraConfig(**settings))
     with torch.no_grad():
         for name, tensor in adapter_state(ours).items():
             name = name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")

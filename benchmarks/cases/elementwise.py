@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import comparison, gpu, spec
 from benchmarks.harness.comparison import ROUNDING, Comparison, Inputs, Work
-from benchmarks.harness.spec import Call, Entry, Op, RoundWork
+from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.gelu import gelu, gelu_ref
 from phi2_kernels.layer_norm import layer_norm, layer_norm_ref
@@ -74,20 +74,11 @@ NORM_BACKWARD, NORM_SUMS = (
     )
     for sums in (False, True)
 )
-spec.OPS["layer_norm"] = Op(
-    work={
-        "layer_norm forward": lambda C, **_: RoundWork(dram_bytes=C * 4),
-        "layer_norm backward": lambda C, **_: RoundWork(dram_bytes=C * 8),
-    },
-    entries={
-        f"layer_norm_{key}": Entry("layer_norm_triton", key, f"layer_norm {kernel}", WARPS, (call,))
-        for key, kernel, call in (
-            ("forward", "forward", NORM),
-            ("backward", "backward", NORM_BACKWARD),
-            ("backward_sums", "backward", NORM_SUMS),
-        )
-    },
-)
+spec.ENTRIES |= {
+    "layer_norm_forward": Entry("layer_norm_triton", "forward", "layer_norm forward", WARPS, (NORM,)),
+    "layer_norm_backward": Entry("layer_norm_triton", "backward", "layer_norm backward", WARPS, (NORM_BACKWARD,)),
+    "layer_norm_backward_sums": Entry("layer_norm_triton", "backward_sums", "layer_norm backward", WARPS, (NORM_SUMS,)),
+}
 
 
 # ---- GELU ----
@@ -108,16 +99,10 @@ def compare_gelu(device: torch.device, dtype: torch.dtype, N: int, F: int) -> Co
 TILES = spec.on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8))
 GELU = Call("gelu_triton.forward", reads=dict(x="N F"), writes=dict(y="N F"))
 GELU_BACKWARD = Call("gelu_triton.backward", reads=dict(grad="N F", x="N F"), writes=dict(dx="N F"))
-spec.OPS["gelu"] = Op(
-    work={
-        "gelu forward": lambda BLOCK_N, BLOCK_F, **_: RoundWork(dram_bytes=BLOCK_N * BLOCK_F * 4),
-        "gelu backward": lambda BLOCK_N, BLOCK_F, **_: RoundWork(dram_bytes=BLOCK_N * BLOCK_F * 6),
-    },
-    entries={
-        "gelu_forward": Entry("gelu_triton", "forward", "gelu forward", TILES, (GELU,)),
-        "gelu_backward": Entry("gelu_triton", "backward", "gelu backward", TILES, (GELU_BACKWARD,)),
-    },
-)
+spec.ENTRIES |= {
+    "gelu_forward": Entry("gelu_triton", "forward", "gelu forward", TILES, (GELU,)),
+    "gelu_backward": Entry("gelu_triton", "backward", "gelu backward", TILES, (GELU_BACKWARD,)),
+}
 
 
 # ---- rotary embedding ----
@@ -148,14 +133,9 @@ ANGLES = dict(cos="S 16:float32", sin="S 16:float32")
 APPLY = Call("rotary_triton.apply_rotary", reads=dict(x="N 2H D", **ANGLES, inverse=False), over=("x",))
 TOKEN = dict(q="1 H D", k="1 H D", v="1 H D", slots="1:int32%S", keys="1 H S D", values="1 H S D")
 STORE = Call("rotary_triton.apply_rotary_and_store", reads=TOKEN | ANGLES, over=("q", "keys", "values"))
-NAME = "apply_rotary_and_store"
-spec.OPS["rotary"] = Op(
-    work={
-        "rotary apply_rotary": lambda BLOCK_H, HALF, **_: RoundWork(dram_bytes=BLOCK_H * HALF * 8),
-        f"rotary {NAME}": lambda BLOCK_H, D, **_: RoundWork(dram_bytes=BLOCK_H * D * 4),
-    },
-    entries={
-        "apply_rotary": Entry("rotary_triton", "apply_rotary", "rotary apply_rotary", MANY_HEADS, (APPLY,)),
-        NAME: Entry("rotary_triton", NAME, f"rotary {NAME}", FEW_HEADS, (STORE,), in_graph=True),
-    },
-)
+spec.ENTRIES |= {
+    "apply_rotary": Entry("rotary_triton", "apply_rotary", "rotary apply_rotary", MANY_HEADS, (APPLY,)),
+    "apply_rotary_and_store": Entry(
+        "rotary_triton", "apply_rotary_and_store", "rotary apply_rotary_and_store", FEW_HEADS, (STORE,), in_graph=True
+    ),
+}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import comparison, gpu, spec
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
-from benchmarks.harness.spec import Call, Entry, Op, RoundWork
+from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
 
@@ -43,7 +43,7 @@ def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: in
         return -F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
 
     own = 4 if trainable else 2
-    kept = {"the 3 matmuls of kept logits": lambda: Implementation(partial(_matmuls, 3), is_compared=False)}
+    kept = {"the 3 matmuls of kept logits": partial(matmuls, 3)} if trainable else {}
     return comparison.compare_functions(
         f"head {'trainable' if trainable else 'frozen'}",
         inputs,
@@ -52,12 +52,10 @@ def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: in
         head_work(N, C, V, trainable),
         device,
         peers={
-            f"its {own} matmuls": lambda: Implementation(partial(_matmuls, own), is_compared=False),
-            **(kept if trainable else {}),
-            "Liger": lambda: Implementation(comparison.forward_backward(_liger(), ARGUMENTS)),
-            "F.linear_cross_entropy": lambda: Implementation(
-                comparison.forward_backward(_linear_cross_entropy(), ARGUMENTS)
-            ),
+            f"its {own} matmuls": partial(matmuls, own),
+            **kept,
+            "Liger": lambda: gradients_of(_liger()),
+            "F.linear_cross_entropy": lambda: gradients_of(_linear_cross_entropy()),
         },
         rounding=ROUNDING[dtype],
         targets={f"its {own} matmuls": 1.1},
@@ -76,12 +74,16 @@ def head_work(N: int, C: int, V: int, trainable: bool) -> Work:
     return Work(matmuls * 2 * N * C * V, 2 * (2 * N * C + weights * V * C))
 
 
-def _matmuls(count: int, hidden: Tensor, weight: Tensor, *_) -> Outputs:
-    """The first `count` of: logits, gradient of hidden, gradient of the weight, logits again."""
-    with torch.no_grad():
-        logits = hidden @ weight.T  # they stand for their gradient too
-        matmuls = (lambda: logits @ weight, lambda: logits.T @ hidden, lambda: hidden @ weight.T)
-        return {str(i): matmul() for i, matmul in enumerate(matmuls[: count - 1])}
+def matmuls(count: int) -> Implementation:
+    """The first so many of: logits, gradient of hidden, gradient of the weight, logits again."""
+
+    def run(hidden: Tensor, weight: Tensor, *_) -> Outputs:
+        with torch.no_grad():
+            logits = hidden @ weight.T  # they stand for their gradient too
+            rest = (lambda: logits @ weight, lambda: logits.T @ hidden, lambda: hidden @ weight.T)
+            return {str(i): matmul() for i, matmul in enumerate(rest[: count - 1])}
+
+    return Implementation(run, is_compared=False)
 
 
 def _liger() -> Callable[..., Tensor]:
@@ -112,12 +114,12 @@ GRADIENT = Call(
     "linear_logprob_triton.gradient",
     reads=ROWS | dict(lse="CHUNK:float32", scale="CHUNK:float32", grad_dtype=torch.bfloat16),
 )
-ENTRIES = {
-    f"linear_logprob_{key}": Entry("linear_logprob_triton", key, f"linear_logprob {key}", candidates, (call,))
-    for key, call, candidates in (
-        ("stats", STATS, spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))),
-        ("gradient", GRADIENT, spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))),
-    )
+STATS_ROWS = spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))
+GRADIENT_ROWS = spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))
+FILE = "linear_logprob_triton"
+spec.ENTRIES |= {
+    "linear_logprob_stats": Entry(FILE, "stats", "linear_logprob stats", STATS_ROWS, (STATS,)),
+    "linear_logprob_gradient": Entry(FILE, "gradient", "linear_logprob gradient", GRADIENT_ROWS, (GRADIENT,)),
 }
 
 
@@ -127,15 +129,8 @@ def unordered() -> None:
 
     flags = linear_logprob_triton._flags
     with mock.patch.object(linear_logprob_triton, "_flags", lambda *call: flags(*call) | {"BARRIER": False}):
-        for entry in ENTRIES.values():
-            entry.compile(only_timed=True)
+        STATS.compile(spec.PHI2)
+        GRADIENT.compile(spec.PHI2)
 
 
-spec.OPS["linear_logprob"] = Op(
-    work={
-        "linear_logprob stats": lambda BLOCK_V, **_: RoundWork(dram_bytes=BLOCK_V * 4),
-        "linear_logprob gradient": lambda BLOCK_V, **_: RoundWork(dram_bytes=BLOCK_V * 6),
-    },
-    entries=ENTRIES,
-    forms={spec.UNORDERED: [unordered]},
-)
+spec.FORMS[spec.UNORDERED] = unordered

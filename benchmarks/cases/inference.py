@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.training import base_model, parameters, shared_folder
+from benchmarks.harness.models import random_model, twin
 from benchmarks.harness.processes import THREADS, Timer, compare
 from benchmarks.registry import Report, case
 from phi2.cache import KVCache, PackedPass
@@ -136,18 +137,13 @@ def random_ids() -> Tensor:
     return torch.randint(Phi2Config().vocab_size, (1, PROMPT + NEW), generator=torch.Generator().manual_seed(0))
 
 
-def random_model() -> Phi2ForCausalLM:
-    """The same weights in bfloat16 in every process."""
-    torch.set_default_dtype(torch.bfloat16)
-    model = Phi2ForCausalLM(Phi2Config())
-    torch.set_default_dtype(torch.float32)
-    model.init_weights(seed=0)
-    return model.eval()
+def _full_size() -> Phi2ForCausalLM:
+    return random_model(Phi2Config(), torch.device("cpu"), torch.bfloat16).eval()
 
 
 @torch.no_grad()
 def ours_quantized(timer: Timer, format: str) -> None:
-    model, ids = random_model(), random_ids()
+    model, ids = _full_size(), random_ids()
     quantize_model(model, format)
     cache = KVCache(model.config, 1, PROMPT + NEW, torch.bfloat16)
     model.model(ids[:, :PROMPT], cached=PackedPass(cache, {0: PROMPT}))
@@ -163,12 +159,7 @@ def ours_quantized(timer: Timer, format: str) -> None:
 def transformers_bfloat16(timer: Timer, format: str) -> None:
     import transformers
 
-    config = transformers.PhiConfig(**Phi2Config().to_dict())
-    with torch.device("meta"):
-        model = transformers.PhiForCausalLM(config).to(torch.bfloat16).eval()
-    model.load_state_dict(random_model().state_dict(), assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not in a state dict
-    past, ids = transformers.DynamicCache(), random_ids()
+    model, past, ids = twin(_full_size()), transformers.DynamicCache(), random_ids()
     model(ids[:, :PROMPT], past_key_values=past)
     while True:
         timer.start()

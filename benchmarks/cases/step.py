@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.cases.block import implementation
 from benchmarks.harness import comparison, gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
+from benchmarks.harness.models import random_model, twin
 from benchmarks.registry import Report, case
 from phi2.cache import KVCache, PackedPass
 from phi2.config import Phi2Config
@@ -46,7 +47,10 @@ def compare_step(
     Args:
         context: tokens in the cache before those of `BEFORE`.
     """
-    model, cache = partial(new_model, device, dtype, config), partial(random_cache, device, dtype, config, context)
+    cache = partial(random_cache, device, dtype, config, context)
+
+    def model(format: str | None = None) -> Phi2ForCausalLM:
+        return rounded(random_model(config, device, dtype).eval(), format)
 
     def reference(ids: Tensor) -> Outputs:
         with implementation("torch"):
@@ -79,20 +83,11 @@ def step_work(config: Phi2Config, context: int, bits: float, head_bits: float) -
     return Work(2 * (blocks + head + cached), round((blocks * bits + head * head_bits) / 8) + 2 * cached)
 
 
-def new_model(
-    device: torch.device, dtype: torch.dtype, config: Phi2Config, format: str | None = None
-) -> Phi2ForCausalLM:
-    """Random weights, the same ones in every call, as a format would round them."""
-    torch.manual_seed(0)
-    with device:
-        model = Phi2ForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, parameter.mean().item(), 0.02)
-    model = model.to(dtype).eval()
+def rounded(model: Phi2ForCausalLM, format: str | None) -> Phi2ForCausalLM:
+    """With its linears as a format rounds them."""
     linears = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)} if format else {}
     for name, weight in linears.items():
-        weight.data = _rounded(weight.data, "int8" if name == "lm_head" else format).to(dtype)
+        weight.data = _rounded(weight.data, "int8" if name == "lm_head" else format).to(weight.dtype)
     return model
 
 
@@ -142,13 +137,10 @@ def whole_passes(model: Phi2ForCausalLM, cache: KVCache) -> Implementation:
 
 
 def transformers_step(model: Phi2ForCausalLM, cache: KVCache) -> Implementation:
-    """The model of transformers with the weights of ours, and its growing cache with the numbers of ours."""
-    from transformers import DynamicCache, PhiConfig, PhiForCausalLM
+    """The model of transformers, and its growing cache with the numbers of ours."""
+    from transformers import DynamicCache
 
-    with model.device:
-        theirs = PhiForCausalLM(PhiConfig(**model.config.to_dict())).to(model.dtype).eval()
-    theirs.load_state_dict(model.state_dict())
-    past = DynamicCache()
+    theirs, past = twin(model), DynamicCache()
     for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
         past.update(*(x[:, :, : cache.lengths[0]].clone() for x in (keys, values)), layer)
     return going_on(lambda ids: theirs(ids, past_key_values=past, use_cache=True).logits[:, -1].float(), model.device)

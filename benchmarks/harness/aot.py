@@ -9,14 +9,12 @@ Triton's cache keeps what it compiled: a launch is compiled once, whoever asks.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,14 +23,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.harness import spec
-from benchmarks.harness.sass import CHIPS, Code
+from benchmarks.harness import sass, spec
+from benchmarks.harness.sass import Code
+from benchmarks.harness.spec import Launch
 from benchmarks.registry import load
 
 STACK = 16  # bytes of a thread that may not fit its registers
 TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
 IN_PLACE = ("linear_logprob stats", "linear_logprob gradient")  # a half-precision gradient over its own logits
-WARPS = 8  # a multiprocessor should hold, two for each of its schedulers
+WANTED_WARPS = 8  # a multiprocessor should hold, two for each of its schedulers
+SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor; each of its programs costs 1 KiB more
+REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # of a multiprocessor, on both
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,12 @@ class Row:
 
     Attributes:
         launch: the tile, and what is switched on.
-        form: one of `spec.FORMS`.
-        programs: how many of them a multiprocessor holds at a time.
+        form: one of `spec.FORMS`, or the entry that it is a candidate of.
+        registers, stack: of a thread; the stack is in bytes, and so is the shared memory of a program.
         copies: instructions that copy from global to shared memory past the registers, of the loop with the fewest.
         is_written_behind: every loop that reads and writes does so with a barrier between.
         multiply_adds: of one round of each loop with matrix instructions.
         useful: multiply-adds that the round of such a loop needs; 0 for kernels without.
-        clocks: of each unit for one round of the main loop, by the static model.
-        bound: the unit with the most.
-        efficiency: the clocks that the useful work needs on its own unit, of those of the bound.
     """
 
     kernel: str
@@ -60,27 +58,63 @@ class Row:
     registers: int
     stack: int
     shared: int
-    programs: int
     copies: int
     is_written_behind: bool
     multiply_adds: list[int]
     useful: int
-    clocks: dict[str, float]
-    bound: str
-    efficiency: float
+
+    @property
+    def programs(self) -> int:
+        """How many programs a multiprocessor holds at a time."""
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        by_shared = SHARED[self.arch] // (self.shared + 1024)
+        return min(by_registers, by_shared, WARPS // self.warps, PROGRAMS)
+
+    @property
+    def violations(self) -> list[str]:
+        """Which budgets a launch breaks, in words; none for what may be shipped."""
+        warps = self.programs * self.warps
+        found = {
+            f"{self.shared} bytes of shared memory": self.shared > SHARED[self.arch] - 1024,
+            f"{self.stack} bytes of stack": self.stack > STACK,
+            f"{warps} warps on a multiprocessor, {WANTED_WARPS} wanted": warps < WANTED_WARPS,
+            f"{self.multiply_adds} multiply-adds a tile, {self.useful} useful": (
+                set(self.multiply_adds) != {self.useful} - {0}
+            ),
+            "writes that may overtake reads": self.kernel in IN_PLACE and not self.is_written_behind,
+            "no asynchronous copies": self.arch == 80 and self.useful and not self.copies and self.kernel in TILED,
+        }
+        return [text for text, is_broken in found.items() if is_broken]
 
 
-def violations(row: Row) -> list[str]:
-    """Which budgets a launch breaks, in words; none for what may be shipped."""
-    found = {
-        f"{row.shared} bytes of shared memory": row.shared > CHIPS[row.arch].shared_of_program,
-        f"{row.stack} bytes of stack": row.stack > STACK,
-        f"{row.programs * row.warps} warps on a multiprocessor, {WARPS} wanted": row.programs * row.warps < WARPS,
-        f"{row.multiply_adds} multiply-adds a tile, {row.useful} useful": set(row.multiply_adds) != {row.useful} - {0},
-        "writes that may overtake reads": row.kernel in IN_PLACE and not row.is_written_behind,
-        "no asynchronous copies": row.arch == 80 and row.useful > 0 and row.copies == 0 and row.kernel in TILED,
-    }
-    return [text for text, is_broken in found.items() if is_broken]
+def measure(forms: list[str], architectures: tuple[int, ...] = spec.ARCHITECTURES) -> list[Row]:
+    """All that is launched in these forms, for these architectures."""
+    return sum(compiled([(arch, form, None) for arch in architectures for form in forms]), [])
+
+
+def compiled(jobs: list[tuple[int, str, Launch | None]]) -> list[list[Row]]:
+    """What each job compiles to, in processes that are not told to interpret.
+
+    Args:
+        jobs: an architecture with a form and None; or with the name of an entry, and a launch to compile it with.
+    """
+    with mock.patch.dict(os.environ, TRITON_DISABLE_LINE_INFO="1"):
+        os.environ.pop("TRITON_INTERPRET", None)
+        with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=load) as pool:
+            return list(pool.map(_rows, *zip(*jobs, strict=True)))
+
+
+def _rows(arch: int, name: str, launch: Launch | None) -> list[Row]:
+    """Of launches whose code is the same, the last."""
+    if launch is None:
+        with compile_only(arch) as found:
+            spec.FORMS[name]()
+    else:
+        entry = spec.ENTRIES[name]
+        with compile_only(arch, entry.kernel) as found, entry.launched_as(arch, launch):
+            entry.compile()
+    different = {code.hash: (kernel, code, constants) for kernel, code, constants in found}
+    return [_row(*each, name, arch) for each in different.values()]
 
 
 class _OnGPU(Tensor):
@@ -138,60 +172,31 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
         yield launched
 
 
-def compiled(arch: int, jobs: list[tuple[str, list | None]]) -> list[list[Row]]:
-    """The rows of each job of `rows_of`, in this process; Triton must have been imported without TRITON_INTERPRET."""
-    with ThreadPoolExecutor(1) as reader:  # the disassembler works while Triton compiles what comes next
-        pending = [[reader.submit(row_of, *launch, job[0], arch) for launch in launched(arch, *job)] for job in jobs]
-        return [[row.result() for row in rows] for rows in pending]
-
-
-def launched(arch: int, name: str, values: list | None) -> list[tuple[Any, Any, dict]]:
-    """What a job launches; of launches whose code is the same, the last."""
-    entry = spec.entries().get(name)
-    with compile_only(arch, entry.kernel if entry else "") as found:
-        if entry:
-            with entry.launched_as(arch, entry.launch(arch, values)):
-                entry.compile()
-        else:
-            for launch in spec.launchers(name):
-                launch()
-    return list({code.hash: (kernel, code, constants) for kernel, code, constants in found}.values())
-
-
 def name_of(kernel) -> str:
-    """Its file and what it does, as in `spec.Op.work`."""
+    """Its file and what it does: "gelu forward"."""
     op = kernel.fn.__module__.split(".")[-1].removesuffix("_triton").removesuffix("_forward").removesuffix("_backward")
     return f"{op} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
 
 
-def row_of(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
-    name = name_of(kernel)
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    code = Code.read(compiled.asm["cubin"], arch, warps, shared)
-    unpadded = {"PIECES": (spec.PHI2.D,)} if form == spec.PADDED else {}
-    works = {name: work for op in spec.OPS.values() for name, work in op.work.items()}
+def _row(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
+    name, code, warps = name_of(kernel), Code.read(compiled.asm["cubin"]), compiled.metadata.num_warps
     types = {argument.removesuffix("_ptr"): _first(type_) for argument, type_ in compiled.src.signature.items()}
-    work, chip = works[name](**types | constants | unpadded), CHIPS[arch]
-    clocks = code.clocks(code.main_loop, work.dram_bytes)
-    needed = max(work.multiply_adds / chip.tensor, work.float32 / chip.fp32, clocks["dram"])
-    bound = max(clocks, key=clocks.get)
+    constants = constants | ({"PIECES": (spec.PHI2.D,)} if form == spec.PADDED else {})  # what is useful of the tiles
+    useful = spec.USEFUL.get(name, lambda **_: 0)
+    products = [loop for loop in code.loops if sass.multiply_adds(loop, warps)]
     return Row(
         kernel=name,
-        launch=_launch(types, constants | unpadded),
+        launch=_launch(types, constants),
         form=form,
         arch=arch,
         warps=warps,
         registers=code.registers,
         stack=code.stack,
-        shared=shared,
-        programs=code.programs,
-        copies=code.async_copies,
-        is_written_behind=code.is_written_behind,
-        multiply_adds=[code.multiply_adds(loop) for loop in code.matrix_loops],
-        useful=work.multiply_adds,
-        clocks={unit: round(clock, 1) for unit, clock in clocks.items()},
-        bound=bound,
-        efficiency=round(needed / clocks[bound], 3),
+        shared=compiled.metadata.shared,
+        copies=min(map(sass.async_copies, products or [code.instructions])),
+        is_written_behind=all(map(sass.is_written_behind, code.loops)),
+        multiply_adds=[sass.multiply_adds(loop, warps) for loop in products],
+        useful=useful(**types | constants),
     )
 
 
@@ -211,32 +216,3 @@ def _launch(types: dict[str, str], constants: dict[str, Any]) -> str:
     exact = ["float32"] if types.get("q") == "*fp32" else []
     given = [name for name in ("until", "scales", "zeros") if types.get(name, "constexpr") != "constexpr"]
     return " ".join([*pieces, *exact, *tile, *flags, *given])
-
-
-def measure(forms: Iterable[str] = spec.FORMS, architectures: Iterable[int] = CHIPS) -> list[Row]:
-    """All that is launched in these forms, for these architectures."""
-    jobs = [(form, None) for form in forms]
-    with ThreadPoolExecutor(len(CHIPS)) as pool:
-        found = pool.map(lambda arch: rows_of(arch, jobs), architectures)
-        return [row for jobs in found for rows in jobs for row in rows]
-
-
-def rows_of(arch: int, jobs: list[tuple[str, Any]]) -> list[list[Row]]:
-    """Compiles in a process without interpreter.
-
-    Args:
-        jobs: a form and None; or the name of an entry, and the values of the launch with which it is compiled.
-    """
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    clean |= {"TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "benchmarks.harness.aot", str(arch), json.dumps(jobs)]
-    process = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True)
-    if process.returncode:
-        raise ChildProcessError(f"benchmarks.harness.aot ended with exit code {process.returncode}")
-    return [[Row(**row) for row in rows] for rows in json.loads(process.stdout)]
-
-
-if __name__ == "__main__":
-    load()
-    found = compiled(int(sys.argv[1]), json.loads(sys.argv[2]))
-    print(json.dumps([[asdict(row) for row in rows] for rows in found]))

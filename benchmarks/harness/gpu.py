@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import stream
 from benchmarks.harness.comparison import OURS, Comparison, Implementation, Inputs, Work, gate, random
-from benchmarks.registry import Measure, Report, Spread
+from benchmarks.registry import Cells, Measure, Report, Spread
 
 WARM_UP = 5  # turns that are not timed
 FLUSH_BYTES = 2 * 2**30  # written before each call: empties the caches, and lets the host run ahead of the GPU
@@ -48,29 +48,12 @@ class Rates(NamedTuple):
         return max(work.flops / self.tflops / 1e9, work.bytes / self.gbytes / 1e6)
 
 
-DATASHEET = {  # dense, of the name that CUDA gives
-    "A100-SXM4-40GB": Rates(312, 1555),
-    "A100-SXM4-80GB": Rates(312, 2039),
-    "A100-PCIE-40GB": Rates(312, 1555),
-    "A100 80GB PCIe": Rates(312, 1935),
-    "H100 PCIe": Rates(756, 2000),
-    "H100 80GB HBM3": Rates(989, 3350),
-    "H200": Rates(989, 4800),
-}
-
-
-def datasheet() -> Rates | None:
-    """Of this device; None when it is not in the table."""
-    name = torch.cuda.get_device_name()
-    return next((rates for key, rates in DATASHEET.items() if key in name), None)
-
-
 def measured_rates() -> Rates:
     """Of a large copy, bytes read plus bytes written, and of a large bfloat16 matmul of random numbers."""
     side, count = 8192, 2**29
     normal = random(0, torch.device("cuda"))
-    a, b = (normal(side, side, dtype=torch.bfloat16) for _ in range(2))
-    c, source = torch.empty_like(a), normal(count, dtype=torch.bfloat16)
+    a, b = (normal(side, side) for _ in range(2))
+    c, source = torch.empty_like(a), normal(count)
     target = torch.empty_like(source)
     times = timed({"matmul": [lambda: torch.mm(a, b, out=c)], "copy": [lambda: target.copy_(source)]}, turns=20)
     matmul, copy = (Spread.of(times[name]).median for name in ("matmul", "copy"))
@@ -93,18 +76,16 @@ def timed(calls: dict[str, list[Callable[[], Any]]], turns: int) -> dict[str, li
     return {name: [begin.elapsed_time(end) for begin, end in pairs[WARM_UP:]] for name, pairs in events.items()}
 
 
-def bench(
-    inputs: Callable[[int], Inputs], implementations: dict[str, Implementation], turns: int, sets: int, in_graph: bool
-) -> dict[str, list[float]]:
-    """Milliseconds of `turns` calls of each implementation; arguments as the attributes of `Comparison`."""
-    made = [inputs(seed) for seed in range(1, sets + 1)]
+def bench(comparison: Comparison, implementations: dict[str, Implementation], turns: int) -> dict[str, list[float]]:
+    """Milliseconds of `turns` calls of each implementation."""
+    inputs = [comparison.inputs(seed) for seed in range(1, comparison.sets + 1)]
     calls: dict[str, list[Callable[[], Any]]] = {}
     for name, implementation in implementations.items():
-        own = [partial(implementation.run, *implementation.prepare(*each)) for each in made]
+        own = [partial(implementation.run, *implementation.prepare(*each)) for each in inputs]
         for call in own:  # compiles, and lets libraries make their plans
             call()
-        calls[name] = [_captured(own)] if in_graph else own
-    share = sets if in_graph else 1
+        calls[name] = [_captured(own)] if comparison.in_graph else own
+    share = comparison.sets if comparison.in_graph else 1
     return {name: [time / share for time in times] for name, times in timed(calls, turns).items()}
 
 
@@ -128,32 +109,29 @@ def peak_memory(implementation: Implementation, inputs: Inputs) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def report(comparisons: list[Comparison], turns: int, facts: dict[str, str | int | float]) -> Report:
+def report(comparisons: list[Comparison], turns: int, facts: Cells) -> Report:
     """Gate, clock and roofline of each comparison.
 
     Raises:
         GateError: when ours is wrong in one; then none has a number.
     """
     gated = [gate(comparison) for comparison in comparisons]
-    measured, promised = measured_rates(), datasheet()
-    sheet = f"{promised.tflops:g} and {promised.gbytes:g}" if promised else "not known here"
-    limits = f"measured {measured.tflops:.0f} TFLOP/s and {measured.gbytes:.0f} GB/s, by the datasheet {sheet}"
-    facts = {**facts, "limits": limits}
+    rates = measured_rates()
+    facts = {**facts, "limits": f"measured {rates.tflops:.0f} TFLOP/s and {rates.gbytes:.0f} GB/s"}
     measures, table = [], []
     for each, passed in zip(comparisons, gated, strict=True):
         facts |= {f"{each.name}, without {name}": reason for name, reason in passed.absent.items()}
         peaks = {name: peak_memory(one, each.inputs(0)) for name, one in passed.implementations.items()}
-        times = bench(each.inputs, passed.implementations, turns, each.sets, each.in_graph)
+        times = bench(each, passed.implementations, turns)
         torch.cuda.empty_cache()
         measures += [] if each.is_fact else [*_speeds(each, times), *_peaks(each, peaks)]
-        rates, errors = (measured, promised), passed.errors
-        rows = [_row(each, name, times[name], peaks[name], errors[name], rates) for name in times]
+        rows = [_row(each, name, times[name], peaks[name], passed.errors[name], rates) for name in times]
         stream.task_measured(rows, passed.absent)
         table += rows
     error = max(passed.errors[OURS] for passed in gated)
     installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}
-    return Report(versions, f"all outputs within {error:.1e} of their size of float32", measures, facts, table)
+    return Report(versions, f"all outputs within {error:.1e} of their size of the reference", measures, facts, table)
 
 
 def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measure]:
@@ -161,18 +139,14 @@ def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measu
     targets = comparison.targets
     peers = {name: (name, targets.get(name)) for name in times if name != OURS}
     for pattern in (pattern for pattern in targets if pattern.endswith("*")):
-        matching = [name for name in peers if name.startswith(pattern[:-1])]
+        matching = [name for name in times if name != OURS and name.startswith(pattern[:-1])]
         if matching:
             fastest = min(matching, key=lambda name: Spread.of(times[name]).median)
             peers[f"best {pattern}"] = fastest, targets[pattern]
-
-    def spread(name: str) -> Spread:
-        amount = comparison.per_second and comparison.per_second[0]
-        return Spread.of([amount * 1e3 / time for time in times[name]] if amount else times[name])
-
-    unit, more = (comparison.per_second[1], True) if comparison.per_second else ("ms", False)
+    amount, unit = comparison.per_second or (None, "ms")
+    spreads = {name: Spread.of([amount * 1e3 / x for x in xs] if amount else xs) for name, xs in times.items()}
     return [
-        Measure(f"{comparison.name}: {label}", unit, spread(OURS), spread(peer), target, more)
+        Measure(f"{comparison.name}: {label}", unit, spreads[OURS], spreads[peer], target, amount is not None)
         for label, (peer, target) in peers.items()
     ]
 
@@ -184,24 +158,25 @@ def _peaks(comparison: Comparison, peaks: dict[str, float]) -> list[Measure]:
     return [Measure(f"{comparison.name}: peak, allowed", "GB", ours, limit, target=1.0)]
 
 
-def _row(
-    comparison: Comparison, name: str, times: list[float], peak: float, error: float, rates: tuple[Rates, Rates | None]
-) -> dict[str, str | int | float]:
+def _row(comparison: Comparison, name: str, times: list[float], peak: float, error: float, rates: Rates) -> Cells:
     """A line of the table. The share of an implementation is the roofline's time by its own."""
-    (low, median, high), work, (measured, promised) = Spread.of(times), comparison.work, rates
-    return {
+    low, median, high = Spread.of(times)
+    row = {
         "task": comparison.name,
         "side": name,
         "ms": round(median, 4),
         "20 %": round(low, 4),
         "80 %": round(high, 4),
-        "TFLOP/s": round(work.flops / median / 1e9, 1),
-        "GB/s": round(work.bytes / median / 1e6),
-        "GFLOP": round(work.flops / 1e9, 3),
-        "MB": round(work.bytes / 1e6, 3),
-        "roofline ms": round(measured.floor(work), 4),
-        "share": round(measured.floor(work) / median, 3),
-        "of datasheet": round(promised.floor(work) / median, 3) if promised else "",
         "peak GB": round(peak, 3),
         "error": "" if math.isnan(error) else f"{error:.1e}",
     }
+    if work := comparison.work:
+        row |= {
+            "TFLOP/s": round(work.flops / median / 1e9, 1),
+            "GB/s": round(work.bytes / median / 1e6),
+            "GFLOP": round(work.flops / 1e9, 3),
+            "MB": round(work.bytes / 1e6, 3),
+            "roofline ms": round(rates.floor(work), 4),
+            "share": round(rates.floor(work) / median, 3),
+        }
+    return row

@@ -1,14 +1,14 @@
-"""One spec an op: what its kernels need, how they are launched, and which other launches may be better.
+"""One spec a launch: what its kernel must compute, how it is called, and which other launches may be better.
 
-A spec stands in benchmarks/cases, beside the benchmark case of its op. From it come the launches that `aot.py` compiles
-and holds to their budgets, and the candidates that `benchmarks/tune.py` compiles, checks and times.
+Specs stand in benchmarks/cases, beside the benchmark case of their op. From them come the launches that `aot.py`
+compiles and holds to their budgets, and the candidates that `benchmarks/tune.py` compiles, checks and times.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -26,7 +26,7 @@ from benchmarks.harness.comparison import Outputs
 SHIPPED = "shipped"  # what Phi-2 launches in half precision
 ALSO_SHIPPED, OTHER_WIDTHS = "64 dims, float32", "other widths"  # of heads
 PADDED, UNALIGNED, UNORDERED = "padded", "unaligned", "unordered"  # must not pass
-FORMS = (SHIPPED, ALSO_SHIPPED, OTHER_WIDTHS, PADDED, UNALIGNED, UNORDERED)
+ARCHITECTURES = (80, 90)
 FAKE = torch.device("meta")  # of tensors that are only compiled for
 Launch = Any  # a NamedTuple or a dict, as the table has it
 Texts = dict[str, Any]  # arguments by name: texts that `make` understands, lists of them, and what is passed as it is
@@ -48,14 +48,6 @@ class Shapes(NamedTuple):
 
 
 PHI2 = Shapes()
-
-
-class RoundWork(NamedTuple):
-    """What one round of a kernel's main loop needs, or one program where there is no loop."""
-
-    multiply_adds: int = 0  # on tensor cores
-    dram_bytes: int = 0
-    float32: int = 0  # multiply-adds without them
 
 
 def make(text: str, shapes: Shapes, normal: Callable[..., Tensor], device: torch.device) -> Tensor:
@@ -117,6 +109,10 @@ class Call:
         leaves = {name: tree_leaves(x) for name, x in outputs.items() if x is not None}
         return {name if len(xs) == 1 else f"{name}[{i}]": x for name, xs in leaves.items() for i, x in enumerate(xs)}
 
+    def compile(self, shapes: Shapes, **changes: Any) -> None:
+        """For `aot.compile_only`."""
+        self.run(self.inputs(shapes, FAKE, 0, **changes))
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -124,7 +120,7 @@ class Entry:
 
     Attributes:
         file, key: it is LAUNCH[architecture][key] in a file of `phi2_kernels`.
-        kernel: what it launches, by its name in `Op.work`.
+        kernel: what it launches: the kernel's file and name.
         candidates: by architecture, the values of a launch in the order of its fields. The shipped one may be missing.
             They are the few that theory leaves: among hundreds the clock would pick the luckiest.
         calls: launch it; timed as one.
@@ -147,20 +143,17 @@ class Entry:
 
     def launches(self, arch: int) -> list[Launch]:
         """The shipped one, then the others."""
-        shipped = self.shipped(arch)
-        candidates = (self.launch(arch, values) for values in self.candidates[arch])
-        return [shipped, *(candidate for candidate in candidates if candidate != shipped)]
+        candidates = [self.launch(arch, values) for values in self.candidates[arch]]
+        return [self.shipped(arch), *(each for each in candidates if each != self.shipped(arch))]
 
     def launch(self, arch: int, values: tuple) -> Launch:
         """Of the fields that the shipped one has."""
         shipped = self.shipped(arch)
         return dict(zip(shipped, values, strict=True)) if isinstance(shipped, dict) else type(shipped)(*values)
 
-    @contextmanager
-    def launched_as(self, arch: int, launch: Launch) -> Iterator[None]:
+    def launched_as(self, arch: int, launch: Launch) -> AbstractContextManager:
         """Within, the table has this launch in the place of the shipped one."""
-        with mock.patch.dict(self.table(arch), {self.key: launch}):
-            yield
+        return mock.patch.dict(self.table(arch), {self.key: launch})
 
     def inputs(self, device: torch.device, seed: int) -> tuple[dict[str, Any], ...]:
         return tuple(call.inputs(PHI2, device, seed) for call in self.calls)
@@ -169,40 +162,24 @@ class Entry:
         outputs = [call.run(own) for call, own in zip(self.calls, inputs, strict=True)]
         return {f"{name} of {i}" if i else name: x for i, own in enumerate(outputs) for name, x in own.items()}
 
-    def compile(self, shapes: Shapes = PHI2, only_timed: bool = False) -> None:
+    def compile(self, shapes: Shapes = PHI2) -> None:
         """Launches the kernel in all its forms; for `aot.compile_only`."""
         for call in self.calls:
-            call.run(call.inputs(shapes, FAKE, 0))
-            if call.also and not only_timed:
-                call.run(call.inputs(shapes, FAKE, 0, **call.also))
+            call.compile(shapes)
+            if call.also:
+                call.compile(shapes, **call.also)
 
 
-@dataclass(frozen=True)
-class Op:
-    """The kernels of an op.
-
-    Attributes:
-        work: by kernel, what a round of it needs, given a launch's constants and the types of its pointers.
-        entries: of its launch tables, by the tuner's name.
-        forms: by form, functions that launch its kernels in other ways than the entries; for `aot.compile_only`.
-    """
-
-    work: dict[str, Callable[..., RoundWork]]
-    entries: dict[str, Entry]
-    forms: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
+def compile_shipped() -> None:
+    for entry in ENTRIES.values():
+        entry.compile()
 
 
-OPS: dict[str, Op] = {}
-
-
-def entries() -> dict[str, Entry]:
-    return {name: entry for op in OPS.values() for name, entry in op.entries.items()}
-
-
-def launchers(form: str) -> list[Callable[[], Any]]:
-    """Functions that launch all that is compiled in a form."""
-    own = [entry.compile for entry in entries().values()] if form == SHIPPED else []
-    return [*own, *(launcher for op in OPS.values() for launcher in op.forms.get(form, []))]
+ENTRIES: dict[str, Entry] = {}  # by the tuner's name
+FORMS: dict[str, Callable[[], None]] = {SHIPPED: compile_shipped}  # what launches all that is compiled in a form
+# By kernel the multiply-adds on tensor cores that a round of its loop must do, of a launch's constants and the types of
+# its pointers; kernels without products are missing.
+USEFUL: dict[str, Callable[..., int]] = {}
 
 
 def label(launch: Launch) -> str:
@@ -211,5 +188,4 @@ def label(launch: Launch) -> str:
 
 
 def on_both(*candidates: tuple) -> dict[int, list[tuple]]:
-    """The same for every architecture."""
-    return {80: [*candidates], 90: [*candidates]}
+    return dict.fromkeys(ARCHITECTURES, [*candidates])

@@ -57,11 +57,22 @@ def parse(
         if action.dest in choices:
             action.help = f"{action.help} {choices[action.dest]}"
     try:
-        parsed = parser.instantiate(parser.parse_args(with_lists(arguments, config or run)))
+        given = with_lists(with_switches(arguments, config or run), config or run)
+        parsed = parser.instantiate(parser.parse_args(given))
         values = {key: value for key, value in vars(parsed).items() if key != "config"}
         return partial(run, **values) if config is None else partial(run, config(**values))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(plain(str(error))) from error
+
+
+def with_switches(arguments: list[str], signature: Callable[..., Any]) -> list[str]:
+    """Makes `--resume=true` of a `--resume` behind which no value stands."""
+    switches = {f"--{name}" for name, hint in get_type_hints(signature).items() if hint is bool}
+    behind = [*arguments, "--"][1:]
+    return [
+        f"{argument}=true" if argument in switches and following.startswith("--") else argument
+        for argument, following in zip(arguments, behind, strict=True)
+    ]
 
 
 def with_lists(arguments: list[str], signature: Callable[..., Any]) -> list[str]:

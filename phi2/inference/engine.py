@@ -30,6 +30,7 @@ from phi2.config import Phi2Config
 from phi2.inference.config import SamplingParams
 from phi2.inference.sampling import Sampler, choose
 from phi2.inference.step import RecordedStep, can_record
+from phi2.lora import computing
 from phi2.model import Phi2ForCausalLM
 
 CACHE_BYTES = 4 * 2**30  # of keys and values, in an engine that is not told how many slots to have
@@ -47,6 +48,7 @@ class Request:
         params: how to sample, and how many tokens at most; `stop` is for whoever makes text of them.
         stop_ids: a token that ends the reply.
         top_logprobs: how many of the likeliest tokens to report at each place.
+        adapter: name of the model's adapter that answers; None: the base alone.
         cached_tokens: of the prompt, those that were not read for this request; known once it has a slot.
         started: when it got its slot, by `perf_counter`.
     """
@@ -55,6 +57,7 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
+    adapter: str | None = None
     cached_tokens: int = field(default=0, init=False)
     started: float = field(default=0.0, init=False)
 
@@ -82,11 +85,13 @@ class _Slot:
 
     Attributes:
         count: tokens that it holds or is about to read.
+        adapter: what it has read them with.
         request: who uses it; None when it is free.
         freed: when it became free, counted in steps.
     """
 
     count: int = 0
+    adapter: str | None = None
     request: Request | None = None
     sampler: Sampler | None = None
     freed: int = 0
@@ -115,7 +120,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self._slots = [_Slot() for _ in range(slots)]
         self._ids = np.zeros((slots, length), dtype=np.int64)  # the tokens of each slot, `count` of them
-        self._steps: dict[int, RecordedStep] = {}
+        self._steps: dict[tuple[int, str | None], RecordedStep] = {}
         self._now = 0
 
     @property
@@ -142,11 +147,11 @@ class Engine:
                 self._free(slot)
 
     def forget(self) -> None:
-        """Empties the slots that nobody uses: what they hold was read with weights that are no more."""
+        """Empties the slots that nobody uses, as if the engine were new: their tokens were read with other weights."""
         for number, slot in enumerate(self._slots):
             if slot.request is None:
                 self.cache.truncate(number, 0)
-                slot.count = 0
+                slot.count = slot.freed = 0
 
     @torch.no_grad()
     def step(self) -> list[Token]:
@@ -159,10 +164,15 @@ class Engine:
         self._admit()
         self._compact()
         unread = {slot: self._slots[slot].count - self.cache.lengths[slot] for slot in self._active()}
-        reading = {slot: n for slot, n in unread.items() if n > 1}
-        replying = [slot for slot, n in unread.items() if n == 1]
-        tokens = self._read(reading) if reading else []
-        return tokens + (self._decode(replying) if replying else [])
+        tokens: list[Token] = []
+        for adapter in sorted({self._slots[slot].adapter for slot in unread}, key=str):
+            own = {slot: n for slot, n in unread.items() if self._slots[slot].adapter == adapter}
+            reading = {slot: n for slot, n in own.items() if n > 1}
+            replying = [slot for slot, n in own.items() if n == 1]
+            with computing(self.model, adapter):
+                tokens += self._read(reading) if reading else []
+                tokens += self._decode(replying) if replying else []
+        return tokens
 
     def _active(self) -> list[int]:
         return [number for number, slot in enumerate(self._slots) if slot.request is not None]
@@ -174,7 +184,7 @@ class Engine:
         free = sorted(set(range(len(self._slots))) - set(self._active()), key=lambda n: self._slots[n].freed)
         while self.waiting and free:
             request = self.waiting[0]
-            shared = self._shared(np.asarray(request.ids[:-1]))
+            shared = self._shared(np.asarray(request.ids[:-1]), request.adapter)
             held = np.minimum(shared, self.cache.lengths)
             source = int(held.argmax())
             if shared.max() - held[source] >= WORTH_WAITING:
@@ -183,9 +193,9 @@ class Engine:
             free.remove(slot)
             self._occupy(slot, self.waiting.popleft(), source, int(held[source]))
 
-    def _shared(self, ids: np.ndarray) -> np.ndarray:
-        """(slots,), with how many of these tokens each slot's own begin."""
-        counts = np.array([slot.count for slot in self._slots])
+    def _shared(self, ids: np.ndarray, adapter: str | None) -> np.ndarray:
+        """(slots,), with how many of these tokens each slot's own begin; none if another adapter has read them."""
+        counts = np.array([slot.count if slot.adapter == adapter else 0 for slot in self._slots])
         equal = (self._ids[:, : len(ids)] == ids) & (np.arange(len(ids)) < counts[:, None])
         return np.where(equal.all(axis=1), len(ids), (~equal).argmax(axis=1) if len(ids) else 0)
 
@@ -195,7 +205,7 @@ class Engine:
         else:
             self.cache.copy(source, number, held)
         slot = self._slots[number]
-        slot.request, slot.count = request, len(request.ids)
+        slot.request, slot.count, slot.adapter = request, len(request.ids), request.adapter
         self._ids[number, : slot.count] = request.ids
         slot.sampler = Sampler(request.params, request.ids, self.choices, self.model.device)
         request.cached_tokens, request.started = held, perf_counter()
@@ -251,9 +261,10 @@ class Engine:
         """(B, V) float32 logits."""
         if can_record(self.model.device):
             rows = min(len(self._slots), 1 << (len(ids) - 1).bit_length())  # few recordings serve all sizes
-            if rows not in self._steps:
-                self._steps[rows] = RecordedStep(self.model, self.cache, rows)
-            return self._steps[rows](self.model, ids, slots)[: len(ids)]
+            key = rows, self.model.computed_adapter
+            if key not in self._steps:
+                self._steps[key] = RecordedStep(self.model, self.cache, rows)
+            return self._steps[key](self.model, ids, slots)[: len(ids)]
         cached = StepPass(self.cache, len(ids), 1 + max(self.cache.lengths[slot] for slot in slots))
         cached.start(slots)
         return self.model.lm_head(self.model.model(ids, cached=cached)[:, 0]).float()

@@ -33,7 +33,8 @@ def generate(
     """Replies to one prompt, or to a batch of them in one go.
 
     Args:
-        prompts: a text, a conversation (a list of messages), or a list of either.
+        prompts: a text, a conversation (a list of messages), or a list of either, of any length. The same prompt again
+            asks for another answer to it.
         prompt_style: how a text is shown to the model: "raw" (default), "instruct", or as a user's turn, "chat"
             ("chatml" where the template is ChatML). A raw text may spell special tokens; in any other they stay text.
         sampling: the fields of `SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
@@ -153,7 +154,8 @@ def replies_to(
     own_stops = tokenizer.stop_ids | _config_stop_ids(model.config)
     requests: dict[Request, int] = {}
     for number, (ids, sampling) in enumerate(zip(prompts, params, strict=True)):
-        requests[Request(ids, sampling, own_stops | _special_stop_ids(tokenizer, sampling.stop or ()))] = number
+        stop_ids = own_stops | _special_stop_ids(tokenizer, sampling.stop or ())
+        requests[Request(ids, sampling, stop_ids, adapter=model.computed_adapter)] = number
     replies: dict[Request, Reply] = {}
     for request in requests:
         engine.add(request)

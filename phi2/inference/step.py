@@ -42,16 +42,17 @@ class RecordedStep:
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, model: Phi2ForCausalLM, input_ids: Tensor, active: Sequence[int]) -> Tensor:
-        """(B, V) float32 logits after the tokens (B, 1); the next call may overwrite them.
+        """(B, V) float32 logits after the tokens; the next call may overwrite them.
 
         Args:
             model: the same in every call.
+            input_ids: (B, 1), or fewer rows where the last ones are not active.
             active: the rows whose tokens count; what the others hold is left alone.
         Raises:
             ValueError: when a slot is full.
         """
         self.cached.start(active)
-        self._input_ids.copy_(input_ids)
+        self._input_ids[: len(input_ids)].copy_(input_ids)
         if self._logits is None:
             self._logits = self._launch(model)  # compiles kernels and makes workspaces, which a recording may not
         else:

@@ -19,6 +19,8 @@ from phi2.pages.charts import interval_chart, number
 from phi2.pages.page import chat, noted, page, said, settings, table
 from phi2.runs.shown import curves, summary, title_of
 
+SHOWN = 4  # questions of each skill
+
 Scores = Mapping[str, Mapping[str, Score]]  # model -> skill -> score
 
 
@@ -142,7 +144,7 @@ def _side_by_side(scores: Scores) -> str:
     """The questions whose answers were kept, and what each model said."""
     parts = []
     for skill in _skills(scores):
-        kept = [of_model[skill].transcripts for of_model in scores.values() if skill in of_model]
+        kept = [of_model[skill].transcripts[:SHOWN] for of_model in scores.values() if skill in of_model]
         rows = [
             [said(asked[0].prompt), *(said(t.answer, t.correct) for t in asked), said(asked[0].expected)]
             for asked in zip(*kept, strict=False)

@@ -47,7 +47,7 @@ td small { color: var(--soft); font-size: .78rem; white-space: nowrap; }
 .settings dt { color: var(--soft); white-space: nowrap; }
 .settings dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1.6rem 1.8rem; }
-figure { margin: 0; }
+figure { margin: 0; max-width: 44rem; }
 .beside { display: flex; flex-wrap: wrap; gap: 1.6rem 3rem; align-items: flex-start; }
 .beside > figure { flex: 1 1 22rem; }
 figcaption { font-size: .84rem; line-height: 1.4; margin-bottom: .35rem; }
