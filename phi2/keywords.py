@@ -51,7 +51,7 @@ def config_of(kind: type[Config], settings: Mapping[str, Any], as_given: Collect
 def checked(
     kind: type[DataclassInstance], settings: Mapping[str, Any], as_given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Values of the types that the fields of a config class have: a group of settings may be a dict, a path a Path.
+    """Values of the types that the fields of a config class have: a group may be a dict, a path a `Path` or a `Run`.
 
     Args:
         as_given: settings that are taken as they are.
@@ -64,9 +64,14 @@ def checked(
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"there is no setting {name!r}; {hint}")
-    values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
-    others = {name: deepcopy(value) for name, value in values.items() if name not in as_given}
-    return values | _parsed(kind, others, set(known) - set(others))
+    others = {name: deepcopy(_without_paths(value)) for name, value in settings.items() if name not in as_given}
+    return {**settings, **_parsed(kind, others, set(known) - set(others))}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_paths(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _parsed(kind: type[DataclassInstance], values: dict[str, Any], others: set[str]) -> dict[str, Any]:
@@ -88,9 +93,10 @@ def explained(kind: type[DataclassInstance]) -> Callable[[Function], Function]:
     def explain(function: Function) -> Function:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*own, *_parameters(kind)])  # type: ignore[attr-defined]
+        others = [p for p in _parameters(kind) if p.name not in signature.parameters]
+        function.__signature__ = signature.replace(parameters=[*own, *others])  # type: ignore[attr-defined]
         texts = help_of(kind)
-        told = (f"    {field.name}: {texts[field.name]}" for field in fields(kind))
+        told = (f"    {p.name}: {texts[p.name]}" for p in others)
         lines = [fill(text, 100, subsequent_indent=" " * 8) for text in told]
         function.__doc__ = "\n".join([f"{inspect.getdoc(function)}\n\nSettings:", *lines])
         return function

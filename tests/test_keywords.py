@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import phi2
+from phi2.evaluation.config import EvaluateConfig
 from phi2.keywords import checked, config_of, help_of
 from phi2.lora_config import LoraConfig
 from phi2.training.config import DPOConfig, SFTConfig
@@ -32,6 +33,10 @@ def test_a_group_of_settings_may_be_an_object_or_none():
 
 def test_a_path_may_be_a_path():
     assert config_of(DPOConfig, {**WHERE, "output": Path("runs/dpo")}) == DPOConfig(**WHERE)
+
+
+def test_several_paths_may_be_paths():
+    assert config_of(EvaluateConfig, {"model": [Path("runs/a"), "runs/b"]}).model == ("runs/a", "runs/b")
 
 
 def test_values_that_are_taken_as_they_are_are_not_copied():
@@ -74,6 +79,11 @@ def test_a_function_shows_every_setting_with_its_default_and_its_help(function, 
     assert shown["max_steps"].default == -1 and shown["lora"].default == LoraConfig()
     assert shown["model"].default is inspect.Parameter.empty
     assert inspect.getdoc(function).count("\n    learning_rate: Peak learning rate.") == 1
+
+
+def test_a_setting_that_is_an_argument_of_its_own_is_shown_once():
+    assert [*inspect.signature(phi2.evaluate).parameters].count("model") == 1
+    assert phi2.evaluate.__doc__.count("\n    model: ") == 1
 
 
 def test_the_help_of_a_field_is_that_of_the_class_that_defines_it_last():
