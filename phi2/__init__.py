@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from phi2.lora_config import LoraConfig
     from phi2.losses.batch import PairBatch
     from phi2.losses.registry import preference_loss
+    from phi2.runs.run import Run
     from phi2.training.api import dpo, sft
     from phi2.training.config import DPOConfig, SFTConfig
     from phi2.training.session import start
@@ -26,6 +27,7 @@ __all__ = [
     "DPOConfig",
     "LoraConfig",
     "PairBatch",
+    "Run",
     "SFTConfig",
     "dpo",
     "evaluate",
@@ -44,6 +46,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "DPOConfig": "phi2.training.config",
     "LoraConfig": "phi2.lora_config",
     "PairBatch": "phi2.losses.batch",
+    "Run": "phi2.runs.run",
     "SFTConfig": "phi2.training.config",
     "dpo": "phi2.training.api",
     "evaluate": "phi2.evaluation.api",

@@ -142,9 +142,22 @@ def test_a_damaged_file_is_named_and_the_old_report_stays(run, name):
 
 def test_a_damaged_line_is_named(run):
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "los')
+        file.write('{"step": 3, "los\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 4"):
         write_report(run)
+
+
+def test_a_report_is_made_of_a_run_that_was_killed_while_it_wrote(run):
+    before = write_report(run).read_text()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')
+    assert write_report(run).read_text() == before
+
+
+def test_a_sample_may_hold_any_line_break_of_unicode(run):
+    with (run / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "prompt": "Q", "answer": "first\u2028second"}\n')
+    assert "first second" in parsed(write_report(run)).text
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from phi2.data.inspect import InspectConfig
     from phi2.evaluation.config import EvaluateConfig
     from phi2.inference.config import ReplyConfig
+    from phi2.runs.run import Run
     from phi2.serve.config import ServeConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
@@ -94,7 +95,7 @@ def dpo(config: DPOConfig) -> None:
     _announce(run := train(config), write_report(run))
 
 
-def _announce(run: Path, *files: Path) -> None:
+def _announce(run: Run, *files: Path) -> None:
     result = next(run / name for name in ("adapter", "model") if (run / name).exists())
     print("\n".join(f"wrote {path}" for path in (result, *files)))
 

@@ -23,6 +23,7 @@ from phi2.evaluation.results import Evaluation, ModelResult, scores_of
 from phi2.evaluation.samples import Sample, samples_of, samples_of_toy
 from phi2.files import write_whole
 from phi2.inference.config import LoadConfig
+from phi2.keywords import config_of, explained
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ OUTPUT = Path("runs/evaluate")
 SEED = 1234  # the harness's own, of numpy, torch and the choice of shots; Python's begins at 0
 
 
+@explained(EvaluateConfig)
 def evaluate(model: Sequence[str] | str | Mapping[str, Asked], **settings: Any) -> Evaluation:
     """Scores of one model, or of several side by side.
 
@@ -46,10 +48,10 @@ def evaluate(model: Sequence[str] | str | Mapping[str, Asked], **settings: Any) 
         KeyboardInterrupt: saying where the answers are, from which the same call goes on.
     """
     if not isinstance(model, Mapping):
-        return run(EvaluateConfig(model=model, **settings))
+        return run(config_of(EvaluateConfig, {"model": model, **settings}))
     if given := [field.name for field in fields(LoadConfig) if field.name in settings]:
         raise ValueError(f"{', '.join(given)} cannot change a model that is loaded already")
-    return run(EvaluateConfig(model=[*model], **settings), model)
+    return run(config_of(EvaluateConfig, {"model": [*model], **settings}), model)
 
 
 def run(config: EvaluateConfig, loaded: Mapping[str, Asked] | None = None) -> Evaluation:

@@ -11,7 +11,7 @@ from phi2.evaluation.results import Evaluation, Score
 from phi2.evaluation.samples import INTERVAL, Sample
 from phi2.files import write_whole
 from phi2.pages.charts import Interval, interval_chart
-from phi2.pages.page import page, said, settings, table
+from phi2.pages.page import fragment, page, said, settings, table
 
 SHOWN = 20  # samples of a task; all of them are in samples/
 LONGEST = 700  # characters of a prompt that are shown: its end, where the question is
@@ -40,6 +40,11 @@ def scores_table(evaluation: Evaluation) -> str:
     compared = " A difference stands with its paired 95 % interval." if evaluation.later else ""
     notes = [f"In percent where a metric is a share, ± one standard error.{compared}", *evaluation.notes]
     return table(evaluation.header, rows) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+
+
+def scores_cell(evaluation: Evaluation) -> str:
+    """What a notebook shows: the table, and its intervals as a chart."""
+    return fragment(f'<div class="beside"><div>{scores_table(evaluation)}</div>{_chart(evaluation)}</div>')
 
 
 def _cell(text: str) -> str:

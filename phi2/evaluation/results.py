@@ -145,9 +145,9 @@ class Evaluation:
         return lines
 
     def _repr_html_(self) -> str:
-        from phi2.evaluation.report import scores_table
+        from phi2.evaluation.report import scores_cell
 
-        return scores_table(self)
+        return scores_cell(self)
 
     def to_dict(self) -> dict[str, Any]:
         """What results.json holds."""

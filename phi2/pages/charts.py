@@ -7,6 +7,7 @@ What a mark says is its `<title>`, which a browser shows under the pointer.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
@@ -137,7 +138,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     """Smallest and largest value; some width around values that are all alike."""
     low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), sys.float_info.min):  # a part of the least number is none
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     return low, high
 
