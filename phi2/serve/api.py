@@ -34,6 +34,7 @@ from phi2.serve.worker import Worker
 
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 LAST_WORDS = 1.0  # seconds behind the deadline, in which a reader may still take what was said in time
+SLICE = 2**16  # bytes
 Result = TypeVar("Result")
 Read = Callable[[bytes, Served, int, int], Ask]
 
@@ -134,13 +135,13 @@ class Completions:
         answer = Answer(ask, self._endpoint.served, self._endpoint.worker, deadline)
         form = self._form(ask.model, self._endpoint.names, ask.top_logprobs is not None)
         try:
-            if ask.stream:
-                events = StreamingResponse(stream(answer, form, ask.include_usage), media_type="text/event-stream")
-                async with asyncio.timeout_at(deadline + LAST_WORDS):
-                    await events(scope, receive, send)
-            else:
-                whole = await unless_gone(collect(answer, form), receive)
-                await JSONResponse(whole)(scope, receive, send)
+            async with asyncio.timeout_at(deadline + LAST_WORDS):
+                if ask.stream:
+                    events = stream(answer, form, ask.include_usage)
+                    response = StreamingResponse(events, media_type="text/event-stream")
+                else:
+                    response = in_slices(await unless_gone(collect(answer, form), receive))
+                await response(scope, receive, send)
         except TimeoutError as error:  # the reader is so slow that it has not taken what there is
             raise ClientDisconnect from error
         finally:
@@ -167,6 +168,17 @@ async def collect(answer: Answer, form: Form) -> dict[str, object]:
     """The answer as one JSON object."""
     pieces = [piece async for piece in answer.pieces()]
     return form.whole(pieces, answer.usage)
+
+
+def in_slices(content: dict[str, object]) -> StreamingResponse:
+    """A whole answer, written as its reader takes it: one write would be done with it, and leave it in a buffer."""
+    body = json.dumps(content, separators=(",", ":")).encode()
+
+    async def slices() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), SLICE):
+            yield body[start : start + SLICE]
+
+    return StreamingResponse(slices(), headers={"Content-Length": str(len(body))}, media_type="application/json")
 
 
 async def stream(answer: Answer, form: Form, include_usage: bool) -> AsyncIterator[str]:
