@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import cycle
 from threading import Thread
@@ -84,7 +85,8 @@ def engine_alone(timer: Timer, job: None) -> None:
             ends[number] = time.perf_counter() - start
         return list(zip(texts, ends, strict=True))
 
-    _take_turns(timer, answer_all)
+    with ThreadPoolExecutor(1) as thread:  # as the worker is one: what OpenMP's threads cost depends on who asks them
+        _take_turns(timer, lambda prompts: thread.submit(answer_all, prompts).result())
 
 
 def _take_turns(timer: Timer, answer_all: Callable[[list[str]], list[tuple[str, float]]]) -> None:
