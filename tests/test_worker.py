@@ -88,3 +88,22 @@ def test_closing_tells_those_who_wait(model, tiny_tokenizer):
     queue.get(timeout=60)
     worker.close()
     assert str(received(queue)[-1]) == "the engine has stopped"
+
+
+def test_a_function_has_the_model_to_itself_and_the_replies_under_way_stay_right(worker, model, tiny_tokenizer):
+    queue, prompt = SimpleQueue(), "def fib(n):"
+    worker.submit(Request(tiny_tokenizer.encode(prompt), GREEDY, tiny_tokenizer.stop_ids), queue.put)
+    with torch.no_grad():
+        logits = [worker.run(lambda it: it(torch.tensor([[1, 2, 3]]))).result(timeout=60) for _ in range(3)]
+        assert all(torch.equal(found, model(torch.tensor([[1, 2, 3]]))) for found in logits)
+    text = "".join(chunk.text for chunk in received(queue))
+    assert text == generate(model, tiny_tokenizer, prompt, max_new_tokens=12).text
+
+
+def test_an_error_of_a_function_is_its_callers_alone(worker):
+    def fail(model):
+        raise ValueError("not this")
+
+    with pytest.raises(ValueError, match="not this"):
+        worker.run(fail).result(timeout=60)
+    assert worker.run(lambda model: 1).result(timeout=60) == 1

@@ -21,7 +21,7 @@ from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
 from phi2_kernels.decode_attention import decode_attention, unsupported_head_dim
-from phi2_kernels.visibility import Run, Visibility
+from phi2_kernels.visibility import Visibility
 
 MAX_BATCH_HEADS = 65535  # of all batch rows: how far the second dim of a grid goes
 
@@ -64,7 +64,7 @@ def attention(
     if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, visibility, dropout)):
         return _attention_on_triton(q, k, v, visibility)[0]
     if visibility.until is not None and visibility.queries == visibility.keys:
-        return _attention_by_runs(q, k, v, visibility, dropout)
+        return _attention_by_calls(q, k, v, visibility, dropout)
     mask = None if visibility.is_causal else visibility.mask
     return _sdpa(q, k, v, mask, visibility.is_causal, dropout)
 
@@ -192,37 +192,37 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
     )
 
 
-def _attention_by_runs(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> Tensor:
-    """One fused call for each run of queries with just the keys it sees: no work is spent on what a mask would hide."""
-    rows = zip(q.split(1), k.split(1), v.split(1), visibility.runs, strict=True)
-    return _joined_in_memory([_attention_of_row(*row, visibility, dropout) for row in rows], dim=0)
+def _attention_by_calls(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> Tensor:
+    """A fused call for each few runs of queries with just the keys they see: little is computed that a mask hides."""
+    rows = enumerate(zip(q.split(1), k.split(1), v.split(1), strict=True))
+    return _joined_in_memory([_attention_of_row(*qkv, visibility, row, dropout) for row, qkv in rows], dim=0)
 
 
-def _attention_of_row(
-    q: Tensor, k: Tensor, v: Tensor, runs: list[Run], visibility: Visibility, dropout: float
-) -> Tensor:
-    """q, k, v are (1, H, T, D). They are split once, not sliced per run, so that the backward joins each once."""
-    edges = {edge for run in runs for span in ((run.start, run.end), *run.keys) for edge in span}
+def _attention_of_row(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, row: int, dropout: float) -> Tensor:
+    """q, k, v are (1, H, T, D). They are split once, not sliced per call, so that the backward joins each once."""
+    calls = visibility.calls[row]
+    edges = {edge for call in calls for span in ((call.start, call.end), *call.keys) for edge in span}
     cuts = sorted(edges | {0, q.shape[2]})
+    place = {edge: i for i, edge in enumerate(cuts)}
     sizes = [end - start for start, end in pairwise(cuts)]
-    pieces = [dict(zip(cuts[:-1], x.split(sizes, dim=2), strict=True)) for x in (q, k, v)]
+    pieces = [x.split(sizes, dim=2) for x in (q, k, v)]
     attended, done = [], 0
-    for run in runs:
-        own = _pieces(pieces[0], [(run.start, run.end)])
-        keys, values = (_pieces(x, run.keys) for x in pieces[1:])
-        mask = None if run.is_square else visibility.lower_right(own.shape[2], keys.shape[2], q.dtype)
-        if run.start > done:
-            attended.append(torch.zeros_like(q[:, :, done : run.start]))
-        attended.append(_sdpa(own, keys, values, mask, run.is_square, dropout))
-        done = run.end
+    for call in calls:
+        own = _pieces(pieces[0], place, [(call.start, call.end)])
+        keys, values = (_pieces(x, place, call.keys) for x in pieces[1:])
+        mask = None if call.is_causal else visibility.mask_of(row, call, q.dtype)
+        if call.start > done:
+            attended.append(torch.zeros_like(q[:, :, done : call.start]))
+        attended.append(_sdpa(own, keys, values, mask, call.is_causal, dropout))
+        done = call.end
     if done < q.shape[2]:
         attended.append(torch.zeros_like(q[:, :, done:]))
     return _joined_in_memory(attended, dim=2)
 
 
-def _pieces(pieces: dict[int, Tensor], ranges: list[tuple[int, int]]) -> Tensor:
-    """The pieces that begin inside the ranges, as one (1, H, n, D)."""
-    chosen = [piece for start, piece in pieces.items() if any(a <= start < b for a, b in ranges)]
+def _pieces(pieces: tuple[Tensor, ...], place: dict[int, int], ranges: list[tuple[int, int]]) -> Tensor:
+    """The pieces that make up the ranges, as one (1, H, n, D); `place` says which piece begins at an edge."""
+    chosen = [piece for start, end in ranges for piece in pieces[place[start] : place[end]]]
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
 
 

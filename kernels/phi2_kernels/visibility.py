@@ -37,6 +37,7 @@ from torch import Tensor
 
 CELLS_AT_ONCE = 2**22  # of a table of blocks by keys, about 50 bytes each while it is made
 WORTHWHILE_GAP = 64  # keys; a smaller hole in what a block of queries sees is masked, not skipped
+CALL, KEY = 512, 16  # what a fused call costs, and each key it gathers, in scores: measured at head dims 64 and 80
 
 
 class Run(NamedTuple):
@@ -50,6 +51,22 @@ class Run(NamedTuple):
     def is_square(self) -> bool:
         """True when the queries see themselves and nothing before, causally."""
         return self.keys == [(self.start, self.end)]
+
+
+class Call(NamedTuple):
+    """Neighbouring queries of one row that a fused call takes together, the ranges of keys that any of them sees, and
+    whether these are the queries' own, seen causally; else a mask tells."""
+
+    start: int
+    end: int
+    keys: list[tuple[int, int]]
+    is_causal: bool
+
+    @property
+    def cost(self) -> float:
+        """In units of one score."""
+        queries, keys = self.end - self.start, sum(b - a for a, b in self.keys)
+        return CALL + KEY * keys + queries * keys * (0.5 if self.is_causal else 1.0)
 
 
 class Tables(NamedTuple):
@@ -90,12 +107,27 @@ def runs_of(until: list[int]) -> list[Run]:
     return runs
 
 
+def calls_of(runs: list[Run]) -> list[Call]:
+    """One call for each run, or for several where a mask over all of them costs less: the leaves of a trie."""
+    calls: list[Call] = []
+    for run in runs:
+        alone = Call(*run, run.is_square)
+        if calls and calls[-1].end == run.start:
+            keys = _joined(sorted(calls[-1].keys + run.keys))
+            both = Call(calls[-1].start, run.end, keys, False)
+            if both.cost <= calls[-1].cost + alone.cost:
+                calls[-1] = both
+                continue
+        calls.append(alone)
+    return calls
+
+
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same keys in as few ranges as possible."""
+    """The same keys, of sorted ranges, in as few ranges as possible."""
     joined: list[tuple[int, int]] = []
     for start, end in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
+        if joined and joined[-1][1] >= start:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
         else:
             joined.append((start, end))
     return joined
@@ -118,7 +150,7 @@ class Visibility:
             raise ValueError(f"queries are the last of the keys: at most {keys}, got {queries}")
         self.queries, self.keys, self.device = queries, keys, device
         self.until = None if until is None else until.contiguous()
-        self._lower_right: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._key_ranges: dict[int, Tensor] = {}
         self._query_ends: dict[int, Tensor] = {}
 
@@ -128,10 +160,10 @@ class Visibility:
         return self.until is None and self.queries == self.keys
 
     @cached_property
-    def runs(self) -> list[list[Run]]:
-        """For each row of a square pass, its runs of queries."""
-        assert self.until is not None, "a plain causal pass is one run"
-        return [runs_of(row) for row in self.until.tolist()]
+    def calls(self) -> list[list[Call]]:
+        """For each row of a square pass, the fused calls that compute it."""
+        assert self.until is not None, "a plain causal pass is one call"
+        return [calls_of(runs_of(row)) for row in self.until.tolist()]
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -145,12 +177,16 @@ class Visibility:
             seen = seen & (query < self.until[:, None, :])
         return seen[:, None]
 
-    def lower_right(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
-        """(n, m), added to scores: the last query sees every key, each one before it one key less. Made once a size."""
-        if (queries, keys, dtype) not in self._lower_right:
-            hidden = torch.full((queries, keys), float("-inf"), dtype=dtype, device=self.device)
-            self._lower_right[queries, keys, dtype] = hidden.triu(keys - queries + 1)
-        return self._lower_right[queries, keys, dtype]
+    def mask_of(self, row: int, call: Call, dtype: torch.dtype) -> Tensor:
+        """(n, m), added to the scores of a call: -inf where a query does not see a key. Made once."""
+        if (row, call.start, dtype) not in self._masks:
+            assert self.until is not None
+            query = torch.arange(call.start, call.end, device=self.device)[:, None]
+            key = torch.cat([torch.arange(a, b, device=self.device) for a, b in call.keys])
+            hidden = (key > query) | (query >= self.until[row, key])
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+            self._masks[row, call.start, dtype] = mask.masked_fill_(hidden, float("-inf"))
+        return self._masks[row, call.start, dtype]
 
     def key_ranges(self, block: int) -> Tensor | None:
         """Where each block of queries has to look: two ranges of keys, made once a block size without asking the GPU.

@@ -150,10 +150,9 @@ def replies_to(
         params: how each is to be answered.
     """
     model = engine.model
-    own_stops = tokenizer.stop_ids | _config_stop_ids(model.config)
     requests: dict[Request, int] = {}
     for number, (ids, sampling) in enumerate(zip(prompts, params, strict=True)):
-        stop_ids = own_stops | _special_stop_ids(tokenizer, sampling.stop or ())
+        stop_ids = stop_ids_of(model, tokenizer, sampling)
         requests[Request(ids, sampling, stop_ids, adapter=model.computed_adapter)] = number
     replies: dict[Request, Reply] = {}
     for request in requests:
@@ -178,6 +177,11 @@ def replies_to(
 def choices_of(model: Phi2ForCausalLM, tokenizer: Tokenizer) -> int:
     """How many ids may be said."""
     return min(len(tokenizer), model.config.vocab_size)
+
+
+def stop_ids_of(model: Phi2ForCausalLM, tokenizer: Tokenizer, params: SamplingParams) -> frozenset[int]:
+    """The tokens that end a reply: those of the tokenizer, of the model, and stop strings that are a token's name."""
+    return tokenizer.stop_ids | _config_stop_ids(model.config) | _special_stop_ids(tokenizer, params.stop or ())
 
 
 def _config_stop_ids(config: Phi2Config) -> set[int]:

@@ -24,6 +24,7 @@ class Chunk:
         generation_tps: tok/s since the first token; 0 for the first.
         finish_reason: None until the last chunk, then "stop", "length" or "stop_string".
         seed: what the draws of this reply began from, to make it again; None when none is drawn (temperature 0).
+        top: the likeliest ids in its place with their log-probs, largest first, where a request asks for them.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Chunk:
     generation_tps: float
     finish_reason: str | None = None
     seed: int | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Reply:
             generation_tps=(self._count - 1) / (seconds - self._prompt_seconds) if self._count > 1 else 0.0,
             finish_reason=finish_reason,
             seed=None if request.params.temperature == 0 else request.params.seed,
+            top=token.top,
         )
 
     def _text(self, token: Token) -> tuple[str, str | None]:

@@ -7,14 +7,18 @@ must neither block nor raise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
 from phi2.inference.engine import Engine, Request, Token
 from phi2.inference.replies import Chunk, Reply
+from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
 Receive = Callable[[Chunk | Exception], None]
+Result = TypeVar("Result")
 
 
 class Worker:
@@ -40,6 +44,21 @@ class Worker:
     def cancel(self, request: Request) -> None:
         """Ends a request whose client has gone; it is told nothing more, but for what is on its way."""
         self._inbox.put(lambda: self._end(request))
+
+    def run(self, function: Callable[[Phi2ForCausalLM], Result]) -> Future[Result]:
+        """Calls it with the model between two steps, when nothing else computes; unless it is cancelled before."""
+        future: Future[Result] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(self._model))
+            except (ValueError, RuntimeError) as error:
+                future.set_exception(error)
+
+        self._inbox.put(call)
+        return future
 
     def close(self) -> None:
         """Ends all requests with an error, and the thread."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi2_kernels import visibility as file
-from phi2_kernels.visibility import WORTHWHILE_GAP, Visibility, runs_of
+from phi2_kernels.visibility import WORTHWHILE_GAP, Visibility, calls_of, runs_of
 
 
 def visibility(T: int, S: int, until: list[int]) -> Visibility:
@@ -121,6 +121,30 @@ def test_runs_see_exactly_what_the_rule_says(until):
         seen[run.start : run.end, own : run.end] = torch.ones(T, T).bool().tril()[run.start : run.end, own : run.end]
     i, j = torch.arange(T)[:, None], torch.arange(T)
     assert torch.equal(seen, (j <= i) & (i < torch.tensor(until)))
+
+
+@given(untils(20))
+@settings(deadline=None)
+def test_calls_see_exactly_what_the_rule_says(until):
+    T = len(until)
+    row = visibility(T, T, until)
+    seen = torch.zeros(T, T, dtype=torch.bool)
+    for call in row.calls[0]:
+        key = torch.cat([torch.arange(a, b) for a, b in call.keys])
+        mask = row.mask_of(0, call, torch.float32) == 0
+        if call.is_causal:
+            assert torch.equal(mask, torch.ones_like(mask).tril())
+        seen[call.start : call.end, key] = mask
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    assert torch.equal(seen, (j <= i) & (i < torch.tensor(until)))
+
+
+def test_small_leaves_share_a_call_and_long_answers_do_not():
+    leaves = [420] * 300 + [end for end in range(315, 421, 15) for _ in range(15)]
+    first, others = (0, 315, [(0, 315)], True), (315, 420, [(0, 300), (315, 420)], False)
+    assert calls_of(runs_of(leaves)) == [first, others]
+    answers = [1200] * 600 + [900] * 300 + [1200] * 300
+    assert calls_of(runs_of(answers)) == [(0, 900, [(0, 900)], True), (900, 1200, [(0, 600), (900, 1200)], False)]
 
 
 def test_a_prompt_is_computed_together_with_its_first_answer():
