@@ -8,6 +8,7 @@ sets flags from a file, flags given beside it win, `--print_config` shows the re
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ from phi2 import __version__
 from phi2.cli.flags import UsageError, parse
 
 if TYPE_CHECKING:
-    from phi2.cli.configs import EvaluateConfig, GenerateConfig, ReplyConfig
+    from phi2.cli.configs import DemoConfig, EvaluateConfig, GenerateConfig, ReplyConfig
     from phi2.data.inspect import InspectConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
@@ -126,6 +127,15 @@ def evaluate(config: EvaluateConfig) -> None:
         print(f"{skill:<12} {score}")
 
 
+def demo(config: DemoConfig) -> None:
+    """Chat in the browser, and compare models token by token."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError('the page needs gradio: pip install -c constraints.txt -e ".[demo]"')
+    from phi2.serve.web import demo
+
+    demo(config.model, config.adapter, config.device, config.dtype, config.host, config.port)
+
+
 def inspect(config: InspectConfig) -> None:
     """Show rows as a run would see them: every token, which ones are learnt, and the audit of all rows."""
     from phi2.data.inspect import inspect_data
@@ -176,6 +186,7 @@ COMMANDS = {
     "merge": Command(merge),
     "convert": Command(convert),
     "evaluate": Command(evaluate, "phi2.cli.configs:EvaluateConfig"),
+    "demo": Command(demo, "phi2.cli.configs:DemoConfig"),
     "inspect": Command(inspect, "phi2.data.inspect:InspectConfig", {"data": named_sources}),
     "quickstart": Command(quickstart),
 }

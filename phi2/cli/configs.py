@@ -1,6 +1,6 @@
 """The flags of the commands that ask a model: which one, and, from where it is defined, how it samples."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from phi2.inference.config import SamplingParams
@@ -51,6 +51,26 @@ class GenerateConfig(ReplyConfig):
     """The text; "-" reads it from standard input."""
     prompt_style: Literal["auto", "raw", "instruct", "chatml", "chat"] = "auto"
     """How the model sees the prompt; auto is its chat template (chat) if it has one, else raw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The models of the page, and where it is."""
+
+    model: list[str]
+    """Folder, hub id, "nano", "nano-instruct" or folder of a run, or NAME= and one of them; give the flag again for
+    another. Runs on one base share its weights."""
+    adapter: list[str] = field(default_factory=list)
+    """Folder or hub id of a LoRA adapter, or of its run, given likewise; it shares the weights of the model that it was
+    trained on."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets in whoever reaches this machine."""
+    port: int = 7860
+    """Port to listen on."""
 
 
 @dataclass(frozen=True, kw_only=True)
