@@ -58,9 +58,8 @@ def table(name: str, report: Report) -> str:
     peer, version = next(iter(report.peer.items()))
     lines = [f"{name}: {CASES[name].summary}", f"  gate green: {report.gate}"]
     lines += [f"  {key}: {value}" for key, value in report.facts.items()]
-    if report.measures:
-        lines.append(f"  {'':<36} {'':<9} {'ours':>22} {f'{peer} {version}':>22} {'ratio':>7}  target")
-    return "\n".join(lines + [_line(measure) for measure in report.measures] + columns(report.table))
+    measures = [_row(measure, f"{peer} {version}".rstrip()) for measure in report.measures]
+    return "\n".join(lines + columns(measures) + columns(report.table))
 
 
 def columns(rows: list[Cells]) -> list[str]:
@@ -72,11 +71,16 @@ def columns(rows: list[Cells]) -> list[str]:
     return ["", *("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)]
 
 
-def _line(measure: Measure) -> str:
-    cells = f"  {measure.name:<36} {measure.unit:<9} {_cell(measure.ours):>22} {_cell(measure.theirs):>22}"
+def _row(measure: Measure, peer: str) -> Cells:
     sign, verdict = ">=" if measure.more_is_better else "<=", "met" if measure.is_met else "MISSED"
-    target = "" if measure.target is None else f"{sign} {measure.target:g} {verdict}"
-    return f"{cells} {measure.ratio:>7.3f}  {target}".rstrip()
+    return {
+        "measure": measure.name,
+        "unit": measure.unit,
+        "ours": _cell(measure.ours),
+        peer: _cell(measure.theirs),
+        "ratio": f"{measure.ratio:.3f}",
+        "target": "" if measure.target is None else f"{sign} {measure.target:g} {verdict}",
+    }
 
 
 def _cell(spread: Spread) -> str:

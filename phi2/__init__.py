@@ -8,12 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi2.answers.pairs import sample_pairs
     from phi2.checkpoints.weights import load, save_pretrained
+    from phi2.evaluation.api import evaluate
     from phi2.inference.chat import ChatSession
     from phi2.inference.generate import generate, stream
     from phi2.lora_config import LoraConfig
     from phi2.losses.batch import PairBatch
     from phi2.losses.registry import preference_loss
+    from phi2.runs.run import Run
     from phi2.training.api import dpo, sft
     from phi2.training.config import DPOConfig, SFTConfig
     from phi2.training.session import start
@@ -24,11 +27,14 @@ __all__ = [
     "DPOConfig",
     "LoraConfig",
     "PairBatch",
+    "Run",
     "SFTConfig",
     "dpo",
+    "evaluate",
     "generate",
     "load",
     "preference_loss",
+    "sample_pairs",
     "save_pretrained",
     "sft",
     "start",
@@ -40,11 +46,14 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "DPOConfig": "phi2.training.config",
     "LoraConfig": "phi2.lora_config",
     "PairBatch": "phi2.losses.batch",
+    "Run": "phi2.runs.run",
     "SFTConfig": "phi2.training.config",
     "dpo": "phi2.training.api",
+    "evaluate": "phi2.evaluation.api",
     "generate": "phi2.inference.generate",
     "load": "phi2.checkpoints.weights",
     "preference_loss": "phi2.losses.registry",
+    "sample_pairs": "phi2.answers.pairs",
     "save_pretrained": "phi2.checkpoints.weights",
     "sft": "phi2.training.api",
     "start": "phi2.training.session",

@@ -150,8 +150,11 @@ class StepPass:
     def __init__(self, cache: KVCache, rows: int, length: int | None = None) -> None:
         self.cache, self.rows, self.length = cache, rows, length
         self.keys, self.values = cache.keys[:, :rows], cache.values[:, :rows]
-        self.slots, self.filled = torch.zeros((2, rows), dtype=torch.int32, device=cache.keys.device)
+        state = torch.zeros((3, rows), dtype=torch.int32, device=cache.keys.device)
+        self.slots, self.filled, self._rows = state
+        self._rows += torch.arange(rows, dtype=torch.int32, device=state.device)
         self._active: list[int] = []
+        self._all_filled = False
 
     @property
     def positions(self) -> Tensor:
@@ -172,11 +175,12 @@ class StepPass:
             slots[row], filled[row] = lengths[row], lengths[row] + 1
         self.slots.copy_(torch.tensor(slots))
         self.filled.copy_(torch.tensor(filled))
+        self._all_filled = all(n == self.length for n in filled)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As in `PackedPass`, with q (B, 1, H, D) and k, v (B, 1, H_kv, D)."""
-        rows = torch.arange(self.rows, device=q.device), slice(None), self.slots.long()
-        self.keys[layer][rows], self.values[layer][rows] = k[:, 0], v[:, 0]
+        places = self._rows, slice(None), self.slots
+        self.keys[layer][places], self.values[layer][places] = k[:, 0], v[:, 0]
         return self._attend(layer, q)
 
     def rotate_and_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -187,7 +191,8 @@ class StepPass:
 
     def _attend(self, layer: int, q: Tensor) -> Tensor:
         keys, values = (buffer[layer, :, :, : self.length] for buffer in (self.keys, self.values))
-        return decode_attention(q.transpose(1, 2), keys, values, self.filled).transpose(1, 2)
+        filled = None if self._all_filled else self.filled
+        return decode_attention(q.transpose(1, 2), keys, values, filled).transpose(1, 2)
 
     def finish(self) -> None:
         for row in self._active:

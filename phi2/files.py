@@ -1,4 +1,4 @@
-"""Reading JSON, and the one safe write.
+"""Reading JSON and YAML, and the one safe write.
 
 What is written has a temporary name beside its place, reaches the disk, and is then renamed: whoever looks, also after
 a kill or on a full disk, finds what was there before or the whole of what is new.
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
@@ -28,6 +30,43 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one a line. A last one without its end is left out: it is still being written, or
+    whoever wrote it was killed.
+
+    Raises:
+        ValueError: one line naming the file, and the row that is not JSON or not an object.
+    """
+    values = []
+    try:
+        *lines, last = path.read_text(encoding="utf-8").split("\n")  # not splitlines: it cuts inside of texts, too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from error
+    for row, line in enumerate([*lines, last] if last.endswith("}") else lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} line {row}: not valid JSON ({one_line(error)})") from error
+        if not isinstance(values[-1], dict):
+            raise ValueError(f"{path} line {row}: must hold a JSON object, got {type(values[-1]).__name__}")
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in `path`.
+
+    Raises:
+        ValueError: one line naming the file, when it is not UTF-8, not YAML or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a mapping, got {type(value).__name__}")
     return value
 
 

@@ -240,7 +240,7 @@ def test_the_old_name_of_a_setting_says_its_new_one(command, tmp_path, capsys):
 
 def test_a_system_message_needs_the_chat_template(capsys):
     code, _, err = run(capsys, "generate", "--model", "nano", "--prompt", "x", "--system", "y", "--prompt_style", "raw")
-    assert code == 1 and "system needs prompt_style chatml (or auto), got 'raw'" in err
+    assert code == 2 and "system needs prompt_style chatml (or auto), got 'raw'" in err
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])

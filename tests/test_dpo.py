@@ -186,7 +186,7 @@ def test_a_run_learns_and_leaves_its_folder(dpo_config, pair_data, lora):
     config = dpo_config(lora=lora, eval_data=pair_data, eval_steps=3, save_steps=3, learning_rate=3e-3)
     run = train(dataclasses.replace(config, sample_prompts=["Q?"]))
     result = "model" if lora is None else "adapter"
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json"),
         *("metrics.jsonl", "samples.jsonl", "README.md", "checkpoints", result),
     }

@@ -233,3 +233,16 @@ def test_the_cache_stays_within_its_bound():
     per_token = 320 * 1024  # bytes of Phi-2 in half precision
     for length in (64, 512, 2048):
         assert default_slots(model, length) == min(64, 4 * 2**30 // (per_token * length))
+
+
+def test_an_engine_that_forgets_says_what_a_new_one_says_to_the_last_bit():
+    def requests(first: int) -> list[Request]:
+        prompts = [[first, 7, *range(1 + n % 5), *range(n % 3)] for n in range(9)]
+        return [Request(ids, SamplingParams(max_new_tokens=3 + n % 4)) for n, ids in enumerate(prompts)]
+
+    used, asked, again = Engine(MODEL, CHOICES, slots=4), requests(3), requests(3)
+    finish(used, *requests(3), *requests(4)[:2])
+    used.forget()
+    expected, said = finish(Engine(MODEL, CHOICES, slots=4), *asked), finish(used, *again)
+    for request, other in zip(asked, again, strict=True):
+        assert [token[1:] for token in said[other]] == [token[1:] for token in expected[request]]

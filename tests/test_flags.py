@@ -11,13 +11,14 @@ from phi2.training.sft import SFTConfig
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
 
-def answer(prompt: str, stop: list[str] | None = None, top_k: int = 0) -> None:
+def answer(prompt: str, stop: list[str] | None = None, top_k: int = 0, whole: bool = False) -> None:
     """A command.
 
     Args:
         prompt: Text.
         stop: Strings.
         top_k: A number.
+        whole: A switch.
     """
 
 
@@ -101,3 +102,19 @@ def test_a_mistake_in_a_config_file_is_told_likewise(tmp_path, text, message):
     with pytest.raises(UsageError) as caught:
         parse("phi2 dpo", "", print, DPOConfig, [*NEEDED, "--config", str(tmp_path / "a.yaml")])
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--whole"], True),
+        (["--whole", "--top_k", "3"], True),
+        (["--whole", "true"], True),
+        (["--whole=false"], False),
+        (["--whole", "false", "--top_k", "3"], False),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_a_switch_needs_no_value_and_may_have_one(arguments, expected):
+    assert given(*arguments)["whole"] is expected

@@ -19,6 +19,7 @@ from phi2.lora_config import LoraConfig
 from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.losses.source import source_of_loss
 from phi2.runs.inputs import digest_of_adapter, digest_of_model
+from phi2.runs.run import Run
 from phi2.training import dpo, sft
 from phi2.training.session import Session
 
@@ -56,7 +57,7 @@ def own(sft_data, pair_data, tiny_phi, tmp_path) -> dict[str, Path]:
     }
 
 
-def resumed(module, config) -> Path:
+def resumed(module, config) -> Run:
     return module.train(dataclasses.replace(config, resume=True))
 
 
@@ -137,7 +138,7 @@ def preference_run(own, dpo_config) -> dpo.DPOConfig:
 def test_a_run_goes_on_with_what_it_began_with_and_says_nothing(preference_run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert resumed(dpo, preference_run) == Path(preference_run.output)
+        assert resumed(dpo, preference_run).path == Path(preference_run.output)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 
 # What only some commands need, and the slowest to import.
-HEAVY = {"transformers", "triton", "matplotlib", "gradio", "pyarrow", "huggingface_hub", "jsonargparse", "jinja2"}
+HEAVY = set("transformers triton matplotlib gradio uvicorn pyarrow huggingface_hub jsonargparse jinja2".split())
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:

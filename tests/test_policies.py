@@ -121,4 +121,4 @@ def test_an_adapter_without_a_base_says_so(tiny_phi, tmp_path):
     folder = make_adapter(tiny_phi, tmp_path / "lost")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
-    assert "does not name its base; give that as a model before it" in refused([str(folder)])
+    assert "does not name its base; give that as the model" in refused([str(folder)])

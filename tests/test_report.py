@@ -14,8 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from phi2.evaluation.toy import Score, Transcript
-from phi2.lab.charts import Line, distinct_digits, interval_chart, line_chart, nice_ticks, number, thin
 from phi2.lab.report import write_comparison, write_report
+from phi2.pages.charts import Line, distinct_digits, interval_chart, line_chart, nice_ticks, number, thin
 
 FILES = ("config.yaml", "metrics.jsonl", "data_audit.json", "samples.jsonl", "environment.json")
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -142,9 +142,22 @@ def test_a_damaged_file_is_named_and_the_old_report_stays(run, name):
 
 def test_a_damaged_line_is_named(run):
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "los')
+        file.write('{"step": 3, "los\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 4"):
         write_report(run)
+
+
+def test_a_report_is_made_of_a_run_that_was_killed_while_it_wrote(run):
+    before = write_report(run).read_text()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')
+    assert write_report(run).read_text() == before
+
+
+def test_a_sample_may_hold_any_line_break_of_unicode(run):
+    with (run / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "prompt": "Q", "answer": "first\u2028second"}\n')
+    assert "first second" in parsed(write_report(run)).text
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -139,7 +139,7 @@ def test_every_run_folder_has_its_own_audit(dpo_config, tmp_path):
     opened = start(config)
     for name in ("a", "b"):
         run = dpo.fit(opened, replace(config, output=str(tmp_path / name)))
-        assert {"data_audit.json", "eval_audit.json"} <= {path.name for path in run.iterdir()}
+        assert {"data_audit.json", "eval_audit.json"} <= {path.name for path in run.path.iterdir()}
 
 
 def test_a_run_that_starts_from_something_else_is_refused(dpo_config, tmp_path):

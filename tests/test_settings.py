@@ -150,7 +150,7 @@ def computed(things, make_phi, pair_data, tmp_path_factory):
         base |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
         output = tmp_path_factory.mktemp("settings") / "run"
         try:
-            folder = train(config(**{**base, "output": str(output), **settings}))
+            folder = train(config(**{**base, "output": str(output), **settings})).path
         except ValueError as error:
             return str(error)
         return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}

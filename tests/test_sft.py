@@ -123,7 +123,7 @@ def test_a_run_learns_and_leaves_its_folder(sft_config, sft_data, lora):
     config = sft_config(lora=lora, max_steps=8, eval_data=sft_data, eval_steps=4, save_steps=4, sample_prompts=PROMPTS)
     run = train(config)
     result = "model" if lora is None else "adapter"
-    written = {path.name for path in run.iterdir()}
+    written = {path.name for path in run.path.iterdir()}
     assert written == {
         *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json"),
         *("metrics.jsonl", "samples.jsonl", "README.md", "checkpoints", result),

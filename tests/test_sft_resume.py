@@ -136,8 +136,8 @@ def test_ctrl_c_during_the_last_update_lets_the_run_end(sft_config, monkeypatch)
 
 def test_another_run_in_the_same_folder_is_refused_and_the_first_stays(sft_config):
     run = train(sft_config(max_steps=1))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     for config in (sft_config(max_steps=1), sft_config(max_steps=1, resume=True, learning_rate=1.0)):
         with pytest.raises(ValueError, match="holds a run already|these differ: learning_rate 0.01 -> 1.0"):
             train(config)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before

@@ -51,7 +51,7 @@ def test_a_port_in_use_is_one_line(gradio, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["demo", "--model", "nano-instruct", "--port", str(port)]) == 1
-    told = f"phi2 demo: port {port} of 127.0.0.1 cannot be had (Address already in use); give another --port\n"
+    told = f"phi2 demo: cannot listen at 127.0.0.1 port {port}: Address already in use\n"
     assert capsys.readouterr().err == told
 
 

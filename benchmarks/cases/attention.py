@@ -103,8 +103,9 @@ def attention_inputs(
 
 def of_function(forward: Callable[..., Tensor], backward: bool, **options) -> Implementation:
     """Of a function of q, k and v."""
-    run = comparison.forward_backward(forward, "q k v") if backward else lambda q, k, v: {"output": forward(q, k, v)}
-    return Implementation(run, **options)
+    if not backward:
+        return comparison.of_function(forward, **options)
+    return Implementation(comparison.forward_backward(forward, "q k v"), **options)
 
 
 def reference(visibility: Visibility, *inputs: Tensor) -> Outputs:

@@ -5,10 +5,11 @@ Dims: B batch, T tokens, C hidden, F mlp, r LoRA rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -138,14 +139,9 @@ def our_layer(
     return of_layer(forward, layer)
 
 
-@contextmanager
-def implementation(impl: str) -> Iterator[None]:
+def implementation(impl: str) -> AbstractContextManager:
     """Inside it every op that is not told otherwise runs by `impl`."""
-    before, _dispatch.default_impl = _dispatch.default_impl, impl
-    try:
-        yield
-    finally:
-        _dispatch.default_impl = before
+    return mock.patch.object(_dispatch, "default_impl", impl)
 
 
 def of_layer(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Implementation:

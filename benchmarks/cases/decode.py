@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Work
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Work, of_function
 from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
@@ -66,10 +66,6 @@ def compare_short(
         sets=8,
         in_graph=True,
     )
-
-
-def of_function(function: Callable[..., Tensor], **options) -> Implementation:
-    return Implementation(lambda *inputs: {"output": function(*inputs)}, **options)
 
 
 # ---- attention of one query ----

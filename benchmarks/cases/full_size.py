@@ -58,7 +58,7 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _in_process(work, *arguments):
-    """The result of a function in a process of its own, so that memory is its alone."""
+    """The result of a function whose memory is its alone."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(work, arguments)
 

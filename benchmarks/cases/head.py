@@ -43,7 +43,7 @@ def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: in
         return -F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
 
     own = 4 if trainable else 2
-    kept = {"the 3 matmuls of kept logits": lambda: Implementation(partial(_matmuls, 3), is_compared=False)}
+    kept = {"the 3 matmuls of kept logits": partial(matmuls, 3)} if trainable else {}
     return comparison.compare_functions(
         f"head {'trainable' if trainable else 'frozen'}",
         inputs,
@@ -52,12 +52,10 @@ def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: in
         head_work(N, C, V, trainable),
         device,
         peers={
-            f"its {own} matmuls": lambda: Implementation(partial(_matmuls, own), is_compared=False),
-            **(kept if trainable else {}),
-            "Liger": lambda: Implementation(comparison.forward_backward(_liger(), ARGUMENTS)),
-            "F.linear_cross_entropy": lambda: Implementation(
-                comparison.forward_backward(_linear_cross_entropy(), ARGUMENTS)
-            ),
+            f"its {own} matmuls": partial(matmuls, own),
+            **kept,
+            "Liger": lambda: gradients_of(_liger()),
+            "F.linear_cross_entropy": lambda: gradients_of(_linear_cross_entropy()),
         },
         rounding=ROUNDING[dtype],
         targets={f"its {own} matmuls": 1.1},
@@ -76,12 +74,16 @@ def head_work(N: int, C: int, V: int, trainable: bool) -> Work:
     return Work(matmuls * 2 * N * C * V, 2 * (2 * N * C + weights * V * C))
 
 
-def _matmuls(count: int, hidden: Tensor, weight: Tensor, *_) -> Outputs:
-    """The first `count` of: logits, gradient of hidden, gradient of the weight, logits again."""
-    with torch.no_grad():
-        logits = hidden @ weight.T  # they stand for their gradient too
-        matmuls = (lambda: logits @ weight, lambda: logits.T @ hidden, lambda: hidden @ weight.T)
-        return {str(i): matmul() for i, matmul in enumerate(matmuls[: count - 1])}
+def matmuls(count: int) -> Implementation:
+    """The first so many of: logits, gradient of hidden, gradient of the weight, logits again."""
+
+    def run(hidden: Tensor, weight: Tensor, *_) -> Outputs:
+        with torch.no_grad():
+            logits = hidden @ weight.T  # they stand for their gradient too
+            rest = (lambda: logits @ weight, lambda: logits.T @ hidden, lambda: hidden @ weight.T)
+            return {str(i): matmul() for i, matmul in enumerate(rest[: count - 1])}
+
+    return Implementation(run, is_compared=False)
 
 
 def _liger() -> Callable[..., Tensor]:

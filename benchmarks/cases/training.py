@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from phi2.checkpoints.peft_files import save_adapter
 from phi2.checkpoints.weights import save_pretrained
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodeConfig, encode_records
-from phi2.data.records import Chat, Message, Pair
+from phi2.data.records import Chat, Pair
 from phi2.data.sources import load_records
 from phi2.lora import attach
 from phi2.lora_config import LoraConfig
@@ -43,11 +44,15 @@ TOLERANCE = {"loss": 1e-4, "grad_norm": 1e-3}
 
 
 class Job(NamedTuple):
-    """What both load and how they train."""
+    """What both load and how they train.
 
+    Attributes:
+        kind: of rows, "preference" or "supervised".
+    """
+
+    kind: str
     folder: Path
     batch_size: int
-    max_length: int
     gradient_checkpointing: bool
 
     def settings(self) -> dict:
@@ -55,7 +60,7 @@ class Job(NamedTuple):
         return dict(
             per_device_train_batch_size=self.batch_size,
             gradient_checkpointing=self.gradient_checkpointing,
-            max_length=self.max_length,
+            max_length=MAX_LENGTH,
             max_steps=MANY_STEPS,
             learning_rate=1e-4,
             seed=SEED,
@@ -64,35 +69,34 @@ class Job(NamedTuple):
 
 @case("dpo_step_vs_trl", turns=10, summary="LoRA DPO: one step over 4 pairs of up to 512 tokens")
 def dpo_step_vs_trl(turns: int) -> Report:
-    return _compare("preference", 4, False, turns, time=0.4, memory=0.5)
+    return _compare("preference", 4, False, turns, time=0.4)
 
 
 @case("dpo_checkpointed_step_vs_trl", turns=10, summary="the same, both sides with gradient checkpointing")
 def dpo_checkpointed_step_vs_trl(turns: int) -> Report:
-    return _compare("preference", 4, True, turns, time=0.4, memory=0.5)
+    return _compare("preference", 4, True, turns, time=0.4)
 
 
 @case("sft_step_vs_trl", turns=10, summary="LoRA SFT: one step over 8 rows of up to 512 tokens")
 def sft_step_vs_trl(turns: int) -> Report:
-    return _compare("supervised", 8, False, turns, time=0.7, memory=0.5)
+    return _compare("supervised", 8, False, turns, time=0.7)
 
 
 @case("sft_checkpointed_step_vs_trl", turns=10, summary="the same, both sides with gradient checkpointing")
 def sft_checkpointed_step_vs_trl(turns: int) -> Report:
-    return _compare("supervised", 8, True, turns, time=0.7, memory=0.5)
+    return _compare("supervised", 8, True, turns, time=0.7)
 
 
-def _compare(kind: str, batch_size: int, checkpointing: bool, turns: int, time: float, memory: float) -> Report:
-    workers = (our_dpo, trl_dpo) if kind == "preference" else (our_sft, trl_sft)
+def _compare(kind: str, batch_size: int, checkpointing: bool, turns: int, time: float) -> Report:
     with TemporaryDirectory() as folder:
-        job = Job(Path(folder), batch_size, MAX_LENGTH, checkpointing)
-        rows = _prepare(job.folder, kind)
-        result = compare(*workers, job, turns, TOLERANCE)
+        job = Job(kind, Path(folder), batch_size, checkpointing)
+        rows = _prepare(job)
+        result = compare(our_dpo if kind == "preference" else our_sft, with_trl, job, turns, TOLERANCE)
     apart = ", ".join(f"{name} by at most {value:.1e}" for name, value in result.largest_difference.items())
     return Report(
         peer={name: metadata.version(name) for name in ("trl", "transformers", "peft")},
         gate=f"{len(result.ours)} steps, relative differences: {apart}",
-        measures=[*result.times(target=time), *result.memory(target=memory), result.flops()],
+        measures=[*result.times(target=time), *result.memory(target=0.5), result.flops()],
         facts={
             "parameters": parameters(),
             "dtype": "float32",
@@ -137,30 +141,28 @@ def parameters() -> str:
     return f"{count / 1e6:.0f} M"
 
 
-def _prepare(folder: Path, kind: str) -> int:
-    """Writes model, adapter and rows into `folder`; returns the number of rows."""
+def _prepare(job: Job) -> int:
+    """Writes model, adapter and rows into the job's folder; returns the number of rows."""
     tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
     model = base_model()
-    save_pretrained(model, tokenizer, folder / "base")
+    save_pretrained(model, tokenizer, job.folder / "base")
     attach(model, LoraConfig(**LORA), SEED)
-    save_adapter(model, folder / "adapter", "base")
-    file = "preference/dpo_en_200.jsonl" if kind == "preference" else "sft/alpaca_600.jsonl"
-    records = load_records(str(shared_folder() / "data" / file), kind).records
-    kept = {row.origin for row in encode_records(records, tokenizer, EncodeConfig(max_length=MAX_LENGTH), kind)[0]}
+    save_adapter(model, job.folder / "adapter", "base")
+    file = "preference/dpo_en_200.jsonl" if job.kind == "preference" else "sft/alpaca_600.jsonl"
+    records = load_records(str(shared_folder() / "data" / file), job.kind).records
+    kept = {row.origin for row in encode_records(records, tokenizer, EncodeConfig(max_length=MAX_LENGTH), job.kind)[0]}
     rows = [_conversation(record) for record in records if record.origin in kept]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (job.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
 
 
 def _conversation(record: Chat | Pair) -> dict[str, list[dict]]:
     """A record as a row that both libraries read the same way."""
     if isinstance(record, Chat):
-        return {"prompt": _plain(record.messages[:-1]), "completion": _plain(record.messages[-1:])}
-    return {name: _plain(getattr(record, name)) for name in ("prompt", "chosen", "rejected")}
-
-
-def _plain(messages: tuple[Message, ...]) -> list[dict]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+        parts = {"prompt": record.messages[:-1], "completion": record.messages[-1:]}
+    else:
+        parts = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+    return {name: [{"role": m.role, "content": m.content} for m in messages] for name, messages in parts.items()}
 
 
 # ---- what runs in the two processes ----
@@ -172,27 +174,15 @@ def our_dpo(timer: Timer, job: Job) -> None:
     pairs, model, optimizer = _our_start(session)
     reference, loss = make_reference(session, config, model, None, pairs), bind_loss(config.loss, config.knobs)
     model.train(not config.disable_dropout)
-    windows = windows_of(config, len(pairs))
-    for step in range(MANY_STEPS):
-        timer.start()
-        batches = [[pairs[i] for i in batch] for batch in windows.at(step)]
-        metrics = dpo.update(config, model, optimizer, batches, reference, loss)
-        timer.stop()
-        timer.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
+    _take_turns(timer, config, pairs, lambda batches: dpo.update(config, model, optimizer, batches, reference, loss))
 
 
 def our_sft(timer: Timer, job: Job) -> None:
     config = _our_config(sft.SFTConfig, job)
     rows, model, optimizer = _our_start(start(config))
-    blocks = sft.pack(rows, config, separator=0)
     model.train()
-    windows = windows_of(config, len(blocks))
-    for step in range(MANY_STEPS):
-        timer.start()
-        batches = [[blocks[i] for i in batch] for batch in windows.at(step)]
-        metrics = sft.update(config, model, optimizer, batches)
-        timer.stop()
-        timer.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
+    blocks = sft.pack(rows, config, separator=0)
+    _take_turns(timer, config, blocks, lambda batches: sft.update(config, model, optimizer, batches))
 
 
 def _our_config(config: type, job: Job):
@@ -206,22 +196,20 @@ def _our_start(session: Session):
     return rows, model, Optimizer(model, config, MANY_STEPS, scale_loss=False)
 
 
-def trl_dpo(timer: Timer, job: Job) -> None:
-    import trl
-
-    _train_with_trl(trl.DPOTrainer, trl.DPOConfig, timer, job)
-
-
-def trl_sft(timer: Timer, job: Job) -> None:
-    import trl
-
-    _train_with_trl(trl.SFTTrainer, trl.SFTConfig, timer, job)
+def _take_turns(timer: Timer, config, rows: list, update: Callable[[list[list]], dict[str, float]]) -> None:
+    windows = windows_of(config, len(rows))
+    for step in range(MANY_STEPS):
+        timer.start()
+        metrics = update([[rows[i] for i in batch] for batch in windows.at(step)])
+        timer.stop()
+        timer.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
 
 
-def _train_with_trl(trainer_class: type, config_class: type, timer: Timer, job: Job) -> None:
+def with_trl(timer: Timer, job: Job) -> None:
     import datasets
     import peft
     import transformers
+    import trl
 
     class TakeTurns(transformers.TrainerCallback):
         """The loop of `Trainer` waits for its turn before every step."""
@@ -238,13 +226,16 @@ def _train_with_trl(trainer_class: type, config_class: type, timer: Timer, job: 
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    make_trainer, make_config = {
+        "preference": (trl.DPOTrainer, trl.DPOConfig),
+        "supervised": (trl.SFTTrainer, trl.SFTConfig),
+    }[job.kind]
     plain = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1)
-    trainer = trainer_class(
+    rows = [json.loads(row) for row in (job.folder / "rows.jsonl").read_text().splitlines()]
+    trainer = make_trainer(
         transformers.PhiForCausalLM.from_pretrained(job.folder / "base", dtype=torch.float32),
-        args=config_class(str(job.folder / "trl"), **plain, **job.settings()),
-        train_dataset=datasets.Dataset.from_list(
-            [json.loads(row) for row in (job.folder / "rows.jsonl").read_text().splitlines()]
-        ),
+        args=make_config(str(job.folder / "trl"), **plain, **job.settings()),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(job.folder / "base"),
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **LORA),
         callbacks=[TakeTurns()],

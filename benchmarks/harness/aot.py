@@ -15,7 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -133,23 +134,6 @@ class _PretendGPU(TorchFunctionMode):
         return tree_map_only(Tensor, lambda x: x.as_subclass(_OnGPU), function(*args, **kwargs))
 
 
-class _Driver(NamedTuple):
-    """What Triton's compiler asks of a driver."""
-
-    arch: int
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-
 @contextmanager
 def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, dict]]]:
     """Kernels launched within are compiled for an architecture instead, and listed: (kernel, compiled, constants).
@@ -157,6 +141,7 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
     Args:
         wanted: the one kernel to compile, by its `name_of`; default: all of them.
     """
+    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -166,7 +151,12 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
         if wanted in ("", name_of(self)):
             launched.append((self, run(self, *args, grid=grid, warmup=True, **constants), constants))
 
-    driver.set_active(_Driver(arch))
+    asked = SimpleNamespace(  # by Triton's compiler, of a driver
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
+    driver.set_active(asked)
     pretended = {"get_device_capability": lambda device: divmod(arch, 10), "device": lambda device: nullcontext()}
     with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended), _PretendGPU():
         yield launched

@@ -164,27 +164,22 @@ class Result(NamedTuple):
 
     def times(self, **target: Any) -> list[Measure]:
         """Time of a turn in units of the peer's median, on the clock and of the processors."""
-        return [
-            Measure("time", "relative", *self._relative(lambda turn: turn.seconds), **target),
-            Measure("CPU time", "relative", *self._relative(lambda turn: turn.cpu_seconds)),
-        ]
+        return self._clocks(("time", "CPU time"), 1, **target)
 
     def speeds(self) -> list[Measure]:
         """Turns per time in units of the peer's median, on the clock and of the processors."""
+        return self._clocks(("tok/s", "tokens per CPU time"), -1, more_is_better=True)
+
+    def _clocks(self, names: tuple[str, str], power: int, target: float | None = None, **settings: Any):
         return [
-            Measure("tok/s", "relative", *self._relative(lambda turn: 1 / turn.seconds), more_is_better=True),
-            Measure(
-                "tokens per CPU time",
-                "relative",
-                *self._relative(lambda turn: 1 / turn.cpu_seconds),
-                more_is_better=True,
-            ),
+            Measure(names[0], "relative", *self._relative(lambda turn: turn.seconds**power), target, **settings),
+            Measure(names[1], "relative", *self._relative(lambda turn: turn.cpu_seconds**power), **settings),
         ]
 
-    def _relative(self, value: Callable[[Turn], float]) -> tuple[Spread, Spread]:
-        mine, reference = ([value(turn) for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs))
-        unit = Spread.of(reference).median
-        return Spread.of([v / unit for v in mine]), Spread.of([v / unit for v in reference])
+    def _relative(self, value: Callable[[Turn], float]) -> list[Spread]:
+        ours, theirs = ([value(turn) for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs))
+        unit = Spread.of(theirs).median
+        return [Spread.of([one / unit for one in values]) for values in (ours, theirs)]
 
     def flops(self) -> Measure:
         return self._single("matmul work", "GFLOP", lambda turns: turns[0].flops / 1e9)

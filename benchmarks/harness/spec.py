@@ -7,8 +7,8 @@ compiles and holds to their budgets, and the candidates that `benchmarks/tune.py
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -151,11 +151,9 @@ class Entry:
         shipped = self.shipped(arch)
         return dict(zip(shipped, values, strict=True)) if isinstance(shipped, dict) else type(shipped)(*values)
 
-    @contextmanager
-    def launched_as(self, arch: int, launch: Launch) -> Iterator[None]:
+    def launched_as(self, arch: int, launch: Launch) -> AbstractContextManager:
         """Within, the table has this launch in the place of the shipped one."""
-        with mock.patch.dict(self.table(arch), {self.key: launch}):
-            yield
+        return mock.patch.dict(self.table(arch), {self.key: launch})
 
     def inputs(self, device: torch.device, seed: int) -> tuple[dict[str, Any], ...]:
         return tuple(call.inputs(PHI2, device, seed) for call in self.calls)

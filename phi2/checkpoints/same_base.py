@@ -9,6 +9,8 @@ Only the blocks are looked at. Embedding and head gain and lose rows, and an ada
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -36,3 +38,13 @@ def _spaced(weight: Tensor) -> Tensor:
 
 def _numbers(sample: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(sample), dtype=torch.bfloat16).float()
+
+
+@torch.no_grad()
+def digest_of_weights(model: nn.Module) -> str:
+    """Of name, dtype, shape and evenly spaced numbers of everything that a model computes with, adapters included."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        numbers = weight.flatten()[:: -(-weight.numel() // PER_WEIGHT)].contiguous().cpu().view(torch.uint8)
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + numbers.numpy().tobytes())
+    return digest.hexdigest()

@@ -20,8 +20,13 @@ from phi2 import __version__
 from phi2.cli.flags import UsageError, parse
 
 if TYPE_CHECKING:
-    from phi2.cli.configs import DemoConfig, EvaluateConfig, GenerateConfig, ReplyConfig
+    from phi2.answers.config import SamplePairsConfig
+    from phi2.cli.configs import GenerateConfig
     from phi2.data.inspect import InspectConfig
+    from phi2.evaluation.config import EvaluateConfig
+    from phi2.inference.config import ReplyConfig
+    from phi2.runs.run import Run
+    from phi2.serve.config import DemoConfig, ServeConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -29,16 +34,18 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell counts them: 128 and the numbe
 
 
 def generate(config: GenerateConfig) -> None:
-    """Answer one prompt, streaming."""
+    """Answer a prompt, streaming, or a file of prompts."""
     import phi2
 
+    if config.prompts is not None:
+        from phi2.answers.answer import answer_file
+
+        return print(answer_file(config.ask_config()))
     loaded, tokenizer = config.load()
     text: Any = sys.stdin.read() if config.prompt == "-" else config.prompt
     own_style = "raw" if tokenizer.chat_template is None else "chat"
     style: str | None = own_style if config.prompt_style == "auto" else config.prompt_style
     if config.system is not None:
-        if config.prompt_style not in ("auto", "chatml", "chat"):
-            raise ValueError(f"system needs prompt_style chatml (or auto), got {config.prompt_style!r}")
         text, style = [{"role": "system", "content": config.system}, {"role": "user", "content": text}], None
     chunk = None
     for chunk in phi2.stream(loaded, tokenizer, text, prompt_style=style, **config.sampling):
@@ -66,6 +73,13 @@ def chat(config: ReplyConfig) -> None:
     run_chat(session)
 
 
+def sample_pairs(config: SamplePairsConfig) -> None:
+    """Make a preference set of a model's own answers, scored by a function of yours."""
+    from phi2.answers.pairs import sample
+
+    print(sample(config))
+
+
 def sft(config: SFTConfig) -> None:
     """Supervised fine-tuning, with LoRA or in full."""
     from phi2.lab.report import write_report
@@ -82,7 +96,7 @@ def dpo(config: DPOConfig) -> None:
     _announce(run := train(config), write_report(run))
 
 
-def _announce(run: Path, *files: Path) -> None:
+def _announce(run: Run, *files: Path) -> None:
     result = next(run / name for name in ("adapter", "model") if (run / name).exists())
     print("\n".join(f"wrote {path}" for path in (result, *files)))
 
@@ -119,12 +133,13 @@ def convert(
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Grade a model on the five toy skills, with 95 % intervals."""
-    from phi2.evaluation.toy import evaluate
+    """Grade models: the five toy skills, or tasks of lm-evaluation-harness beside the model card of phi-2-instruct."""
+    from phi2.evaluation.api import run
 
-    loaded, tokenizer = config.load()
-    for skill, score in evaluate(loaded, tokenizer, config.questions, config.seed).items():
-        print(f"{skill:<12} {score}")
+    evaluation = run(config)
+    print(evaluation)
+    if evaluation.output is not None:
+        print(f"wrote {evaluation.output / 'report.html'}, results.json and samples/ beside it")
 
 
 def demo(config: DemoConfig) -> None:
@@ -141,6 +156,13 @@ def inspect(config: InspectConfig) -> None:
     from phi2.data.inspect import inspect_data
 
     print(inspect_data(config))
+
+
+def serve(config: ServeConfig) -> None:
+    """Answer OpenAI's API: chats, completions and log-probs, for many clients at once."""
+    from phi2.serve.server import serve
+
+    serve(config, config.load_served)
 
 
 def quickstart(output: str = "runs/quickstart", seed: int = 0) -> None:
@@ -162,6 +184,21 @@ def named_sources() -> str:
     return f"Named sources: {', '.join([*SOURCES, *TOYS])}."
 
 
+def named_prompts() -> str:
+    """What `--prompts` takes beside files and hub data sets."""
+    from phi2.data.prompts import TOY
+    from phi2.data.sources import SOURCES
+
+    return f"Named sources: {', '.join([*SOURCES, TOY])}."
+
+
+def named_scores() -> str:
+    """What `--score` takes beside a function of one's own."""
+    from phi2.answers.score import SCORES
+
+    return f"Named scores: {', '.join(SCORES)}."
+
+
 def registered_losses() -> str:
     """What `--loss` takes, with the knobs of each."""
     from phi2.losses.registry import PREFERENCE_LOSSES
@@ -179,15 +216,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command(generate, "phi2.cli.configs:GenerateConfig"),
-    "chat": Command(chat, "phi2.cli.configs:ReplyConfig"),
+    "generate": Command(generate, "phi2.cli.configs:GenerateConfig", {"prompts": named_prompts}),
+    "chat": Command(chat, "phi2.inference.config:ReplyConfig"),
     "sft": Command(sft, "phi2.training.config:SFTConfig", {"data": named_sources}),
     "dpo": Command(dpo, "phi2.training.config:DPOConfig", {"data": named_sources, "loss": registered_losses}),
+    "sample_pairs": Command(
+        sample_pairs, "phi2.answers.config:SamplePairsConfig", {"prompts": named_prompts, "score": named_scores}
+    ),
     "merge": Command(merge),
     "convert": Command(convert),
-    "evaluate": Command(evaluate, "phi2.cli.configs:EvaluateConfig"),
-    "demo": Command(demo, "phi2.cli.configs:DemoConfig"),
+    "evaluate": Command(evaluate, "phi2.evaluation.config:EvaluateConfig"),
+    "demo": Command(demo, "phi2.serve.config:DemoConfig"),
     "inspect": Command(inspect, "phi2.data.inspect:InspectConfig", {"data": named_sources}),
+    "serve": Command(serve, "phi2.serve.config:ServeConfig"),
     "quickstart": Command(quickstart),
 }
 
@@ -251,7 +292,7 @@ def _fail(command: str, message: str, code: int) -> int:
 
 def overview() -> str:
     """What `phi2 --help` prints."""
-    lines = [f"  {name:<12}{_summary(command)}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<13}{_summary(command)}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: phi2 COMMAND [flags]; phi2 COMMAND --help lists the flags; phi2 --version", "", *lines])
 
 

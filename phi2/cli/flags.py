@@ -1,13 +1,12 @@
 """From a command line to the call it asks for.
 
 Flags, their help and their checks come from the signature and docstring of a command's function, or from the fields of
-its config class. The parser is jsonargparse; what it says about a mistake is cut down to the one line a user needs.
+its config class.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,20 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-TRIED = re.compile(  # lines of the parser's account of every type it tried
-    r"Does not validate|Subtypes:|Errors:|Given value type:|Given value: Neste|Problem with given|.*<class 'NoneType'>"
-)
-KEY = re.compile(r'Parser key "([^"]+)": ?')
-WORDING = {
-    r"<class '(?:\w+\.)*(\w+)'>": r"\1",
-    r"typing\.Literal\[(.*?)\]": r"one of \1",
-    r"Expected a dot import path string: [^;]*": "expected null or a mapping of settings",
-    r"Expected a ": "expected ",
-    r"/--\w+\+": "",  # the parser's second name of a flag that takes a list
-    r"[.;] (?:Got|Given) value: ": ", got ",
-    r"Option 'add_chatml' is not accepted|unrecognized arguments: --add_chatml.*": "add_chatml is now chat_template, in"
-    " phi2 sft and inspect: auto, chatml, none or the path of a .jinja file",
-}
+from phi2.keywords import plain
 
 
 class UsageError(Exception):
@@ -71,11 +57,22 @@ def parse(
         if action.dest in choices:
             action.help = f"{action.help} {choices[action.dest]}"
     try:
-        parsed = parser.instantiate(parser.parse_args(with_lists(arguments, config or run)))
+        given = with_lists(with_switches(arguments, config or run), config or run)
+        parsed = parser.instantiate(parser.parse_args(given))
         values = {key: value for key, value in vars(parsed).items() if key != "config"}
         return partial(run, **values) if config is None else partial(run, config(**values))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(plain(str(error))) from error
+
+
+def with_switches(arguments: list[str], signature: Callable[..., Any]) -> list[str]:
+    """Makes `--resume=true` of a `--resume` behind which no value stands."""
+    switches = {f"--{name}" for name, hint in get_type_hints(signature).items() if hint is bool}
+    behind = [*arguments, "--"][1:]
+    return [
+        f"{argument}=true" if argument in switches and following.startswith("--") else argument
+        for argument, following in zip(arguments, behind, strict=True)
+    ]
 
 
 def with_lists(arguments: list[str], signature: Callable[..., Any]) -> list[str]:
@@ -107,19 +104,3 @@ def _elements(value: str) -> list[Any]:
     except yaml.YAMLError:
         elements = None
     return elements if isinstance(elements, list) else [value]
-
-
-def plain(message: str) -> str:
-    """The parser's message in one line: which flag, what it takes, what it got."""
-    keys, reasons = [], []
-    for line in (line.strip(" -") for line in message.splitlines()):
-        if TRIED.match(line):
-            continue
-        if key := KEY.match(line):
-            keys.append(key[1])
-        reasons.append(KEY.sub("", line))
-    text = "; ".join(filter(None, dict.fromkeys(reasons)))
-    for pattern, replacement in WORDING.items():
-        text = re.sub(pattern, replacement, text)
-    text = ", got ".join(text.split(", got ")[:2])  # the value of the innermost key
-    return f"{'.'.join(keys)}: {text}" if keys else text

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from phi2.data import columns, readers
 from phi2.data.columns import REFUSED_COLUMNS, SYSTEM, VARIABLES, RowContext, check_unread, is_set, template_variables
@@ -29,11 +29,13 @@ from phi2.data.records import (
     Messages,
     Origin,
     Pair,
+    Prompt,
     Record,
     Row,
     is_conversational,
 )
 
+Asking = TypeVar("Asking", bound=Conversational | Prompt[Messages])  # what may have a system text
 FLOAT_MAX = sys.float_info.max
 MAX_LABEL_CHARS = 64  # a longer string is a text, not a label; keeping those would double the memory of a data set
 
@@ -173,7 +175,7 @@ def parse_row(
             raise ctx.error("missing-column", f"format {name} needs the column {column!r}")
     record = FORMATS[name].parse(row, ctx)
     if is_conversational(record) and not _CHAT.isdisjoint(present):
-        record = _with_chat_columns(record, row, ctx)
+        record = with_chat_columns(record, row, ctx)
     if isinstance(record, Pair):
         record.columns.update(_kept_columns(row))
     kept = record.columns if isinstance(record, Pair) else {}
@@ -219,7 +221,7 @@ def _kept_columns(row: Row) -> dict[str, float | str]:
     return kept
 
 
-def _with_chat_columns(record: Conversational, row: Row, ctx: RowContext) -> Conversational:
+def with_chat_columns(record: Asking, row: Row, ctx: RowContext) -> Asking:
     """The record with the system text and the template's variables that have columns of their own."""
     system, variables = _system_text(row, ctx), template_variables(row, ctx)
     if system:

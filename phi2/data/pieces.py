@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from phi2.data.columns import NAME_KEYS
 from phi2.data.config import SpecialTokens, TrainOn
-from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Record, RowError, is_conversational
+from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Prompt, Record, RowError, is_conversational
 from phi2.tokenizer import Tokenizer
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag by which a template marks the assistant's words
@@ -58,7 +58,7 @@ def supervised_pieces(
     """
     if isinstance(record, Chat):
         record, flags = _with_special_text(record, tokenizer, special_tokens)
-        flags |= _require_template_reads(record, record.messages, tokenizer)
+        flags |= require_template_reads(record, record.messages, tokenizer)
         pieces, last_is_learnt = _chat_pieces(record, tokenizer, train_on), record.messages[-1].train
         flags |= _content_flags(record.messages, _joined_text(pieces))
     elif isinstance(record, Plain):
@@ -90,7 +90,7 @@ def pair_texts(
     if is_conversational(record):
         record, flags = _with_special_text(record, tokenizer, special_tokens)
         parts = record.prompt, record.chosen, record.rejected
-        flags |= _require_template_reads(record, chain(*parts), tokenizer)
+        flags |= require_template_reads(record, chain(*parts), tokenizer)
         texts = _rendered_pair(record, tokenizer)
         flags = flags.union(*(_content_flags(part, text) for part, text in zip(parts, texts, strict=True)))
     else:
@@ -197,8 +197,8 @@ def _without_end_token(text: str, tokenizer: Tokenizer) -> str:
 # ---- conversations ----
 
 
-def _require_template_reads(
-    record: Chat | Pair[Messages], messages: Iterable[Message], tokenizer: Tokenizer
+def require_template_reads(
+    record: Chat | Pair[Messages] | Prompt[Messages], messages: Iterable[Message], tokenizer: Tokenizer
 ) -> set[str]:
     """Refuses what the chat template does not read and should; names and ids of calls are counted by a flag."""
     keys = {key for message in messages if message.extra for key in message.extra if key != "content"}
@@ -247,7 +247,7 @@ def _message_spans(record: Chat, turns: Iterable[int], whole: str, tokenizer: To
 def _generation_spans(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and what the template marks of these turns, the assistant's."""
     try:
-        whole, spans = tokenizer.render_with_spans(_template_messages(record.messages), **(record.variables or {}))
+        whole, spans = tokenizer.render_with_spans(template_messages(record.messages), **(record.variables or {}))
     except ValueError as error:
         raise RowError(record.origin, "template-refused", str(error)) from error
     answers = [i for i, message in enumerate(record.messages) if message.role == "assistant"]
@@ -278,7 +278,7 @@ def _render(
 ) -> str:
     if tokenizer.chat_template is not None:
         try:
-            return tokenizer.render(_template_messages(messages), add_generation_prompt, **(record.variables or {}))
+            return tokenizer.render(template_messages(messages), add_generation_prompt, **(record.variables or {}))
         except ValueError as error:
             raise RowError(record.origin, "template-refused", str(error)) from error
     roles = [message.role for message in messages]
@@ -288,7 +288,7 @@ def _render(
     return tokenizer.render_prompt(messages[0].content, "instruct") + "".join(f" {m.content}" for m in messages[1:])
 
 
-def _template_messages(messages: Iterable[Message]) -> list[dict]:
+def template_messages(messages: Iterable[Message]) -> list[dict]:
     """Messages as a chat template reads them."""
     return [{"role": m.role, "content": m.content, **(m.extra or {})} for m in messages]
 

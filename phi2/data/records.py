@@ -1,7 +1,8 @@
 """The canonical rows: whatever columns a data set uses, a row becomes one of four shapes.
 
 `Chat` is a conversation, `Plain` is text after an optional prompt, `Pair` is a chosen and a rejected answer to one
-prompt, `Unpaired` is one answer with a thumb up or down. `formats.py` makes them of rows.
+prompt, `Unpaired` is one answer with a thumb up or down. `formats.py` makes them of rows. A `Prompt` has no answer yet
+(`prompts.py`).
 
 A row that cannot be trained on is refused with a `RowError`. Its `rule` is a short slug, so that a loader can drop the
 row and count it: one bad row in a million is a line of the audit, not the end of the run.
@@ -99,6 +100,15 @@ class Unpaired(Generic[Text]):
     prompt: Text
     completion: Text
     label: bool
+    origin: Origin
+    variables: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(Generic[Text]):
+    """What is to be answered, as text or messages. `variables` goes to the chat template beside messages."""
+
+    prompt: Text
     origin: Origin
     variables: dict[str, Any] | None = None
 

@@ -318,6 +318,16 @@ def _rows(spec: DataSpec, source: Source | None) -> Iterator[tuple[Origin, Any]]
     return _hub_rows(f"{owner}/{name}", config, spec.split)
 
 
+def raw_rows(source: str) -> Iterator[tuple[Origin, Any]]:
+    """The rows of one source, streamed as they are: what a named source would filter is among them.
+
+    Raises:
+        FileNotFoundError: for a source that is no file, no folder, no name and no hub id.
+        ValueError: for a file that cannot be read, and, while it streams, for one that cannot be read on.
+    """
+    return _rows(DataSpec(source), SOURCES.get(source))
+
+
 def _memory_rows(spec: DataSpec) -> Iterator[tuple[Origin, Any]]:
     if spec.split is not None:
         raise ValueError(f"split {spec.split!r} is for folders and data sets: pass the rows of that split")

@@ -15,7 +15,6 @@ from phi2.tokenizer import Tokenizer
 
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 32  # the longest right answer has 23
-KEPT_TRANSCRIPTS = 4  # of each skill
 Z_95 = 1.959964  # quantile 0.975 of the normal distribution
 
 
@@ -31,7 +30,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Score:
-    """`successes` right answers out of `n`; `transcripts` are the first few."""
+    """`successes` right answers out of `n`, all of them in `transcripts`."""
 
     successes: int
     n: int
@@ -101,4 +100,4 @@ def _score(asked: Sequence[Item], answers: Sequence[str]) -> Score:
         Transcript(item.messages[-1].content, answer.strip(), item.answer, grade(item, answer))
         for item, answer in zip(asked, answers, strict=True)
     ]
-    return Score(sum(t.correct for t in transcripts), len(transcripts), tuple(transcripts[:KEPT_TRANSCRIPTS]))
+    return Score(sum(t.correct for t in transcripts), len(transcripts), tuple(transcripts))

@@ -1,12 +1,26 @@
-"""How tokens are chosen and when a reply ends: settings, which the command line reads without loading torch."""
+"""Which model is asked, how tokens are chosen and when a reply ends: settings, read without loading torch."""
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 COLDEST = 1e-4  # below it logits / temperature leaves float32; ask for 0 instead
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """How a model is loaded; the arguments of `phi2.load`."""
+
+    adapter: str | None = None
+    """Folder or hub id of a LoRA adapter."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Keep the weights in 8 or 4 bits; an adapter is merged first, and auto is bfloat16 on a CPU too."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,8 @@ class SamplingParams:
     """String the reply ends before; on the command line give the flag again for another."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stop, str | Sequence | None):
+            raise ValueError(f"stop must be a string or a list of strings, got {self.stop!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         t = self.temperature
@@ -69,3 +85,32 @@ def _check(name: str, value: Any, kind: type | tuple[type, ...], allowed: Callab
     known = isinstance(value, kind) and not isinstance(value, bool)
     if not known or (isinstance(value, float) and not isfinite(value)) or not allowed(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(LoadConfig):
+    """The model that is asked."""
+
+    model: str
+    """Folder, hub id, "nano" or "nano-instruct"."""
+
+    def load(self) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
+        from phi2.checkpoints.weights import load
+
+        return load(self.model, self.device, self.dtype, adapter=self.adapter, quantize=self.quantize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyConfig(SamplingParams, ModelConfig):
+    """A model that replies."""
+
+    system: str | None = None
+    """System message; a prompt is then a user's turn."""
+
+    def __post_init__(self) -> None:
+        SamplingParams(**self.sampling)  # checks them; a seed that is drawn is drawn by whoever samples
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(SamplingParams)}

@@ -147,11 +147,11 @@ class Engine:
                 self._free(slot)
 
     def forget(self) -> None:
-        """Empties the slots that nobody uses: what they hold was read with weights that are no more."""
+        """Empties the slots that nobody uses, as if the engine were new: their tokens were read with other weights."""
         for number, slot in enumerate(self._slots):
             if slot.request is None:
                 self.cache.truncate(number, 0)
-                slot.count = 0
+                slot.count = slot.freed = 0
 
     @torch.no_grad()
     def step(self) -> list[Token]:

@@ -33,7 +33,8 @@ def generate(
     """Replies to one prompt, or to a batch of them in one go.
 
     Args:
-        prompts: a text, a conversation (a list of messages), or a list of either.
+        prompts: a text, a conversation (a list of messages), or a list of either, of any length. The same prompt again
+            asks for another answer to it.
         prompt_style: how a text is shown to the model: "raw" (default), "instruct", or as a user's turn, "chat"
             ("chatml" where the template is ChatML). A raw text may spell special tokens; in any other they stay text.
         sampling: the fields of `SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
@@ -166,7 +167,8 @@ def replies_to(
                     chunk = reply.add(token)
                     number = requests[request]
                     if chunk.finish_reason:
-                        engine.cancel(request)  # text may end before the tokens do
+                        if token.finish_reason is None:  # the text ends before the tokens do
+                            engine.cancel(request)
                         del requests[request], replies[request]
                     yield number, chunk
     finally:

@@ -6,36 +6,25 @@ side by side: their grades, the runs that made them, the same questions answered
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from phi2.data.audit import FLAGS
 from phi2.evaluation.toy import Score
-from phi2.files import one_line, read_json, write_whole
-from phi2.lab.charts import Line, interval_chart, line_chart, number
-from phi2.lab.page import chat, page, said, settings, table
+from phi2.files import read_json, read_json_lines, read_yaml, write_whole
+from phi2.pages.charts import interval_chart, number
+from phi2.pages.page import chat, noted, page, said, settings, table
+from phi2.runs.shown import curves, summary, title_of
 
-CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
-    "Loss": {"loss": "training", "eval_loss": "held out"},
-    "Pairs ranked right (reward accuracy)": {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"},
-    "Reward margin, chosen minus rejected": {"rewards/margins": "training", "eval_rewards/margins": "held out"},
-    "Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-    "Log-probability of an answer, nats": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-    "Gradient norm": {"grad_norm": "before clipping"},
-    "Learning rate": {"learning_rate": "of the update"},
-    "Speed, tokens per second": {"tokens_per_second": "training"},
-}
+SHOWN = 4  # questions of each skill
 
-Metrics = list[dict[str, Any]]
 Scores = Mapping[str, Mapping[str, Score]]  # model -> skill -> score
 
 
-def write_report(run_folder: str | Path) -> Path:
+def write_report(run_folder: str | PathLike[str]) -> Path:
     """Writes `report.html` into a run folder from what is there, and returns its path.
 
     Raises:
@@ -47,14 +36,14 @@ def write_report(run_folder: str | Path) -> Path:
         raise FileNotFoundError(f"{run}: no such folder")
     config, metrics = _yaml(run / "config.yaml"), _json_lines(run / "metrics.jsonl")
     sections = {
-        "Curves": _curves(metrics),
+        "Curves": curves(metrics),
         **_audits(run),
         "Samples": _samples(_json_lines(run / "samples.jsonl")),
         "Settings": settings(config),
         "Machine": settings(_json(run / "environment.json")),
     }
     path = run / "report.html"
-    write_whole(path, page(_title(run, config), _summary(metrics), sections))
+    write_whole(path, page(title_of(config) or f"Run {run.name}", summary(metrics), sections))
     return path
 
 
@@ -62,7 +51,7 @@ def write_comparison(
     path: str | Path,
     title: str,
     scores: Scores,
-    runs: Mapping[str, str | Path] | None = None,
+    runs: Mapping[str, str | PathLike[str]] | None = None,
     conversation: Sequence[Mapping[str, str]] = (),
 ) -> Path:
     """Writes one page about several models, and returns its path.
@@ -81,45 +70,10 @@ def write_comparison(
         run = Path(run)
         metrics, config = _json_lines(run / "metrics.jsonl"), _yaml(run / "config.yaml")
         more = "".join(_folded(title, html) for title, html in {**_audits(run), "Settings": settings(config)}.items())
-        sections[name] = _note(_summary(metrics)) + _curves(metrics) + more
+        sections[name] = noted(summary(metrics)) + curves(metrics) + more
     lead = f"{' against '.join(scores)}, on held-out questions that code grades."
     write_whole(Path(path), page(title, lead, sections))
     return Path(path)
-
-
-def _title(run: Path, config: Mapping[str, Any]) -> str:
-    if not config:
-        return f"Run {run.name}"
-    loss = config.get("loss")
-    method = f"Preference optimisation ({loss})" if loss else "Supervised fine-tuning"
-    return f"{method} of {config.get('model')}"
-
-
-def _summary(metrics: Metrics) -> str:
-    train = [line for line in metrics if line.get("type") == "train"]
-    if not train:
-        return "No update was logged."
-    told = [_counted(train[-1].get("step", 0), "update")]
-    if "epoch" in train[-1]:
-        told.append(_counted(train[-1]["epoch"], "epoch"))
-    told += [f"{label} {number(train[-1][key])}" for key, label in (("loss", "last loss"),) if key in train[-1]]
-    held_out = [line["eval_loss"] for line in metrics if "eval_loss" in line]
-    return ", ".join(told + [f"held-out loss {number(loss)}" for loss in held_out[-1:]]) + "."
-
-
-def _counted(count: float, what: str) -> str:
-    return f"{number(count)} {what}{'' if count == 1 else 's'}"
-
-
-def _curves(metrics: Metrics) -> str:
-    charts = [line_chart(title, _lines(metrics, names)) for title, names in CHARTS.items()]
-    note = "Over optimizer steps. A pale line is what was logged, the bold one its running mean; numbers are the last."
-    return f'<div class="charts">\n{"".join(charts)}\n</div>{_note(note)}' if any(charts) else ""
-
-
-def _lines(metrics: Metrics, names: Mapping[str, str]) -> list[Line]:
-    points = {key: [(line["step"], line[key]) for line in metrics if key in line and "step" in line] for key in names}
-    return [Line(names[key], of_key) for key, of_key in points.items() if of_key]
 
 
 def _audits(run: Path) -> dict[str, str]:
@@ -148,7 +102,7 @@ def _data_row(name: str, count: int, whole: int | None, note: str) -> list[str]:
     return [escape(name), f'<span class="count">{count:,}</span>', share, f'<span class="note">{escape(note)}</span>']
 
 
-def _samples(lines: Metrics) -> str:
+def _samples(lines: list[dict[str, Any]]) -> str:
     """Every prompt once, with its answers in the order of the steps."""
     by_prompt: dict[str, list[dict]] = {}
     for line in lines:
@@ -176,7 +130,7 @@ def _grades(scores: Scores) -> str:
     asked = sorted({score.n for of_model in scores.values() for score in of_model.values()})
     note = f"Share of right answers among {' or '.join(map(str, asked))}, and below it Wilson's 95 % interval."
     chart = interval_chart("Right answers, with 95 % intervals", intervals)
-    return f'<div class="beside">{table(["skill", *scores], rows)}{chart}</div>{_note(note)}'
+    return f'<div class="beside">{table(["skill", *scores], rows)}{chart}</div>{noted(note)}'
 
 
 def _grade(score: Score | None) -> str:
@@ -190,7 +144,7 @@ def _side_by_side(scores: Scores) -> str:
     """The questions whose answers were kept, and what each model said."""
     parts = []
     for skill in _skills(scores):
-        kept = [of_model[skill].transcripts for of_model in scores.values() if skill in of_model]
+        kept = [of_model[skill].transcripts[:SHOWN] for of_model in scores.values() if skill in of_model]
         rows = [
             [said(asked[0].prompt), *(said(t.answer, t.correct) for t in asked), said(asked[0].expected)]
             for asked in zip(*kept, strict=False)
@@ -205,10 +159,6 @@ def _skills(scores: Scores) -> list[str]:
     return list(dict.fromkeys(skill for of_model in scores.values() for skill in of_model))
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
 def _folded(name: str, html: str) -> str:
     return f"<details><summary>{escape(name)}</summary>{html}</details>" if html else ""
 
@@ -218,21 +168,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from error
+    return read_yaml(path) if path.is_file() else {}
 
 
-def _json_lines(path: Path) -> Metrics:
-    if not path.is_file():
-        return []
-    lines = []
-    for row, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path} line {row}: not valid JSON ({one_line(error)})") from error
-    return lines
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return read_json_lines(path) if path.is_file() else []

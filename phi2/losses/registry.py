@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from phi2.losses.batch import PairBatch
-from phi2.losses.source import source_of_loss
+from phi2.losses.source import require_source_file, run_source_file, source_of_loss
 
 Knob = float | bool | str
 LossFunction = Callable[..., Tensor]  # (pairs, *, knob=default, ...) -> (B,) nats
@@ -213,16 +213,12 @@ def load_loss_file(path: str | Path) -> None:
         FileNotFoundError: when there is no such file.
         ValueError: when it cannot be run.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"loss_file {path}: no such file")
+    require_source_file(path, "loss_file")
     for name in _OF_THE_LAST_FILE:
         PREFERENCE_LOSSES.pop(name, None)
     before = set(PREFERENCE_LOSSES)
     try:
-        code = compile(Path(path).read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
-        exec(code, {"__name__": Path(path).stem, "__file__": str(path)})
-    except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"loss_file {path}: {type(error).__name__}: {error}") from error
+        run_source_file(path, "loss_file")
     finally:
         _OF_THE_LAST_FILE[:] = PREFERENCE_LOSSES.keys() - before
 

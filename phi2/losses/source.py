@@ -1,4 +1,7 @@
-"""The source of a loss: what is compared when a run goes on, so that it goes on with the loss it began with."""
+"""The source of a loss, or of another function of the user's: the file that is run, and the text of what it names.
+
+The text is what is compared when a run goes on, so that it goes on with the function it began with.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,26 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}  # packages that are not part of a loss
+
+
+def require_source_file(path: str | Path, flag: str) -> None:
+    """Raises FileNotFoundError unless there is such a file; `flag` is what names it on the command line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+
+
+def run_source_file(path: str | Path, flag: str) -> dict[str, Any]:
+    """Runs a Python file of the user's and returns the names it defines.
+
+    Raises:
+        ValueError: when it cannot be run.
+    """
+    names = {"__name__": Path(path).stem, "__file__": str(path)}
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True), names)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"{flag} {path}: {type(error).__name__}: {error}") from error
+    return names
 
 
 def source_of_loss(function: Callable, loss_file: str | Path | None = None) -> str | None:

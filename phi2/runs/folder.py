@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from phi2.files import write_whole
+from phi2.files import read_yaml, write_whole
 from phi2.runs.checkpoint import last_checkpoint
 from phi2.runs.config import RunConfig
 from phi2.runs.log import whole_lines
@@ -62,11 +62,9 @@ def _require_same(path: Path, config: RunConfig) -> None:
     """A setting that a later version brought was at its default before."""
     settings = to_plain(config)
     defaults = to_plain(type(config)(model=config.model, data=config.data, output=config.output))
-    try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read, so the run cannot go on: {error}") from error
-    before = _completed(before, defaults)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so the run cannot go on")
+    before = _completed(read_yaml(path), defaults)
     changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
     if changed:
         told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)

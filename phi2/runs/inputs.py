@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from phi2.data.encode import Encoded
 from phi2.files import one_line, read_json, write_whole
 from phi2.hub import resolve
+from phi2.inference.config import ModelConfig
 from phi2.runs.config import RunConfig
 from phi2.tokenizer import Tokenizer
 
@@ -67,17 +68,26 @@ def require_same_inputs(run: Path, now: Inputs, resumed: bool) -> None:
     Raises:
         ValueError: naming what has changed since.
     """
-    before = _read(run) if resumed else {}
+    if resumed:
+        require_same(run, _read(run), now)
+    else:
+        (run / FILE).unlink(missing_ok=True)
+    note_inputs(run, now)
+
+
+def require_same(run: Path, before: Inputs, now: Inputs) -> None:
+    """Compares what a run began with and what it finds now. What cannot be compared is told.
+
+    Raises:
+        ValueError: naming what has changed since.
+    """
     unknown = [name for name in now if not _alike(before.get(name), now[name])]
     changed = [name for name in now if name not in unknown and before[name] != now[name]]
     if changed:
         raise ValueError(f"{run}: the {' and the '.join(changed)} changed since this run began; it cannot be resumed")
-    if resumed and unknown:
+    if unknown:
         what = " and the ".join(unknown)
-        warnings.warn(f"{run}: whether the {what} changed since this run began is not known", stacklevel=2)
-    if not resumed:
-        (run / FILE).unlink(missing_ok=True)
-    note_inputs(run, now)
+        warnings.warn(f"{run}: whether the {what} changed since this run began is not known", stacklevel=3)
 
 
 def note_inputs(run: Path, inputs: Inputs) -> None:
@@ -116,7 +126,7 @@ def digest_of_columns(rows: Sequence[Encoded]) -> str:
     return digest_of_texts(json.dumps(getattr(row, "columns", {}), sort_keys=True) for row in rows)
 
 
-def digest_of_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str:
+def digest_of_tokenizer(config: RunConfig | ModelConfig, tokenizer: Tokenizer) -> str:
     """Of `tokenizer.json`, beside the adapter where there is one, and of the ids that begin, end and pad a text."""
     folders = [resolve(name) for name in (config.adapter, config.model) if name is not None]
     path = next(folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file())

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from phi2.checkpoints.peft_files import CONFIG_FILE, is_base_of, load_adapter, require_adapter
+from phi2.checkpoints.peft_files import is_base_of, load_adapter, require_adapter
 from phi2.checkpoints.weights import load, load_tokenizer
-from phi2.files import read_json
+from phi2.evaluation.models import find
 from phi2.hub import resolve
 from phi2.inference.engine import Engine
 from phi2.inference.generate import choices_of
@@ -25,7 +25,7 @@ from phi2.serve.worker import Worker
 from phi2.tokenizer import Tokenizer
 
 NAMED = re.compile(r"([\w.-]+)=(.+)")  # NAME=FOLDER
-OF_A_RUN = ("adapter", "model")  # what a run folder holds, the adapter first: it shares its base
+OF_A_RUN = ("adapter", "model", "merged")  # folders of a run, which is what it is called by
 
 
 class Policy(NamedTuple):
@@ -55,7 +55,7 @@ class _Base:
     def carries(self, adapter: Path) -> bool:
         """Whether an adapter was trained on it; by the folder it names where its weights do not tell."""
         told = is_base_of(self.model, adapter)
-        return _base_of(adapter)[1] == self.folder if told is None else told
+        return resolve(find(str(adapter))[0]) == self.folder if told is None else told
 
     def add(self, name: str, folder: Path) -> None:
         """Puts an adapter beside the others. What it was trained to read is what the base reads from now on."""
@@ -99,22 +99,22 @@ def loaded_policies(
 
 
 def _bases(models: Sequence[str], adapters: Sequence[str], device: str, dtype: str) -> list[_Base]:
-    given = [_named(text) for text in (*models, *adapters)]
-    _require_distinct([name for name, _ in given])
+    given, beside = [_named(text) for text in models], [_named(text) for text in adapters]
+    _require_distinct([name for name, _ in (*given, *beside)])
     bases: list[_Base] = []
-    for number, (name, path_or_id) in enumerate(given):
-        folder = _folder(path_or_id)
-        if number < len(models) and not (folder / CONFIG_FILE).is_file():
-            bases.append(_Base(name, folder, device, dtype))
+    for name, path_or_id in given:
+        base_name, adapter = find(path_or_id)
+        if adapter is None:
+            bases.append(_Base(name, resolve(base_name), device, dtype))
             continue
-        require_adapter(folder)
-        base = next((base for base in bases if base.carries(folder)), None)
-        if base is None and number >= len(models):
-            base = bases[0]  # whose weights differ, as a warning tells, or whose name does
-        elif base is None:
-            base = _Base(*_base_of(folder), device, dtype)
+        base = next((base for base in bases if base.carries(Path(adapter))), None)
+        if base is None:
+            base = _Base(_named(base_name)[0], resolve(base_name), device, dtype)
             bases.append(base)
-        base.add(name, folder)
+        base.add(name, Path(adapter))
+    for name, path_or_id in beside:
+        folder = _adapter(path_or_id)
+        next((base for base in bases if base.carries(folder)), bases[0]).add(name, folder)
     _require_distinct([base.name for base in bases] + [name for base in bases for name in base.adapters])
     return bases
 
@@ -130,28 +130,16 @@ def _named(given: str) -> tuple[str, str]:
     match = None if Path(given).exists() else NAMED.fullmatch(given)
     if match:
         return match[1], match[2]
-    parts = [part for part in Path(given).absolute().parts if part not in (*OF_A_RUN, "merged")]
+    parts = [part for part in Path(given).absolute().parts if part not in OF_A_RUN]
     return parts[-1], given
 
 
-def _folder(path_or_id: str) -> Path:
-    """Of a model or an adapter; a run is what it has trained."""
+def _adapter(path_or_id: str) -> Path:
+    """The folder of an adapter, given as it is or by its run."""
     folder = resolve(path_or_id)
-    if (folder / "config.json").is_file():
-        return folder
-    return next((folder / part for part in OF_A_RUN if (folder / part).is_dir()), folder)
-
-
-def _base_of(adapter: Path) -> tuple[str, Path]:
-    """Name and folder of the base that an adapter's settings name.
-
-    Raises:
-        FileNotFoundError, ValueError: when they name none, or none that is here.
-    """
-    path_or_id = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    if not isinstance(path_or_id, str):
-        raise ValueError(f"{adapter / CONFIG_FILE}: does not name its base; give that as a model before it")
-    return _named(path_or_id)[0], resolve(path_or_id)
+    inner = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    require_adapter(inner)
+    return inner
 
 
 def _reads(tokenizer: Tokenizer) -> tuple[str, str | None]:

@@ -6,7 +6,6 @@ The page is gradio's; `chat_tab.py` and `compare_tab.py` are its two halves, `se
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from threading import Event
@@ -20,6 +19,7 @@ from phi2.lora import computing
 from phi2.model import Phi2ForCausalLM
 from phi2.serve import chat_tab, compare_tab, shading
 from phi2.serve.policies import Policy, loaded_policies
+from phi2.serve.server import listen
 from phi2.serve.settings import Settings
 
 CLIENTS = 16  # that may wait for an answer at once; the engine answers them in one batch
@@ -51,7 +51,7 @@ def demo(models: Sequence[str], adapters: Sequence[str], device: str, dtype: str
     Raises:
         ValueError: when the port is taken, or for what `loaded_policies` refuses.
     """
-    _require_free(host, port)
+    listen(host, port).close()  # gradio opens it anew, and is slow to say that it cannot
     with loaded_policies(models, adapters, device, dtype) as policies:
         page = build(policies)
         try:
@@ -60,15 +60,6 @@ def demo(models: Sequence[str], adapters: Sequence[str], device: str, dtype: str
             Event().wait()
         finally:
             page.close(verbose=False)
-
-
-def _require_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"port {port} of {host} cannot be had ({error.strerror}); give another --port") from error
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:

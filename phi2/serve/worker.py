@@ -6,11 +6,12 @@ must neither block nor raise.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from phi2.inference.engine import Engine, Request, Token
 from phi2.inference.replies import Chunk, Reply
@@ -33,6 +34,7 @@ class Worker:
         self._model = engine.model  # which the engine does not keep alive
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._replies: dict[Request, tuple[Reply, Receive]] = {}
+        self._functions: deque[tuple[Future, Callable[[Phi2ForCausalLM], Any]]] = deque()
         self._closed = False
         self._thread = Thread(target=self._run, name="phi2 engine", daemon=True)
         self._thread.start()
@@ -46,18 +48,12 @@ class Worker:
         self._inbox.put(lambda: self._end(request))
 
     def run(self, function: Callable[[Phi2ForCausalLM], Result]) -> Future[Result]:
-        """Calls it with the model between two steps, when nothing else computes; unless it is cancelled before."""
+        """Calls it with the model when nothing else computes, unless it is cancelled before.
+
+        One is called between two steps, so that many do not hold up the replies that are under way.
+        """
         future: Future[Result] = Future()
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function(self._model))
-            except (ValueError, RuntimeError) as error:
-                future.set_exception(error)
-
-        self._inbox.put(call)
+        self._inbox.put(lambda: self._functions.append((future, function)))
         return future
 
     def close(self) -> None:
@@ -68,6 +64,7 @@ class Worker:
     def _run(self) -> None:
         while not self._closed:
             self._obey()
+            self._call()
             try:
                 tokens = self._engine.step()
             except (ValueError, RuntimeError) as error:  # not finite, out of memory: no request's own fault
@@ -75,16 +72,31 @@ class Worker:
                 continue
             for token in tokens:
                 self._pass_on(token)
-        self._fail(ValueError("the engine has stopped"))
+        stopped = ValueError("the engine has stopped")
+        self._fail(stopped)
+        for future, _ in self._functions:
+            future.set_exception(stopped)
 
     def _obey(self) -> None:
         """Does what has come in; waits for something while there is nothing else to do."""
         try:
-            self._inbox.get(block=self._engine.is_idle)()
+            self._inbox.get(block=self._engine.is_idle and not self._functions)()
             while True:
                 self._inbox.get_nowait()()
         except Empty:
             pass
+
+    def _call(self) -> None:
+        """The function that has waited longest."""
+        if not self._functions:
+            return
+        future, function = self._functions.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function(self._model))
+        except (ValueError, RuntimeError) as error:
+            future.set_exception(error)
 
     def _begin(self, request: Request, receive: Receive) -> None:
         self._replies[request] = Reply(self._tokenizer, request), receive

@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from phi2.keywords import checked, config_of, explained
+from phi2.runs.run import Run
 from phi2.training import dpo as dpo_loop
 from phi2.training import sft as sft_loop
 from phi2.training.config import DPOConfig, SFTConfig
 from phi2.training.session import Session
 
+DATA = ("data", "eval_data")  # checked by who reads them: they may hold a million rows
 
-def sft(session: Session | None = None, **settings: Any) -> Path:
+
+@explained(SFTConfig)
+def sft(session: Session | None = None, **settings: Any) -> Run:
     """Supervised fine-tuning.
 
     Args:
         session: an open one. Settings that are not given are then those it was started with.
-        settings: fields of `SFTConfig`.
+        settings: the flags of `phi2 sft`; groups of them, such as lora, may be dicts.
     Returns:
-        The run folder.
+        What the run left behind: metrics, samples, the model.
     Raises:
         ValueError: for settings, data or an output folder that cannot be used; for a session of preference rows, or
             one that was started with another model, data or encoding.
     """
     if session is None:
-        return sft_loop.train(SFTConfig(**settings))
+        return sft_loop.train(config_of(SFTConfig, settings, DATA))
     session.require_kind(SFTConfig.kind)
     assert isinstance(session.config, SFTConfig)
-    return sft_loop.fit(session, replace(session.config, **settings))
+    return sft_loop.fit(session, replace(session.config, **checked(SFTConfig, settings, DATA)))
 
 
-def dpo(session: Session | None = None, **settings: Any) -> Path:
-    """Preference optimisation; as `sft`, with fields of `DPOConfig`."""
+@explained(DPOConfig)
+def dpo(session: Session | None = None, **settings: Any) -> Run:
+    """Preference optimisation: DPO and its family.
+
+    Args:
+        session: an open one. Settings that are not given are then those it was started with.
+        settings: the flags of `phi2 dpo`; groups of them, such as lora and loss_args, may be dicts.
+    Returns:
+        What the run left behind: metrics, samples, the model.
+    Raises:
+        ValueError: for settings, data, a loss or an output folder that cannot be used; for a session of supervised
+            rows, or one that was started with another model, data or encoding.
+    """
     if session is None:
-        return dpo_loop.train(DPOConfig(**settings))
+        return dpo_loop.train(config_of(DPOConfig, settings, DATA))
     session.require_kind(DPOConfig.kind)
     assert isinstance(session.config, DPOConfig)
-    return dpo_loop.fit(session, replace(session.config, **settings))
+    return dpo_loop.fit(session, replace(session.config, **checked(DPOConfig, settings, DATA)))

@@ -26,6 +26,7 @@ from phi2.losses.registry import BoundLoss, Knob, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
+from phi2.runs.run import Run
 from phi2.training.config import DPOConfig
 from phi2.training.look import look_at_loss
 from phi2.training.loop import updates_of
@@ -44,13 +45,13 @@ STEP_0_TOLERANCE = 1e-3
 CACHED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
-def train(config: DPOConfig) -> Path:
-    """Runs, or resumes, a preference run and returns its folder; raises what `fit` raises."""
+def train(config: DPOConfig) -> Run:
+    """Runs, or resumes, a preference run; raises what `fit` raises."""
     return fit(start(config), config)
 
 
-def fit(session: Session[EncodedPair], config: DPOConfig) -> Path:
-    """Runs, or resumes, a preference run on what the session has loaded, and returns its folder.
+def fit(session: Session[EncodedPair], config: DPOConfig) -> Run:
+    """Runs, or resumes, a preference run on what the session has loaded.
 
     Raises:
         ValueError: for settings, data, a loss or an output folder that cannot be used; when a resumed run began with
@@ -86,7 +87,7 @@ def fit(session: Session[EncodedPair], config: DPOConfig) -> Path:
                     check_start(config, model, reference, batches[0], loss)
                 metrics = update(config, model, updates.optimizer, batches, reference, loss)
                 updates.end(step, sum(pair.tokens for batch in batches for pair in batch), metrics, evaluation)
-    return run
+    return Run(run)
 
 
 def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:

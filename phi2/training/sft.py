@@ -18,6 +18,7 @@ from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import inputs_of, require_same_inputs
+from phi2.runs.run import Run
 from phi2.training.config import SFTConfig
 from phi2.training.loop import updates_of
 from phi2.training.optim import Optimizer
@@ -29,13 +30,13 @@ from phi2.training.window import total_steps, windows_of
 Sample = list[EncodedSequence]  # of a micro-batch: one sequence, or those packed together
 
 
-def train(config: SFTConfig) -> Path:
-    """Runs, or resumes, a supervised run and returns its folder; raises what `fit` raises."""
+def train(config: SFTConfig) -> Run:
+    """Runs, or resumes, a supervised run; raises what `fit` raises."""
     return fit(start(config), config)
 
 
-def fit(session: Session[EncodedSequence], config: SFTConfig) -> Path:
-    """Runs, or resumes, a supervised run on what the session has loaded, and returns its folder.
+def fit(session: Session[EncodedSequence], config: SFTConfig) -> Run:
+    """Runs, or resumes, a supervised run on what the session has loaded.
 
     Raises:
         ValueError: for settings, data or an output folder that cannot be used, and when the loss is no number any more.
@@ -61,7 +62,7 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Path:
                 metrics = update(config, model, updates.optimizer, batches)
                 tokens = sum(len(s.ids) for batch in batches for sample in batch for s in sample)
                 updates.end(step, tokens, metrics, evaluation)
-    return run
+    return Run(run)
 
 
 def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list[Sample]:

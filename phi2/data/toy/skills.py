@@ -41,7 +41,7 @@ from phi2.data.toy.world import (
     solve,
 )
 
-__all__ = ["KINDS", "SKILLS", "Item", "demonstrate", "grade", "items", "preferences", "records"]
+__all__ = ["KINDS", "SKILLS", "Item", "demonstrate", "grade", "items", "preferences", "questions", "records"]
 
 MAX_WORDS = 24  # a longer answer ran away, whatever it says
 
@@ -308,6 +308,17 @@ def preferences(split: str, rng: random.Random) -> Iterator[tuple[Item, str]]:
             yield item, item.wrong[0] if rng.random() < 0.5 else rng.choice(item.wrong)
 
 
+def _shuffled_preferences(split: str, rng: random.Random) -> list[tuple[Item, str]]:
+    pairs = list(preferences(split, rng))
+    rng.shuffle(pairs)
+    return pairs
+
+
+def questions(split: str = "train", seed: int = 0) -> list[Item]:
+    """What the `dpo` records ask, in their order, for a model to answer itself."""
+    return [item for item, _ in _shuffled_preferences(split, random.Random(f"records dpo {split} {seed}"))]
+
+
 def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     """The rows for one stage of training, in random order, so that a slice keeps the mix.
 
@@ -331,8 +342,7 @@ def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
         chats = [_with_system(messages, rng) for messages in _sft(split, rng)]
         rng.shuffle(chats)
         return [Chat(chat, Origin(file, row)) for row, chat in enumerate(chats, start=1)]
-    pairs = list(preferences(split, rng))
-    rng.shuffle(pairs)
+    pairs = _shuffled_preferences(split, rng)
     return [_pair(item, rejected, Origin(file, row)) for row, (item, rejected) in enumerate(pairs, start=1)]
 
 

@@ -7,6 +7,7 @@ What a mark says is its `<title>`, which a browser shows under the pointer.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
@@ -65,7 +66,8 @@ def interval_chart(title: str, groups: Mapping[str, Mapping[str, Interval]]) -> 
     """A figure of shares in [0, 1] with their intervals: a row for each group, in it a mark for each name."""
     names = list(dict.fromkeys(name for marks in groups.values() for name in marks))
     legend = "".join(f'<span class="key c{i}">{escape(name)}</span>' for i, name in enumerate(names))
-    step, left, width = 12, 82, 440
+    step, width = 12, 440
+    left = max(82, 10 + CHARACTER * 1.15 * max(map(len, groups), default=0))
     rows, y = [], 10.0
     axis = Axis(0, 1, left, width - 16, [0, 0.25, 0.5, 0.75, 1])
     for group, marks in groups.items():
@@ -136,7 +138,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     """Smallest and largest value; some width around values that are all alike."""
     low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), sys.float_info.min):  # a part of the least number is none
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     return low, high
 

@@ -1,5 +1,7 @@
 """HTML for reports: one file that needs nothing else, light or dark as the reader's system is, readable on a phone.
 
+`fragment` puts its parts into a notebook.
+
 Functions take plain text and escape it; what they return is HTML.
 """
 
@@ -9,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1c1d1f; --soft: #6a6d73; --rule: #e2e2de; --tint: #f4f4f0;
   --c0: #8a8f98; --c1: #1f6fb5; --c2: #cf5b13; --c3: #2a8a5c; --good: #21794d; --bad: #b3402e; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181b; --ink: #e4e5e7; --soft: #979ba3; --rule: #2e3237;
@@ -23,9 +25,12 @@ h1, h2, h3 { font-family: Charter, "Bitstream Charter", "Iowan Old Style", Georg
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.3rem; margin: 2.8rem 0 .9rem; padding-top: .8rem; border-top: 1px solid var(--rule); }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
+.lead { font-size: .95rem; color: var(--soft); }
+@media (max-width: 40rem) { body { padding-top: 1.5rem; } }
+"""
+PARTS_STYLE = """
 p { margin: .5rem 0; max-width: 44rem; }
-.lead, .note, td.note { color: var(--soft); }
-.lead { font-size: .95rem; }
+.note, td.note { color: var(--soft); }
 .note { font-size: .85rem; max-width: none; }
 code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .86em; }
 .scroll { overflow-x: auto; }
@@ -42,7 +47,7 @@ td small { color: var(--soft); font-size: .78rem; white-space: nowrap; }
 .settings dt { color: var(--soft); white-space: nowrap; }
 .settings dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1.6rem 1.8rem; }
-figure { margin: 0; }
+figure { margin: 0; max-width: 44rem; }
 .beside { display: flex; flex-wrap: wrap; gap: 1.6rem 3rem; align-items: flex-start; }
 .beside > figure { flex: 1 1 22rem; }
 figcaption { font-size: .84rem; line-height: 1.4; margin-bottom: .35rem; }
@@ -63,7 +68,7 @@ polyline.pale { stroke-width: 1; opacity: .35; }
 .charts .c0 { --series: var(--c1); } .charts .c1 { --series: var(--c2); } .charts .c2 { --series: var(--c3); }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 .samples td, .samples tbody th { min-width: 8.5rem; }
-@media (max-width: 40rem) { th, td { padding-right: .9rem; } body { padding-top: 1.5rem; } }
+@media (max-width: 40rem) { th, td { padding-right: .9rem; } }
 .right-answer::before { content: "\\2713\\00a0"; color: var(--good); font-weight: 600; }
 .wrong-answer::before { content: "\\2717\\00a0"; color: var(--bad); font-weight: 600; }
 .chat { max-width: 34rem; display: grid; gap: .55rem; }
@@ -74,6 +79,11 @@ polyline.pale { stroke-width: 1; opacity: .35; }
 details > summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
 details[open] > summary { margin-bottom: .6rem; }
 """
+NOTEBOOK_COLOURS = """
+--ink: currentColor; --soft: color-mix(in srgb, currentColor 65%, transparent);
+--rule: color-mix(in srgb, currentColor 15%, transparent); --tint: color-mix(in srgb, currentColor 5%, transparent);
+--paper: #fdfdfc; --c0: #8a8f98; --c1: #3583c9; --c2: #d9691f; --c3: #2f9465; --good: #2f9465; --bad: #c4503d;
+"""  # a notebook is light or dark as its own theme is, whatever the system: inks follow its text, colours show on both
 
 
 def page(title: str, lead: str, sections: Mapping[str, str]) -> str:
@@ -82,9 +92,19 @@ def page(title: str, lead: str, sections: Mapping[str, str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{PAGE_STYLE}{PARTS_STYLE}</style>\n</head>\n<body>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n{body}\n</body>\n</html>\n'
     )
+
+
+def fragment(html: str) -> str:
+    """The same for a cell of a notebook, whose own style is left alone."""
+    return f'<div class="phi2"><style>.phi2 {{ {NOTEBOOK_COLOURS}{PARTS_STYLE} }}</style>{html}</div>'
+
+
+def noted(text: str) -> str:
+    """A paragraph in small print."""
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str = "") -> str:

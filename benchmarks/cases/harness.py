@@ -1,0 +1,136 @@
+"""Our model in lm-evaluation-harness against the harness's own `hf` backend, on the same requests of the card's tasks.
+
+Multiple choice is MMLU, TruthfulQA and Winogrande; written answers are IFEval's and GSM8K's, cut at 64 tokens. The
+models are nano, with one shot, so that prompts fit its context of 512 tokens; and a random Phi of 30 M with the
+tokenizer and the context of phi-2-instruct, and the shots of its model card.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases.training import shared_folder
+from benchmarks.harness.processes import Timer, compare
+from benchmarks.registry import Report, case
+from phi2.checkpoints.weights import save_pretrained
+from phi2.config import Phi2Config
+from phi2.hub import resolve
+from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import Tokenizer
+
+CHOICES, WRITTEN = ("mmlu", "truthfulqa_mc2", "winogrande"), ("ifeval", "gsm8k")
+NEW_TOKENS = 64
+TOLERANCE = {"log_likelihoods": 2e-6, "texts": 0.0}  # of the largest, hundreds of nats: 1e-4 or so
+
+
+class Job(NamedTuple):
+    """What both load and answer: so many samples of each task."""
+
+    folder: Path
+    tasks: tuple[str, ...]
+    samples: int
+    shots: int | None
+    batch_size: int  # of theirs; padding makes 1 the fastest where nothing is generated
+
+
+@case("harness_choice_vs_hf", turns=5, summary="log-likelihoods of multiple choice in lm-evaluation-harness, nano")
+def harness_choice_vs_hf(turns: int) -> Report:
+    return _compare(Job(resolve("nano"), CHOICES, 10, 1, 1), turns, target=3.0)
+
+
+@case("harness_written_vs_hf", turns=5, summary="written answers in lm-evaluation-harness, nano")
+def harness_written_vs_hf(turns: int) -> Report:
+    return _compare(Job(resolve("nano"), WRITTEN, 8, 1, 8), turns, target=1.5)
+
+
+@case("harness_choice_30m_vs_hf", turns=3, summary="the same multiple choice, a random 30 M with the real tokenizer")
+def harness_choice_30m_vs_hf(turns: int) -> Report:
+    with TemporaryDirectory() as folder:
+        return _compare(Job(_random_phi(Path(folder)), CHOICES, 3, None, 1), turns, target=3.0)
+
+
+@case("harness_written_30m_vs_hf", turns=3, summary="the same written answers, a random 30 M with the real tokenizer")
+def harness_written_30m_vs_hf(turns: int) -> Report:
+    with TemporaryDirectory() as folder:
+        return _compare(Job(_random_phi(Path(folder)), WRITTEN, 4, None, 4), turns, target=1.5)
+
+
+def _compare(job: Job, turns: int, target: float) -> Report:
+    result = compare(ours, theirs, job, turns, TOLERANCE)
+    return Report(
+        peer={name: metadata.version(name) for name in ("transformers", "lm_eval")},
+        gate=f"log-likelihoods apart by at most {result.largest_difference['log_likelihoods']:.0e} of the largest,"
+        " texts equal",
+        measures=[replace(measure, target=target) for measure in result.speeds()],
+        facts={
+            "tasks": ", ".join(job.tasks),
+            "samples": job.samples,
+            "shots": job.shots or "of the card",
+            "their batch": job.batch_size,
+        },
+    )
+
+
+def _random_phi(folder: Path) -> Path:
+    tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
+    shape = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
+    ends = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    model = Phi2ForCausalLM(Phi2Config(**shape, **ends, partial_rotary_factor=0.5, initializer_range=0.1))
+    model.init_weights(seed=0)
+    with torch.no_grad():  # neither says ids without a token
+        model.lm_head.bias[len(tokenizer) :] = -1e4
+    save_pretrained(model, tokenizer, folder)
+    return folder
+
+
+def ours(timer: Timer, job: Job) -> None:
+    from phi2.evaluation.harness import Phi2LM
+
+    _answer(timer, job, Phi2LM(str(job.folder), device="cpu", dtype="float32"))
+
+
+def theirs(timer: Timer, job: Job) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    made = HFLM(str(job.folder), device="cpu", dtype="float32", batch_size=job.batch_size)
+    _answer(timer, job, made)
+
+
+def _answer(timer: Timer, job: Job, model: Any) -> None:
+    requests = _requests(job, model)
+    while True:
+        timer.start()
+        found = {kind: getattr(model, kind)(of_kind, disable_tqdm=True) for kind, of_kind in requests.items()}
+        timer.stop()
+        scored, texts = (found.get(kind, []) for kind in ("loglikelihood", "generate_until"))
+        timer.report(
+            log_likelihoods=[total for total, _ in scored] or [0.0],
+            texts=[float(zlib.crc32(text.encode())) for text in texts] or [0.0],
+        )
+
+
+def _requests(job: Job, model: Any) -> dict[str, list[Any]]:
+    """Of every task, as the harness builds them with the model's chat template."""
+    from phi2.evaluation.tasks import load_tasks
+
+    os.environ.setdefault("NLTK_DATA", str(shared_folder() / "data" / "nltk_data"))
+    requests: dict[str, list[Any]] = {}
+    data = str(shared_folder() / "data" / "eval")
+    for task in load_tasks(job.tasks, data, job.shots).tasks["tasks"].values():
+        task.set_fewshot_seed(0)
+        if task.OUTPUT_TYPE == "generate_until":
+            task.set_config("generation_kwargs", {"max_gen_toks": NEW_TOKENS}, update=True)
+        task.build_all_requests(
+            limit=job.samples, apply_chat_template=True, chat_template=model.apply_chat_template, tokenizer_name="both"
+        )
+        for instance in task.instances:
+            requests.setdefault(instance.request_type, []).append(instance)
+    return requests

@@ -1,0 +1,1 @@
+"""HTML that needs nothing else: pages and charts, for the reports about runs and evaluations."""
