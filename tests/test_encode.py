@@ -90,7 +90,7 @@ def test_chat_ends_in_one_end_token_and_a_newline(before, train_on):
 @settings(deadline=None)
 @given(st.text(min_size=1), st.sampled_from(["", "<|im_end|>", "<|im_end|>\n"]))
 def test_text_ends_in_exactly_one_end_token(text, end):
-    assume(text.strip())
+    assume(text.strip() and "<|im_end|>" not in text)
     row = plain("", text + end, max_length=None)
     assert text_of(row.ids) == text + (end or "<|im_end|>")
     assert row.ids.tolist().count(EOS) == 1 and row.mask.all()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -197,22 +199,40 @@ def _config_to_write(config: LoraConfig, base_model_name_or_path: str) -> dict[s
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file on the CPU, by its parameter's name."""
+    with _readable(path):
+        tensors = safetensors.torch.load_file(path)
+    tensors = {key: tensor for key, tensor in tensors.items() if ".original_module." not in key}
+    return {_SAVED_COPY.sub("", key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What is read inside it is there and whole, or the error says so in one line."""
     if not path.is_file():
         pickled = path.with_name(PICKLE_FILE).is_file()
         hint = f" ({PICKLE_FILE} is a pickle, which is never read: save it again with a newer peft)" if pickled else ""
         raise FileNotFoundError(f"{path}: no such file{hint}")
     try:
-        tensors = safetensors.torch.load_file(path)
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
-    tensors = {key: tensor for key, tensor in tensors.items() if ".original_module." not in key}
-    return {_SAVED_COPY.sub("", key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
+
+
+def is_base_of(model: nn.Module, folder: Path) -> bool | None:
+    """Whether the adapter of a folder was trained on these weights; None where its file does not tell.
+
+    Raises:
+        FileNotFoundError: without weights in the folder.
+        ValueError: when they are not a safetensors file.
+    """
+    path = folder / WEIGHTS_FILE
+    with _readable(path), safe_open(path, framework="pt") as file:
+        sample = (file.metadata() or {}).get(BASE_SAMPLE)
+    return None if sample is None else is_same_base(model, sample)
 
 
 def _warn_of_another_base(model: nn.Module, folder: Path, raw: dict[str, Any]) -> None:
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        sample = (file.metadata() or {}).get(BASE_SAMPLE)
-    if sample is not None and not is_same_base(model, sample):
+    if is_base_of(model, folder) is False:
         name = raw.get("base_model_name_or_path")
         warnings.warn(f"{folder}: trained on {name}, whose weights differ from those of this model", stacklevel=3)
 

@@ -8,6 +8,7 @@ sets flags from a file, flags given beside it win, `--print_config` shows the re
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import warnings
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from phi2.evaluation.config import EvaluateConfig
     from phi2.inference.config import ReplyConfig
     from phi2.runs.run import Run
-    from phi2.serve.config import ServeConfig
+    from phi2.serve.config import DemoConfig, ServeConfig
     from phi2.training.config import DPOConfig, SFTConfig
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -141,6 +142,15 @@ def evaluate(config: EvaluateConfig) -> None:
         print(f"wrote {evaluation.output / 'report.html'}, results.json and samples/ beside it")
 
 
+def demo(config: DemoConfig) -> None:
+    """Chat in the browser, and compare models token by token."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError('the page needs gradio: pip install -c constraints.txt -e ".[demo]"')
+    from phi2.serve.web import demo
+
+    demo(config.model, config.adapter, config.device, config.dtype, config.host, config.port)
+
+
 def inspect(config: InspectConfig) -> None:
     """Show rows as a run would see them: every token, which ones are learnt, and the audit of all rows."""
     from phi2.data.inspect import inspect_data
@@ -216,6 +226,7 @@ COMMANDS = {
     "merge": Command(merge),
     "convert": Command(convert),
     "evaluate": Command(evaluate, "phi2.evaluation.config:EvaluateConfig"),
+    "demo": Command(demo, "phi2.serve.config:DemoConfig"),
     "inspect": Command(inspect, "phi2.data.inspect:InspectConfig", {"data": named_sources}),
     "serve": Command(serve, "phi2.serve.config:ServeConfig"),
     "quickstart": Command(quickstart),

@@ -75,7 +75,7 @@ class ModelResult:
         return next((score for score in self.scores if (score.task, score.metric) == (task, metric)), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # it would show every sample
 class Evaluation:
     """What `phi2.evaluate` returns; printed, or shown in a notebook, it is the table.
 
@@ -143,6 +143,8 @@ class Evaluation:
             lines.append(line)
             before = task
         return lines
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from phi2.evaluation.report import scores_cell

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
+from phi2.config import Phi2Config
 from phi2.files import write_whole
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine
@@ -90,7 +91,8 @@ class ChatSession:
             ValueError: when the message does not fit the context even alone, or logits are not finite.
         """
         turn = {"role": "user", "content": text}
-        ids, dropped = self._fit(turn)
+        conversation = [*self._system_turn(), *self.messages, turn]
+        ids, dropped = fit_context(self.tokenizer, self.model.config, conversation, self.params.max_new_tokens)
         self._trim(dropped)
         pieces: list[str] = []
         try:
@@ -108,27 +110,43 @@ class ChatSession:
     def _system_turn(self) -> list[dict[str, str]]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def _fit(self, turn: dict[str, str]) -> tuple[list[int], int]:
-        """The prompt's token ids, and how many of the oldest messages are not in it."""
-        context = self.model.config.max_position_embeddings
-        longest = context - min(self.params.max_new_tokens, context // 2)
-        dropped = 0
-        while True:
-            shown = [*self._system_turn(), *self.messages[dropped:], turn]
-            ids = self.tokenizer.encode_chat(shown, add_generation_prompt=True)
-            if len(ids) <= longest or dropped == len(self.messages):
-                check_prompt(ids, self.model.config)
-                return ids, dropped
-            later = range(dropped + 1, len(self.messages))
-            dropped = next((i for i in later if self.messages[i]["role"] == "user"), len(self.messages))
-
     def _trim(self, dropped: int) -> None:
-        self.notice = None
-        if dropped:
-            context = self.model.config.max_position_embeddings
-            self.notice = f"the {dropped} oldest messages no longer fit the context of {context} tokens"
+        self.notice = told_if_trimmed(dropped, self.model.config)
         self.trimmed += self.messages[:dropped]
         self.messages = self.messages[dropped:]
+
+
+def fit_context(
+    tokenizer: Tokenizer, config: Phi2Config, conversation: Sequence[Mapping[str, str]], max_new_tokens: int
+) -> tuple[list[int], int]:
+    """The prompt of a conversation, without its oldest turns where those leave no room for the reply.
+
+    Args:
+        conversation: its last message and, at the beginning, a system message always stay.
+        max_new_tokens: room for the reply; half of the context at most.
+
+    Returns:
+        Token ids, and how many of the oldest messages are not in them.
+
+    Raises:
+        ValueError: when the last message does not fit the context even alone.
+    """
+    context, last = config.max_position_embeddings, len(conversation) - 1
+    longest = context - min(max_new_tokens, context // 2)
+    start = first = int(conversation[0]["role"] == "system")
+    while True:
+        ids = tokenizer.encode_chat([*conversation[:first], *conversation[start:]], add_generation_prompt=True)
+        if len(ids) <= longest or start == last:
+            check_prompt(ids, config)
+            return ids, start - first
+        start = next((i for i in range(start + 1, last) if conversation[i]["role"] == "user"), last)
+
+
+def told_if_trimmed(dropped: int, config: Phi2Config) -> str | None:
+    """What to tell whose conversation `fit_context` has shortened by so many messages."""
+    if not dropped:
+        return None
+    return f"the {dropped} oldest messages no longer fit the context of {config.max_position_embeddings} tokens"
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Where the endpoint listens and what it takes on, which the command line reads without loading torch."""
+"""Where the endpoint and the page listen and what they take on, which the command line reads without loading torch."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from phi2.inference.config import ModelConfig
@@ -72,6 +72,30 @@ class ServeConfig(EndpointConfig, ModelConfig):
             dtype=self.dtype,
             quantize=self.quantize,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The models of the page, and where it is."""
+
+    model: list[str]
+    """Folder, hub id, "nano", "nano-instruct" or folder of a run, or NAME= and one of them; give the flag again for
+    another. Runs on one base share its weights."""
+    adapter: list[str] = field(default_factory=list)
+    """Folder or hub id of a LoRA adapter, or of its run, given likewise; it shares the weights of the model that it was
+    trained on."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets in whoever reaches this machine."""
+    port: int = 7860
+    """Port to listen at."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model", "one model at least", self.model)
+        _require(0 < self.port < 2**16, "port", "in [1, 65535]", self.port)
 
 
 def is_loopback(host: str) -> bool:
