@@ -100,10 +100,12 @@ class PackedPass:
         self.last = torch.tensor(behind, device=device) - 1
         self._slots = torch.tensor(slots).repeat_interleave(torch.tensor(each)).to(device)  # (N,)
         self._whole: Visibility | None = None  # of a pass in which every slot begins
-        if not any(starts):
+        self._parts: list[Visibility] = []  # of any other, one a slot
+        if any(starts):
+            self._parts = [Visibility(n, end, None, device) for n, end in zip(each, self._ends, strict=True)]
+        else:
             until = torch.tensor(behind).repeat_interleave(torch.tensor(each))[None].int().to(device)
             self._whole = Visibility(behind[-1], behind[-1], until if len(slots) > 1 else None, device)
-        self._parts = [Visibility(n, end, None, device) for n, end in zip(each, self._ends, strict=True)]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores keys and values, and lets every query see its slot up to itself.

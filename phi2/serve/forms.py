@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Piece:
     finish_reason: str | None
 
 
-class Form:
+class Form(ABC):
     """An answer of one endpoint as JSON objects.
 
     Args:
@@ -73,11 +74,13 @@ class Form:
         """Whether it tells anything: a token may complete no character yet."""
         return bool(piece.text or piece.finish_reason or self._tells)
 
+    @abstractmethod
     def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        raise NotImplementedError
+        """One choice, whole."""
 
+    @abstractmethod
     def _delta(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a piece adds to its choice."""
 
 
 class CompletionForm(Form):
