@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 HERE = Path(__file__).resolve().parent
 # A saved notebook holds no progress bars; a kernel finds the library also where it is not installed.
 PATHS = os.pathsep.join(map(str, (HERE.parent, HERE.parent / "kernels")))
-ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": PATHS}
+ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONPATH": PATHS}
 
 
 def execute(path: Path, folder: str | Path, **values: int) -> nbformat.NotebookNode:
@@ -38,7 +38,7 @@ def execute(path: Path, folder: str | Path, **values: int) -> nbformat.NotebookN
             raise ValueError(f"{path}: its first cell does not set {name}")
     client = NotebookClient(notebook, record_timing=False, coalesce_streams=True)
     client.resources = {"metadata": {"path": str(folder)}}
-    client.execute(env=ENVIRONMENT)
+    client.execute(env=os.environ | ENVIRONMENT)
     return notebook
 
 

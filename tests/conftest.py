@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -18,8 +19,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():  # Triton's kernels on CPU tensors; Triton reads it when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: tests run side by side
+
+
+def remember_builtins() -> None:
+    """Triton's interpreter looks through its language at every call of a device function: a third of its time."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    names: dict[object, list[str]] = {}
+
+    def patch(package, *rest) -> None:
+        if package not in names:
+            names[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+        for name in names[package]:
+            if is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch
+
+
+if not torch.cuda.is_available():  # Triton's kernels on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+    remember_builtins()
 
 
 @pytest.fixture(scope="session")

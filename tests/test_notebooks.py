@@ -36,9 +36,7 @@ def shown_by(notebook: nbformat.NotebookNode, kind: str) -> str:
 def ran(tmp_path_factory):
     """All of them in their order, in one folder; a cell that raises is an error here."""
     folder = tmp_path_factory.mktemp("notebooks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside this one: more threads would wait for each other
-        return {name: execute(path_of(name), folder, **few) for name, few in FEW.items()}
+    return {name: execute(path_of(name), folder, **few) for name, few in FEW.items()}
 
 
 def test_every_notebook_is_run_here():

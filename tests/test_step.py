@@ -56,8 +56,9 @@ def tiny_model(**changes) -> Phi2ForCausalLM:
 @torch.no_grad()
 def test_replays_equal_passes_that_the_host_counts(recordings, impl):
     layers = 1 if impl == "triton" else 2  # the interpreter takes its time
-    model = tiny_model(vocab_size=32, hidden_size=80, num_attention_heads=1, num_hidden_layers=layers)
-    tokens, read = torch.randint(0, 32, (3, 8)), {0: 5, 1: 2, 2: 3}
+    narrow = dict(vocab_size=16, hidden_size=32, intermediate_size=32, num_attention_heads=1, partial_rotary_factor=0.5)
+    model = tiny_model(**narrow, num_hidden_layers=layers)
+    tokens, read = torch.randint(0, 16, (3, 8)), {0: 5, 1: 2, 2: 3}
     caches = [KVCache(model.config, 3, 12, torch.float32) for _ in range(2)]
     for cache in caches:
         prompts = torch.cat([tokens[row, :n] for row, n in read.items()])[None]
