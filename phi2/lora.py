@@ -55,8 +55,9 @@ class LoraAdapter:
 
     def hidden(self, x: Tensor) -> Tensor:
         """s * dropout(x) A^T, (..., r), in float32 (under autocast in autocast's dtype)."""
-        x = x.to(self.lora_A.weight.dtype)
-        return F.linear(self.lora_dropout(x) if self.lora_dropout.training else x, self.lora_A.weight) * self.scaling
+        A = self.lora_A.weight
+        hidden = F.linear((self.lora_dropout(x) if self.lora_dropout.training else x).to(A.dtype), A)
+        return hidden if self.scaling == 1 else hidden * self.scaling
 
     def change(self) -> Tensor:
         """s * B A, (out, in) float32."""

@@ -78,8 +78,9 @@ def _product(x: Tensor, weight: Weight) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; by `gemv` where rows are few and nobody asks for a gradient, as in a decode step."""
-    if torch.is_grad_enabled() or x.numel() > MAX_ROWS * x.shape[-1] or torch.is_autocast_enabled(x.device.type):
+    """`F.linear`; by the kernel of `gemv` where rows are few and nobody asks for a gradient, as in a decode step."""
+    is_step = not torch.is_grad_enabled() and x.numel() <= MAX_ROWS * x.shape[-1]
+    if not is_step or torch.is_autocast_enabled(x.device.type) or not use_triton("auto", x):
         return F.linear(x, weight, bias)
     return gemv(x, Weight(weight, bias=bias))
 

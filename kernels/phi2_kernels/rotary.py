@@ -52,7 +52,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor
     if use_triton(impl, x, lambda: _unsupported_reason(x, cos, sin)):
         tables = (table.flatten(0, 2) for table in (cos, sin))
         return _rotary(x.flatten(0, 1), *tables, False).view(x.shape)
-    return _Rotary.apply(x, cos, sin)
+    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin)
 
 
 class _Rotary(torch.autograd.Function):
