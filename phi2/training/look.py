@@ -13,8 +13,10 @@ import torch
 
 from phi2.data.encode import EncodedPair
 from phi2.losses.batch import PairBatch
+from phi2.losses.bound import BoundLoss
+from phi2.losses.knobs import told
+from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
-from phi2.losses.registry import BoundLoss
 from phi2.training.pairs import column_gaps, numeric_columns
 from phi2.training.window import Windows
 
@@ -29,12 +31,14 @@ def look_at_loss(
     Args:
         windows: of the run over `pairs`.
     Raises:
-        ValueError: when the loss is not pure, when it reads a column that is not a number in every row, or when it uses
-            the batch and an update is more than one pass.
+        ValueError: when the loss is not pure, when it reads a column that is not a number in every row, when a modifier
+            leaves it as it is, or when it uses the batch and an update is more than one pass.
     """
     gaps = column_gaps([*pairs, *eval_pairs])
     shown = shown_pairs(varied(pairs, gaps), gaps, loss.reference_free)
     require_pure(loss, shown)
+    for part in [part for _, part in loss.parts] or [loss]:
+        require_effect(part, shown)
     if not uses_batch(loss, shown):
         return
     sizes = [len(batch) for batch in windows.at(0)]
@@ -50,6 +54,15 @@ def look_at_loss(
         f" ({last} in the last update of an epoch){', in evaluation too' if eval_pairs else ''}",
         stacklevel=2,
     )
+
+
+def require_effect(loss: BoundLoss, pairs: PairBatch) -> None:
+    """Refuses a modifier whose knobs were set, and which changes nothing that the loss reads."""
+    for name in loss.modifiers:
+        modifier = MODIFIERS[name]
+        set_knobs = {k: loss.knobs[k] for k, default in modifier.knobs.defaults.items() if loss.knobs[k] != default}
+        if modifier.may_miss and set_knobs and torch.allclose(loss(pairs), loss.without(name)(pairs)):
+            raise ValueError(f"{told(set_knobs)} changes nothing in loss {loss.name!r}, which reads nothing it acts on")
 
 
 def varied(pairs: Sequence[EncodedPair], gaps: dict[str, str]) -> list[EncodedPair]:
