@@ -40,7 +40,7 @@ def hinge(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
 def exo_pair(pairs: PairBatch, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
     """EXO: KL(q to p) of q = (sigma(z), sigma(-z)) and the labels' p = (1 - e, e), z = beta (l_w - l_l).
 
-    e = label_smoothing must be above 0, where the loss is infinite: the paper has 1e-3. trl's default 0 is an error there.
+    e = label_smoothing must be above 0, where the loss is infinite; the paper has 1e-3. trl refuses its own default, 0.
 
     Source: arXiv:2402.00856 Eq. 16.
     """
