@@ -68,10 +68,11 @@ def report() -> tuple[str, list[str]]:
 TEXT = """# How the losses are checked
 
 `tests/test_losses.py` has for every loss of [losses.md](losses.md): its value on two pairs worked out by hand from the
-formula, in plain floats; value and both slopes where policy and reference agree; its gradient against finite differences
-in float64; a finite loss and gradient far from the reference and without tokens. `tests/test_loss_invariances.py` holds
-each to what it must not depend on, and to depending on all else. `tests/parity` has the losses that trl 1.16 has too:
-runs of both trainers from the same weights, step by step, with all f-divergences, and its CPO and ORPO functions.
+formula, in plain floats; value and both slopes where policy and reference agree; its gradient against finite
+differences in float64; a finite loss and gradient far from the reference and without tokens.
+`tests/test_loss_invariances.py` holds each to what it must not depend on, and to depending on all else. `tests/parity`
+has the losses that trl 1.16 has too: runs of both trainers from the same weights, step by step, with all f-divergences,
+and its CPO and ORPO functions.
 
 ## Would they notice?
 

@@ -39,6 +39,10 @@ def test_the_committed_table_of_losses_is_the_registry():
     assert (ROOT / "docs" / "losses.md").read_text(encoding="utf-8") == document()  # phi2 losses --markdown
 
 
+def test_the_readme_counts_the_losses():
+    assert f"[docs/losses.md](docs/losses.md)): {len(OWN)} on pairs" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_markdown_is_the_page_and_nothing_else(capsys):
     assert printed(capsys, "--markdown") == document()
 

@@ -57,8 +57,8 @@ def alphapo(pairs: PairBatch, *, beta: float = 2.5, gamma: float = 0.5, alpha: f
 def cpo(pairs: PairBatch, *, beta: float = 0.1, label_smoothing: float = 0.0, cpo_alpha: float = 1.0) -> Tensor:
     """CPO: -(1-e) log sigma(z) - e log sigma(-z) - cpo_alpha s_w/n_w, z = beta (s_w - s_l), e = label_smoothing.
 
-    The likelihood is a mean per sequence; in trl it is one over the tokens of a micro-batch. Its trainer's other types
-    are: `hinge` is `slic` but for beta, `ipo` has no name here, `simpo` and `alphapo` are losses of their own.
+    The likelihood is a mean per sequence; in trl it is one over the tokens of a micro-batch. With cpo_alpha 0 it is DPO
+    against a reference of log-probability 0, which eric-mitchell's code calls reference_free.
 
     Source: arXiv:2401.08417 Eq. 3.
     """
