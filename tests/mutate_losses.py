@@ -1,11 +1,12 @@
-"""Breaks every loss in small ways and checks that its proofs notice.
+"""Breaks every loss and modifier in small ways and checks that its proofs notice.
 
 `python tests/mutate_losses.py > docs/losses_checks.md`; tests/test_mutants.py does the same, in seconds.
 
-A mutant is a loss whose source differs in one place: a sign, an operation, a term that is gone, an answer taken for the
-other, a sum for a mean, policy for reference, a number, a function that is not applied. It takes the place of the loss
-in the registry, and the proofs of test_losses.py and test_loss_invariances.py that are about this loss run on it, in
-this process. One of them must fail. A copy in which nothing was changed must pass them all.
+A mutant is a function whose source differs in one place: a sign, an operation, a term that is gone, an answer taken for
+the other, a sum for a mean, policy for reference, a number, a function that is not applied. It takes the place of the
+loss in the registry, and the proofs of test_losses.py and test_loss_invariances.py that are about this loss run on it,
+in this process; of a modifier those of test_modifiers.py. One of them must fail. A copy in which nothing was changed
+must pass them all.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 import pytest
 
-from phi2.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
+from phi2.losses.modifiers import MODIFIERS
+from phi2.losses.registry import PREFERENCE_LOSSES
 
 HERE = Path(__file__).parent
+Proof = Callable[[], None]
 PROOFS = ("test_losses.py", "test_loss_invariances.py")
 OTHER_OPERATION = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
-OTHER_COMPARISON = {ast.Eq: ast.NotEq, ast.GtE: ast.Lt, ast.Lt: ast.GtE, ast.LtE: ast.Gt}
+OPPOSITES = ((ast.Eq, ast.NotEq), (ast.Lt, ast.GtE), (ast.Gt, ast.LtE), (ast.Is, ast.IsNot))
+OTHER_COMPARISON = {one: other for pair in OPPOSITES for one, other in (pair, pair[::-1])}
 OTHER_SUM = {  # a sum for a mean, a mean for a sum
     "margin": "margin_per_token",
     "margin_per_token": "margin",
@@ -53,11 +59,14 @@ def main() -> int:
 def report() -> tuple[str, list[str]]:
     """docs/losses_checks.md, and the mutants that no proof noticed."""
     proofs, rows, survivors, total = proofs_by_loss(), [], [], 0
-    for name, loss in PREFERENCE_LOSSES.items():
-        if loss.is_own:
-            assert not noticed(name, loss, copy_of(loss.function), proofs[name]), f"{name} fails as it is"
-            mutants = list(mutants_of(loss.function))
-            alive = [what for what, function in mutants if not noticed(name, loss, function, proofs[name])]
+    own = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
+    modifiers = dict.fromkeys(MODIFIERS, proofs_of_modifiers())
+    for registry, names, checks in ((PREFERENCE_LOSSES, own, proofs), (MODIFIERS, list(MODIFIERS), modifiers)):
+        for name in names:
+            function = registry[name].function
+            assert not noticed(registry, name, copy_of(function), checks[name]), f"{name} fails as it is"
+            mutants = list(mutants_of(function))
+            alive = [what for what, mutant in mutants if not noticed(registry, name, mutant, checks[name])]
             survivors += [f"{name}: {what}" for what in alive]
             rows.append(f"| `{name}` | {len(mutants)} | {len(mutants) - len(alive)} |")
             total += len(mutants)
@@ -76,11 +85,11 @@ and its CPO and ORPO functions.
 
 ## Would they notice?
 
-By `python tests/mutate_losses.py`, which also writes this page: every loss is broken in one place at a time (a sign, an
-operation, a term dropped, chosen for rejected, a sum for a mean, policy for reference, a number, a function not
-applied), and the proofs run on what comes out. Of {total} mutants they notice {noticed}.
+By `python tests/mutate_losses.py`, which also writes this page: every loss and modifier is broken in one place at a time
+(a sign, an operation, a term dropped, chosen for rejected, a sum for a mean, policy for reference, a number, a function
+not applied), and the proofs run on what comes out. Of {total} mutants they notice {noticed}.
 
-| loss | mutants | noticed |
+| loss or modifier | mutants | noticed |
 |---|---|---|
 {rows}
 
@@ -93,15 +102,27 @@ Not noticed:
 # ---- the proofs ----
 
 
-def proofs_by_loss() -> dict[str, list[Callable[[str], None]]]:
+def proofs_by_loss() -> dict[str, list[Proof]]:
     """Of each loss the tests whose parameter `name` it is."""
-    found: dict[str, list[Callable[[str], None]]] = {name: [] for name in PREFERENCE_LOSSES}
+    found: dict[str, list[Proof]] = {name: [] for name in PREFERENCE_LOSSES}
     for module in map(module_at, PROOFS):
         for test in vars(module).values():
             for mark in getattr(test, "pytestmark", []):
                 if mark.name == "parametrize" and mark.args[0] == "name":
                     for name in mark.args[1]:
-                        found[name].append(test)
+                        found[name].append(partial(test, name))
+    return found
+
+
+def proofs_of_modifiers() -> list[Proof]:
+    """What is worked out by hand there: tests without parameters, and with those of a few cases."""
+    found: list[Proof] = []
+    for name, test in vars(module_at("test_modifiers.py")).items():
+        marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+        if not name.startswith("test_") or (marks and len(marks[0].args[1]) > 20):
+            continue
+        cases = marks[0].args[1] if marks else [()]
+        found += [partial(test, *(case if isinstance(case, tuple) else (case,))) for case in cases]
     return found
 
 
@@ -113,44 +134,57 @@ def module_at(file: str) -> ModuleType:
     return module
 
 
-def noticed(name: str, loss: PreferenceLoss, mutant: FunctionType, proofs: list[Callable[[str], None]]) -> bool:
-    """Whether a proof fails with the mutant in the place of the loss."""
-    PREFERENCE_LOSSES[name] = loss._replace(function=mutant)
+def noticed(registry: dict[str, Any], name: str, mutant: FunctionType, proofs: list[Proof]) -> bool:
+    """Whether a proof fails with the mutant in the place of the function that is registered."""
+    entry = registry[name]
+    registry[name] = entry._replace(function=mutant)
     try:
         for proof in proofs:
             try:
-                proof(name)
+                proof()
             except (Exception, pytest.fail.Exception):  # whatever a broken formula runs into
                 return True
         return False
     finally:
-        PREFERENCE_LOSSES[name] = loss
+        registry[name] = entry
 
 
 # ---- the mutants ----
 
 
 def mutants_of(function: FunctionType) -> Iterator[tuple[str, FunctionType]]:
-    """Every mutant of a loss and of the functions of its file that it calls, with what was changed."""
-    helpers = [
-        value
-        for name in function.__code__.co_names
-        if isinstance(value := function.__globals__.get(name), FunctionType) and value.__module__ == function.__module__
-    ]
-    registered = {loss.function for loss in PREFERENCE_LOSSES.values()}
-    for changed in (function, *(helper for helper in helpers if helper not in registered)):
+    """Every mutant of a function and of those of its file that it calls, with what was changed."""
+    parts = [*helpers_of(function), function]
+    for changed in parts:
         for what, mutated in mutations(tree_of(changed)):
             space = dict(function.__globals__)
-            run(mutated, space)
-            if changed is not function:  # a loss that calls a mutated helper is compiled anew beside it
-                run(tree_of(function), space)
+            for part in parts:  # all anew, so that they call each other
+                exec(compiled(mutated) if part is changed else code_of(part), space)
             yield f"{changed.__name__}: {what}", space[function.__name__]
+
+
+def helpers_of(function: FunctionType) -> list[FunctionType]:
+    """Functions of the same file that it names, however deep, but for other losses and modifiers."""
+    registered = {entry.function for registry in (PREFERENCE_LOSSES, MODIFIERS) for entry in registry.values()}
+    found: dict[str, FunctionType] = {}
+    for name in names_in(function.__code__):
+        value = function.__globals__.get(name)
+        if isinstance(value, FunctionType) and value.__module__ == function.__module__ and value not in registered:
+            found |= {name: value, **{helper.__name__: helper for helper in helpers_of(value)}}
+    return list(found.values())
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
 
 
 def copy_of(function: FunctionType) -> FunctionType:
     """The same function by the same way."""
     space = dict(function.__globals__)
-    run(tree_of(function), space)
+    exec(code_of(function), space)
     return space[function.__name__]
 
 
@@ -161,26 +195,39 @@ def tree_of(function: FunctionType) -> ast.Module:
     return tree
 
 
-def run(tree: ast.Module, space: dict) -> None:
-    exec(compile(ast.fix_missing_locations(tree), "<mutant>", "exec"), space)
+def compiled(tree: ast.Module) -> CodeType:
+    return compile(ast.fix_missing_locations(tree), "<mutant>", "exec")
+
+
+@cache
+def code_of(function: FunctionType) -> CodeType:
+    return compiled(tree_of(function))
 
 
 def mutations(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
     """Copies of a function's tree, each with one place of its body replaced."""
-    body = [node for statement in without_docstring(tree) for node in ast.walk(statement)]
-    for index, node in enumerate(body):
+    for index, node in enumerate(places(tree)):
         for replacement in replacements(node):
             copy = deepcopy(tree)
-            place = [node for statement in without_docstring(copy) for node in ast.walk(statement)][index]
+            place = list(places(copy))[index]
             before = ast.unparse(place)
             Replace(place, replacement).visit(copy)
             yield f"`{before}` becomes `{ast.unparse(ast.fix_missing_locations(replacement))}`", copy
 
 
-def without_docstring(tree: ast.Module) -> list[ast.stmt]:
-    body = tree.body[0].body
-    is_docstring = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
-    return body[1:] if is_docstring else body
+def places(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function's body, but for what is no formula: docstring, types, dimensions, devices."""
+    if isinstance(node, ast.FunctionDef):
+        yield from (place for statement in node.body[bool(ast.get_docstring(node)) :] for place in places(statement))
+    elif isinstance(node, ast.Module) or not is_no_formula(node):
+        yield from [] if isinstance(node, ast.Module) else [node]
+        yield from (place for child in ast.iter_child_nodes(node) for place in places(child))
+
+
+def is_no_formula(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr == "to"
+    return isinstance(node, ast.keyword) and node.arg in ("dim", "keepdim", "dtype", "strict")
 
 
 class Replace(ast.NodeTransformer):
@@ -206,7 +253,7 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
         yield node.operand
     elif isinstance(node, ast.Compare):
         yield ast.Compare(node.left, [OTHER_COMPARISON[type(node.ops[0])]()], node.comparators)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
         yield ast.Constant(node.value + 1)
     elif isinstance(node, ast.Call):
         yield from unapplied(node)
@@ -219,7 +266,7 @@ def unapplied(call: ast.Call) -> Iterator[ast.AST]:
     is_module = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ("torch", "F", "math")
     if isinstance(call.func, ast.Attribute) and not is_module:
         yield call.func.value
-    elif call.args:
+    elif call.args and not isinstance(call.args[0], ast.Starred):
         yield call.args[0]
 
 

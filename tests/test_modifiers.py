@@ -27,9 +27,14 @@ BUILT_IN = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own]
 
 
 # l_w = 2 in 2 tokens (1 and 1), l_l = -4 in 4 tokens (-1, 0, -1, -2)
-def pair() -> PairBatch:
-    logps = [[-1.0, -2.0], [-2.0, -1.0, -2.0, -3.0], [-2.0, -3.0], [-1.0] * 4]
-    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([x], dtype=torch.float64) for x in logps)
+SHORT, LONG = ([-1.0, -2.0], [-2.0, -3.0]), ([-2.0, -1.0, -2.0, -3.0], [-1.0] * 4)
+
+
+def pair(chosen_answer=SHORT, rejected_answer=LONG) -> PairBatch:
+    """One pair, from the log-probabilities of policy and reference of its answers."""
+    chosen, ref_chosen, rejected, ref_rejected = (
+        torch.tensor([logps], dtype=torch.float64) for logps in (*chosen_answer, *rejected_answer)
+    )
     columns = Columns({"weight": torch.tensor([3.0], dtype=torch.float64)})
     return PairBatch(chosen, rejected, chosen < 1, rejected < 1, ref_chosen, ref_rejected, columns)
 
@@ -51,6 +56,12 @@ def test_ld_counts_the_tail_of_the_longer_answer_less():
     assert value("gpo", link="squared", beta=1.0, ld_alpha=0.5) == pytest.approx((4.5 - 1) ** 2)
     assert value("gpo", link="squared", beta=1.0, ld_alpha=1) == pytest.approx((6 - 1) ** 2)
     assert value("slic", delta=10.0, slic_lambda=0.0, ld_alpha=0) == pytest.approx(10 + 3 - 3)  # s_l = -2 - 1
+
+
+def test_ld_counts_the_tail_of_a_longer_chosen_answer_less_too():
+    # l_w = -2.5, l_l = 2
+    loss = bind_loss("gpo", {"link": "squared", "beta": 1.0, "ld_alpha": 0.5})
+    assert loss(pair(LONG, SHORT)).item() == pytest.approx((-4.5 - 1) ** 2)
 
 
 def test_ld_leaves_lengths_as_they_are():
@@ -118,16 +129,31 @@ def test_sampo_keeps_as_many_tokens_as_the_shorter_answer_has():
     assert found == {(2 - rejected - 1) ** 2 for rejected in two_of_four}
 
 
+def test_sampo_draws_from_the_chosen_answer_where_that_is_the_longer_one():
+    losses = [bind_loss("gpo", {"link": "squared", "beta": 1.0, "sampo_seed": seed}) for seed in range(40)]
+    assert {loss(pair(LONG, SHORT)).item() for loss in losses} == {(drawn - 2 - 1) ** 2 for drawn in (-1, -2, -3)}
+
+
 def test_sampo_draws_each_token_alike_often():
-    drawn = torch.stack([_kept(seed) for seed in range(400)]).float().mean(dim=0)
+    drawn = torch.stack([kept_by(seed) for seed in range(400)]).double().mean(dim=0)
     assert ((drawn - 0.5).abs() < 0.1).all()  # four standard deviations
 
 
-def _kept(seed: int) -> Tensor:
-    seen = []
-    loss = MODIFIERS["sampo"].function(lambda pairs: seen.append(pairs.rejected_mask[0]), sampo_seed=seed)
-    loss(pair())
-    return seen[0]
+def kept_by(seed: float) -> Tensor:
+    """Which of the four rejected tokens a loss is given."""
+    seen: list[PairBatch] = []
+    MODIFIERS["sampo"].function(seen.append, sampo_seed=seed)(given := pair())
+    assert given.rejected_mask.all()  # what it is given stays as it is
+    return seen[0].rejected_mask[0]
+
+
+def test_the_seed_of_sampo_may_come_as_a_float():
+    assert torch.equal(kept_by(3.0), kept_by(3))
+
+
+def test_alpha_divergence_stays_finite_far_from_the_reference():
+    far = pair(([-2000.0], [-1.0]), ([-1.0], [-1.0]))
+    assert bind_loss("sigmoid", {"f_divergence_type": "alpha_divergence"})(far).isfinite().all()
 
 
 # ---- around any loss ----

@@ -1,4 +1,4 @@
-"""The proofs of the losses notice every mutant, and the page that says so is what the script prints."""
+"""The proofs of losses and modifiers notice every mutant, and the page that says so is what the script prints."""
 
 from __future__ import annotations
 

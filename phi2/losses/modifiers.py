@@ -23,7 +23,6 @@ from phi2.losses.knobs import Knobs, knobs_of
 
 Loss = Callable[[PairBatch], Tensor]  # a loss whose knobs are set
 EXPONENT_CAP = 80.0  # of f-divergences, as in trl
-PRIME = 1_000_003  # by which a seed and two lengths become one
 
 
 class Modifier(NamedTuple):
@@ -75,7 +74,7 @@ def weight(loss: Loss, *, weight_column: str = "weight") -> Loss:
 def sampo(loss: Loss, *, sampo_seed: float = 0) -> Loss:
     """SamPO: of the longer answer, as many tokens drawn at random as the shorter one has.
 
-    Drawn by the seed and both lengths alone, so that a loss stays a function of its pairs: a pair keeps its tokens in
+    Drawn by the seed and the lengths alone, so that a loss stays a function of its pairs: a pair keeps its tokens in
     every epoch, where the authors draw anew.
 
     Source: arXiv:2406.10957; LuJunru/SamPO dpo_trainer.py.
@@ -139,7 +138,7 @@ def reduction(loss: Loss, *, reduction: Literal["sum", "mean"] = "sum") -> Loss:
         chosen, rejected = pairs.chosen_length, pairs.rejected_length
         lengths = [n if reduction == "mean" else torch.ones_like(n) for n in (chosen, rejected)]
         one = _each(pairs, lambda logps, length: (logps.sum(dim=-1) / length)[:, None], lengths)
-        mask = pairs.chosen_mask.new_ones(len(chosen), 1)
+        mask = chosen.new_ones(len(chosen), 1, dtype=torch.bool)
         return loss(replace(one, chosen_mask=mask, rejected_mask=mask))
 
     return reduced
@@ -207,7 +206,7 @@ def _drawn(pairs: PairBatch, seed: int) -> list[Tensor]:
     lengths = torch.stack([mask.sum(dim=-1) for mask in _masks(pairs)], dim=1).tolist()  # (B, 2)
     kept = [mask.clone() for mask in _masks(pairs)]
     for row, both in enumerate(lengths):
-        generator = torch.Generator().manual_seed((seed * PRIME + both[0]) * PRIME + both[1])
+        generator = torch.Generator().manual_seed(seed)
         mask = kept[both.index(max(both))][row]
         dropped = torch.randperm(max(both), generator=generator)[min(both) :].to(mask.device)
         mask[mask.nonzero()[dropped, 0]] = False

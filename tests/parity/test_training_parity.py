@@ -42,7 +42,7 @@ LOSSES = {  # of trl without other pairs of the batch: `aot` sorts them
     "nca_pair": dict(beta=0.2),
     "robust": dict(beta=0.2, label_smoothing=0.2),
     "bco_pair": dict(beta=0.2),
-    "sppo_hard": dict(beta=0.5),  # its squares are large
+    "sppo_hard": dict(beta=0.5, learning_rate=1e-3),  # squares of sums: they grow fast
     "apo_zero": dict(beta=0.2),
     "apo_down": dict(beta=0.2),
     "discopop": dict(beta=0.2),
