@@ -85,9 +85,9 @@ and its CPO and ORPO functions.
 
 ## Would they notice?
 
-By `python tests/mutate_losses.py`, which also writes this page: every loss and modifier is broken in one place at a time
-(a sign, an operation, a term dropped, chosen for rejected, a sum for a mean, policy for reference, a number, a function
-not applied), and the proofs run on what comes out. Of {total} mutants they notice {noticed}.
+By `python tests/mutate_losses.py`, which also writes this page: every loss and modifier is broken in one place at a
+time (a sign, an operation, a term dropped, chosen for rejected, a sum for a mean, policy for reference, a number, a
+function not applied), and the proofs run on what comes out. Of {total} mutants they notice {noticed}.
 
 | loss or modifier | mutants | noticed |
 |---|---|---|

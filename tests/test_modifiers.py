@@ -184,7 +184,10 @@ MISSES = {("reduction", name) for name in ("sigmoid_norm", "ipo", "sft", "simpo"
 MISSES |= {("f_divergence", "hdpo")}
 
 
-@pytest.mark.parametrize(("name", "modifier"), [pair for pair in combinations() if MODIFIERS[pair[1]].may_miss])
+@pytest.mark.parametrize(
+    ("name", "modifier"),
+    [pair for pair in combinations() if MODIFIERS[pair[1]].may_miss and pair != ("rdpo", "reduction")],
+)
 def test_a_modifier_that_changes_nothing_in_a_loss_is_refused_by_the_first_look(name, modifier):
     loss = bind_loss(name, GIVEN[modifier])
     if (modifier, name) in MISSES:
@@ -192,6 +195,12 @@ def test_a_modifier_that_changes_nothing_in_a_loss_is_refused_by_the_first_look(
             require_effect(loss, shown(loss.reference_free))
     else:
         require_effect(loss, shown(loss.reference_free))
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_no_reduction_goes_with_a_loss_that_counts_tokens(kind):
+    with pytest.raises(ValueError, match=f"alpha of loss 'rdpo' changes nothing beside reduction {kind}"):
+        require_effect(bind_loss("rdpo", {"reduction": kind}), shown(False))
 
 
 def test_a_neutral_value_may_be_written_down():

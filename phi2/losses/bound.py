@@ -52,6 +52,10 @@ class BoundLoss:
         own = MODIFIERS[modifier].knobs.defaults
         return bind_loss(self.name, {knob: value for knob, value in self.knobs.items() if knob not in own})
 
+    def with_knob(self, knob: str, value: Knob) -> BoundLoss:
+        """The same loss with another value of a knob."""
+        return bind_loss(self.name, {**self.knobs, knob: value})
+
     def __call__(self, pairs: PairBatch) -> Tensor:
         """(B,) losses in nats.
 

@@ -130,8 +130,8 @@ def humanline(loss: Loss, *, humanline_min: float = -1.0, humanline_max: float =
 def reduction(loss: Loss, *, reduction: Literal["sum", "mean"] = "sum") -> Loss:
     """What an answer's log-probability is, in a loss of sums and in one of means per token alike: sum, or mean.
 
-    The answer becomes one token that holds it. A loss that counts tokens counts one (`rdpo` has no length to regularise
-    then).
+    The answer becomes one token that holds it, so that a loss that counts tokens (`rdpo`) would count one; a run
+    refuses that.
     """
 
     def reduced(pairs: PairBatch) -> Tensor:

@@ -57,12 +57,24 @@ def look_at_loss(
 
 
 def require_effect(loss: BoundLoss, pairs: PairBatch) -> None:
-    """Refuses a modifier whose knobs were set, and which changes nothing that the loss reads."""
+    """Refuses a modifier that changes nothing which the loss reads, and one beside which a knob changes nothing."""
     for name in loss.modifiers:
-        modifier = MODIFIERS[name]
-        set_knobs = {k: loss.knobs[k] for k, default in modifier.knobs.defaults.items() if loss.knobs[k] != default}
-        if modifier.may_miss and set_knobs and torch.allclose(loss(pairs), loss.without(name)(pairs)):
-            raise ValueError(f"{told(set_knobs)} changes nothing in loss {loss.name!r}, which reads nothing it acts on")
+        modifier, plain = MODIFIERS[name], loss.without(name)
+        given = {knob: loss.knobs[knob] for knob in modifier.knobs.defaults}
+        changed = {knob: value for knob, value in given.items() if value != modifier.knobs.defaults[knob]}
+        if not modifier.may_miss:
+            continue
+        if changed and torch.allclose(loss(pairs), plain(pairs)):
+            raise ValueError(f"{told(changed)} changes nothing in loss {loss.name!r}, which reads nothing it acts on")
+        for knob in plain.knobs:
+            if acts(plain, knob, pairs) and not acts(loss, knob, pairs):
+                raise ValueError(f"{knob} of loss {loss.name!r} changes nothing beside {told(given)}")
+
+
+def acts(loss: BoundLoss, knob: str, pairs: PairBatch) -> bool:
+    """Whether a number among a loss's knobs has an effect on these pairs."""
+    value = loss.number(knob)
+    return value is not None and not torch.allclose(loss(pairs), loss.with_knob(knob, 0.9 * value)(pairs))
 
 
 def varied(pairs: Sequence[EncodedPair], gaps: dict[str, str]) -> list[EncodedPair]:
