@@ -132,6 +132,8 @@ def reduction(loss: Loss, *, reduction: Literal["sum", "mean"] = "sum") -> Loss:
 
     The answer becomes one token that holds it, so that a loss that counts tokens (`rdpo`) would count one; a run
     refuses that.
+
+    Source: huggingface/trl issue 1677, where IPO's sums and means are told apart.
     """
 
     def reduced(pairs: PairBatch) -> Tensor:
@@ -157,7 +159,7 @@ def f_divergence(
     Losses see it where they read a log-ratio, not where they read s or r alone. trl has it for its losses of the margin
     alone; there l/n is f'(e^l)/n too.
 
-    Source: arXiv:2309.16240 Table 1; names as in trl.
+    Source: arXiv:2309.16240; names as in trl.
     """
     if f_alpha_divergence_coef != 0.5 and f_divergence_type != "alpha_divergence":
         raise ValueError(
