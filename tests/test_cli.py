@@ -22,6 +22,7 @@ from phi2.data.sources import SOURCES, TOYS
 from phi2.demo.quickstart import quickstart
 from phi2.evaluation.toy import evaluate
 from phi2.inference.config import SamplingParams
+from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.registry import PREFERENCE_LOSSES
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--device", "cpu", "--lora.r", "4"]
@@ -80,6 +81,7 @@ def test_the_help_of_a_loss_and_of_data_names_all_there_are(capsys):
         assert name.replace("-", "") in text.replace("-", "")
     for name, loss in PREFERENCE_LOSSES.items():
         assert f"{name}({','.join(f'{knob}={value}' for knob, value in loss.knobs.items())})" in text
+    assert all(f"{knob}={value}" in text for each in MODIFIERS.values() for knob, value in each.knobs.defaults.items())
 
 
 def test_the_readme_names_every_source():

@@ -20,7 +20,8 @@ from phi2.data.records import Origin
 from phi2.lora import disabled, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.losses.batch import PairBatch
-from phi2.losses.registry import PREFERENCE_LOSSES, bind_loss
+from phi2.losses.bound import bind_loss
+from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
@@ -28,7 +29,8 @@ from phi2.training.optim import Optimizer
 from phi2.training.session import start
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
-BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
+# One loss of each file of phi2/losses that needs no column; what a loss is by itself, tests/test_losses.py proves.
+LOSSES = ["sigmoid", "ipo", "apo_zero", "cpo"]
 TRAIN_METRICS = {
     *("step", "type", "loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second"),
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
@@ -101,7 +103,8 @@ SPLITS = {  # sizes of the micro-batches, activation checkpointing, nll_weight
 }
 
 
-KINDS = [*((loss, LORA) for loss in BUILT_IN), ("sigmoid", None), ("simpo", None)]
+MIXED = "sigmoid:0.8,sft:0.2"
+KINDS = [*((loss, LORA) for loss in (*LOSSES, MIXED)), ("sigmoid", None), ("simpo", None)]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -200,7 +203,7 @@ def test_a_run_learns_and_leaves_its_folder(dpo_config, pair_data, lora):
     assert len((run / "samples.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("loss", BUILT_IN)
+@pytest.mark.parametrize("loss", [*LOSSES, MIXED])
 def test_every_loss_widens_the_margin(dpo_config, loss):
     run = train(dpo_config(loss=loss, max_steps=5, learning_rate=3e-3))
     margins = [line["logps/chosen"] - line["logps/rejected"] for line in lines_of(run)]
@@ -304,6 +307,32 @@ def test_the_run_folder_tells_the_knobs_that_were_used(dpo_config, changes, beta
     assert f"| beta | `{beta}` |" in (run / "README.md").read_text()
 
 
+def test_a_mixture_leaves_its_parts_in_the_run_folder_and_goes_on_from_there(dpo_config):
+    config = dpo_config(loss=MIXED, beta=0.3, loss_args={"ld_alpha": 0.5}, max_steps=1)
+    run = train(config)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    knobs = {"beta": 0.3, "label_smoothing": 0.0, "ld_alpha": 0.5}
+    assert settings["loss"] == [
+        {"loss": "sigmoid", "weight": 0.8, "args": knobs},
+        {"loss": "sft", "weight": 0.2, "args": {"ld_alpha": 0.5}},
+    ]
+    assert "with the loss `sigmoid:0.8,sft:0.2`" in (run / "README.md").read_text()
+    again = dpo_config(loss=settings["loss"], max_steps=1, output=str(run) + "-again")
+    assert lines_of(train(again))[0]["loss"] == lines_of(run)[0]["loss"]
+    train(dataclasses.replace(config, resume=True))
+
+
+def test_a_modifier_that_changes_nothing_is_refused_before_anything_is_loaded(dpo_config, monkeypatch):
+    monkeypatch.setattr("phi2.training.session.Session.load_policy", None)
+    with pytest.raises(ValueError, match="f_divergence_type forward_kl changes nothing in loss 'hdpo'"):
+        train(dpo_config(loss="hdpo", loss_args={"f_divergence_type": "forward_kl"}))
+
+
+def test_a_column_weighs_the_pairs_of_a_run(dpo_config):
+    config = dpo_config(loss_args={"weight_column": "weight"}, max_steps=1, shuffle=False)
+    assert lines_of(train(config))[0]["loss"] == pytest.approx((1 + 2 + 3 + 4) / 4 * np.log(2))
+
+
 def test_a_pair_longer_than_the_models_context_is_refused_before_the_first_update(dpo_config, write_rows):
     data = write_rows([{"prompt": "Q", "chosen": "a", "rejected": "b" * 300}])
     with pytest.raises(ValueError, match="row 1 has .* tokens, more than the model's context of 256"):
@@ -360,7 +389,7 @@ def test_only_columns_that_are_numbers_in_every_row_become_tensors():
     assert {name: values.tolist() for name, values in columns.items()} == {"a": [1.0, 4.0], "b": [2.5, 0.5]}
 
 
-@pytest.mark.parametrize("loss", BUILT_IN)
+@pytest.mark.parametrize("loss", [*LOSSES, MIXED])
 def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     """A whole batch of empty rejected answers, and one of single tokens."""
     config = dpo_config(loss=loss, nll_weight=0.1)

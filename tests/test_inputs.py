@@ -333,8 +333,8 @@ def test_a_damaged_file_is_named_in_one_line(own):
 
 
 def test_the_source_of_a_loss_has_that_of_a_built_in_one_it_calls():
-    source = source_of_loss(PREFERENCE_LOSSES["cdpo"].function)
-    assert "def cdpo" in source and "def sigmoid" in source and "def ipo" not in source
+    source = source_of_loss(PREFERENCE_LOSSES["caldpo"].function)
+    assert "def caldpo" in source and "def sppo_hard" in source and "def ipo" not in source
 
 
 def test_the_source_of_a_loss_has_what_it_took_from_around_it():

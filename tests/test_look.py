@@ -17,13 +17,14 @@ from torch import Tensor
 from phi2.data.encode import EncodedPair
 from phi2.data.records import Origin
 from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.properties import made_up_pairs, only, require_pure, uses_batch
-from phi2.losses.registry import PREFERENCE_LOSSES, BoundLoss, bind_loss, preference_loss
+from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.training.dpo import train
 from phi2.training.look import look_at_loss, varied
 from phi2.training.window import Windows
 
-BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2."))
+BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.is_own)
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def pair(row: int, prompt: int = 2, chosen: int = 3, rejected: int = 4, **column
 
 
 PAIRS = [pair(i + 1, chosen=1 + i % 5, rejected=1 + i % 7, weight=1.0 + i % 3) for i in range(20)]
+SCORES = {"chosen": 2.0, "rejected": 0.5}
 
 
 def look(loss: Callable[[PairBatch], Tensor], pairs: list = PAIRS, eval_pairs: list = (), batch: int = 4, cut: int = 1):
@@ -54,8 +56,9 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(0, 900)), min_size
 @settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(BUILT_IN), lengths=LENGTHS, beta=st.floats(1e-3, 50))
 def test_every_built_in_loss_passes_whatever_the_lengths_and_beta(name, lengths, beta):
-    loss = bind_loss(name, {"beta": beta})
-    pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), Columns(), loss.reference_free)
+    loss = bind_loss(name, {"beta": beta} if "beta" in PREFERENCE_LOSSES[name].knobs else {})
+    columns = Columns({f"score_{side}": torch.full((len(lengths),), x) for side, x in SCORES.items()})
+    pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), columns, loss.reference_free)
     require_pure(loss, pairs)
     assert not uses_batch(loss, pairs)
 
@@ -126,7 +129,8 @@ def test_a_data_set_of_one_pair_has_nothing_to_compare():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_loss_of_each_pair_says_nothing(name):
-    look_at_loss(bind_loss(name, {}), PAIRS, [], Windows(20, 4, 2, seed=0))
+    rows = [dataclasses.replace(row, columns={f"score_{side}": x for side, x in SCORES.items()}) for row in PAIRS]
+    look_at_loss(bind_loss(name, {}), rows, [], Windows(20, 4, 2, seed=0))
 
 
 # ---- of its pairs alone ----

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor
 
 from phi2.losses.batch import Columns, PairBatch
-from phi2.losses.registry import PREFERENCE_LOSSES, bind_loss, document, load_loss_file, preference_loss
+from phi2.losses.bound import bind_loss
+from phi2.losses.registry import PREFERENCE_LOSSES, load_loss_file, preference_loss
 
-BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.function.__module__.startswith("phi2.")}
+BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
 
 
 def pairs_of(count: int = 1) -> PairBatch:
@@ -69,20 +68,6 @@ def test_a_beta_that_is_not_above_zero_is_refused(name, value):
 def test_other_knobs_must_be_finite():
     with pytest.raises(ValueError, match="gamma must be a finite number, got nan"):
         bind_loss("simpo", {"gamma": math.nan})
-
-
-# ---- the registry is what users are told ----
-
-ROOT = Path(__file__).parents[1]
-
-
-def test_the_committed_table_of_losses_is_the_registry(registry):
-    assert (ROOT / "docs" / "losses.md").read_text(encoding="utf-8") == document()  # else: python -m phi2.losses
-
-
-def test_the_readme_names_every_loss():
-    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("**Losses**"))
-    assert re.findall(r"`(\w+)`", line.partition(". ")[0]) == list(BUILT_IN)
 
 
 # ---- losses of one's own ----

@@ -25,7 +25,7 @@ from phi2.data.records import Origin
 from phi2.fused import fuse
 from phi2.lora import adapter_state, attach, disabled
 from phi2.lora_config import LoraConfig
-from phi2.losses.registry import BoundLoss, bind_loss
+from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.training.dpo import score_pairs
 from phi2.training.reference import adapters_off

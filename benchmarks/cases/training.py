@@ -26,7 +26,7 @@ from phi2.data.records import Chat, Pair
 from phi2.data.sources import load_records
 from phi2.lora import attach
 from phi2.lora_config import LoraConfig
-from phi2.losses.registry import bind_loss
+from phi2.losses.bound import bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, sft

@@ -101,6 +101,26 @@ def _announce(run: Run, *files: Path) -> None:
     print("\n".join(f"wrote {path}" for path in (result, *files)))
 
 
+def losses(name: str | None = None, loss_file: str | None = None, markdown: bool = False) -> None:
+    """List the preference losses; `phi2 losses NAME` explains one and draws it.
+
+    Args:
+        name: A loss, a preset or a mixture; it may also stand first, without the flag.
+        loss_file: Python file of yours that registers losses, run before the name is looked up.
+        markdown: Print docs/losses.md.
+    """
+    from phi2.losses import table
+    from phi2.losses.registry import load_loss_file
+
+    if markdown and (name or loss_file):
+        raise ValueError("markdown prints the losses of this package; it goes without name and loss_file")
+    if name is not None:
+        return print(table.page(name, loss_file))
+    if loss_file is not None:
+        load_loss_file(loss_file)
+    print(table.document() if markdown else table.overview(), end="" if markdown else "\n")
+
+
 def merge(model: str, adapter: str, output: str, dtype: str | None = None) -> None:
     """Add a LoRA adapter to the weights it was trained on.
 
@@ -207,19 +227,34 @@ def registered_losses() -> str:
     return f"One of {'; '.join(f'{name}({text})' for name, text in knobs.items())}; or one of loss_file."
 
 
+def registered_modifiers() -> str:
+    """What `--loss_args` takes with any loss."""
+    from phi2.losses.modifiers import MODIFIERS
+
+    knobs = [f"{k}={v}" for each in MODIFIERS.values() for k, v in each.knobs.defaults.items()]
+    return f"With any loss: {', '.join(knobs)}."
+
+
 class Command(NamedTuple):
-    """A function, where its config class is if it takes one, and flags whose help a registry completes."""
+    """A function, where its config class is if it takes one, flags whose help a registry completes, and the flag whose
+    value may stand first without it."""
 
     run: Callable[..., None]
     config: str = ""
     choices: Mapping[str, Callable[[], str]] = {}
+    first: str | None = None
 
 
 COMMANDS = {
     "generate": Command(generate, "phi2.cli.configs:GenerateConfig", {"prompts": named_prompts}),
     "chat": Command(chat, "phi2.inference.config:ReplyConfig"),
     "sft": Command(sft, "phi2.training.config:SFTConfig", {"data": named_sources}),
-    "dpo": Command(dpo, "phi2.training.config:DPOConfig", {"data": named_sources, "loss": registered_losses}),
+    "dpo": Command(
+        dpo,
+        "phi2.training.config:DPOConfig",
+        {"data": named_sources, "loss": registered_losses, "loss_args": registered_modifiers},
+    ),
+    "losses": Command(losses, first="name"),
     "sample_pairs": Command(
         sample_pairs, "phi2.answers.config:SamplePairsConfig", {"prompts": named_prompts, "score": named_scores}
     ),
@@ -264,6 +299,8 @@ def _command(name: str, *arguments: str) -> int:
 
 def _run(title: str, command: Command, arguments: list[str]) -> int:
     try:
+        if command.first is not None and arguments and not arguments[0].startswith("-"):
+            arguments = [f"--{command.first}", *arguments]
         asked = not {"-h", "--help"}.isdisjoint(arguments)
         choices = {flag: read() for flag, read in command.choices.items()} if asked else {}
         parse(title, _summary(command), command.run, _config_class(command), arguments, choices)()

@@ -52,6 +52,7 @@ class PairBatch:
         policy_rejected_logps, ref_rejected_logps: (B, T_l) likewise. The ref ones are None in a reference-free run.
         chosen_mask, rejected_mask: bool of the same shapes, True at tokens of the answer.
         columns: (B,) float32 for each numeric column of the data set (score_chosen, weight, ...).
+        score: what a log-ratio l counts as, element by element; None is l itself (`modifiers.f_divergence`).
     """
 
     policy_chosen_logps: Tensor
@@ -61,6 +62,7 @@ class PairBatch:
     ref_chosen_logps: Tensor | None = None
     ref_rejected_logps: Tensor | None = None
     columns: Columns = field(default_factory=Columns)
+    score: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def chosen_length(self) -> Tensor:
@@ -93,14 +95,24 @@ class PairBatch:
         return self._reference(self.ref_rejected_logps).sum(dim=-1)
 
     @cached_property
+    def policy_chosen_per_token(self) -> Tensor:
+        """s_w / n_w, (B,)."""
+        return self.policy_chosen / self.chosen_length
+
+    @cached_property
+    def policy_rejected_per_token(self) -> Tensor:
+        """s_l / n_l, (B,)."""
+        return self.policy_rejected / self.rejected_length
+
+    @cached_property
     def chosen_logratio(self) -> Tensor:
-        """l_w = s_w - r_w, (B,)."""
-        return self.policy_chosen - self.ref_chosen
+        """l_w = s_w - r_w, (B,); under an f-divergence, its score."""
+        return self._scored(self.policy_chosen - self.ref_chosen)
 
     @cached_property
     def rejected_logratio(self) -> Tensor:
-        """l_l = s_l - r_l, (B,)."""
-        return self.policy_rejected - self.ref_rejected
+        """l_l = s_l - r_l, (B,); under an f-divergence, its score."""
+        return self._scored(self.policy_rejected - self.ref_rejected)
 
     @cached_property
     def margin(self) -> Tensor:
@@ -111,6 +123,9 @@ class PairBatch:
     def margin_per_token(self) -> Tensor:
         """l_w / n_w - l_l / n_l, (B,)."""
         return self.chosen_logratio / self.chosen_length - self.rejected_logratio / self.rejected_length
+
+    def _scored(self, logratio: Tensor) -> Tensor:
+        return logratio if self.score is None else self.score(logratio)
 
     @staticmethod
     def _reference(logps: Tensor | None) -> Tensor:

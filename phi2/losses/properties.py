@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from phi2.losses.batch import Columns, PairBatch
-from phi2.losses.registry import BoundLoss
+from phi2.losses.bound import BoundLoss
 
 STEPS = 64  # of the made-up log-probabilities in a nat
 CLOSE = 1e-4  # by how much of the largest number of a batch the rounding of one formula may differ
@@ -73,7 +73,7 @@ def _call(loss: BoundLoss, pairs: PairBatch) -> Tensor:
 
 
 def _copy(pairs: PairBatch) -> PairBatch:
-    tensors = {name: value.clone() for name, value in _tensors(pairs).items()}
+    tensors: dict[str, Any] = {name: value.clone() for name, value in _tensors(pairs).items()}
     return replace(pairs, **tensors, columns=pairs.columns.each(Tensor.clone))
 
 
@@ -129,7 +129,7 @@ def only(pairs: PairBatch, index: int) -> PairBatch:
     """One pair of a batch, without padding."""
     one = slice(index, index + 1)
     chosen, rejected = (int(mask[index].sum()) for mask in (pairs.chosen_mask, pairs.rejected_mask))
-    tensors = {
+    tensors: dict[str, Any] = {
         name: value[one, : rejected if "rejected" in name else chosen] for name, value in _tensors(pairs).items()
     }
     return replace(pairs, **tensors, columns=pairs.columns.each(lambda values: values[one]))

@@ -74,6 +74,8 @@ def _header(settings: Mapping[str, Any]) -> str:
 
 def _about(settings: Mapping[str, Any]) -> str:
     loss, lora, base = settings.get("loss"), settings.get("lora"), settings["model"]
+    if isinstance(loss, list):  # a mixture, its parts as a run writes them
+        loss = ",".join(f"{part['loss']}:{part['weight']:g}" for part in loss)
     method = f"Preference optimisation with the loss `{loss}`" if loss else "Supervised fine-tuning"
     what = f"a LoRA adapter of rank {lora['r']}" if lora else "all weights"
     data = ", ".join(f"`{source}`" for source in _sources(settings))

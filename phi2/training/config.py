@@ -7,7 +7,7 @@ from here, so torch is not imported, and annotations are types, not texts.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from phi2.data.config import EncodeConfig
 from phi2.runs.config import RunConfig, require_at_least, require_effect, require_not_negative
@@ -98,14 +98,15 @@ class DPOConfig(UpdateConfig, EncodeConfig, RunConfig):
 
     learning_rate: float = 5e-6
     """Peak learning rate."""
-    loss: str = "sigmoid"
-    """Name of the preference loss."""
+    loss: str | list[str | dict[str, Any]] = "sigmoid"
+    """Name of the preference loss, a preset (paper:ipo), or a weighted mixture (sigmoid:0.8,sft:0.2), in a YAML file
+    also a list: of each part its loss, weight and args. `phi2 losses` lists all."""
     beta: float | None = None
     """The loss's beta; unset, its own default."""
     label_smoothing: float | None = None
     """The loss's label_smoothing; unset, its own default."""
     loss_args: dict[str, float | bool | str | None] = field(default_factory=dict)
-    """Other knobs of the loss by name."""
+    """Other knobs of the loss by name, and those of modifiers, which go with any loss (ld_alpha, reduction, ...)."""
     loss_file: str | None = None
     """Python file of yours that registers losses with @phi2.preference_loss; it is run, and kept as loss.py."""
     nll_weight: float = 0.0

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from torch import Tensor
 from phi2.data.encode import EncodedPair
 from phi2.files import write_whole
 from phi2.losses.batch import PairBatch
+from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.head import target_logps
+from phi2.losses.knobs import Knob
 from phi2.losses.properties import require_numbers
-from phi2.losses.registry import BoundLoss, Knob, bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
@@ -62,7 +64,7 @@ def fit(session: Session[EncodedPair], config: DPOConfig) -> Run:
     loss = bind_loss(config.loss, config.knobs, config.loss_file)
     config = with_all_knobs(config, loss)
     if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
-        raise ValueError(f"loss {config.loss} needs no reference: leave reference and precompute_ref_log_probs unset")
+        raise ValueError(f"loss {loss.name} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer, (pairs, eval_pairs, _) = session.tokenizer, session.rows
     session.keep_audits(run)
@@ -78,7 +80,7 @@ def fit(session: Session[EncodedPair], config: DPOConfig) -> Run:
         require_dropout(config, model)
         scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
-        with updates_of(config, model, tokenizer, windows, checkpoint, f"dpo {config.loss}") as updates:
+        with updates_of(config, model, tokenizer, windows, checkpoint, f"dpo {loss.name}") as updates:
             model.train(not config.disable_dropout)
             evaluation = partial(evaluate, config, model, eval_pairs, reference, loss) if eval_pairs else None
             for step in updates.steps():
@@ -104,11 +106,16 @@ def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
 
 def with_all_knobs(config: DPOConfig, loss: BoundLoss) -> DPOConfig:
     """The config with the loss's own values where it was silent, so that the run folder tells what was used."""
+    if loss.parts:
+        parts: list[str | dict[str, Any]] = [
+            {"loss": each.name, "weight": weight, "args": each.knobs} for weight, each in loss.parts
+        ]
+        return replace(config, loss=parts, beta=None, label_smoothing=None, loss_args={})
     beta, smoothing = loss.number("beta"), loss.number("label_smoothing")
     own = {"beta": beta, "label_smoothing": smoothing}
     others: dict[str, Knob | None] = {}
     others |= {name: value for name, value in loss.knobs.items() if own.get(name) is None}
-    return replace(config, beta=beta, label_smoothing=smoothing, loss_args=others)
+    return replace(config, loss=loss.name, beta=beta, label_smoothing=smoothing, loss_args=others)
 
 
 def preference_inputs(config: DPOConfig, loss: BoundLoss) -> Inputs:
@@ -174,7 +181,7 @@ def require_agreement(config: DPOConfig, pairs: PairBatch, loss: BoundLoss) -> N
     )
     expected, actual = loss(agreeing).mean().item(), loss(pairs).mean().item()
     if not (math.isfinite(expected) and math.isfinite(actual)):
-        raise ValueError(f"step 1: loss {config.loss!r} is {actual}, and {expected} where policy and reference agree")
+        raise ValueError(f"step 1: loss {loss.name!r} is {actual}, and {expected} where policy and reference agree")
     if not apart <= tolerance or not abs(actual - expected) <= tolerance * max(1.0, abs(expected)):
         raise ValueError(
             f"step 1: policy and reference must agree, but differ by up to {apart:.2g} nats per token (allowed"

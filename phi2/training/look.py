@@ -13,8 +13,10 @@ import torch
 
 from phi2.data.encode import EncodedPair
 from phi2.losses.batch import PairBatch
+from phi2.losses.bound import BoundLoss
+from phi2.losses.knobs import told
+from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
-from phi2.losses.registry import BoundLoss
 from phi2.training.pairs import column_gaps, numeric_columns
 from phi2.training.window import Windows
 
@@ -29,12 +31,14 @@ def look_at_loss(
     Args:
         windows: of the run over `pairs`.
     Raises:
-        ValueError: when the loss is not pure, when it reads a column that is not a number in every row, or when it uses
-            the batch and an update is more than one pass.
+        ValueError: when the loss is not pure, when it reads a column that is not a number in every row, when a modifier
+            leaves it as it is, or when it uses the batch and an update is more than one pass.
     """
     gaps = column_gaps([*pairs, *eval_pairs])
     shown = shown_pairs(varied(pairs, gaps), gaps, loss.reference_free)
     require_pure(loss, shown)
+    for part in [part for _, part in loss.parts] or [loss]:
+        require_effect(part, shown)
     if not uses_batch(loss, shown):
         return
     sizes = [len(batch) for batch in windows.at(0)]
@@ -50,6 +54,27 @@ def look_at_loss(
         f" ({last} in the last update of an epoch){', in evaluation too' if eval_pairs else ''}",
         stacklevel=2,
     )
+
+
+def require_effect(loss: BoundLoss, pairs: PairBatch) -> None:
+    """Refuses a modifier that changes nothing which the loss reads, and one beside which a knob changes nothing."""
+    for name in loss.modifiers:
+        modifier, plain = MODIFIERS[name], loss.without(name)
+        given = {knob: loss.knobs[knob] for knob in modifier.knobs.defaults}
+        changed = {knob: value for knob, value in given.items() if value != modifier.knobs.defaults[knob]}
+        if not modifier.may_miss:
+            continue
+        if changed and torch.allclose(loss(pairs), plain(pairs)):
+            raise ValueError(f"{told(changed)} changes nothing in loss {loss.name!r}, which reads nothing it acts on")
+        for knob in plain.knobs:
+            if acts(plain, knob, pairs) and not acts(loss, knob, pairs):
+                raise ValueError(f"{knob} of loss {loss.name!r} changes nothing beside {told(given)}")
+
+
+def acts(loss: BoundLoss, knob: str, pairs: PairBatch) -> bool:
+    """Whether a number among a loss's knobs has an effect on these pairs."""
+    value = loss.number(knob)
+    return value is not None and not torch.allclose(loss(pairs), loss.with_knob(knob, 0.9 * value)(pairs))
 
 
 def varied(pairs: Sequence[EncodedPair], gaps: dict[str, str]) -> list[EncodedPair]:

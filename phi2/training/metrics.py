@@ -14,9 +14,10 @@ from phi2.losses.batch import PairBatch
 def pair_metrics(pairs: PairBatch, losses: Tensor, reward_scale: float) -> dict[str, Tensor]:
     """One value per pair, (B,), of everything that is reported.
 
-    Rewards are the log-ratio to the reference, times their scale; without one, the log-probability per token. `kl`
-    estimates KL(reference to policy) per token as the mean of log ref - log policy over the chosen answers: exact in
-    expectation if they were the reference's own samples, and never exploding, as estimators of the other direction do.
+    Rewards are the log-ratio to the reference, times their scale; without one, the log-probability per token. What a
+    modifier makes of these for its loss does not count here, as in trl. `kl` estimates KL(reference to policy) per
+    token as the mean of log ref - log policy over the chosen answers: exact in expectation if they were the reference's
+    own samples, and never exploding, as estimators of the other direction do.
 
     Args:
         losses: (B,) of the same pairs.

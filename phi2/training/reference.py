@@ -20,8 +20,8 @@ from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
 from phi2.hub import resolve
 from phi2.lora import disabled
+from phi2.losses.bound import BoundLoss
 from phi2.losses.head import target_logps
-from phi2.losses.registry import BoundLoss
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer

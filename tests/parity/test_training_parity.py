@@ -33,14 +33,26 @@ STEPS, SEED = 20, 11
 TOLERANCE = 1e-4  # nats
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"])
 SAME = dict(max_steps=STEPS, seed=SEED, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1)
-LOSSES = {
+FIVE = dict(max_steps=5)  # for what differs in its loss alone
+LOSSES = {  # of trl without other pairs of the batch: `aot` sorts them
     "sigmoid": dict(beta=0.2),
     "ipo": dict(beta=0.3),
     "hinge": dict(beta=0.05),
+    "exo_pair": dict(beta=0.2, label_smoothing=0.1),
+    "nca_pair": dict(beta=0.2),
     "robust": dict(beta=0.2, label_smoothing=0.2),
+    "bco_pair": dict(beta=0.2),
+    "sppo_hard": dict(beta=0.5, learning_rate=1e-3),  # squares of sums: they grow fast
     "apo_zero": dict(beta=0.2),
     "apo_down": dict(beta=0.2),
+    "discopop": dict(beta=0.2),
     "sigmoid_norm": dict(beta=5.0),
+}
+DIVERGENCES = {
+    "reverse_kl": {},
+    "forward_kl": {},
+    "js_divergence": {},
+    "alpha_divergence": dict(f_alpha_divergence_coef=0.3),
 }
 WORDS = "a small red boat went out to sea and came home with nine fish for the cat".split()
 
@@ -142,7 +154,7 @@ def rows_for(loop, rows: list[dict]) -> list[dict]:
 
 
 def assert_same_losses(ours: Curve, theirs: Curve) -> None:
-    assert len(ours) == len(theirs) == STEPS
+    assert len(ours) == len(theirs) >= 5
     mine, reference = ([step["loss"] for step in curve] for curve in (ours, theirs))
     assert max(reference) - min(reference) > 1000 * TOLERANCE, "the loss hardly moves: this comparison shows nothing"
     torch.testing.assert_close(mine, reference, rtol=0, atol=TOLERANCE)
@@ -158,11 +170,43 @@ def assert_same_metrics(ours: Curve, theirs: Curve) -> None:
     assert [step["rewards/accuracies"] for step in ours] == [step["rewards/accuracies"] for step in theirs]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_dpo_with_every_loss_of_both(ours, theirs, loss):
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo_over_more_than_one_epoch(ours, theirs, loss):
     mine, reference = ours(dpo, loss=loss, **LOSSES[loss]), theirs(dpo, loss_type=[loss], **LOSSES[loss])
+    assert len(mine) == STEPS
     assert_same_losses(mine, reference)
     assert_same_metrics(mine, reference)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dpo_with_every_loss_of_both(ours, theirs, loss):
+    knobs = LOSSES[loss]
+    mine, reference = ours(dpo, loss=loss, **knobs, **FIVE), theirs(dpo, loss_type=[loss], **knobs, **FIVE)
+    assert_same_losses(mine, reference)
+    assert_same_metrics(mine, reference)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "loss"),
+    [*((name, "sigmoid") for name in DIVERGENCES), ("forward_kl", "ipo"), ("js_divergence", "hinge")],
+)
+def test_dpo_with_every_divergence_of_both(ours, theirs, divergence, loss):
+    knobs = dict(f_divergence_type=divergence, **DIVERGENCES[divergence])
+    mine = ours(dpo, loss=loss, beta=0.2, loss_args=knobs, **FIVE)
+    assert_same_losses(mine, theirs(dpo, loss_type=[loss], beta=0.2, **knobs, **FIVE))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo_that_counts_the_longer_tail_less(ours, theirs, loss):
+    mine = ours(dpo, loss=loss, beta=0.2, loss_args={"ld_alpha": 0.3}, **FIVE)
+    assert_same_losses(mine, theirs(dpo, loss_type=[loss], beta=0.2, ld_alpha=0.3, **FIVE))
+
+
+def test_dpo_with_a_mixture_and_a_likelihood_per_token(ours, theirs):
+    """trl's MPO: its `sft` is a mean over the tokens of a micro-batch, which here is the whole update."""
+    mixed = dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
+    mine = ours(dpo, loss="trl:mpo", beta=0.2, nll_weight=1.0, **FIVE)
+    assert_same_losses(mine, theirs(dpo, beta=0.2, **mixed, **FIVE))
 
 
 def test_dpo_that_goes_on_with_a_trained_adapter(ours, theirs, base, fresh_adapter, tmp_path):

@@ -1,0 +1,169 @@
+"""What `phi2 losses` says: every loss with its formula, knobs and needs, for a terminal or as docs/losses.md."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phi2.losses.batch import Columns
+from phi2.losses.bound import bind_loss
+from phi2.losses.knobs import told
+from phi2.losses.modifiers import MODIFIERS
+from phi2.losses.plot import plots
+from phi2.losses.presets import PRESETS, Preset
+from phi2.losses.properties import made_up_pairs
+from phi2.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
+
+WIDTH = 118
+LEFT_OUT = {  # of those a survey names
+    "aot, aot_unpaired, beta-DPO, Dr. DPO, AMaPO, BCO's delta, KTO, AlphaDPO": "need other pairs, or a state",
+    "TDPO, BNF, WPO": "need the whole distribution of each token: its KL, entropy, or sum of squares",
+    "TPO, QRPO, DDO-RM, Plackett-Luce": "need more answers than two, or more rewards than two scores",
+    "SPPO with soft labels": "needs a judge's probability that each answer beats the policy",
+    "FocalPO": "the constant of its factor was not found: the authors' repository has no code",
+    "SPO (SiLU)": "oxRL's -z sigma(z) falls without end, its own text tells of a minimum; no other source was found",
+    "SquaredPO": "e^-l of a whole answer overflows, and how the paper normalises it was not found",
+    "RC (disentanglement band), TR-DPO, BEMA": "need gradients of the run, or a reference that moves",
+    "D2PO, TIS-DPO, ConfPO, TGDPO, MaPPO, xi-DPO, SA-DPO, ASFT": "no formula was found in code or could be checked",
+}
+INTRO = """# Preference losses
+
+By `phi2 losses --markdown`. `phi2 losses NAME` says more of one, how it differs from its paper or from trl, and draws
+it. How each is checked: [losses_checks.md](losses_checks.md).
+
+s = sum of log pi(y|x) over the answer, r = the same under the reference, l = s - r, n = tokens of the answer, w =
+chosen, l as index = rejected, sigma = logistic function. Families: `phi2/losses/logistic.py`, `links.py`,
+`pointwise.py`, `reference_free.py`, `scored.py`.
+"""
+ON_MODIFIERS = """## Modifiers
+
+With any loss, also with yours: `--loss_args.ld_alpha 0.5`. A mixture is a weighted sum, `--loss sigmoid:0.8,sft:0.2`;
+knobs go to every part that takes them; in a YAML file `loss` may be a list, each part with `loss`, `weight` and `args`
+of its own. The likelihood of the chosen answers comes in two kinds: `sft`, a mean per sequence, and `--nll_weight`, a
+mean over all tokens of the update.
+"""
+
+
+class About(NamedTuple):
+    """What a docstring says: the first paragraph, what stands below it, and its source."""
+
+    formula: str
+    notes: str
+    source: str
+
+
+def about(function: Callable[..., Any]) -> About:
+    text, _, source = (inspect.getdoc(function) or "").partition("Source:")
+    formula, _, notes = text.strip().partition("\n\n")
+    return About(_line(formula), notes.strip(), _line(source).rstrip("."))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def needs(loss: PreferenceLoss) -> str:
+    """The reference, and the columns that it asks for."""
+    return ", ".join(([] if loss.reference_free else ["reference"]) + columns_of(loss)) or "nothing"
+
+
+def columns_of(loss: PreferenceLoss) -> list[str]:
+    """Names of the columns that a loss asks for, found out by calling it."""
+    columns = AnyColumn()
+    loss.function(replace(made_up_pairs([2, 3], [3, 1], Columns(), loss.reference_free), columns=columns))
+    return list(columns.asked)
+
+
+class AnyColumn(Columns):
+    """Has whatever column is asked for, the same number for every pair: 0 for the rejected answer, 1 for all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, Tensor] = {}
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.asked.setdefault(name, torch.tensor(0.0 if name.endswith("rejected") else 1.0))
+
+
+def own_losses() -> dict[str, PreferenceLoss]:
+    return {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
+
+
+def overview() -> str:
+    """All losses, modifiers and presets, for a terminal."""
+    losses = [
+        _entry(name, loss.function, f"{told(loss.knobs) or 'no knobs'}; needs {needs(loss)}")
+        for name, loss in PREFERENCE_LOSSES.items()
+    ]
+    modifiers = [_entry(name, each.function, told(each.knobs.defaults)) for name, each in MODIFIERS.items()]
+    presets = [f"{name:<20} {_stands_for(preset)}" for name, preset in PRESETS.items()]
+    return "\n".join(
+        [
+            "Losses (--loss NAME; several with weights: --loss sigmoid:0.8,sft:0.2)",
+            "",
+            *losses,
+            "",
+            "Modifiers, with any loss (--loss_args.KNOB VALUE)",
+            "",
+            *modifiers,
+            "",
+            "Presets (--loss NAME)",
+            "",
+            *presets,
+            "",
+            "phi2 losses NAME explains one and draws it.",
+        ]
+    )
+
+
+def _entry(name: str, function: Callable[..., Any], knobs: str) -> str:
+    formula, _, source = about(function)
+    below = [fill(line, WIDTH, initial_indent=" " * 15, subsequent_indent=" " * 15) for line in (knobs, source)]
+    first = fill(f"{name:<14} {formula}", WIDTH, subsequent_indent=" " * 15)
+    return "\n".join([first, *below])
+
+
+def _stands_for(preset: Preset) -> str:
+    return f"{preset.loss} with {told(preset.knobs)}: {preset.note}"
+
+
+def page(name: str, loss_file: str | None = None) -> str:
+    """One loss, preset or mixture: what it is, and how it looks.
+
+    Raises:
+        ValueError: for a name that is none; FileNotFoundError when there is no such loss file.
+    """
+    loss = bind_loss(name, None, loss_file)
+    texts = [f"{name}: {_stands_for(PRESETS[name])}"] if name in PRESETS else []
+    for part in [each for _, each in loss.parts] or [loss]:
+        registered = PREFERENCE_LOSSES[part.name]
+        doc = inspect.getdoc(registered.function) or "It has no docstring."
+        texts.append(f"{part.name}\n\n{doc}\n\nKnobs: {told(part.knobs) or 'none'}\nNeeds: {needs(registered)}")
+    return "\n\n".join([*texts, plots(loss, AnyColumn())])
+
+
+def document() -> str:
+    """docs/losses.md: every loss of this package, modifier and preset."""
+    losses = [_row("`--loss`", "what it is", "knobs", "needs", "source"), "|---" * 5 + "|"]
+    for name, loss in own_losses().items():
+        formula, _, source = about(loss.function)
+        losses.append(_row(f"`{name}`", formula, told(loss.knobs), needs(loss), source))
+    modifiers = [_row("modifier", "what it does", "knobs", "source"), "|---" * 4 + "|"]
+    for name, each in MODIFIERS.items():
+        formula, _, source = about(each.function)
+        modifiers.append(_row(f"`{name}`", formula, told(each.knobs.defaults), source))
+    presets = [_row("`--loss`", "stands for", "with", "what sets it apart"), "|---" * 4 + "|"]
+    presets += [_row(f"`{name}`", f"`{p.loss}`", told(p.knobs), p.note) for name, p in PRESETS.items()]
+    left_out = [f"- {names}: {reason}." for names, reason in LEFT_OUT.items()]
+    parts = [INTRO, *losses, "", ON_MODIFIERS, *modifiers, "", "## Presets\n", *presets, "", "## Left out\n", *left_out]
+    return "\n".join(parts) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

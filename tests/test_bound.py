@@ -1,0 +1,195 @@
+"""What a run asks for: names, presets and mixtures of losses, resolved once into one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import exp, log
+
+import pytest
+import torch
+from torch import Tensor
+
+from phi2.losses.batch import PairBatch
+from phi2.losses.bound import bind_loss
+from phi2.losses.presets import PRESETS
+from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
+
+
+def pair() -> PairBatch:
+    """l_w = 2 in 2 tokens, l_l = -4 in 4 tokens, s_w = -3."""
+    logps = [[-1.0, -2.0], [-2.0, -1.0, -2.0, -3.0], [-2.0, -3.0], [-1.0] * 4]
+    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([x], dtype=torch.float64) for x in logps)
+    return PairBatch(chosen, rejected, chosen < 1, rejected < 1, ref_chosen, ref_rejected)
+
+
+def value(loss, knobs: dict | None = None) -> float:
+    return bind_loss(loss, knobs)(pair()).item()
+
+
+def nls(x: float) -> float:
+    return log(1 + exp(-x))
+
+
+@pytest.fixture
+def registry() -> Iterator[dict]:
+    """The registry, as it was again after the test."""
+    before = dict(PREFERENCE_LOSSES)
+    yield PREFERENCE_LOSSES
+    PREFERENCE_LOSSES.clear()
+    PREFERENCE_LOSSES.update(before)
+
+
+# ---- mixtures ----
+
+SIGMOID_AND_SFT = 0.8 * nls(0.5 * 6) + 0.2 * 3 / 2
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "sigmoid:0.8,sft:0.2",
+        " sigmoid:0.8 , sft:0.2",
+        ["sigmoid:0.8", "sft:0.2"],
+        [{"loss": "sigmoid", "weight": 0.8}, {"loss": "sft", "weight": 0.2}],
+    ],
+)
+def test_a_mixture_is_the_weighted_sum_of_its_parts(written):
+    assert value(written, {"beta": 0.5}) == pytest.approx(SIGMOID_AND_SFT)
+
+
+def test_a_part_without_a_weight_counts_once():
+    assert value("sigmoid,sft", {"beta": 0.5}) == pytest.approx(nls(3) + 1.5)
+
+
+def test_one_loss_may_have_a_weight_too():
+    assert value("sigmoid:0.25", {"beta": 0.5}) == pytest.approx(0.25 * nls(3))
+
+
+def test_a_knob_goes_to_every_part_that_takes_it():
+    # hinge: 1 - 0.1 * 6; bco_pair: -log sigma(0.1 * 2) - log sigma(0.1 * 4)
+    assert value("hinge,bco_pair:2", {"beta": 0.1}) == pytest.approx(0.4 + 2 * (nls(0.2) + nls(0.4)))
+
+
+def test_the_parts_of_a_list_have_knobs_of_their_own():
+    parts = [{"loss": "hinge", "args": {"beta": 0.1}}, {"loss": "sigmoid", "args": {"beta": 0.5, "ld_alpha": 0.5}}]
+    assert value(parts) == pytest.approx(0.4 + nls(0.5 * 4.5))  # the rejected tail counts half: l_l = -2.5
+
+
+def test_a_modifier_of_ratios_leaves_a_part_without_a_reference_alone():
+    # js of l_w = 2, l_l = -4
+    margin = log(2 / (1 + exp(-2))) - log(2 / (1 + exp(4)))
+    found = value("sigmoid,sft:0.5", {"beta": 0.5, "f_divergence_type": "js_divergence"})
+    assert found == pytest.approx(nls(0.5 * margin) + 0.5 * 1.5)
+
+
+def test_a_mixture_needs_a_reference_if_a_part_does_and_rewards_as_that_part():
+    mixed, free = bind_loss("sft,sigmoid", {"beta": 0.3}), bind_loss("sft,simpo", {"beta": 3.0})
+    assert (mixed.reference_free, mixed.reward_scale) == (False, 0.3)
+    assert (free.reference_free, free.reward_scale) == (True, 1.0)
+
+
+def test_the_parts_that_were_used_can_be_asked_for_again():
+    mixed = bind_loss("trl:mpo", {"ld_alpha": 0.5})
+    again = [{"loss": part.name, "weight": weight, "args": part.knobs} for weight, part in mixed.parts]
+    assert value(again) == value("trl:mpo", {"ld_alpha": 0.5}) and bind_loss(again).name == mixed.name
+
+
+def test_a_changed_part_or_modifier_changes_the_source(registry):
+    def mine(pairs: PairBatch) -> Tensor:
+        return pairs.margin
+
+    preference_loss("mine")(mine)
+    sources = [bind_loss(name, knobs).source for name, knobs in (("mine", {}), ("mine", {"ld_alpha": 0.5}))]
+    sources += [bind_loss("mine:0.5,sigmoid").source]
+    assert len(set(sources)) == 3 and all("return pairs.margin" in source for source in sources)
+
+
+def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
+    names: dict = {}
+    exec("def typed(pairs): return pairs.margin", names)
+    preference_loss("typed")(names["typed"])
+    assert bind_loss("typed,sigmoid").source is None and bind_loss("typed", {"ld_alpha": 0.5}).source is None
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("sigmoid,sfft", "loss must be one of alphapo, .*, got 'sfft'; did you mean sft?"),
+        ("sigmoid:0,sft", "the weight of a loss must be a number above 0, got 0.0"),
+        ("sigmoid:inf,sft", "the weight of a loss must be a number above 0, got inf"),
+        ("paper:ippo", "preset must be one of paper:dpo, .*, got 'paper:ippo'; did you mean paper:ipo?"),
+        ("sigmoid,", "loss must be one of .*, got ''"),
+        ([], "loss must name one loss at least, got none"),
+        (
+            [{"loss": "sigmoid", "wieght": 1}],
+            "has loss, weight, args, got 'wieght'; did you mean weight?",
+        ),
+        ([{"weight": 1}], "a part of a mixture needs its loss, got {'weight': 1}"),
+        ([{"loss": "sigmoid", "weight": "much"}], "the weight of a loss must be a number above 0, got 'much'"),
+        (
+            [{"loss": "sft", "args": {"beta": 1}}],
+            "'sft' does not take 'beta'; its knobs are none, and with any loss",
+        ),
+    ],
+)
+def test_what_names_no_loss_is_refused_in_one_line(written, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        bind_loss(written)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_knob_that_no_part_takes_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="none of sigmoid, sft takes 'betta'; did you mean beta?"):
+        bind_loss("sigmoid,sft", {"betta": 1})
+
+
+@pytest.mark.parametrize("name", ["a:b", "a,b"])
+def test_a_name_that_a_mixture_would_take_apart_cannot_be_registered(registry, name):
+    with pytest.raises(ValueError, match="has a colon or a comma"):
+        preference_loss(name)(lambda pairs: pairs.margin)
+
+
+def test_a_knob_of_ones_own_that_is_named_like_a_modifiers_stays_the_losss(registry):
+    @preference_loss("mine")
+    def mine(pairs: PairBatch, *, ld_alpha: float = 1.0) -> Tensor:
+        return ld_alpha * pairs.margin
+
+    bound = bind_loss("mine", {"ld_alpha": 0.5})
+    assert bound(pair()).item() == 3.0 and bound.modifiers == ()
+
+
+# ---- presets ----
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_can_be_used_and_says_what_sets_it_apart(name):
+    loss = bind_loss(name)
+    assert loss(pair()).isfinite().all() and len(PRESETS[name].note) > 5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_knob_of_a_preset_is_that_of_a_part(name):
+    loss = bind_loss(name)
+    knobs = [part.knobs for _, part in loss.parts] or [loss.knobs]
+    for knob, expected in PRESETS[name].knobs.items():
+        assert any(each.get(knob) == expected for each in knobs), knob
+
+
+def test_ipo_has_sums_in_its_paper_and_means_in_trl():
+    # 1 / (2 * 0.1) = 5
+    assert value("paper:ipo") == pytest.approx((6 - 5) ** 2) and value("trl:ipo") == pytest.approx((2 - 5) ** 2)
+
+
+def test_a_knob_given_beside_a_preset_wins():
+    assert value("paper:ipo", {"beta": 0.5}) == pytest.approx((6 - 1) ** 2)
+
+
+def test_a_preset_may_be_a_part_of_a_mixture():
+    # 0.5 * (0.8 * sigmoid + 0.2 * bco_pair) + sft, beta 0.1
+    expected = 0.5 * (0.8 * nls(0.6) + 0.2 * (nls(0.2) + nls(0.4))) + 1.5
+    assert value("trl:mpo:0.5,sft") == pytest.approx(expected)
+
+
+def test_a_knob_that_no_part_of_a_preset_takes_is_refused():
+    with pytest.raises(ValueError, match="preset 'paper:ipo' does not take 'gamma'; its knobs are beta"):
+        bind_loss([{"loss": "paper:ipo", "args": {"gamma": 1.0}}])

@@ -1,0 +1,257 @@
+"""Modifiers: what each does to a pair, by hand; around any loss; and that none is ignored in silence."""
+
+from __future__ import annotations
+
+from math import exp, log
+
+import pytest
+import torch
+from torch import Tensor
+
+from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.bound import bind_loss
+from phi2.losses.modifiers import MODIFIERS
+from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
+from phi2.losses.registry import PREFERENCE_LOSSES
+from phi2.training.look import require_effect
+
+GIVEN = {  # of each modifier knobs that change something
+    "weight": {"weight_column": "weight"},
+    "sampo": {"sampo_seed": 3},
+    "ld": {"ld_alpha": 0.25},
+    "humanline": {"humanline_min": -0.25, "humanline_max": 0.25},
+    "reduction": {"reduction": "mean"},
+    "f_divergence": {"f_divergence_type": "js_divergence"},
+}
+BUILT_IN = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own]
+
+
+# l_w = 2 in 2 tokens (1 and 1), l_l = -4 in 4 tokens (-1, 0, -1, -2)
+SHORT, LONG = ([-1.0, -2.0], [-2.0, -3.0]), ([-2.0, -1.0, -2.0, -3.0], [-1.0] * 4)
+
+
+def pair(chosen_answer=SHORT, rejected_answer=LONG) -> PairBatch:
+    """One pair, from the log-probabilities of policy and reference of its answers."""
+    chosen, ref_chosen, rejected, ref_rejected = (
+        torch.tensor([logps], dtype=torch.float64) for logps in (*chosen_answer, *rejected_answer)
+    )
+    columns = Columns({"weight": torch.tensor([3.0], dtype=torch.float64)})
+    return PairBatch(chosen, rejected, chosen < 1, rejected < 1, ref_chosen, ref_rejected, columns)
+
+
+def value(name: str, **knobs) -> float:
+    return bind_loss(name, knobs)(pair()).item()
+
+
+def test_every_modifier_is_tried_here():
+    assert GIVEN.keys() == MODIFIERS.keys()
+
+
+def test_a_weight_multiplies_the_loss_of_its_pair():
+    assert value("hinge", beta=0.1, weight_column="weight") == pytest.approx(3 * 0.4)
+
+
+def test_ld_counts_the_tail_of_the_longer_answer_less():
+    # the last two rejected tokens half: l_l = -1 - 0 - 0.5 - 1 = -2.5, l_w - l_l = 4.5
+    assert value("gpo", link="squared", beta=1.0, ld_alpha=0.5) == pytest.approx((4.5 - 1) ** 2)
+    assert value("gpo", link="squared", beta=1.0, ld_alpha=1) == pytest.approx((6 - 1) ** 2)
+    assert value("slic", delta=10.0, slic_lambda=0.0, ld_alpha=0) == pytest.approx(10 + 3 - 3)  # s_l = -2 - 1
+
+
+def test_ld_counts_the_tail_of_a_longer_chosen_answer_less_too():
+    # l_w = -2.5, l_l = 2
+    loss = bind_loss("gpo", {"link": "squared", "beta": 1.0, "ld_alpha": 0.5})
+    assert loss(pair(LONG, SHORT)).item() == pytest.approx((-4.5 - 1) ** 2)
+
+
+def test_ld_leaves_lengths_as_they_are():
+    # l_l / n_l = -2.5 / 4
+    assert value("ipo", beta=0.5, ld_alpha=0.5) == pytest.approx((1 + 2.5 / 4 - 1) ** 2)
+
+
+def test_humanline_clamps_the_log_ratio_of_each_token():
+    # l_w = 0.5 + 0.5, l_l = -1 + 0 - 1 - 1.5
+    found = value("gpo", link="squared", beta=1.0, humanline_min=-1.5, humanline_max=0.5)
+    assert found == pytest.approx((1 + 3.5 - 1) ** 2)
+
+
+def test_a_clamped_token_has_no_gradient():
+    pairs = pair()
+    pairs.policy_rejected_logps.requires_grad_()
+    bind_loss("sigmoid", {"humanline_min": -1.5})(pairs).sum().backward()
+    assert (pairs.policy_rejected_logps.grad[0] != 0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ipo", "squared"),
+    [
+        ("sum", (6 - 1) ** 2, (6 - 1) ** 2),  # l_w - l_l = 6
+        ("mean", (2 - 1) ** 2, (2 - 1) ** 2),  # 2 / 2 + 4 / 4 = 2
+    ],
+)
+def test_a_reduction_makes_sums_or_means_of_what_a_loss_reads_as_either(kind, ipo, squared):
+    assert value("ipo", beta=0.5, reduction=kind) == pytest.approx(ipo)
+    assert value("gpo", link="squared", beta=1.0, reduction=kind) == pytest.approx(squared)
+
+
+F_PRIME = {  # of l_w = 2 and of l_l = -4
+    "reverse_kl": (2.0, -4.0),
+    "forward_kl": (1 - exp(-2), 1 - exp(4)),
+    "js_divergence": (log(2 / (1 + exp(-2))), log(2 / (1 + exp(4)))),
+    "alpha_divergence": ((exp(-1) - 1) / -0.5, (exp(2) - 1) / -0.5),  # e^(-l / 2)
+}
+
+
+@pytest.mark.parametrize("name", F_PRIME)
+def test_an_f_divergence_scores_the_log_ratio_of_the_answer(name):
+    chosen, rejected = F_PRIME[name]
+    given = {"f_divergence_type": name}
+    assert value("gpo", link="squared", beta=1.0, **given) == pytest.approx((chosen - rejected - 1) ** 2)
+    assert value("ipo", beta=0.5, **given) == pytest.approx((chosen / 2 - rejected / 4 - 1) ** 2)  # as in trl
+
+
+def test_alpha_1_is_reverse_kl_and_another_alpha_is_used():
+    given = {"f_divergence_type": "alpha_divergence"}
+    assert value("sigmoid", f_alpha_divergence_coef=1.0, **given) == pytest.approx(value("sigmoid"))
+    # a = 3: (e^(2 l) - 1) / 2
+    found = value("gpo", link="squared", beta=1.0, f_alpha_divergence_coef=3.0, **given)
+    assert found == pytest.approx(((exp(4) - 1) / 2 - (exp(-8) - 1) / 2 - 1) ** 2)
+
+
+def test_likelihoods_beside_a_divergence_stay_likelihoods():
+    # ukl: -s_w + e^(score of l_l)
+    assert value("ukl", f_divergence_type="forward_kl") == pytest.approx(3 + exp(1 - exp(4)))
+
+
+def test_sampo_keeps_as_many_tokens_as_the_shorter_answer_has():
+    found = {value("gpo", link="squared", beta=1.0, sampo_seed=seed) for seed in range(40)}
+    two_of_four = (-1, -2, -3)  # the sums that two of -1, 0, -1, -2 may have
+    assert found == {(2 - rejected - 1) ** 2 for rejected in two_of_four}
+
+
+def test_sampo_draws_from_the_chosen_answer_where_that_is_the_longer_one():
+    losses = [bind_loss("gpo", {"link": "squared", "beta": 1.0, "sampo_seed": seed}) for seed in range(40)]
+    assert {loss(pair(LONG, SHORT)).item() for loss in losses} == {(drawn - 2 - 1) ** 2 for drawn in (-1, -2, -3)}
+
+
+def test_sampo_draws_each_token_alike_often():
+    drawn = torch.stack([kept_by(seed) for seed in range(400)]).double().mean(dim=0)
+    assert ((drawn - 0.5).abs() < 0.1).all()  # four standard deviations
+
+
+def kept_by(seed: float) -> Tensor:
+    """Which of the four rejected tokens a loss is given."""
+    seen: list[PairBatch] = []
+    MODIFIERS["sampo"].function(seen.append, sampo_seed=seed)(given := pair())
+    assert given.rejected_mask.all()  # what it is given stays as it is
+    return seen[0].rejected_mask[0]
+
+
+def test_the_seed_of_sampo_may_come_as_a_float():
+    assert torch.equal(kept_by(3.0), kept_by(3))
+
+
+def test_alpha_divergence_stays_finite_far_from_the_reference():
+    far = pair(([-2000.0], [-1.0]), ([-1.0], [-1.0]))
+    assert bind_loss("sigmoid", {"f_divergence_type": "alpha_divergence"})(far).isfinite().all()
+
+
+# ---- around any loss ----
+
+
+def shown(reference_free: bool) -> PairBatch:
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    columns = Columns({"weight": weights, "score_chosen": 1 + weights, "score_rejected": 0 * weights})
+    return made_up_pairs([5, 2, 3], [2, 4, 0], columns, reference_free)
+
+
+def combinations() -> list[tuple[str, str]]:
+    free = {name for name in BUILT_IN if PREFERENCE_LOSSES[name].reference_free}
+    return [(name, m) for name in BUILT_IN for m in GIVEN if not (MODIFIERS[m].needs_reference and name in free)]
+
+
+@pytest.mark.parametrize(("name", "modifier"), combinations())
+def test_a_modified_loss_is_a_pure_function_of_each_pair(name, modifier):
+    loss = bind_loss(name, GIVEN[modifier])
+    pairs = shown(loss.reference_free)
+    require_pure(loss, pairs)
+    assert not uses_batch(loss, pairs)
+    assert loss(pairs).isfinite().all()
+
+
+# What a modifier acts on and a loss does not read: means per token are means already, s and r are no log-ratio.
+MISSES = {("reduction", name) for name in ("sigmoid_norm", "ipo", "sft", "simpo", "alphapo", "repo", "orpo")}
+MISSES |= {("f_divergence", "hdpo")}
+
+
+@pytest.mark.parametrize(
+    ("name", "modifier"),
+    [pair for pair in combinations() if MODIFIERS[pair[1]].may_miss and pair != ("rdpo", "reduction")],
+)
+def test_a_modifier_that_changes_nothing_in_a_loss_is_refused_by_the_first_look(name, modifier):
+    loss = bind_loss(name, GIVEN[modifier])
+    if (modifier, name) in MISSES:
+        with pytest.raises(ValueError, match=f"changes nothing in loss '{name}'"):
+            require_effect(loss, shown(loss.reference_free))
+    else:
+        require_effect(loss, shown(loss.reference_free))
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_no_reduction_goes_with_a_loss_that_counts_tokens(kind):
+    with pytest.raises(ValueError, match=f"alpha of loss 'rdpo' changes nothing beside reduction {kind}"):
+        require_effect(bind_loss("rdpo", {"reduction": kind}), shown(False))
+
+
+def test_a_neutral_value_may_be_written_down():
+    for knobs in ({"reduction": "sum"}, {"f_divergence_type": "reverse_kl"}):
+        require_effect(bind_loss("hdpo", knobs), shown(False))
+
+
+def test_several_modifiers_apply_in_their_order():
+    # tokens first, l_l = -2.5, then the mean over all 4, then the score 1 - e^-l of both means
+    knobs = {"ld_alpha": 0.5, "reduction": "mean", "f_divergence_type": "forward_kl", "weight_column": "weight"}
+    expected = 3 * ((1 - exp(-1)) - (1 - exp(2.5 / 4)) - 1) ** 2
+    assert value("gpo", link="squared", beta=1.0, **knobs) == pytest.approx(expected)
+    assert value("gpo", link="squared", beta=1.0, **dict(reversed(knobs.items()))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "message"),
+    [
+        (
+            "simpo",
+            {"f_divergence_type": "js_divergence"},
+            "'simpo' has no reference, and f_divergence_type acts on",
+        ),
+        (
+            "orpo",
+            {"humanline_min": -1.0},
+            "'orpo' has no reference, and humanline_min acts on the log-ratio",
+        ),
+        (
+            "sigmoid",
+            {"f_divergence_type": "kl"},
+            "f_divergence_type must be one of reverse_kl, forward_kl, js_",
+        ),
+        (
+            "sigmoid",
+            {"f_alpha_divergence_coef": 0.7},
+            "f_alpha_divergence_coef 0.7 needs f_divergence_type alpha_",
+        ),
+        ("sigmoid", {"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], got 1.5"),
+        ("sigmoid", {"sampo_seed": 0.5}, "sampo_seed must be a whole number from 0 on, got 0.5"),
+        ("sigmoid", {"reduction": "median"}, "reduction must be one of sum, mean, got 'median'"),
+        ("sigmoid", {"weight_column": 3}, "weight_column must be a name, got 3"),
+        ("sigmoid", {"humanline_min": 2.0}, "humanline_min must be below humanline_max 1.5, got 2.0"),
+        ("sigmoid", {"ld_alfa": 0.5}, "loss 'sigmoid' does not take 'ld_alfa'; did you mean ld_alpha?"),
+    ],
+)
+def test_what_cannot_be_applied_is_refused(name, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        bind_loss(name, knobs)
+
+
+def test_a_missing_weight_is_named_with_the_columns_there_are():
+    with pytest.raises(ValueError, match="reads the column 'w'; columns of numbers here are weight"):
+        value("sigmoid", weight_column="w")
