@@ -56,7 +56,8 @@ class LoraAdapter:
     def hidden(self, x: Tensor) -> Tensor:
         """s * dropout(x) A^T, (..., r), in float32 (under autocast in autocast's dtype)."""
         A = self.lora_A.weight
-        hidden = F.linear((self.lora_dropout(x) if self.lora_dropout.training else x).to(A.dtype), A)
+        x = x.to(A.dtype)
+        hidden = F.linear(self.lora_dropout(x) if self.lora_dropout.training else x, A)
         return hidden if self.scaling == 1 else hidden * self.scaling
 
     def change(self) -> Tensor:
