@@ -168,7 +168,7 @@ def demo(config: DemoConfig) -> None:
         raise ValueError('the page needs gradio: pip install -c constraints.txt -e ".[demo]"')
     from phi2.serve.web import demo
 
-    demo(config.model, config.adapter, config.device, config.dtype, config.host, config.port)
+    demo(config.model, config.adapters, config.device, config.dtype, config.host, config.port)
 
 
 def inspect(config: InspectConfig) -> None:

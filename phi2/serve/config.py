@@ -57,8 +57,8 @@ class ServeConfig(EndpointConfig, ModelConfig):
     """Models that are served."""
 
     adapters: Sequence[str] = ()
-    """NAME=PATH_OR_ID of a LoRA adapter that is served as model NAME beside its base; give the flag again for
-    another."""
+    """Folder or hub id of a LoRA adapter, or of its run, or NAME= and one of them: a model of its own beside its base.
+    Give the flag again for another."""
 
     def load_served(self) -> Served:
         """The base, and every adapter on it."""
@@ -81,7 +81,7 @@ class DemoConfig:
     model: list[str]
     """Folder, hub id, "nano", "nano-instruct" or folder of a run, or NAME= and one of them; give the flag again for
     another. Runs on one base share its weights."""
-    adapter: list[str] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
     """Folder or hub id of a LoRA adapter, or of its run, given likewise; it shares the weights of the model that it was
     trained on."""
     device: str = "auto"

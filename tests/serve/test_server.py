@@ -47,9 +47,8 @@ def test_a_server_answers_and_ends_on_ctrl_c(tiny_phi):
 
 
 BAD_NAMES = {
-    "no name": (["{left}"], "must be NAME=PATH_OR_ID"),
-    "twice": (["a={left}", "a={left}"], "two models would be called 'a'"),
-    "that of the base": (["{base}={left}"], "two models would be called"),
+    "twice": (["a={left}", "a={left}"], "two models are called a: name them"),
+    "that of the base": (["{base}={left}"], "two models are called"),
     "no adapter": (["a={base}"], "adapter_config.json: no such file"),
 }
 
