@@ -71,6 +71,20 @@ def test_step_optimizer_and_random_state_come_back(tmp_path, optimizer, sft_conf
     assert (last_checkpoint(tmp_path) / "model" / "weights").read_text() == "weights"
 
 
+def test_what_the_loss_keeps_comes_back_to_the_last_bit(tmp_path, optimizer):
+    kept = {"mean": torch.tensor(0.1).item() / 3, "updates": 4.0}
+    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state=kept)
+    state = {"mean": 0.0, "updates": 0.0}
+    restore_checkpoint(last_checkpoint(tmp_path), optimizer, state)
+    assert state == kept
+
+
+def test_a_checkpoint_without_what_the_loss_keeps_is_refused(tmp_path, optimizer):
+    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state={})
+    with pytest.raises(ValueError, match=r"step-1: cannot resume from this checkpoint: KeyError\('mean'\)"):
+        restore_checkpoint(last_checkpoint(tmp_path), optimizer, {"mean": 0.0})
+
+
 def test_an_interrupted_save_leaves_the_checkpoint_before_it_and_nothing_else(tmp_path, optimizer):
     save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state={})
 
