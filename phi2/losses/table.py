@@ -38,8 +38,8 @@ By `phi2 losses --markdown`. `phi2 losses NAME` says more of one, how it differs
 it. How each is checked: [losses_checks.md](losses_checks.md).
 
 s = sum of log pi(y|x) over the answer, r = the same under the reference, l = s - r, n = tokens of the answer, w =
-chosen, l as index = rejected, sigma = logistic function. Families: `phi2/losses/logistic.py`, `links.py`,
-`pointwise.py`, `reference_free.py`, `scored.py`, `window.py`.
+chosen, l as index = rejected, sigma = logistic function, sg = a number without gradient. Families:
+`phi2/losses/logistic.py`, `links.py`, `pointwise.py`, `reference_free.py`, `scored.py`, `window.py`.
 
 A loss that needs the window depends on all pairs of an update: it sees them at once, however they are cut into
 micro-batches, in two phases where there are several. Numbers that it keeps from one update to the next are part of
@@ -49,8 +49,8 @@ ON_MODIFIERS = """## Modifiers
 
 With any loss, also with yours: `--loss_args.ld_alpha 0.5`. A mixture is a weighted sum, `--loss sigmoid:0.8,sft:0.2`;
 knobs go to every part that takes them; in a YAML file `loss` may be a list, each part with `loss`, `weight` and `args`
-of its own. The likelihood of the chosen answers comes in two kinds: `sft`, a mean per sequence, and `--nll_weight`, a
-mean over all tokens of the update.
+of its own. The likelihood of the chosen answers comes in two kinds: `sft`, a mean per sequence, and a mean over all
+tokens of the update, `--nll_weight` in one phase and `sft_tokens` as a part like any other.
 """
 
 
