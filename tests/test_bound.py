@@ -229,6 +229,17 @@ def test_a_call_is_the_loss_of_a_run_that_begins(registry):
     assert loss(pair()).item() == loss(pair()).item() == 5.0 and loss.state == {"mean": 1.0}
 
 
+def test_a_loss_that_works_on_its_state_in_place_changes_what_it_gives_back_alone(registry):
+    @preference_loss("counting", scope="window", state={"calls": 0})
+    def counting(pairs: PairBatch, state: dict) -> tuple[Tensor, dict]:
+        state["calls"] += 1
+        return pairs.margin, state
+
+    loss, before = bind_loss("counting"), {"calls": 4.0}
+    assert loss.step(pair(), before)[1] == {"calls": 5.0} and before == {"calls": 4.0}
+    assert loss(pair()) == 6 and loss.state == {"calls": 0.0}
+
+
 @pytest.mark.parametrize(
     ("returned", "got"),
     [

@@ -71,7 +71,7 @@ class BoundLoss:
         Raises:
             ValueError: when the function returns anything else, or what has no gradient where one is asked for.
         """
-        losses, after = self.function(pairs, state)
+        losses, after = self.function(pairs, dict(state))  # a copy: in-place work on it moves nothing
         expected = (len(pairs.chosen_mask),)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__

@@ -41,8 +41,8 @@ class PreferenceLoss(NamedTuple):
     knobs: dict[str, Knob]
     choices: dict[str, tuple[str, ...]]
     reward_scale: str | None
-    scope: Scope = "pair"
-    state: Mapping[str, float] = {}
+    scope: Scope
+    state: Mapping[str, float]
 
     @property
     def is_own(self) -> bool:
