@@ -4,9 +4,9 @@
 
 A mutant is a function whose source differs in one place: a sign, an operation, a term that is gone, an answer taken for
 the other, a sum for a mean, policy for reference, a number, a function that is not applied. It takes the place of the
-loss in the registry, and the proofs of test_losses.py and test_loss_invariances.py that are about this loss run on it,
-in this process; of a modifier those of test_modifiers.py. One of them must fail. A copy in which nothing was changed
-must pass them all.
+loss in the registry, and the proofs of test_losses.py, test_loss_invariances.py and test_window_losses.py that are
+about this loss run on it, in this process; of a modifier those of test_modifiers.py. One of them must fail. A copy in
+which nothing was changed must pass them all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from phi2.losses.registry import PREFERENCE_LOSSES
 
 HERE = Path(__file__).parent
 Proof = Callable[[], None]
-PROOFS = ("test_losses.py", "test_loss_invariances.py")
+PROOFS = ("test_losses.py", "test_loss_invariances.py", "test_window_losses.py")
 OTHER_OPERATION = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 OPPOSITES = ((ast.Eq, ast.NotEq), (ast.Lt, ast.GtE), (ast.Gt, ast.LtE), (ast.Is, ast.IsNot))
 OTHER_COMPARISON = {one: other for pair in OPPOSITES for one, other in (pair, pair[::-1])}
@@ -78,7 +78,9 @@ TEXT = """# How the losses are checked
 
 `tests/test_losses.py` has for every loss of [losses.md](losses.md): its value on two pairs worked out by hand from the
 formula, in plain floats; value and both slopes where policy and reference agree; its gradient against finite
-differences in float64; a finite loss and gradient far from the reference and without tokens.
+differences in float64; a finite loss and gradient far from the reference and without tokens. Of a loss of
+windows `tests/test_window_losses.py` has values, slopes and state by hand on two pairs, and `tests/test_two_phases.py`
+its gradient for every split of a window.
 `tests/test_loss_invariances.py` holds each to what it must not depend on, and to depending on all else. `tests/parity`
 has the losses that trl 1.16 has too: runs of both trainers from the same weights, step by step, with all f-divergences,
 and its CPO and ORPO functions.

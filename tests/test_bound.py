@@ -114,7 +114,7 @@ def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("sigmoid,sfft", "loss must be one of alphapo, .*, got 'sfft'; did you mean sft?"),
+        ("sigmoid,sfft", "loss must be one of alphadpo, .*, got 'sfft'; did you mean sft?"),
         ("sigmoid:0,sft", "the weight of a loss must be a number above 0, got 0.0"),
         ("sigmoid:inf,sft", "the weight of a loss must be a number above 0, got inf"),
         ("paper:ippo", "preset must be one of paper:dpo, .*, got 'paper:ippo'; did you mean paper:ipo?"),
@@ -193,3 +193,63 @@ def test_a_preset_may_be_a_part_of_a_mixture():
 def test_a_knob_that_no_part_of_a_preset_takes_is_refused():
     with pytest.raises(ValueError, match="preset 'paper:ipo' does not take 'gamma'; its knobs are beta"):
         bind_loss([{"loss": "paper:ipo", "args": {"gamma": 1.0}}])
+
+
+# ---- scope and state ----
+
+
+def keeping(pairs: PairBatch, state: dict) -> tuple[Tensor, dict]:
+    return pairs.margin - state["mean"], {"mean": state["mean"] + pairs.margin.mean()}
+
+
+def test_a_mixture_is_of_windows_if_a_part_is(registry):
+    assert bind_loss("sigmoid,sft").scope == "pair" and bind_loss("sigmoid:0.5,aot").scope == "window"
+
+
+def test_a_modifier_keeps_scope_and_state(registry):
+    preference_loss("keeping", scope="window", state={"mean": 1})(keeping)
+    loss = bind_loss("keeping", {"ld_alpha": 0.5})
+    assert loss.scope == "window" and loss.state == {"mean": 1.0}
+    values, after = loss.step(pair(), {"mean": 10.0})  # s_l and r_l without half of two tokens: l_l = -1 - 1.5
+    assert (values.item(), after) == (4.5 - 10, {"mean": 14.5})
+
+
+def test_every_part_of_a_mixture_has_a_state_of_its_own(registry):
+    preference_loss("keeping", scope="window", state={"mean": 1})(keeping)
+    loss = bind_loss(["sigmoid", "keeping:2", "keeping"])
+    assert loss.state == {"1.mean": 1.0, "2.mean": 1.0}
+    values, after = loss.step(pair(), {"1.mean": 2.0, "2.mean": 3.0})
+    assert values.item() == pytest.approx(nls(0.6) + 2 * (6 - 2) + (6 - 3))
+    assert after == {"1.mean": 8.0, "2.mean": 9.0}
+
+
+def test_a_call_is_the_loss_of_a_run_that_begins(registry):
+    preference_loss("keeping", scope="window", state={"mean": 1})(keeping)
+    loss = bind_loss("keeping")
+    assert loss(pair()).item() == loss(pair()).item() == 5.0 and loss.state == {"mean": 1.0}
+
+
+def test_a_loss_that_works_on_its_state_in_place_changes_what_it_gives_back_alone(registry):
+    @preference_loss("counting", scope="window", state={"calls": 0})
+    def counting(pairs: PairBatch, state: dict) -> tuple[Tensor, dict]:
+        state["calls"] += 1
+        return pairs.margin, state
+
+    loss, before = bind_loss("counting"), {"calls": 4.0}
+    assert loss.step(pair(), before)[1] == {"calls": 5.0} and before == {"calls": 4.0}
+    assert loss(pair()) == 6 and loss.state == {"calls": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda pairs, state: pairs.margin, "got Tensor"),
+        (lambda pairs, state: (pairs.margin, 1.0), "got tuple"),
+        (lambda pairs, state: (pairs.margin, {}), "got a state of nothing"),
+        (lambda pairs, state: (pairs.margin, {**state, "std": 1}), "got a state of mean, std"),
+    ],
+)
+def test_a_loss_that_does_not_give_its_state_back_is_told_in_one_line(registry, returned, got):
+    preference_loss("mine", scope="window", state={"mean": 0.0})(returned)
+    with pytest.raises(ValueError, match=f"loss 'mine' must return its values and its state, mean, {got}$"):
+        bind_loss("mine")(pair())

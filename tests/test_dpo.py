@@ -26,6 +26,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
 from phi2.training.optim import Optimizer
+from phi2.training.pairs import pair_batch
 from phi2.training.session import start
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -126,7 +127,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_pairs(dpo_config, los
     ends = np.cumsum(sizes)
     batches = [pairs[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     recorder = Recorder(model, config, 1, scale_loss=False)
-    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}))
+    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}), {})
     assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-4)
     for name, gradient in recorder.gradients.items():
         scale = expected[name].abs().max().item()
@@ -138,7 +139,7 @@ def test_evaluation_is_the_mean_over_all_pairs_whatever_the_batch_size(dpo_confi
     config = dpo_config(per_device_train_batch_size=batch_size, nll_weight=0.3)
     model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live = make_reference(start(config), config, model, None, pairs)
-    found = evaluate(config, model.train(), pairs, live, bind_loss("sigmoid", {}))
+    found = evaluate(config, model.train(), pairs, live, bind_loss("sigmoid", {}), {})
     expected = by_definition(config, model.eval(), load_model(config.model), pairs)
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     lengths = [len(pair.chosen) for pair in pairs]
@@ -150,7 +151,7 @@ def test_metrics_are_means_over_the_whole_window(dpo_config):
     model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, pairs), bind_loss("sigmoid", {})
     whole, cut = (
-        dpo.update(config, model, Recorder(model, config, 1, False), batches, live, loss)
+        dpo.update(config, model, Recorder(model, config, 1, False), batches, live, loss, {})
         for batches in ([pairs], [pairs[:1], pairs[1:4], pairs[4:]])
     )
     assert cut == pytest.approx(whole, rel=1e-4)
@@ -160,7 +161,7 @@ def test_metrics_mean_what_they_say(dpo_config):
     config = dpo_config(beta=0.5)
     model, (pair, *_) = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, [pair]), bind_loss("sigmoid", {"beta": 0.5})
-    found = dpo.update(config, model, Recorder(model, config, 1, False), [[pair]], live, loss)
+    found = dpo.update(config, model, Recorder(model, config, 1, False), [[pair]], live, loss, {})
     policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
     with disabled(model), torch.no_grad():
         ref = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
@@ -385,7 +386,7 @@ def pair(prompt: list[int], chosen: list[int], rejected: list[int], **columns) -
 def test_only_columns_that_are_numbers_in_every_row_become_tensors():
     rows = [pair([1], [2], [3], a=1, b=2.5, c="x", d=1), pair([1], [2], [3], a=4, b=0.5, c=3)]
     logps = torch.zeros(4)
-    columns = dpo.pair_batch(rows, logps, logps).columns
+    columns = pair_batch(rows, logps, logps).columns
     assert {name: values.tolist() for name, values in columns.items()} == {"a": [1.0, 4.0], "b": [2.5, 0.5]}
 
 
@@ -397,8 +398,8 @@ def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     model = start(config).load_policy(config)
     live = make_reference(start(config), config, model, None, [])
     if live is not None:
-        dpo.check_start(config, model, live, batches[0], bind_loss(loss, {}))
+        dpo.check_start(config, model, live, batches, bind_loss(loss, {}))
     recorder = Recorder(model, config, 1, False)
-    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}))
+    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}), {})
     assert all(np.isfinite(value) for value in metrics.values())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())

@@ -43,6 +43,23 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert_same_weights(resumed, whole)
 
 
+@pytest.mark.parametrize("loss", ["beta_dpo", "sigmoid:0.5,bco:0.5"])
+def test_a_killed_run_goes_on_with_what_its_loss_keeps(
+    dpo_config, pair_data, train_and_kill, metrics_of, tmp_path, assert_same_weights, loss
+):
+    """Two micro-batches an update, whose dropout is drawn once and seen twice."""
+    noise = dict(lora=dataclasses.replace(LORA, lora_dropout=0.2), disable_dropout=False)
+    often = dict(loss=loss, beta=0.3, eval_data=pair_data, eval_steps=2, save_steps=3, learning_rate=1e-3)
+    whole = train(dpo_config(**noise, **often))
+    config = dpo_config(**noise, **often, output=str(tmp_path / "killed"))
+    train_and_kill(config, step=5)
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert metrics_of(resumed) == metrics_of(whole)
+    assert_same_weights(resumed, whole)
+    kept = [{k: v for k, v in line.items() if k.startswith("state/")} for line in metrics_of(whole)]
+    assert kept[0] and kept[0] != kept[-1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"dtype": "float16"}, {"lora": None}, {"precompute_ref_log_probs": True}, {"loss": "simpo", "dtype": "bfloat16"}],

@@ -22,7 +22,6 @@ from phi2.losses.properties import made_up_pairs, only, require_pure, uses_batch
 from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.training.dpo import train
 from phi2.training.look import look_at_loss, varied
-from phi2.training.window import Windows
 
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.is_own)
 
@@ -45,9 +44,9 @@ PAIRS = [pair(i + 1, chosen=1 + i % 5, rejected=1 + i % 7, weight=1.0 + i % 3) f
 SCORES = {"chosen": 2.0, "rejected": 0.5}
 
 
-def look(loss: Callable[[PairBatch], Tensor], pairs: list = PAIRS, eval_pairs: list = (), batch: int = 4, cut: int = 1):
-    bound = BoundLoss("mine", loss, {}, reference_free=False, reward_scale=1.0, source=None)
-    look_at_loss(bound, pairs, eval_pairs, Windows(len(pairs), batch, cut, seed=0))
+def look(loss: Callable[[PairBatch], Tensor], pairs: list = PAIRS, eval_pairs: list = (), scope: str = "pair"):
+    bound = BoundLoss("mine", lambda pairs, _: (loss(pairs), {}), {}, False, 1.0, None, scope=scope)
+    look_at_loss(bound, pairs, eval_pairs)
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(0, 900)), min_size=1, max_size=8)
@@ -60,7 +59,7 @@ def test_every_built_in_loss_passes_whatever_the_lengths_and_beta(name, lengths,
     columns = Columns({f"score_{side}": torch.full((len(lengths),), x) for side, x in SCORES.items()})
     pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), columns, loss.reference_free)
     require_pure(loss, pairs)
-    assert not uses_batch(loss, pairs)
+    assert loss.scope == "window" or not uses_batch(loss, pairs)
 
 
 def test_made_up_pairs_are_log_probabilities_of_a_policy_that_moved():
@@ -93,44 +92,33 @@ USES_BATCH = {
 
 
 @pytest.mark.parametrize("name", USES_BATCH)
-def test_a_loss_over_the_batch_is_right_only_while_an_update_is_one_pass(name):
-    message = (
-        r"loss 'mine' gives a pair another value .* \(it uses the batch\): .* gradient_accumulation_steps: 1 .* 8$"
-    )
+def test_a_loss_over_other_pairs_that_does_not_say_so_is_refused(name):
+    message = r"loss 'mine' gives a pair another value .*: register it with scope=\"window\", and it is given all pairs"
     with pytest.raises(ValueError, match=message) as caught:
-        look(USES_BATCH[name], batch=4, cut=2)
+        look(USES_BATCH[name])
     assert "\n" not in str(caught.value)
 
 
-def test_a_loss_over_the_batch_is_told_where_an_update_is_one_pass():
-    with pytest.warns(
-        UserWarning, match=r"'mine' uses the batch: .*, 8 at a time \(4 in the last update of an epoch\)$"
-    ):
-        look(USES_BATCH["centred"], batch=8)
-    with pytest.warns(UserWarning, match="of an epoch\\), in evaluation too$"):
-        look(USES_BATCH["centred"], batch=8, eval_pairs=PAIRS)
-
-
-def test_a_window_that_one_micro_batch_fills_is_one_pass():
-    with pytest.warns(UserWarning, match="uses the batch"):
-        look(USES_BATCH["centred"], pairs=PAIRS[:4], batch=4, cut=8)
+@pytest.mark.parametrize("name", USES_BATCH)
+def test_a_loss_over_other_pairs_that_says_so_may(name):
+    look(USES_BATCH[name], scope="window")
 
 
 def test_a_statistic_of_a_column_is_seen_though_the_first_rows_agree():
     rows = [pair(i, weight=float(i == 700)) for i in range(1000)]
-    with pytest.raises(ValueError, match="it uses the batch"):
-        look(lambda pairs: pairs.margin * (pairs.columns["weight"] - pairs.columns["weight"].mean()), rows, cut=2)
+    with pytest.raises(ValueError, match="when other pairs stand beside it"):
+        look(lambda pairs: pairs.margin * (pairs.columns["weight"] - pairs.columns["weight"].mean()), rows)
 
 
 def test_a_data_set_of_one_pair_has_nothing_to_compare():
-    look(USES_BATCH["centred"], pairs=PAIRS[:1], cut=2)
+    look(USES_BATCH["centred"], pairs=PAIRS[:1])
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_loss_of_each_pair_says_nothing(name):
+def test_a_built_in_loss_says_nothing(name):
     rows = [dataclasses.replace(row, columns={f"score_{side}": x for side, x in SCORES.items()}) for row in PAIRS]
-    look_at_loss(bind_loss(name, {}), rows, [], Windows(20, 4, 2, seed=0))
+    look_at_loss(bind_loss(name, {}), rows, [])
 
 
 # ---- of its pairs alone ----
@@ -189,7 +177,7 @@ def test_a_loss_that_is_another_one_at_each_call_is_refused(name):
 
 def test_the_look_leaves_torchs_random_state_alone():
     before = torch.get_rng_state()
-    look(bind_loss("sigmoid", {}))
+    look_at_loss(bind_loss("sigmoid", {}), PAIRS, [])
     with pytest.raises(ValueError, match="draws random numbers"):
         look(RANDOM["noise"])
     assert torch.equal(torch.get_rng_state(), before)
@@ -232,7 +220,7 @@ def test_a_column_that_is_nowhere_is_refused_with_those_that_are_numbers_and_may
 
 
 def test_columns_that_no_loss_reads_may_have_gaps():
-    look(bind_loss("sigmoid", {}), [pair(1, w=1.0), pair(2, w="high"), pair(3)])
+    look_at_loss(bind_loss("sigmoid", {}), [pair(1, w=1.0), pair(2, w="high"), pair(3)], [])
 
 
 def test_the_pairs_looked_at_have_the_lowest_and_the_highest_number_of_each_column():
@@ -254,15 +242,8 @@ def register(loss: Callable[[PairBatch], Tensor], **options) -> str:
 
 def test_a_run_refuses_before_it_loads_the_model(dpo_config, registry, monkeypatch):
     monkeypatch.setattr("phi2.training.session.Session.load_policy", None)
-    with pytest.raises(ValueError, match="it uses the batch"):
+    with pytest.raises(ValueError, match="when other pairs stand beside it"):
         train(dpo_config(loss=register(USES_BATCH["centred"])))
-
-
-@pytest.mark.filterwarnings("ignore:loss 'mine' uses the batch")
-def test_one_pass_an_update_trains_on_the_batch(dpo_config, registry, metrics_of):
-    loss = register(lambda pairs: (pairs.columns["weight"] - pairs.columns["weight"].mean()) ** 2 + 0 * pairs.margin)
-    config = dpo_config(loss=loss, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    assert metrics_of(train(dataclasses.replace(config, shuffle=False)))[0]["loss"] == pytest.approx(1.25)  # 1 2 3 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from phi2.losses.batch import Columns, PairBatch
-from phi2.losses.bound import bind_loss
+from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.properties import made_up_pairs
 from phi2.losses.registry import PREFERENCE_LOSSES
 
 BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
-LENGTHS = ([5, 2, 1], [1, 4, 3])
+OF_PAIRS = [name for name, loss in BUILT_IN.items() if loss.scope == "pair"]
+OF_WINDOWS = [name for name, loss in BUILT_IN.items() if loss.scope == "window"]  # of them the mean is what counts
+LENGTHS = ([5, 2, 1, 4, 3, 6], [1, 4, 3, 2, 6, 1])
 
 
 def made_up(reference_free: bool = False) -> PairBatch:
-    """Three pairs of 1 to 5 tokens in float64, whose scores are 2, 3 and 4 apart."""
+    """Six pairs of 1 to 6 tokens in float64, whose scores are 2 to 7 apart."""
     pairs = change(made_up_pairs(*LENGTHS, Columns(), reference_free), lambda x, is_mask: x if is_mask else x.double())
-    apart = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
+    apart = torch.arange(2, 8, dtype=torch.float64)
     return replace(pairs, columns=Columns({"score_chosen": apart, "score_rejected": torch.zeros_like(apart)}))
 
 
@@ -82,6 +84,14 @@ INVARIANT = {
     "rpo_bwd_kl": "ratio margin swap sum",
     "rpo_fwd_kl": "ratio margin swap sum",
     "rpo_sq": "ratio margin swap sum",
+    "aot": "margin swap sum",  # s and r are sorted apart
+    "aot_unpaired": "ratio margin swap sum",
+    "dr_dpo": "ratio margin swap sum",
+    "beta_dpo": "ratio margin swap sum",
+    "alphadpo": "margin swap mean",  # s counts by itself, beside l
+    "amapo": "margin swap mean",
+    "bco": "ratio margin swap sum",  # its shift moves along, at the start of a run
+    "sft_tokens": "mean",
 }
 
 
@@ -90,7 +100,7 @@ def test_every_registered_loss_says_what_it_must_not_depend_on():
 
 
 def shifted_like_its_reference(pairs: PairBatch) -> PairBatch:
-    chosen, rejected = (torch.linspace(-1, 2, mask.numel()).view(mask.shape) * mask for mask in _masks(pairs))
+    chosen, rejected = (torch.linspace(-4, 8, mask.numel()).view(mask.shape) * mask for mask in _masks(pairs))
     moved = with_policy(pairs, pairs.policy_chosen_logps + chosen, pairs.policy_rejected_logps + rejected)
     return replace(
         moved, ref_chosen_logps=pairs.ref_chosen_logps + chosen, ref_rejected_logps=pairs.ref_rejected_logps + rejected
@@ -134,6 +144,11 @@ CHANGES = {  # how pairs are changed, and whether answers of one token are neede
 }
 
 
+def value(loss: BoundLoss, pairs: PairBatch) -> Tensor:
+    """What is minimised: (B,) of a loss of pairs, the mean of one of a window."""
+    return loss(pairs) if loss.scope == "pair" else loss(pairs).mean()
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_what_is_said_not_to_count_does_not_and_all_else_does(name):
     free, loss = BUILT_IN[name].reference_free, bind_loss(name)
@@ -142,16 +157,28 @@ def test_what_is_said_not_to_count_does_not_and_all_else_does(name):
             continue
         pairs = made_up(reference_free=free)
         pairs = one_token(pairs) if short else pairs
-        before, after = loss(pairs), loss(changed(pairs))
+        before, after = value(loss, pairs), value(loss, changed(pairs))
         same = torch.allclose(before, after, rtol=1e-9, atol=1e-12)
         assert same == (what in INVARIANT[name].split()), what
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+ORDER = [2, 0, 1, 5, 3, 4]
+
+
+def in_another_order(pairs: PairBatch) -> PairBatch:
+    return replace(change(pairs, lambda x, is_mask: x[ORDER]), columns=pairs.columns.each(lambda x: x[ORDER]))
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_pairs_in_another_order_have_the_same_losses(name):
-    order, pairs, loss = [2, 0, 1], made_up(), bind_loss(name)
-    moved = replace(change(pairs, lambda x, is_mask: x[order]), columns=pairs.columns.each(lambda x: x[order]))
-    torch.testing.assert_close(loss(moved), loss(pairs)[order], rtol=0, atol=0)
+    pairs, loss = made_up(), bind_loss(name)
+    torch.testing.assert_close(loss(in_another_order(pairs)), loss(pairs)[ORDER], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OF_WINDOWS)
+def test_a_window_in_another_order_has_the_same_mean(name):
+    pairs, loss = made_up(), bind_loss(name)
+    torch.testing.assert_close(loss(in_another_order(pairs)).mean(), loss(pairs).mean(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -161,9 +188,24 @@ def test_padding_changes_nothing(name):
     torch.testing.assert_close(loss(padded), loss(pairs), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_a_pair_does_not_depend_on_its_neighbours_in_the_batch(name):
     pairs, loss = made_up(), bind_loss(name)
-    columns = [pairs.columns.each(lambda x, i=i: x[i : i + 1]) for i in range(3)]
-    alone = [loss(replace(change(pairs, lambda x, _, i=i: x[i : i + 1]), columns=columns[i])) for i in range(3)]
-    torch.testing.assert_close(torch.cat(alone), loss(pairs))
+    torch.testing.assert_close(each_alone(loss, pairs), loss(pairs))
+
+
+@pytest.mark.parametrize("name", OF_WINDOWS)
+def test_a_pair_of_a_window_depends_on_the_others(name):
+    """The policy's differences have another order than the reference's, without which `aot` would sort nothing."""
+    pairs, loss = made_up(), bind_loss(name)
+    factors = torch.tensor([1.0, 3.0, 0.5, 2.0, 1.0, 4.0], dtype=torch.float64)[:, None]
+    pairs = with_policy(pairs, factors * pairs.policy_chosen_logps, pairs.policy_rejected_logps)
+    assert not torch.allclose(each_alone(loss, pairs).mean(), loss(pairs).mean(), rtol=1e-7, atol=0)
+
+
+def each_alone(loss: BoundLoss, pairs: PairBatch) -> Tensor:
+    def alone(row: int) -> PairBatch:
+        one = change(pairs, lambda x, _: x[row : row + 1])
+        return replace(one, columns=pairs.columns.each(lambda x: x[row : row + 1]))
+
+    return torch.cat([loss(alone(row)) for row in range(len(pairs.chosen_mask))])

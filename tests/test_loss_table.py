@@ -79,6 +79,13 @@ def test_a_page_explains_the_parts_of_a_preset(capsys):
     assert "--nll_weight 1" in text and "\nsigmoid\n" in text and "\nbco_pair\n" in text
 
 
+def test_what_a_loss_of_windows_needs_is_told(capsys):
+    assert "needs reference, window, state (mean, answers)" in printed(capsys)
+    text = printed(capsys, "bco")
+    assert "Needs: reference, window, state (mean, answers)" in text
+    assert text.endswith("Not drawn: the value of a pair depends on the other pairs of its window.\n")
+
+
 def test_a_loss_of_ones_own_has_a_page_too(capsys, tmp_path, registry):
     path = tmp_path / "mine.py"
     path.write_text("import phi2\n@phi2.preference_loss('mine')\ndef mine(pairs):\n    return -2 * pairs.margin\n")
@@ -115,7 +122,7 @@ def test_the_drawing_has_the_values_at_its_ends():
 
 
 def test_every_margin_has_one_mark_in_each_drawing():
-    for name in OWN:
+    for name in (name for name in OWN if PREFERENCE_LOSSES[name].scope == "pair"):
         drawing = plots(bind_loss(name), AnyColumn())
         for title in ("loss", "weight, -dL/ds_w"):
             marks = torch.tensor([[c == "*" for c in row.ljust(61)] for row in rows_of(drawing, title)])

@@ -282,3 +282,28 @@ def test_columns_of_the_data_reach_the_loss(registry):
 def test_a_column_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(ValueError, match="reads the column 'margin'; columns of numbers here are weight"):
         Columns({"weight": torch.ones(2)})["margin"]
+
+
+# ---- scope and state ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "batch"}, "loss 'mine': scope must be one of pair, window, got 'batch'"),
+        ({"state": {"mean": 0.0}}, "loss 'mine': a state moves once an update, register it with scope=\"window\""),
+        ({"scope": "window", "state": {}}, r"loss 'mine': state must name numbers, as {'mean': 0.0}, got {}"),
+        ({"scope": "window", "state": {"mean": None}}, "loss 'mine': state must name numbers"),
+    ],
+)
+def test_a_scope_or_state_that_means_nothing_is_refused(registry, options, message):
+    with pytest.raises(ValueError, match=message):
+        preference_loss("mine", **options)(lambda pairs, state: (pairs.margin, state))
+
+
+def test_the_knobs_of_a_loss_with_a_state_stand_behind_it(registry):
+    @preference_loss("mine", scope="window", state={"mean": 0.0})
+    def mine(pairs: PairBatch, state: dict, *, beta: float = 0.3) -> tuple[Tensor, dict]:
+        return beta * pairs.margin, state
+
+    assert registry["mine"].knobs == {"beta": 0.3} and bind_loss("mine", {"beta": 2.0})(pairs_of()).item() == 12.0

@@ -27,7 +27,7 @@ from phi2.lora import adapter_state, attach, disabled
 from phi2.lora_config import LoraConfig
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
-from phi2.training.dpo import score_pairs
+from phi2.training.pairs import score_pairs
 from phi2.training.reference import adapters_off
 
 LORA = LoraConfig(r=16)
@@ -93,7 +93,7 @@ def _pairs(seed: int, vocabulary: int, count: int, longest: int) -> list[Encoded
 
 
 def _ours(model: Phi2ForCausalLM, loss: BoundLoss, *pairs: EncodedPair) -> Outputs:
-    losses = loss(score_pairs(model, pairs, adapters_off(model), nullcontext()))
+    losses = loss(score_pairs(model, [pairs], adapters_off(model), nullcontext))
     return _with_gradient(model, losses)
 
 

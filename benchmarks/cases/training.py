@@ -174,7 +174,8 @@ def our_dpo(timer: Timer, job: Job) -> None:
     pairs, model, optimizer = _our_start(session)
     reference, loss = make_reference(session, config, model, None, pairs), bind_loss(config.loss, config.knobs)
     model.train(not config.disable_dropout)
-    _take_turns(timer, config, pairs, lambda batches: dpo.update(config, model, optimizer, batches, reference, loss))
+    fixed = (reference, loss, {})
+    _take_turns(timer, config, pairs, lambda batches: dpo.update(config, model, optimizer, batches, *fixed))
 
 
 def our_sft(timer: Timer, job: Job) -> None:

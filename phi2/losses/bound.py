@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from torch import Tensor
 
 from phi2.losses.batch import PairBatch
 from phi2.losses.knobs import Knob
-from phi2.losses.modifiers import MODIFIERS, modifier_of
+from phi2.losses.modifiers import MODIFIERS, Modifier, modifier_of
 from phi2.losses.parts import LossSpec, Part, hint, parts_of
-from phi2.losses.registry import knobs_in, load_loss_file
+from phi2.losses.registry import PreferenceLoss, Scope, State, knobs_in, load_loss_file
 from phi2.losses.source import source_of_loss
+
+Stateful = Callable[[PairBatch, State], tuple[Tensor, State]]
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,27 @@ class BoundLoss:
     """A loss as a run uses it: called with pairs it returns (B,) nats.
 
     Attributes:
-        function: from pairs to losses, with its knobs set.
+        function: from pairs and the state of the loss to losses and the state behind them, with its knobs set.
         knobs: all of them, those of modifiers included, with the values of this run; of a mixture, those of its parts.
         reference_free: it reads no ref_* log-probabilities.
         reward_scale: of the reward that it implies; in a mixture, of the first part that has a reference.
         source: its text, None where Python does not know it.
         modifiers: names of those around it.
         parts: of a mixture, with their weights.
+        scope: "window" if its value depends on other pairs of an update: it must be given all of them at once.
+        state: what it starts from of the numbers that it keeps from one update to the next.
     """
 
     name: str
-    function: Callable[[PairBatch], Tensor]
+    function: Stateful
     knobs: dict[str, Knob]
     reference_free: bool
     reward_scale: float
     source: str | None
     modifiers: tuple[str, ...] = ()
     parts: tuple[tuple[float, BoundLoss], ...] = ()
+    scope: Scope = "pair"
+    state: dict[str, float] = field(default_factory=dict)
 
     def number(self, knob: str) -> float | None:
         """The value of a knob that is a number; None for any other."""
@@ -57,12 +62,17 @@ class BoundLoss:
         return bind_loss(self.name, {**self.knobs, knob: value})
 
     def __call__(self, pairs: PairBatch) -> Tensor:
-        """(B,) losses in nats.
+        """(B,) losses in nats, as a run that begins has them; raises what `step` raises."""
+        return self.step(pairs, self.state)[0]
+
+    def step(self, pairs: PairBatch, state: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
+        """(B,) losses in nats at a state of the loss, and the state that an update with these pairs leaves.
 
         Raises:
             ValueError: when the function returns anything else, or what has no gradient where one is asked for.
         """
-        losses, expected = self.function(pairs), (len(pairs.chosen_mask),)
+        losses, after = self.function(pairs, dict(state))  # a copy: in-place work on it moves nothing
+        expected = (len(pairs.chosen_mask),)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"loss {self.name!r} must return a tensor of floats, one value per pair, got {what}")
@@ -73,7 +83,7 @@ class BoundLoss:
             raise ValueError(
                 f"loss {self.name!r} must depend on the policy's log-probabilities: what it returned has no gradient"
             )
-        return losses
+        return losses, {name: float(value) for name, value in after.items()}
 
 
 def bind_loss(loss: LossSpec, knobs: Mapping[str, Any] | None = None, loss_file: str | Path | None = None) -> BoundLoss:
@@ -104,14 +114,50 @@ def _bind(part: Part, loss_file: str | Path | None) -> BoundLoss:
     loss, modified = part.loss, _modifiers(part)
     knobs = {**loss.knobs, **{knob: value for knob, value in part.knobs.items() if knob in loss.knobs}}
     scale = 1.0 if loss.reward_scale is None else float(knobs[loss.reward_scale])
-    function: Callable[[PairBatch], Tensor] = partial(loss.function, **knobs)
-    sources = [source_of_loss(loss.function, loss_file)]
+    function, sources = _with_knobs(part.name, loss, knobs), [source_of_loss(loss.function, loss_file)]
     for name, modifier in reversed(MODIFIERS.items()):  # the last is the innermost
         if name in modified:
             values = {**modifier.knobs.defaults, **modified[name]}
-            function, knobs = modifier.function(function, **values), {**knobs, **values}
+            function, knobs = _modified(modifier, function, values), {**knobs, **values}
             sources.append(source_of_loss(modifier.function))
-    return BoundLoss(part.name, function, knobs, loss.reference_free, scale, _joined(sources), tuple(modified))
+    source, modifiers = _joined(sources), tuple(modified)
+    start = {name: float(value) for name, value in loss.state.items()}
+    return BoundLoss(
+        part.name, function, knobs, loss.reference_free, scale, source, modifiers, scope=loss.scope, state=start
+    )
+
+
+def _with_knobs(name: str, loss: PreferenceLoss, knobs: Mapping[str, Knob]) -> Stateful:
+    """A registered loss; one that keeps a state must give it back whole."""
+
+    def function(pairs: PairBatch, state: State) -> tuple[Tensor, State]:
+        if not loss.state:
+            return loss.function(pairs, **knobs), {}
+        returned = loss.function(pairs, state, **knobs)
+        is_both = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
+        if not is_both or returned[1].keys() != loss.state.keys():
+            what = f"a state of {', '.join(returned[1]) or 'nothing'}" if is_both else type(returned).__name__
+            raise ValueError(f"loss {name!r} must return its values and its state, {', '.join(loss.state)}, got {what}")
+        return returned
+
+    return function
+
+
+def _modified(modifier: Modifier, function: Stateful, knobs: Mapping[str, Knob]) -> Stateful:
+    """The modifier around the loss at one state; the state that the loss gives back goes past it."""
+    modifier.function(lambda pairs: function(pairs, {})[0], **knobs)  # refuses its knobs before a run begins
+
+    def modified(pairs: PairBatch, state: State) -> tuple[Tensor, State]:
+        after: list[State] = []
+
+        def at_state(given: PairBatch) -> Tensor:
+            losses, behind = function(given, state)
+            after.append(behind)
+            return losses
+
+        return modifier.function(at_state, **knobs)(pairs), after[0]
+
+    return modified
 
 
 def _modifiers(part: Part) -> dict[str, dict[str, Any]]:
@@ -124,6 +170,10 @@ def _modifiers(part: Part) -> dict[str, dict[str, Any]]:
         name = modifier_of(knob)
         if name is None:
             raise ValueError(f"loss {part.name!r} does not take {knob!r}{hint([part], knob)}")
+        if MODIFIERS[name].needs_values_of_pairs and part.loss.scope == "window":
+            raise ValueError(
+                f"{knob} acts on the value of each pair, and the values of loss {part.name!r} belong to its window"
+            )
         if not part.takes(knob):
             raise ValueError(f"loss {part.name!r} has no reference, and {knob} acts on the log-ratio to one")
         MODIFIERS[name].knobs.check(part.name, knob, value)
@@ -134,14 +184,37 @@ def _modifiers(part: Part) -> dict[str, dict[str, Any]]:
 def _mixture(parts: list[tuple[float, BoundLoss]]) -> BoundLoss:
     """The weighted sum of bound losses."""
 
-    def total(pairs: PairBatch) -> Tensor:
-        return torch.stack([weight * loss(pairs) for weight, loss in parts]).sum(dim=0)
+    def total(pairs: PairBatch, state: State) -> tuple[Tensor, State]:
+        steps = [loss.step(pairs, _of_part(index, state)) for index, (_, loss) in enumerate(parts)]
+        losses = [weight * values for (weight, _), (values, _) in zip(parts, steps, strict=True)]
+        return torch.stack(losses).sum(dim=0), _joined_states([after for _, after in steps])
 
     name = ",".join(f"{loss.name}:{weight:g}" for weight, loss in parts)
     with_reference = [loss for _, loss in parts if not loss.reference_free]
     first = (with_reference or [loss for _, loss in parts])[0]
     source = _joined([loss.source for _, loss in parts])
-    return BoundLoss(name, total, {}, not with_reference, first.reward_scale, source, parts=tuple(parts))
+    scope: Scope = "window" if any(loss.scope == "window" for _, loss in parts) else "pair"
+    return BoundLoss(
+        name,
+        total,
+        {},
+        not with_reference,
+        first.reward_scale,
+        source,
+        parts=tuple(parts),
+        scope=scope,
+        state=_joined_states([loss.state for _, loss in parts]),
+    )
+
+
+def _joined_states(states: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Those of the parts of a mixture, their names with the number of the part before them."""
+    return {f"{index}.{name}": value for index, state in enumerate(states) for name, value in state.items()}
+
+
+def _of_part(index: int, state: State) -> dict[str, float]:
+    own = f"{index}."
+    return {name.removeprefix(own): float(value) for name, value in state.items() if name.startswith(own)}
 
 
 def _joined(sources: list[str | None]) -> str | None:

@@ -24,6 +24,9 @@ RANGES = {  # of numbers; those of a single loss stand behind its name
     "exo_pair.label_smoothing": (lambda value: 0 < value < 0.5, "in (0, 0.5)"),
     "ld_alpha": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "sampo_seed": (lambda value: value >= 0 and value == int(value), "a whole number from 0 on"),
+    "drop_seed": (lambda value: value >= 0 and value == int(value), "a whole number from 0 on"),
+    "drop": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "beta_prime": (lambda value: 0 < value < math.inf, "above 0"),
 }
 
 
@@ -55,13 +58,15 @@ class Knobs(NamedTuple):
             raise ValueError(f"loss {owner!r}: {knob} must be {rule}, got {value!r}")
 
 
-def knobs_of(name: str, function: Callable[..., Any]) -> Knobs:
+def knobs_of(name: str, function: Callable[..., Any], given: int = 1) -> Knobs:
     """Those of a function's keyword arguments.
 
+    Args:
+        given: arguments that stand before them.
     Raises:
         ValueError: for one whose default does not say what it takes.
     """
-    _, *knobs = inspect.signature(function).parameters.values()
+    knobs = [*inspect.signature(function).parameters.values()][given:]
     choices = {knob.name: _choices(name, function, knob) for knob in knobs if isinstance(knob.default, str)}
     for knob in knobs:
         if not isinstance(knob.default, int | float | str):

@@ -32,25 +32,28 @@ class Modifier(NamedTuple):
         function: (loss, *, knob=default, ...) -> loss.
         needs_reference: without one it has nothing to act on.
         may_miss: a loss may not read what it changes.
+        needs_values_of_pairs: it acts on what the loss returns, one value of each pair.
     """
 
     function: Callable[..., Loss]
     knobs: Knobs
     needs_reference: bool
     may_miss: bool
+    needs_values_of_pairs: bool
 
 
 MODIFIERS: dict[str, Modifier] = {}  # in the order in which they are applied
 
 
 def modifier(
-    *, needs_reference: bool = False, may_miss: bool = False
+    *, needs_reference: bool = False, may_miss: bool = False, needs_values_of_pairs: bool = False
 ) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
     """Registers a modifier under the name of its function."""
 
     def register(function: Callable[..., Loss]) -> Callable[..., Loss]:
         name = function.__name__
-        MODIFIERS[name] = Modifier(function, knobs_of(name, function), needs_reference, may_miss)
+        knobs = knobs_of(name, function)
+        MODIFIERS[name] = Modifier(function, knobs, needs_reference, may_miss, needs_values_of_pairs)
         return function
 
     return register
@@ -61,9 +64,11 @@ def modifier_of(knob: str) -> str | None:
     return next((name for name, each in MODIFIERS.items() if knob in each.knobs.defaults), None)
 
 
-@modifier()
+@modifier(needs_values_of_pairs=True)
 def weight(loss: Loss, *, weight_column: str = "weight") -> Loss:
     """Each pair's loss times a column of the data set, as it stands: weights are not made to average 1.
+
+    Not with a loss of scope "window", whose values belong to no single pair.
 
     Source: huggingface/trl issue 5613, where it is asked for.
     """

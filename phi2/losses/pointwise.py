@@ -39,7 +39,7 @@ def nca_pair(pairs: PairBatch, *, beta: float = 0.01) -> Tensor:
 def bco_pair(pairs: PairBatch, *, beta: float = 0.01) -> Tensor:
     """BCO without its shift, a classifier of each answer: -log sigma(beta l_w) - log sigma(-beta l_l).
 
-    The paper subtracts a running mean of all rewards from each; trl's `bco_pair` leaves it out too. With beta 1 it is
+    The paper subtracts a running mean of all rewards from each, as `bco` does; trl leaves it out too. With beta 1 it is
     the binary cross-entropy of density-ratio estimation.
 
     Source: arXiv:2404.04656, with its delta 0, as in trl.

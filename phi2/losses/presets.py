@@ -1,7 +1,8 @@
 """Losses as a paper or a library has them: what `--loss paper:ipo` stands for, and where it differs from the others.
 
 A preset is a loss or a mixture with knobs set; knobs that are given beside it win. Where a recipe has more than a loss
-(trl's `sft` term over the tokens of a batch, HALOs' moving reference), the note says what to add or what is missing.
+(HALOs' moving reference), or there is a cheaper way to a part of it (trl's `sft` term over the tokens of a batch), the
+note says what is missing or what to add.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ PRESETS = {
     "paper:exo": Preset(
         "exo_pair", {"beta": 0.1, "label_smoothing": 1e-3}, "trl has the same, and wants its label_smoothing set"
     ),
-    "paper:bco": Preset("bco_pair", {"beta": 0.01}, "without the running mean delta, as in trl"),
+    "paper:bco": Preset("bco", {"beta": 0.01}, "with the shift by a running mean; trl's `bco_pair` leaves it out"),
     "trl:bco_pair": Preset("bco_pair", {"beta": 0.1}, "trl's default beta"),
     "trl:nca_pair": Preset("nca_pair", {"beta": 0.1}, "trl's default beta; the paper has 0.01"),
     "trl:sppo_hard": Preset("sppo_hard", {"beta": 0.1}, "trl's default beta; the paper has 0.001"),

@@ -20,7 +20,7 @@ def sft(pairs: PairBatch) -> Tensor:
     """Likelihood of the chosen answer: -s_w/n_w, a term for mixtures.
 
     A mean per sequence: each answer counts the same. trl's `sft` is the mean over the tokens of a micro-batch, so that
-    it depends on the cut; `--nll_weight` is that mean over the tokens of the whole window.
+    it depends on the cut; `sft_tokens` and `--nll_weight` are that mean over the tokens of the whole window.
 
     Source: arXiv:2404.19733 (its likelihood term).
     """

@@ -2,20 +2,26 @@
 
 `@preference_loss("name")` registers a function; its keyword arguments are its knobs (`knobs.py`). `bind_loss`
 (`bound.py`) resolves a name once, and what it returns is all that a run asks about its loss.
+
+A loss of scope "pair" gives each pair its value whatever stands beside it. One of scope "window" is given all pairs of
+an update at once, and may keep numbers from one update to the next: its state, which it is given and gives back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from phi2.losses.knobs import Knob, Knobs, knobs_of, require_choices
 from phi2.losses.source import require_source_file, run_source_file
 
-LossFunction = Callable[..., Tensor]  # (pairs, *, knob=default, ...) -> (B,) nats
+# (pairs, *, knob=default, ...) -> (B,) nats; with a state, (pairs, state, *, knob=default, ...) -> both
+LossFunction = Callable[..., Any]
+Scope = Literal["pair", "window"]
+State = Mapping[str, float | Tensor]
 REWARD_SCALE = "beta"
 
 
@@ -26,6 +32,8 @@ class PreferenceLoss(NamedTuple):
         knobs: its keyword arguments with their defaults.
         choices: of the knobs that are strings, what each may be.
         reward_scale: the knob that multiplies the log-ratios in the reward the loss implies; None multiplies by 1.
+        scope: what its value depends on, each pair alone or all pairs of an update.
+        state: what it starts from of the numbers that it keeps; empty where it keeps none.
     """
 
     function: LossFunction
@@ -33,6 +41,8 @@ class PreferenceLoss(NamedTuple):
     knobs: dict[str, Knob]
     choices: dict[str, tuple[str, ...]]
     reward_scale: str | None
+    scope: Scope
+    state: Mapping[str, float]
 
     @property
     def is_own(self) -> bool:
@@ -45,7 +55,12 @@ _OF_THE_LAST_FILE: list[str] = []  # names that it registered
 
 
 def preference_loss(
-    name: str, *, reference_free: bool = False, reward_scale: str | None = None
+    name: str,
+    *,
+    reference_free: bool = False,
+    reward_scale: str | None = None,
+    scope: Scope = "pair",
+    state: Mapping[str, float] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Registers a loss under a name.
 
@@ -54,10 +69,14 @@ def preference_loss(
         reference_free: the loss reads no ref_* log-probabilities, so none are computed.
         reward_scale: the knob that multiplies the log-ratio of an answer (reference-free: its log-probability a token)
             in the reward that the loss implies; unset, beta where that is one, else 1.
+        scope: "window" for a loss whose value depends on other pairs. It is called once an update with all its pairs,
+            however they are cut into micro-batches, and the mean of the (B,) values that it returns is minimised.
+        state: numbers that a loss of that scope keeps from one update to the next, as they start. It is then called as
+            loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps.
     Raises:
         ValueError: when the name is taken by another function or cannot be written in a mixture, or a keyword argument
-            has no default that says what it takes, or reward_scale is no knob that is a number. The same function may
-            come again, as when a notebook cell is run twice.
+            has no default that says what it takes, or reward_scale is no knob that is a number, or a scope is none, or
+            a loss of pairs has a state. The same function may come again, as when a notebook cell is run twice.
     """
 
     def register(function: LossFunction) -> LossFunction:
@@ -66,17 +85,29 @@ def preference_loss(
             raise ValueError(f"the loss name {name!r} is taken; registered are {', '.join(PREFERENCE_LOSSES)}")
         if {*name} & {*":,"}:
             raise ValueError(f"the loss name {name!r} has a colon or a comma: they part the losses of a mixture")
-        knobs = knobs_of(name, function)
+        _require_scope(name, scope, state)
+        knobs = knobs_of(name, function, given=1 if state is None else 2)
         require_choices(name, knobs)
         numbers = [knob for knob, default in knobs.defaults.items() if not isinstance(default, bool | str)]
         if reward_scale is not None and reward_scale not in numbers:
             told = ", ".join(numbers) or "none"
             raise ValueError(f"loss {name!r}: reward_scale must be one of its numbers, {told}, got {reward_scale!r}")
         scale = reward_scale or (REWARD_SCALE if REWARD_SCALE in numbers else None)
-        PREFERENCE_LOSSES[name] = PreferenceLoss(function, reference_free, knobs.defaults, knobs.choices, scale)
+        PREFERENCE_LOSSES[name] = PreferenceLoss(
+            function, reference_free, knobs.defaults, knobs.choices, scale, scope, dict(state or {})
+        )
         return function
 
     return register
+
+
+def _require_scope(name: str, scope: str, state: Mapping[str, float] | None) -> None:
+    if scope not in get_args(Scope):
+        raise ValueError(f"loss {name!r}: scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
+    if state is not None and scope == "pair":
+        raise ValueError(f'loss {name!r}: a state moves once an update, register it with scope="window"')
+    if state is not None and not (state and all(isinstance(value, int | float) for value in state.values())):
+        raise ValueError(f"loss {name!r}: state must name numbers, as {{'mean': 0.0}}, got {state!r}")
 
 
 def _full_name(function: LossFunction) -> str:

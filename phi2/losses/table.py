@@ -22,7 +22,7 @@ from phi2.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
 
 WIDTH = 118
 LEFT_OUT = {  # of those a survey names
-    "aot, aot_unpaired, beta-DPO, Dr. DPO, AMaPO, BCO's delta, KTO, AlphaDPO": "need other pairs, or a state",
+    "KTO": "needs answers to other prompts, scored by both models",
     "TDPO, BNF, WPO": "need the whole distribution of each token: its KL, entropy, or sum of squares",
     "TPO, QRPO, DDO-RM, Plackett-Luce": "need more answers than two, or more rewards than two scores",
     "SPPO with soft labels": "needs a judge's probability that each answer beats the policy",
@@ -38,15 +38,19 @@ By `phi2 losses --markdown`. `phi2 losses NAME` says more of one, how it differs
 it. How each is checked: [losses_checks.md](losses_checks.md).
 
 s = sum of log pi(y|x) over the answer, r = the same under the reference, l = s - r, n = tokens of the answer, w =
-chosen, l as index = rejected, sigma = logistic function. Families: `phi2/losses/logistic.py`, `links.py`,
-`pointwise.py`, `reference_free.py`, `scored.py`.
+chosen, l as index = rejected, sigma = logistic function, sg = a number without gradient. Families:
+`phi2/losses/logistic.py`, `links.py`, `pointwise.py`, `reference_free.py`, `scored.py`, `window.py`.
+
+A loss that needs the window depends on all pairs of an update: it sees them at once, however they are cut into
+micro-batches, in two phases where there are several. Numbers that it keeps from one update to the next are part of
+checkpoints and of `metrics.jsonl`, as `state/NAME`; evaluation takes all its pairs as one window and moves no state.
 """
 ON_MODIFIERS = """## Modifiers
 
 With any loss, also with yours: `--loss_args.ld_alpha 0.5`. A mixture is a weighted sum, `--loss sigmoid:0.8,sft:0.2`;
 knobs go to every part that takes them; in a YAML file `loss` may be a list, each part with `loss`, `weight` and `args`
-of its own. The likelihood of the chosen answers comes in two kinds: `sft`, a mean per sequence, and `--nll_weight`, a
-mean over all tokens of the update.
+of its own. The likelihood of the chosen answers comes in two kinds: `sft`, a mean per sequence, and a mean over all
+tokens of the update, `--nll_weight` in one phase and `sft_tokens` as a part like any other.
 """
 
 
@@ -69,14 +73,18 @@ def _line(text: str) -> str:
 
 
 def needs(loss: PreferenceLoss) -> str:
-    """The reference, and the columns that it asks for."""
-    return ", ".join(([] if loss.reference_free else ["reference"]) + columns_of(loss)) or "nothing"
+    """The reference, the whole window, what it keeps from one update to the next, and the columns that it asks for."""
+    reference = [] if loss.reference_free else ["reference"]
+    window = ["window"] if loss.scope == "window" else []
+    state = [f"state ({', '.join(loss.state)})"] if loss.state else []
+    return ", ".join(reference + window + state + columns_of(loss)) or "nothing"
 
 
 def columns_of(loss: PreferenceLoss) -> list[str]:
     """Names of the columns that a loss asks for, found out by calling it."""
     columns = AnyColumn()
-    loss.function(replace(made_up_pairs([2, 3], [3, 1], Columns(), loss.reference_free), columns=columns))
+    pairs = replace(made_up_pairs([2, 3], [3, 1], Columns(), loss.reference_free), columns=columns)
+    loss.function(*([pairs, loss.state] if loss.state else [pairs]))
     return list(columns.asked)
 
 
@@ -145,7 +153,8 @@ def page(name: str, loss_file: str | None = None) -> str:
         registered = PREFERENCE_LOSSES[part.name]
         doc = inspect.getdoc(registered.function) or "It has no docstring."
         texts.append(f"{part.name}\n\n{doc}\n\nKnobs: {told(part.knobs) or 'none'}\nNeeds: {needs(registered)}")
-    return "\n\n".join([*texts, plots(loss, AnyColumn())])
+    undrawn = "Not drawn: the value of a pair depends on the other pairs of its window."
+    return "\n\n".join([*texts, plots(loss, AnyColumn()) if loss.scope == "pair" else undrawn])
 
 
 def document() -> str:

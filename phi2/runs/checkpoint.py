@@ -3,7 +3,7 @@
     checkpoints/step-N/
       adapter/ or model/       the trained weights, in the layout of the final result
       state.safetensors        AdamW's moments and the random generators' states
-      state.json               the step, counters and the loss scaler
+      state.json               the step, counters, the loss scaler, and what the loss keeps between updates
 
 A checkpoint is written under another name and renamed when complete, so a folder called step-N is always whole.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -42,13 +42,19 @@ def _step_of(folder: Path) -> int:
 
 
 def save_checkpoint(
-    run: Path, step: int, optimizer: OptimizerState, save_weights: Callable[[Path], None], keep: int
+    run: Path,
+    step: int,
+    optimizer: OptimizerState,
+    save_weights: Callable[[Path], None],
+    keep: int,
+    loss_state: Mapping[str, float],
 ) -> None:
     """Writes checkpoints/step-N, then deletes all but the last `keep`.
 
     Args:
         step: updates done.
         save_weights: writes adapter/ or model/ into the folder it is given.
+        loss_state: numbers that the loss keeps from one update to the next.
     """
     folder = run / "checkpoints" / f"step-{step}"
     if folder.exists():
@@ -56,14 +62,17 @@ def save_checkpoint(
     with whole_folder(folder) as unfinished:
         save_weights(unfinished)
         _save_tensors({**optimizer.tensors(), **_random_state()}, unfinished / "state.safetensors")
-        (unfinished / "state.json").write_text(json.dumps({"step": step, "optimizer": optimizer.numbers()}, indent=1))
+        numbers = {"step": step, "optimizer": optimizer.numbers(), "loss": dict(loss_state)}
+        (unfinished / "state.json").write_text(json.dumps(numbers, indent=1))
     for old in sorted(folder.parent.glob("step-*"), key=_step_of)[:-keep]:
         shutil.rmtree(old)
 
 
-def restore_checkpoint(folder: Path, optimizer: OptimizerState) -> int:
+def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict[str, float]) -> int:
     """Puts the optimizer and the random generators back and returns the step; the weights are loaded with the model.
 
+    Args:
+        loss_state: numbers that the loss keeps, set to what they were.
     Raises:
         ValueError: naming the file that cannot be read.
     """
@@ -74,6 +83,7 @@ def restore_checkpoint(folder: Path, optimizer: OptimizerState) -> int:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
+        loss_state.update({name: state["loss"][name] for name in loss_state})
         return state["step"]
     except (OSError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: cannot resume from this checkpoint: {error!r}") from error

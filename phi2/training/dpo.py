@@ -2,14 +2,14 @@
 
 Each update: the policy's and the reference's log-probabilities of both answers of every pair, token by token; a loss
 per pair; the mean over the window. With an exact split: pairs are averaged over the whole window, and the chosen
-answers' likelihood, where asked for, over all their tokens in the window.
+answers' likelihood, where asked for, over all their tokens in the window. A loss whose value depends on other pairs
+(`scope="window"`) is given the window whole, in two phases (`two_phases.py`) where it is more than one micro-batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from phi2.data.encode import EncodedPair
 from phi2.files import write_whole
 from phi2.losses.batch import PairBatch
 from phi2.losses.bound import BoundLoss, bind_loss
-from phi2.losses.head import target_logps
 from phi2.losses.knobs import Knob
 from phi2.losses.properties import require_numbers
 from phi2.model import Phi2ForCausalLM
@@ -34,11 +33,11 @@ from phi2.training.look import look_at_loss
 from phi2.training.loop import updates_of
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
-from phi2.training.packing import row_of_pairs
-from phi2.training.pairs import pair_batch
+from phi2.training.pairs import score_pairs
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
 from phi2.training.session import Session, require_fit, start
+from phi2.training.two_phases import backward_of_window
 from phi2.training.window import total_steps, windows_of
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
@@ -74,20 +73,21 @@ def fit(session: Session[EncodedPair], config: DPOConfig) -> Run:
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
     keep_loss_file(config, run)
-    look_at_loss(loss, pairs, eval_pairs, windows)
+    look_at_loss(loss, pairs, eval_pairs)
     with session.policy(config, checkpoint) as model:
         require_fit(config, model, tokenizer, [*pairs, *eval_pairs])
         require_dropout(config, model)
         scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
-        with updates_of(config, model, tokenizer, windows, checkpoint, f"dpo {loss.name}") as updates:
+        with updates_of(config, model, tokenizer, windows, checkpoint, f"dpo {loss.name}", loss.state) as updates:
             model.train(not config.disable_dropout)
-            evaluation = partial(evaluate, config, model, eval_pairs, reference, loss) if eval_pairs else None
+            state = updates.loss_state
+            evaluation = partial(evaluate, config, model, eval_pairs, reference, loss, state) if eval_pairs else None
             for step in updates.steps():
                 batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
                 if step == 1:
-                    check_start(config, model, reference, batches[0], loss)
-                metrics = update(config, model, updates.optimizer, batches, reference, loss)
+                    check_start(config, model, reference, batches, loss)
+                metrics = update(config, model, updates.optimizer, batches, reference, loss, state)
                 updates.end(step, sum(pair.tokens for batch in batches for pair in batch), metrics, evaluation)
     return Run(run)
 
@@ -131,37 +131,25 @@ def keep_loss_file(config: DPOConfig, run: Path) -> None:
         write_whole(run / "loss.py", Path(config.loss_file).read_text(encoding="utf-8"))
 
 
-def score_pairs(
-    model: Phi2ForCausalLM,
-    batch: Sequence[EncodedPair],
-    reference: Reference | None,
-    precision: AbstractContextManager,
-) -> PairBatch:
-    """Both models' log-probabilities of a micro-batch, as a loss takes them."""
-    row = row_of_pairs(batch).to(model.device)
-    with precision:
-        ref = None if reference is None else reference(batch, row)
-        hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
-        policy, _ = target_logps(model, hidden, row.logits_indices, row.targets)
-    return pair_batch(batch, policy, ref)
-
-
 @torch.no_grad()
 def check_start(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     reference: Reference | None,
-    batch: Sequence[EncodedPair],
+    batches: Sequence[Sequence[EncodedPair]],
     loss: BoundLoss,
 ) -> None:
     """Before the first update loss and gradient are numbers; if the policy is the reference then, the loss is known.
 
+    Args:
+        batches: the first window; of a loss of pairs its first micro-batch is looked at.
     Raises:
         ValueError: when they are not, or policy and reference do not agree: training would start from a wrong reward.
     """
     training = model.training
     model.eval()
-    pairs = score_pairs(model, batch, reference, autocast(config))
+    seen = batches if loss.scope == "window" else batches[:1]
+    pairs = score_pairs(model, seen, reference, partial(autocast, config))
     model.train(training)
     if reference is not None and starts_at_reference(config):
         require_agreement(config, pairs, loss)
@@ -193,31 +181,48 @@ def update(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     optimizer: Optimizer,
-    batches: list[list[EncodedPair]],
+    batches: Sequence[Sequence[EncodedPair]],
     reference: Reference | None,
     loss: BoundLoss,
+    state: dict[str, float],
 ) -> dict[str, float]:
-    """One optimizer step over a window of micro-batches; returns the metrics of all its pairs."""
-    count = sum(map(len, batches))
+    """One optimizer step over a window of micro-batches; returns the metrics of all its pairs.
+
+    Args:
+        state: of the loss, moved on by the update.
+    """
+    losses_of, count = partial(objective, config, loss, state, batches), sum(map(len, batches))
     gathered = []
-    for batch in batches:
-        pairs = score_pairs(model, batch, reference, autocast(config))
-        losses = objective(config, pairs, loss, batches)
-        optimizer.backward(losses.sum() / count)
+    if loss.scope == "window" and len(batches) > 1:
+        pairs, losses, after = backward_of_window(config, model, optimizer, batches, reference, losses_of)
         gathered.append(pair_metrics(pairs, losses, loss.reward_scale))
+    else:
+        for batch in batches:
+            pairs = score_pairs(model, [batch], reference, partial(autocast, config))
+            losses, after = losses_of(pairs)
+            optimizer.backward(losses.sum() / count)
+            gathered.append(pair_metrics(pairs, losses, loss.reward_scale))
+    state.update(after)
     learning_rate = optimizer.learning_rate
     norm = optimizer.step()
-    return {**means(gathered), "grad_norm": norm, "learning_rate": learning_rate}
+    kept = {f"state/{name}": value for name, value in state.items()}
+    return {**means(gathered), **kept, "grad_norm": norm, "learning_rate": learning_rate}
 
 
-def objective(config: DPOConfig, pairs: PairBatch, loss: BoundLoss, batches: Sequence[Sequence[EncodedPair]]) -> Tensor:
-    """(B,) values whose mean over all `batches` is the loss plus the weighted NLL per chosen token."""
-    losses = loss(pairs)
+def objective(
+    config: DPOConfig,
+    loss: BoundLoss,
+    state: Mapping[str, float],
+    batches: Sequence[Sequence[EncodedPair]],
+    pairs: PairBatch,
+) -> tuple[Tensor, dict[str, float]]:
+    """(B,) values whose mean over all `batches` is the loss plus the weighted NLL per chosen token; its state then."""
+    losses, after = loss.step(pairs, state)
     if not config.nll_weight:
-        return losses
+        return losses, after
     window = [pair for batch in batches for pair in batch]
     per_pair = len(window) / sum(len(pair.chosen) for pair in window)
-    return losses - config.nll_weight * per_pair * pairs.policy_chosen
+    return losses - config.nll_weight * per_pair * pairs.policy_chosen, after
 
 
 @torch.no_grad()
@@ -227,14 +232,20 @@ def evaluate(
     pairs: Sequence[EncodedPair],
     reference: Reference | None,
     loss: BoundLoss,
+    state: Mapping[str, float],
 ) -> dict[str, float]:
-    """The metrics of training over a whole data set, names prefixed with eval_."""
+    """The metrics of training over a whole data set, names prefixed with eval_.
+
+    A loss of scope "window" is given all pairs of it as one window, so that no batch size changes its value; one with a
+    state has it as training left it, and leaves it so.
+    """
     training, size = model.training, config.per_device_train_batch_size
     model.eval()
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     gathered = []
-    for batch in batches:
-        scored = score_pairs(model, batch, reference, autocast(config))
-        gathered.append(pair_metrics(scored, objective(config, scored, loss, batches), loss.reward_scale))
+    for seen in [batches] if loss.scope == "window" else [[batch] for batch in batches]:
+        scored = score_pairs(model, seen, reference, partial(autocast, config))
+        losses, _ = objective(config, loss, state, batches, scored)
+        gathered.append(pair_metrics(scored, losses, loss.reward_scale))
     model.train(training)
     return {f"eval_{name}": value for name, value in means(gathered).items()}

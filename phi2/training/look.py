@@ -1,12 +1,12 @@
 """The first look at a preference loss, before anything large is loaded: on rows of the run, with made-up log-probs.
 
-A loss that keeps a state, draws random numbers or works in place is refused. One that gives a pair another value when
-other pairs stand beside it uses the batch: with an update of several passes it would see a part of the pairs at a time.
+A loss that keeps a state which it was not registered with, draws random numbers or works in place is refused. One that
+gives a pair another value when other pairs stand beside it must say so, `scope="window"`: otherwise it would see a part
+of an update's pairs at a time.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,42 +18,27 @@ from phi2.losses.knobs import told
 from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
 from phi2.training.pairs import column_gaps, numeric_columns
-from phi2.training.window import Windows
 
 SPREAD, CANDIDATES = 8, 1024  # pairs over the whole data set that are looked at, and among which columns are
 
 
-def look_at_loss(
-    loss: BoundLoss, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair], windows: Windows
-) -> None:
-    """Refuses a loss that would train on something else than it says; tells of one that uses the batch.
+def look_at_loss(loss: BoundLoss, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair]) -> None:
+    """Refuses a loss that would train on something else than it says.
 
-    Args:
-        windows: of the run over `pairs`.
     Raises:
         ValueError: when the loss is not pure, when it reads a column that is not a number in every row, when a modifier
-            leaves it as it is, or when it uses the batch and an update is more than one pass.
+            leaves it as it is, or when a pair's value depends on other pairs and the loss does not say so.
     """
     gaps = column_gaps([*pairs, *eval_pairs])
     shown = shown_pairs(varied(pairs, gaps), gaps, loss.reference_free)
     require_pure(loss, shown)
     for part in [part for _, part in loss.parts] or [loss]:
         require_effect(part, shown)
-    if not uses_batch(loss, shown):
-        return
-    sizes = [len(batch) for batch in windows.at(0)]
-    if len(sizes) > 1:
-        raise ValueError(
-            f"loss {loss.name!r} gives a pair another value when other pairs stand beside it (it uses the batch): that"
-            f" is right only while an update is one pass; set gradient_accumulation_steps: 1 and, for updates of as"
-            f" many pairs as now, per_device_train_batch_size: {sum(sizes)}"
-        )
-    last = len(windows.at(windows.per_epoch - 1)[0])
-    warnings.warn(
-        f"loss {loss.name!r} uses the batch: a pair's value depends on the pairs beside it, {sizes[0]} at a time"
-        f" ({last} in the last update of an epoch){', in evaluation too' if eval_pairs else ''}",
-        stacklevel=2,
-    )
+        if part.scope == "pair" and uses_batch(part, shown):
+            raise ValueError(
+                f"loss {part.name!r} gives a pair another value when other pairs stand beside it: register it with"
+                ' scope="window", and it is given all pairs of an update'
+            )
 
 
 def require_effect(loss: BoundLoss, pairs: PairBatch) -> None:
@@ -74,7 +59,7 @@ def require_effect(loss: BoundLoss, pairs: PairBatch) -> None:
 def acts(loss: BoundLoss, knob: str, pairs: PairBatch) -> bool:
     """Whether a number among a loss's knobs has an effect on these pairs."""
     value = loss.number(knob)
-    return value is not None and not torch.allclose(loss(pairs), loss.with_knob(knob, 0.9 * value)(pairs))
+    return value is not None and not torch.equal(loss(pairs), loss.with_knob(knob, 0.5 * value)(pairs))
 
 
 def varied(pairs: Sequence[EncodedPair], gaps: dict[str, str]) -> list[EncodedPair]:

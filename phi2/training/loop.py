@@ -34,6 +34,7 @@ class Updates:
 
     Attributes:
         interrupted: not empty once Ctrl-C has come.
+        loss_state: numbers that the loss keeps from one update to the next.
     """
 
     config: TrainingConfig
@@ -43,6 +44,7 @@ class Updates:
     windows: Windows
     log: Log
     interrupted: list[int]
+    loss_state: dict[str, float]
 
     def steps(self) -> Iterator[int]:
         """Their numbers, counted from 1."""
@@ -70,7 +72,7 @@ class Updates:
         saves = config.save_strategy == "steps" and _is_due(config.save_steps, step, total)
         if self.interrupted or saves:
             save = weights_saver(config, self.model, self.tokenizer)
-            save_checkpoint(Path(config.output), step, self.optimizer, save, config.save_total_limit)
+            save_checkpoint(Path(config.output), step, self.optimizer, save, config.save_total_limit, self.loss_state)
         if self.interrupted and step < total:
             raise Interrupted(f"stopped after step {step}; go on with resume: true")
 
@@ -93,17 +95,19 @@ def updates_of(
     windows: Windows,
     checkpoint: Path | None,
     title: str,
+    loss_state: Mapping[str, float] | None = None,
 ) -> Iterator[Updates]:
     """The updates of a run from its start or from a checkpoint; behind the block its result and card are written.
 
     Args:
         title: of the progress bar.
+        loss_state: what the loss starts from of the numbers that it keeps; None where it keeps none.
     """
-    run, total = Path(config.output), total_steps(config, windows)
+    run, total, kept = Path(config.output), total_steps(config, windows), dict(loss_state or {})
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
-    done = restore_checkpoint(checkpoint, optimizer) if checkpoint else 0
+    done = restore_checkpoint(checkpoint, optimizer, kept) if checkpoint else 0
     with closing(Log(run, done, total, title)) as log, delayed_interrupt() as interrupted:
-        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted)
+        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept)
     weights_saver(config, model, tokenizer, compute_dtype(config))(run)
     write_card(run, to_plain(config), last_metrics(run), tokenizer.template_origin)
 

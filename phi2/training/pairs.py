@@ -1,8 +1,9 @@
-"""From encoded pairs and the log-probabilities of their tokens to what a loss looks at."""
+"""From encoded pairs to the log-probabilities of their tokens, and on to what a loss looks at."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -10,6 +11,39 @@ from torch.nn.utils.rnn import pad_sequence
 
 from phi2.data.encode import EncodedPair
 from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.head import target_logps
+from phi2.model import Phi2ForCausalLM
+from phi2.training.packing import TokenRow, row_of_pairs
+from phi2.training.reference_cache import Reference
+
+
+def score_pairs(
+    model: Phi2ForCausalLM,
+    batches: Sequence[Sequence[EncodedPair]],
+    reference: Reference | None,
+    precision: Callable[[], AbstractContextManager],
+) -> PairBatch:
+    """Both models' log-probabilities of all pairs of some micro-batches, as a loss takes them."""
+    scored = [both_logps(model, batch, reference, precision()) for batch in batches]
+    ref = [logps for _, logps in scored if logps is not None]
+    policy = torch.cat([logps for logps, _ in scored])
+    return pair_batch([pair for batch in batches for pair in batch], policy, torch.cat(ref) if ref else None)
+
+
+def both_logps(
+    model: Phi2ForCausalLM, batch: Sequence[EncodedPair], reference: Reference | None, precision: AbstractContextManager
+) -> tuple[Tensor, Tensor | None]:
+    """(N,) log-probabilities of a micro-batch's tokens by the policy, and by the reference where there is one."""
+    row = row_of_pairs(batch).to(model.device)
+    with precision:
+        ref = None if reference is None else reference(batch, row)
+        return row_logps(model, row), ref
+
+
+def row_logps(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
+    """(N,) log-probabilities of a row's targets."""
+    hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
+    return target_logps(model, hidden, row.logits_indices, row.targets)[0]
 
 
 def pair_batch(batch: Sequence[EncodedPair], policy: Tensor, ref: Tensor | None) -> PairBatch:

@@ -21,12 +21,12 @@ from phi2.data.encode import EncodedPair
 from phi2.hub import resolve
 from phi2.lora import disabled
 from phi2.losses.bound import BoundLoss
-from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
 from phi2.training.packing import TokenRow
+from phi2.training.pairs import row_logps
 from phi2.training.precision import autocast
 from phi2.training.reference_cache import Precomputed, Reference, cache_file, fingerprint, key_of, precomputed
 from phi2.training.session import Session
@@ -143,8 +143,7 @@ def another_model(reference: Phi2ForCausalLM) -> Reference:
 @torch.no_grad()
 def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     """(N,) log-probabilities of a row's targets."""
-    hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
-    return target_logps(model, hidden, row.logits_indices, row.targets)[0]
+    return row_logps(model, row)
 
 
 def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPair]) -> None:

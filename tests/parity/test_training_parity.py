@@ -34,7 +34,7 @@ TOLERANCE = 1e-4  # nats
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"])
 SAME = dict(max_steps=STEPS, seed=SEED, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1)
 FIVE = dict(max_steps=5)  # for what differs in its loss alone
-LOSSES = {  # of trl without other pairs of the batch: `aot` sorts them
+LOSSES = {
     "sigmoid": dict(beta=0.2),
     "ipo": dict(beta=0.3),
     "hinge": dict(beta=0.05),
@@ -47,6 +47,11 @@ LOSSES = {  # of trl without other pairs of the batch: `aot` sorts them
     "apo_down": dict(beta=0.2),
     "discopop": dict(beta=0.2),
     "sigmoid_norm": dict(beta=5.0),
+}
+WINDOWS = {  # losses over the pairs of a micro-batch there, and of an update here: the same where one is the other
+    "aot": dict(beta=0.2),
+    "aot_unpaired": dict(beta=0.2, label_smoothing=0.1),
+    "sft": {},
 }
 DIVERGENCES = {
     "reverse_kl": {},
@@ -184,6 +189,21 @@ def test_dpo_with_every_loss_of_both(ours, theirs, loss):
     mine, reference = ours(dpo, loss=loss, **knobs, **FIVE), theirs(dpo, loss_type=[loss], **knobs, **FIVE)
     assert_same_losses(mine, reference)
     assert_same_metrics(mine, reference)
+
+
+@pytest.mark.parametrize("loss", WINDOWS)
+def test_dpo_with_every_loss_of_windows_of_both(ours, theirs, loss):
+    name, knobs = {"sft": "sft_tokens"}.get(loss, loss), WINDOWS[loss]
+    reference = theirs(dpo, loss_type=[loss], **knobs, **FIVE)
+    assert_same_losses(ours(dpo, loss=name, **knobs, **FIVE), reference)
+
+
+@pytest.mark.parametrize("loss", WINDOWS)
+def test_a_window_of_two_micro_batches_is_trls_batch(ours, theirs, loss, tmp_path):
+    """What trl has no setting for: its batch of four in two passes."""
+    name, knobs = {"sft": "sft_tokens"}.get(loss, loss), WINDOWS[loss]
+    cut = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert_same_losses(ours(dpo, loss=name, **knobs, **FIVE, **cut), theirs(dpo, loss_type=[loss], **knobs, **FIVE))
 
 
 @pytest.mark.parametrize(
