@@ -48,7 +48,7 @@ def _compare(peer: Worker, name: dict[str, str], turns: int) -> Report:
     return Report(
         peer=name,
         gate=f"{job.prompts * job.new_tokens} equal tokens",
-        measures=[*result.speeds(), *result.memory(), result.flops()],
+        measures=[*result.speeds(), *result.memory()],
         facts={"model": "nano", "dtype": "float32", "threads": THREADS, **job._asdict()},
     )
 

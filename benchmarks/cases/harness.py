@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,7 +68,7 @@ def _compare(job: Job, turns: int, target: float) -> Report:
         peer={name: metadata.version(name) for name in ("transformers", "lm_eval")},
         gate=f"log-likelihoods apart by at most {result.largest_difference['log_likelihoods']:.0e} of the largest,"
         " texts equal",
-        measures=[replace(measure, target=target) for measure in result.speeds()],
+        measures=result.speeds(target=target),
         facts={
             "tasks": ", ".join(job.tasks),
             "samples": job.samples,

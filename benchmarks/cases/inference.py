@@ -65,7 +65,7 @@ def _compare(prompt_tokens: int, new_tokens: int, turns: int) -> Report:
     return Report(
         peer={"transformers": metadata.version("transformers")},
         gate=f"{new_tokens} equal tokens, log-probabilities by at most {result.largest_difference['logprobs']:.1e}",
-        measures=[*result.speeds(), *result.memory(), result.flops()],
+        measures=[*result.speeds(), *result.memory()],
         facts={"parameters": parameters(), "dtype": "float32", "threads": THREADS, "batch": 1},
     )
 

@@ -96,7 +96,7 @@ def _compare(kind: str, batch_size: int, checkpointing: bool, turns: int, time: 
     return Report(
         peer={name: metadata.version(name) for name in ("trl", "transformers", "peft")},
         gate=f"{len(result.ours)} steps, relative differences: {apart}",
-        measures=[*result.times(target=time), *result.memory(target=0.5), result.flops()],
+        measures=[*result.times(target=time), *result.memory(target=0.5)],
         facts={
             "parameters": parameters(),
             "dtype": "float32",
