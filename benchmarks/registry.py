@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +68,12 @@ class Report:
     measures: list[Measure]
     facts: Cells = field(default_factory=dict)
     table: list[Cells] = field(default_factory=list)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed}
 
 
 class GateError(Exception):

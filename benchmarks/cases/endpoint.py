@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from itertools import cycle
 from threading import Thread
 from zlib import crc32
@@ -19,7 +18,7 @@ import numpy as np
 
 from benchmarks.cases.engine import mixed_prompts, nano
 from benchmarks.harness.processes import THREADS, Result, Timer, compare
-from benchmarks.registry import Measure, Report, case
+from benchmarks.registry import Measure, Report, case, versions
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine
 from phi2.inference.generate import choices_of, replies_to
@@ -35,7 +34,7 @@ TURNS = 8  # with prompts of their own, which no slot holds any more when they c
 def endpoint_vs_engine(turns: int) -> Report:
     result = compare(endpoint, engine_alone, None, turns, {"texts": 0.0})
     return Report(
-        peer={"Engine": "alone", "openai": metadata.version("openai"), "uvicorn": metadata.version("uvicorn")},
+        peer={"Engine": "alone"} | versions("openai", "uvicorn"),
         gate=f"{CLIENTS} equal replies a turn",
         measures=[*result.speeds(), *(_latency(result, percentile) for percentile in (50, 99)), *result.memory()],
         facts={"model": "nano", "dtype": "float32", "threads": THREADS, "clients": CLIENTS, "tokens": NEW_TOKENS},

@@ -50,7 +50,7 @@ def compare_step(
     cache = partial(random_cache, device, dtype, config, context)
 
     def model(format: str | None = None) -> Phi2ForCausalLM:
-        return rounded(random_model(config, device, dtype).eval(), format)
+        return rounded(random_model(config, device, dtype), format)
 
     def reference(ids: Tensor) -> Outputs:
         with implementation("torch"):

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import stream
 from benchmarks.harness.comparison import OURS, Comparison, Implementation, Inputs, Work, gate, random
-from benchmarks.registry import Cells, Measure, Report, Spread
+from benchmarks.registry import Cells, Measure, Report, Spread, versions
 
 WARM_UP = 5  # turns that are not timed
 FLUSH_BYTES = 2 * 2**30  # written before each call: empties the caches, and lets the host run ahead of the GPU
@@ -129,9 +128,9 @@ def report(comparisons: list[Comparison], turns: int, facts: Cells) -> Report:
         stream.task_measured(rows, passed.absent)
         table += rows
     error = max(passed.errors[OURS] for passed in gated)
-    installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
-    return Report(versions, f"all outputs within {error:.1e} of their size of the reference", measures, facts, table)
+    return Report(
+        versions(*PACKAGES), f"all outputs within {error:.1e} of their size of the reference", measures, facts, table
+    )
 
 
 def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measure]:

@@ -1,12 +1,59 @@
-"""Random models of ours, and the same models in transformers."""
+"""Random models of ours, on disk with a real tokenizer, and the same models in transformers."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from phi2.checkpoints.weights import save_pretrained
 from phi2.config import Phi2Config
 from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import Tokenizer
+
+MEDIUM = Phi2Config(  # 105 M parameters, Phi-2's head dim and vocabulary
+    hidden_size=640, intermediate_size=2560, num_hidden_layers=8, num_attention_heads=8, resid_pdrop=0.0
+)
+
+
+def shared_folder() -> Path:
+    """The folder of real tokenizers and data.
+
+    Raises:
+        FileNotFoundError: when it is not there.
+    """
+    folder = Path(os.environ.get("PHI2_SHARED", "PHI2_SHARED is not set"))
+    if not (folder / "tokenizer" / "phi-2-instruct").is_dir():
+        raise FileNotFoundError(
+            f"{folder}: set PHI2_SHARED to a folder that holds tokenizer/phi-2-instruct,"
+            " data/preference/dpo_en_200.jsonl and data/sft/alpaca_600.jsonl"
+        )
+    return folder
+
+
+def save_random(config: Phi2Config, folder: Path, endless: bool = False) -> tuple[Phi2ForCausalLM, Tokenizer]:
+    """Writes a random model with the tokenizer of phi-2-instruct; it says no id that has no token.
+
+    Args:
+        endless: it never ends a reply either.
+    """
+    tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
+    model = Phi2ForCausalLM(config)
+    model.init_weights(seed=0)
+    silence(model, range(len(tokenizer), config.vocab_size))
+    if endless:
+        silence(model, tokenizer.stop_ids)
+    save_pretrained(model, tokenizer, folder)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def silence(model: Phi2ForCausalLM, ids: Iterable[int]) -> None:
+    """No reply has these ids any more."""
+    model.lm_head.bias[list(ids)] = -1e4
 
 
 @torch.no_grad()
@@ -28,7 +75,7 @@ def random_model(config: Phi2Config, device: torch.device, dtype: torch.dtype) -
     with torch.device("meta"):
         model = Phi2ForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
-    return randomise(model, config.initializer_range).to(dtype)
+    return randomise(model, config.initializer_range).to(dtype).eval()
 
 
 def twin(model: Phi2ForCausalLM) -> nn.Module:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -30,6 +31,7 @@ from benchmarks.registry import GateError, Measure, Spread
 THREADS = 2  # of torch, in either process
 WARM_UP = 2  # turns that are compared but not timed
 MIB = 2**20
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 Worker = Callable[["Timer", Any], None]
 
@@ -170,7 +172,8 @@ def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mappi
         GateError: as soon as they differ by more.
         ChildProcessError: when one fails.
     """
-    processes = [_Process(worker, job) for worker in (ours, theirs)]
+    with mock.patch.dict(os.environ, QUIET):
+        processes = [_Process(worker, job) for worker in (ours, theirs)]
     result = Result([], [], dict.fromkeys(tolerance, 0.0))
     try:
         for process in processes:
