@@ -74,7 +74,6 @@ def compare_launches(name: str, arch: int, launches: list[Launch]) -> Comparison
         peers_are_ours=True,
         rounding=ROUNDING[torch.bfloat16],
         targets={"*": 1.0},
-        sets=4,
         in_graph=entry.in_graph,
     )
 

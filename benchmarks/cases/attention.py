@@ -14,8 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness import gpu, spec
+from benchmarks.harness.comparison import (
+    ROUNDING,
+    Comparison,
+    Implementation,
+    Inputs,
+    Outputs,
+    Work,
+    compiled,
+    drawn,
+    in_float32,
+    of_function,
+)
 from benchmarks.harness.spec import PHI2, Call, Entry, Shapes
 from benchmarks.registry import Report, case
 from phi2_kernels.attention import attention, attention_ref
@@ -25,17 +36,7 @@ PADDED = 128  # columns, the next power of two after 80
 SCORES = 2**28  # that the reference holds at a time
 
 
-@case("attention_forward", turns=50, summary="causal attention of 8 x 32 heads of 80 dims over 2048 tokens")
-def attention_forward(turns: int) -> Report:
-    return _compare(turns, backward=False)
-
-
-@case("attention_forward_backward", turns=50, summary="the same with its gradients")
-def attention_forward_backward(turns: int) -> Report:
-    return _compare(turns, backward=True)
-
-
-def _compare(turns: int, backward: bool) -> Report:
+def compare_shapes(turns: int, backward: bool) -> Report:
     device = gpu.device()
     at = partial(compare_attention, device, H=32, D=80, backward=backward)
     comparisons = [
@@ -49,22 +50,28 @@ def _compare(turns: int, backward: bool) -> Report:
     )
 
 
+case("attention_forward", 50, "causal attention of 8 x 32 heads of 80 dims over 2048 tokens")(
+    partial(compare_shapes, backward=False)
+)
+case("attention_forward_backward", 50, "the same with its gradients")(partial(compare_shapes, backward=True))
+
+
 def compare_attention(
     device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, is_fact: bool = False
 ) -> Comparison:
     """One shape; a fact goes without FlexAttention, which takes long to compile."""
     visibility = Visibility(S, S, None, device)
     backends = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-efficient": "EFFICIENT_ATTENTION"}
-    peers = {f"SDPA {name}": partial(_sdpa, backend, backward) for name, backend in backends.items()}
-    peers |= {} if is_fact else {"FlexAttention": partial(_flex, S, device, backward)}
+    peers = {f"SDPA {name}": partial(_sdpa, backend) for name, backend in backends.items()}
+    peers |= {} if is_fact else {"FlexAttention": partial(_flex, S, device)}
     peers["ours padded to 128"] = lambda: Implementation(_padded, prepare=_widened)
     work = attention_work(B * H, S * (S + 1) // 2, S, D, backward)
     return Comparison(
         name=f"{'forward+backward' if backward else 'forward'} {str(dtype)[6:]} B{B} S{S}",
-        inputs=partial(attention_inputs, device, dtype, B, H, S, D, backward),
+        inputs=attention_inputs(device, dtype, B, H, S, D, backward),
         reference=partial(reference, visibility),
-        ours=of_function(partial(attention, visibility=visibility, impl="triton"), backward),
-        plain=of_function(partial(F.scaled_dot_product_attention, is_causal=True), backward),
+        ours=of_function(partial(attention, visibility=visibility, impl="triton"), "q k v"),
+        plain=of_function(partial(F.scaled_dot_product_attention, is_causal=True), "q k v"),
         peers=peers,
         work=work,
         rounding=ROUNDING[dtype],
@@ -92,52 +99,45 @@ def attention_work(heads: int, pairs: int, S: int, D: int, backward: bool) -> Wo
 
 
 def attention_inputs(
-    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, seed: int
-) -> Inputs:
+    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool
+) -> Callable[[int], Inputs]:
     """q, k, v and, with gradients, that of the output: (B, H, S, D), the heads of a token side by side."""
-    normal = comparison.random(seed, device)
-    count = 4 if backward else 3
-    made = [normal(B, S, H, D, dtype=dtype).transpose(1, 2) for _ in range(count)]
-    return *(x.requires_grad_(backward) for x in made[:3]), *made[3:]
 
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        q, k, v, grad = (normal(B, S, H, D).transpose(1, 2) for _ in range(4))
+        return *(x.requires_grad_(backward) for x in (q, k, v)), *([grad] if backward else [])
 
-def of_function(forward: Callable[..., Tensor], backward: bool, **options) -> Implementation:
-    """Of a function of q, k and v."""
-    if not backward:
-        return comparison.of_function(forward, **options)
-    return Implementation(comparison.forward_backward(forward, "q k v"), **options)
+    return drawn(device, dtype, draw)
 
 
 def reference(visibility: Visibility, *inputs: Tensor) -> Outputs:
-    """By the formula in float32, some heads at a time."""
-    B, H, T, _ = inputs[0].shape
+    """By the formula in float32, some heads of one row of tokens at a time."""
+    T = inputs[0].shape[2]
     heads = max(1, SCORES // (T * visibility.keys))
-    run = of_function(lambda q, k, v: attention_ref(q, k, v, visibility), backward=len(inputs) == 4).run
+    run = of_function(lambda q, k, v: attention_ref(q, k, v, visibility), "q k v").run
     rows = []
-    for b in range(B):
-        parts = [
-            run(*comparison.in_float32(*(x[b : b + 1, h : h + heads] for x in inputs))) for h in range(0, H, heads)
-        ]
+    for row in zip(*(x.split(1) for x in inputs), strict=True):
+        parts = [run(*in_float32(*part)) for part in zip(*(x.split(heads, dim=1) for x in row), strict=True)]
         rows.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _sdpa(backend: str, backward: bool) -> Implementation:
+def _sdpa(backend: str) -> Implementation:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return of_function(forward, backward)
+    return of_function(forward, "q k v")
 
 
-def _flex(S: int, device: torch.device, backward: bool) -> Implementation:
+def _flex(S: int, device: torch.device) -> Implementation:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=device)
-    attend = comparison.compiled(flex_attention, device)
-    return of_function(lambda q, k, v: attend(q, k, v, block_mask=mask), backward)
+    attend = compiled(flex_attention, device)
+    return of_function(lambda q, k, v: attend(q, k, v, block_mask=mask), "q k v")
 
 
 def _wide(x: Tensor) -> Tensor:

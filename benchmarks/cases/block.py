@@ -60,7 +60,7 @@ def compare_block(
     as_trl = {f"{name}, autocast": partial(peer, "compile" in name, True) for name in TRANSFORMERS}
     return Comparison(
         name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
-        inputs=partial(block_inputs, device, dtype, B, T, config.hidden_size),
+        inputs=block_inputs(device, dtype, B, T, config.hidden_size),
         reference=partial(block_reference, layer(), config, positions, None),
         ours=our_layer(layer(), config, positions, None, fused=True),
         plain=our_layer(layer(), config, positions, None, fused=False, impl="torch"),
@@ -93,10 +93,9 @@ def block_work(config: Phi2Config, tokens: int, pairs: int, rank: int) -> Work:
     return Work(linear + adapters + attention, 2 * (4 * tokens * C + 2 * weights) + trained)
 
 
-def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, seed: int) -> Inputs:
+def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int) -> Callable[[int], Inputs]:
     """x, and the gradient of y."""
-    normal = comparison.random(seed, device)
-    return normal(B, T, C, dtype=dtype, grad=True), normal(B, T, C, dtype=dtype)
+    return comparison.drawn(device, dtype, lambda normal: (normal(B, T, C, grad=True), normal(B, T, C)))
 
 
 def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:

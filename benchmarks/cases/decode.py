@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Work, of_function
+from benchmarks.harness import gpu, spec
+from benchmarks.harness.comparison import Comparison, Inputs, Work, compare_functions, compiled, drawn, of_function
 from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
@@ -38,53 +38,22 @@ def decode_ops(turns: int) -> Report:
     return gpu.report(comparisons, turns, {"int4 group": GROUP})
 
 
-def compare_short(
-    name: str,
-    inputs: Callable[[int], Inputs],
-    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]],
-    peers: dict[str, Implementation],
-    work: Work,
-    dtype: torch.dtype,
-) -> Comparison:
-    """A step of decoding, bound by memory.
-
-    Args:
-        functions: ours, and the formula.
-        peers: the first is torch's own, which is always there.
-    """
-    ours, formula = functions
-    return Comparison(
-        name=name,
-        inputs=inputs,
-        reference=lambda *x: {"output": formula(*comparison.in_float32(*x))},
-        ours=of_function(ours),
-        plain=next(iter(peers.values())),
-        peers={name: lambda peer=peer: peer for name, peer in peers.items()},
-        work=work,
-        rounding=ROUNDING[dtype],
-        per_second=(work.bytes / 1e9, "GB/s"),
-        sets=8,
-        in_graph=True,
-    )
-
-
 # ---- attention of one query ----
 
 
 def compare_decode_attention(device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int) -> Comparison:
     """One query per row, all S keys filled."""
     lengths = torch.full((B,), S, dtype=torch.int32, device=device)
-
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        return tuple(normal(B, H, n, D, dtype=dtype) for n in (1, S, S))
-
-    functions = (
+    return compare_functions(
+        f"decode_attention B{B} S{S}",
+        drawn(device, dtype, lambda normal: tuple(normal(B, H, n, D) for n in (1, S, S))),
         lambda q, k, v: decode_attention(q, k, v, lengths, impl="triton"),
         lambda q, k, v: decode_attention_ref(q, k, v, lengths),
+        {"SDPA": lambda: of_function(F.scaled_dot_product_attention)},
+        decode_attention_work(B, H, S, D),
+        dtype,
+        in_graph=True,
     )
-    peers, work = {"SDPA": of_function(F.scaled_dot_product_attention)}, decode_attention_work(B, H, S, D)
-    return compare_short(f"decode_attention B{B} S{S}", inputs, functions, peers, work, dtype)
 
 
 def decode_attention_work(B: int, H: int, S: int, D: int) -> Work:
@@ -111,22 +80,26 @@ spec.ENTRIES["decode_attention"] = Entry(
 def compare_gemv(device: torch.device, dtype: torch.dtype, form: str, M: int, N: int, K: int) -> Comparison:
     """M rows times a weight (N, K); the peers multiply the half-precision weight that a small one stands for."""
 
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        weight = WEIGHT_FORMS[form](normal(N, K, dtype=dtype, scale=K**-0.5))
-        return normal(M, K, dtype=dtype), *(part for part in weight if part is not None)
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        weight = WEIGHT_FORMS[form](normal(N, K, scale=K**-0.5))
+        return normal(M, K), *(part for part in weight if part is not None)
 
     def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         return (F.linear(x, codes.to(x.dtype)) * scale).to(x.dtype)
 
-    peers = {"F.linear": of_function(F.linear, prepare=lambda x, *parts: (x, Weight(*parts).dense().to(dtype)))}
+    peers = {"F.linear": lambda: of_function(F.linear, prepare=lambda x, *w: (x, Weight(*w).dense().to(dtype)))}
     if form == "int8":
-        peers["torch.compile"] = of_function(comparison.compiled(int8_linear, device))
-    functions = (
+        peers["torch.compile"] = lambda: of_function(compiled(int8_linear, device))
+    return compare_functions(
+        f"gemv {form} {N}x{K}",
+        drawn(device, dtype, draw),
         lambda x, *parts: gemv(x, Weight(*parts), impl="triton"),
         lambda x, *parts: x.float() @ Weight(*parts).dense().float().T,
+        peers,
+        gemv_work(form, M, N, K),
+        dtype,
+        in_graph=True,
     )
-    return compare_short(f"gemv {form} {N}x{K}", inputs, functions, peers, gemv_work(form, M, N, K), dtype)
 
 
 def gemv_work(form: str, M: int, N: int, K: int) -> Work:

@@ -1,18 +1,19 @@
-"""The elementwise ops: LayerNorm, GELU and rotary embedding.
+"""The elementwise ops: LayerNorm, GELU and rotary embedding; their work is what both passes read and write.
 
 Dims: N rows, C hidden, F mlp, B batch, T tokens, S positions or keys, H heads, D head dim, R rotary dims.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Inputs, Work
+from benchmarks.harness import gpu, spec
+from benchmarks.harness.comparison import Comparison, Inputs, Work, compare_functions, drawn, eager_and_compiled
 from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.gelu import gelu, gelu_ref
@@ -34,29 +35,27 @@ def elementwise(turns: int) -> Report:
     return gpu.report(comparisons, turns, {"tokens": N})
 
 
-def bound_by_memory(elements: int, dtype: torch.dtype) -> dict:
-    """What elementwise comparisons have in common; elements are read or written, in both passes together."""
-    work = Work(0, elements * dtype.itemsize)
-    return {"work": work, "rounding": ROUNDING[dtype], "per_second": (work.bytes / 1e9, "GB/s")}
-
-
 # ---- LayerNorm ----
 
 
 def compare_layer_norm(device: torch.device, dtype: torch.dtype, N: int, C: int, trainable: bool) -> Comparison:
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        weight, bias = (normal(C, dtype=dtype, grad=trainable) for _ in range(2))
-        return normal(N, C, dtype=dtype, grad=True), weight, bias, normal(N, C, dtype=dtype)
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        weight, bias = (normal(C, grad=trainable) for _ in range(2))
+        return normal(N, C, grad=True), weight, bias, normal(N, C)
 
-    functions = (
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), weight, bias, EPS)
+
+    return compare_functions(
+        f"layer_norm {'trainable' if trainable else 'frozen'}",
+        drawn(device, dtype, draw),
         lambda x, weight, bias: layer_norm(x, weight, bias, EPS, impl="triton"),
         lambda x, weight, bias: layer_norm_ref(x, weight, bias, EPS),
-        lambda x, weight, bias: F.layer_norm(x, (C,), weight, bias, EPS),
+        eager_and_compiled(plain, "x weight bias", device),
+        Work(0, 5 * N * C * dtype.itemsize),
+        dtype,
+        names="x weight bias",
     )
-    name = f"layer_norm {'trainable' if trainable else 'frozen'}"
-    common = bound_by_memory(5 * N * C, dtype)
-    return comparison.compare_functions(name, inputs, "x weight bias", functions, device=device, **common)
 
 
 # Candidates: warps; a row is 2560 columns.
@@ -85,13 +84,15 @@ spec.ENTRIES |= {
 
 
 def compare_gelu(device: torch.device, dtype: torch.dtype, N: int, F: int) -> Comparison:
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        return normal(N, F, dtype=dtype, grad=True), normal(N, F, dtype=dtype)
-
-    functions = partial(gelu, impl="triton"), gelu_ref, partial(torch.nn.functional.gelu, approximate="tanh")
-    return comparison.compare_functions(
-        "gelu", inputs, "x", functions, device=device, **bound_by_memory(5 * N * F, dtype)
+    return compare_functions(
+        "gelu",
+        drawn(device, dtype, lambda normal: (normal(N, F, grad=True), normal(N, F))),
+        partial(gelu, impl="triton"),
+        gelu_ref,
+        eager_and_compiled(partial(torch.nn.functional.gelu, approximate="tanh"), "x", device),
+        Work(0, 5 * N * F * dtype.itemsize),
+        dtype,
+        names="x",
     )
 
 
@@ -112,18 +113,21 @@ def compare_rotary(device: torch.device, dtype: torch.dtype, B: int, T: int, H: 
     """Queries or keys (B, T, H, D)."""
     cos, sin = rotary_angles(torch.arange(T, device=device)[None], R, 10000.0)
 
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        return normal(B, T, H, D, dtype=dtype, grad=True), normal(B, T, H, D, dtype=dtype)
-
     def plain(x: Tensor) -> Tensor:
         first, second, rest = x.split([R // 2, R // 2, D - R], dim=-1)
         rotated = first * cos - second * sin, second * cos + first * sin
         return torch.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1)
 
-    functions = (lambda x: rotary(x, cos, sin, impl="triton"), plain, plain)
-    common = bound_by_memory(4 * B * T * H * D, dtype)
-    return comparison.compare_functions("rotary", inputs, "x", functions, device=device, **common)
+    return compare_functions(
+        "rotary",
+        drawn(device, dtype, lambda normal: (normal(B, T, H, D, grad=True), normal(B, T, H, D))),
+        lambda x: rotary(x, cos, sin, impl="triton"),
+        plain,
+        eager_and_compiled(plain, "x", device),
+        Work(0, 4 * B * T * H * D * dtype.itemsize),
+        dtype,
+        names="x",
+    )
 
 
 # Candidates: heads, warps.

@@ -13,8 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness import gpu, spec
+from benchmarks.harness.comparison import (
+    Comparison,
+    Implementation,
+    Inputs,
+    Outputs,
+    Work,
+    compare_functions,
+    drawn,
+    eager_and_compiled,
+    of_function,
+)
 from benchmarks.harness.spec import Call, Entry
 from benchmarks.registry import Report, case
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
@@ -33,39 +43,35 @@ def head(turns: int) -> Report:
 def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: int, trainable: bool) -> Comparison:
     """hidden, weight, bias, targets -> log-probabilities; a trainable head makes its logits twice."""
 
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        weights = (normal(*shape, dtype=dtype, scale=C**-0.5, grad=trainable) for shape in ((V, C), (V,)))
-        targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed)).to(device)
-        return normal(N, C, dtype=dtype, grad=True), *weights, targets, normal(N, dtype=torch.float32)
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        weights = (normal(*shape, scale=C**-0.5, grad=trainable) for shape in ((V, C), (V,)))
+        targets = torch.arange(N, device=device) % V
+        return normal(N, C, grad=True), *weights, targets, normal(N, dtype=torch.float32)
 
     def eager(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
 
     own = 4 if trainable else 2
     kept = {"the 3 matmuls of kept logits": partial(matmuls, 3)} if trainable else {}
-    return comparison.compare_functions(
+    return compare_functions(
         f"head {'trainable' if trainable else 'frozen'}",
-        inputs,
-        ARGUMENTS,
-        (lambda *x: linear_logprob(*x, impl="triton")[0], lambda *x: linear_logprob_ref(*x)[0], eager),
-        head_work(N, C, V, trainable),
-        device,
-        peers={
+        drawn(device, dtype, draw),
+        lambda *x: linear_logprob(*x, impl="triton")[0],
+        lambda *x: linear_logprob_ref(*x)[0],
+        {
+            **eager_and_compiled(eager, ARGUMENTS, device),
             f"its {own} matmuls": partial(matmuls, own),
             **kept,
-            "Liger": lambda: gradients_of(_liger()),
-            "F.linear_cross_entropy": lambda: gradients_of(_linear_cross_entropy()),
+            "Liger": lambda: of_function(_liger(), ARGUMENTS),
+            "F.linear_cross_entropy": lambda: of_function(_linear_cross_entropy(), ARGUMENTS),
         },
-        rounding=ROUNDING[dtype],
+        head_work(N, C, V, trainable),
+        dtype,
+        names=ARGUMENTS,
         targets={f"its {own} matmuls": 1.1},
+        per_second=None,
         peak_limit=None if trainable else 0.6,
-        sets=2,
     )
-
-
-def gradients_of(forward: Callable[..., Tensor]) -> Implementation:
-    return Implementation(comparison.forward_backward(forward, ARGUMENTS))
 
 
 def head_work(N: int, C: int, V: int, trainable: bool) -> Work:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.cases import attention, block
 from benchmarks.harness import gpu
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, of_function
 from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair, EncodedSequence
@@ -143,13 +143,13 @@ def compare_attention(layout: Layout, dtype: torch.dtype, H: int, D: int) -> Com
 
     def of(visibility: Visibility, impl: str = "triton", **options) -> Implementation:
         forward = partial(attend, visibility=visibility, impl=impl)
-        return attention.of_function(forward, backward=True, **options)
+        return of_function(forward, "q k v", **options)
 
     gradients = ("grad of q", "grad of k", "grad of v")
     T = shared.keys
     return Comparison(
         name="attention",
-        inputs=partial(attention.attention_inputs, shared.device, dtype, 1, H, T, D, True),
+        inputs=attention.attention_inputs(shared.device, dtype, 1, H, T, D, backward=True),
         reference=partial(attention.reference, shared),
         ours=of(shared),
         plain=of(shared, impl="torch"),
@@ -162,7 +162,6 @@ def compare_attention(layout: Layout, dtype: torch.dtype, H: int, D: int) -> Com
         rounding=ROUNDING[dtype],
         targets={"without sharing": TARGET},
         per_second=(len(layout.pairs), "pairs/s"),
-        sets=2,
     )
 
 
@@ -180,7 +179,7 @@ def compare_block(layout: Layout, dtype: torch.dtype, config: Phi2Config, rank: 
     )
     return Comparison(
         name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
-        inputs=partial(block.block_inputs, device, dtype, 1, T, config.hidden_size),
+        inputs=block.block_inputs(device, dtype, 1, T, config.hidden_size),
         reference=partial(block.block_reference, unfused, *where),
         ours=ours,
         plain=block.our_layer(unfused, *where, fused=False, impl="torch"),
@@ -189,5 +188,4 @@ def compare_block(layout: Layout, dtype: torch.dtype, config: Phi2Config, rank: 
         rounding=ROUNDING[dtype],
         targets={"without sharing": TARGET},
         per_second=(len(layout.pairs), "pairs/s"),
-        sets=2,
     )

@@ -64,8 +64,7 @@ class Comparison:
         targets: of the ratio to a peer; a name that ends in * means the fastest peer whose name begins so.
         per_second: how many of what one call does, for a measure of speed; without it the measure is of time.
         peak_limit: GB that ours may allocate beside its inputs.
-        sets: how many inputs the calls go around.
-        in_graph: the calls are so short that they are timed as one CUDA graph that goes around all sets.
+        in_graph: the calls are so short that they are timed as one CUDA graph, which goes around several inputs.
         is_fact: stands in the table only.
     """
 
@@ -80,33 +79,30 @@ class Comparison:
     targets: dict[str, float] = field(default_factory=dict)
     per_second: tuple[float, str] | None = None
     peak_limit: float | None = None
-    sets: int = 3
     in_graph: bool = False
     is_fact: bool = False
     peers_are_ours: bool = False
 
 
-def of_function(function: Callable[..., Tensor], **options: Any) -> Implementation:
-    """Its output alone."""
-    return Implementation(lambda *inputs: {"output": function(*inputs)}, **options)
-
-
-def forward_backward(forward: Callable[..., Tensor], names: str) -> Callable[..., Outputs]:
+def of_function(function: Callable[..., Tensor], names: str = "", **options: Any) -> Implementation:
     """A function's output and the gradients of those of its arguments that require one.
 
     Args:
-        forward: takes as many tensors as there are names.
-        names: of the arguments, separated by spaces. The result takes one tensor more, the gradient of the output.
+        names: of the arguments, separated by spaces, where any requires a gradient. There is one input more then, the
+            gradient of the output.
+        options: other attributes.
     """
 
     def run(*inputs: Tensor) -> Outputs:
+        if not any(x.requires_grad for x in inputs):
+            return {"output": function(*inputs)}
         *arguments, grad = inputs
-        output = forward(*arguments)
+        output = function(*arguments)
         leaves = {name: x for name, x in zip(names.split(), arguments, strict=True) if x.requires_grad}
         grads = torch.autograd.grad(output, list(leaves.values()), grad)
         return {"output": output.detach(), **{f"grad of {name}": g for name, g in zip(leaves, grads, strict=True)}}
 
-    return run
+    return Implementation(run, **options)
 
 
 def in_float32(*inputs: Tensor) -> Inputs:
@@ -119,46 +115,61 @@ def in_float32(*inputs: Tensor) -> Inputs:
 def compare_functions(
     name: str,
     inputs: Callable[[int], Inputs],
-    arguments: str,
-    functions: tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]],
+    ours: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    peers: dict[str, Callable[[], Implementation]],
     work: Work,
-    device: torch.device,
-    peers: dict[str, Callable[[], Implementation]] | None = None,
+    dtype: torch.dtype,
+    names: str = "",
     **settings: Any,
 ) -> Comparison:
-    """A function of one tensor and its gradients; torch gives two of the peers.
+    """Functions of tensors and, where inputs require them, their gradients.
 
     Args:
-        arguments: the names of its arguments, separated by spaces.
-        functions: ours, the formula, and what torch has.
-        settings: other attributes of the comparison.
+        peers: the first is torch's own, which is always there.
+        names: see `of_function`.
+        settings: other attributes of the comparison. Its speed is that of memory, if they do not say otherwise.
     """
-    ours, formula, plain = (forward_backward(function, arguments) for function in functions)
-    torchs = {
-        "eager": lambda: Implementation(plain),
-        "torch.compile": lambda: Implementation(forward_backward(compiled(functions[2], device), arguments)),
-    }
+    settings = {"per_second": (work.bytes / 1e9, "GB/s")} | settings
     return Comparison(
         name=name,
         inputs=inputs,
-        reference=lambda *x: formula(*in_float32(*x)),
-        ours=Implementation(ours),
-        plain=Implementation(plain),
-        peers={**(peers or {}), **torchs},
+        reference=lambda *x: of_function(formula, names).run(*in_float32(*x)),
+        ours=of_function(ours, names),
+        plain=next(iter(peers.values()))(),
+        peers=peers,
         work=work,
+        rounding=ROUNDING[dtype],
         **settings,
     )
 
 
-def random(seed: int, device: torch.device) -> Callable[..., Tensor]:
-    """normal(*shape, dtype=bfloat16, scale=1.0, grad=False): random tensors, the same ones for the same seed."""
+def eager_and_compiled(
+    function: Callable[..., Tensor], names: str, device: torch.device
+) -> dict[str, Callable[[], Implementation]]:
+    """torch's own function as two of the peers."""
+    return {
+        "eager": lambda: of_function(function, names),
+        "torch.compile": lambda: of_function(compiled(function, device), names),
+    }
+
+
+def random(seed: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Tensor]:
+    """normal(*shape, dtype=dtype, scale=1.0, grad=False): random tensors, the same ones for the same seed."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
-    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, grad: bool = False) -> Tensor:
+    def normal(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0, grad: bool = False) -> Tensor:
         x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * scale
         return x.to(dtype).requires_grad_(grad)
 
     return normal
+
+
+def drawn(
+    device: torch.device, dtype: torch.dtype, draw: Callable[[Callable[..., Tensor]], Inputs]
+) -> Callable[[int], Inputs]:
+    """Inputs of a seed, of what makes them with the `normal` of `random`."""
+    return lambda seed: draw(random(seed, device, dtype))
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

@@ -18,6 +18,7 @@ from benchmarks.registry import Cells, Measure, Report, Spread, versions
 
 WARM_UP = 5  # turns that are not timed
 FLUSH_BYTES = 2 * 2**30  # written before each call: empties the caches, and lets the host run ahead of the GPU
+IN_A_GRAPH = 8  # inputs that a graph of short calls goes around, for nothing empties the caches between them
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 
 
@@ -54,21 +55,21 @@ def measured_rates() -> Rates:
     a, b = (normal(side, side) for _ in range(2))
     c, source = torch.empty_like(a), normal(count)
     target = torch.empty_like(source)
-    times = timed({"matmul": [lambda: torch.mm(a, b, out=c)], "copy": [lambda: target.copy_(source)]}, turns=20)
+    times = timed({"matmul": lambda: torch.mm(a, b, out=c), "copy": lambda: target.copy_(source)}, turns=20)
     matmul, copy = (Spread.of(times[name]).median for name in ("matmul", "copy"))
     return Rates(2 * side**3 / matmul / 1e9, 4 * count / copy / 1e6)
 
 
-def timed(calls: dict[str, list[Callable[[], Any]]], turns: int) -> dict[str, list[float]]:
-    """Milliseconds of each timed call by name; the calls of a name go around, and names take turns."""
+def timed(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+    """Milliseconds of each timed call by name; names take turns."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for turn in range(WARM_UP + turns):
-        for name, around in calls.items():
+    for _ in range(WARM_UP + turns):
+        for name, call in calls.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             begin.record()
-            around[turn % len(around)]()
+            call()
             end.record()
             events[name].append((begin, end))
     torch.cuda.synchronize()
@@ -77,15 +78,15 @@ def timed(calls: dict[str, list[Callable[[], Any]]], turns: int) -> dict[str, li
 
 def bench(comparison: Comparison, implementations: dict[str, Implementation], turns: int) -> dict[str, list[float]]:
     """Milliseconds of `turns` calls of each implementation."""
-    inputs = [comparison.inputs(seed) for seed in range(1, comparison.sets + 1)]
-    calls: dict[str, list[Callable[[], Any]]] = {}
+    sets = IN_A_GRAPH if comparison.in_graph else 1
+    inputs = [comparison.inputs(seed) for seed in range(1, sets + 1)]
+    calls: dict[str, Callable[[], Any]] = {}
     for name, implementation in implementations.items():
         own = [partial(implementation.run, *implementation.prepare(*each)) for each in inputs]
         for call in own:  # compiles, and lets libraries make their plans
             call()
-        calls[name] = [_captured(own)] if comparison.in_graph else own
-    share = comparison.sets if comparison.in_graph else 1
-    return {name: [time / share for time in times] for name, times in timed(calls, turns).items()}
+        calls[name] = _captured(own) if comparison.in_graph else own[0]
+    return {name: [time / sets for time in times] for name, times in timed(calls, turns).items()}
 
 
 def _captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
