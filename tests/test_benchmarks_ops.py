@@ -32,8 +32,9 @@ GPU_CASES = [
     "decode_ops",
 ]
 SMALL = Phi2Config(hidden_size=160, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1)
-SMALL_MODEL = replace(SMALL, vocab_size=120, resid_pdrop=0.0, eos_token_id=0, bos_token_id=0)
+SMALL_MODEL = replace(SMALL, vocab_size=120, eos_token_id=0, bos_token_id=0)
 PAIRS = [Pair(5, 3, 4), Pair(2, 4, 1)]
+POSITIONS = torch.arange(9, device=DEVICE)[None]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 COMPARISONS = {
     "attention forward": lambda dtype: attention.compare_attention(DEVICE, dtype, 2, 2, 21, 80, False),
@@ -51,8 +52,8 @@ COMPARISONS = {
 }
 BLOCKS = {
     "DPO step": lambda dtype: dpo_step.compare_dpo_step(DEVICE, dtype, SMALL_MODEL, pairs=2, answer=9),
-    "block LoRA": lambda dtype: block.compare_block(DEVICE, dtype, SMALL, 1, 9, 4),
-    "block": lambda dtype: block.compare_block(DEVICE, dtype, SMALL, 1, 9, 0),
+    "block LoRA": lambda dtype: block.compare_block(dtype, SMALL, 4, 1, POSITIONS),
+    "block": lambda dtype: block.compare_block(dtype, SMALL, 0, 1, POSITIONS),
     "pairs": lambda dtype: prefix.compare_attention(Layout(PAIRS, DEVICE), dtype, 2, 80),
     "pairs block LoRA": lambda dtype: prefix.compare_block(Layout(PAIRS, DEVICE), dtype, SMALL, 4),
 }
@@ -96,17 +97,12 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
     assert rates.floor(Work(10**9, 5 * 10**9)) == pytest.approx(5)
 
 
-def test_a_shared_prompt_saves_its_own_scores_once():
-    assert prefix.unshared_scores(Pair(2, 1, 3)) == 6 + 15
-    assert prefix.shared_scores(Pair(2, 1, 3)) == 6 + 15 - 3
-
-
-def test_both_layouts_of_pairs_hold_the_scores_that_are_counted():
+def test_both_layouts_hold_the_scores_of_their_pairs():
+    """(5, 3, 4): 36 + 45 in two sequences, and 15 fewer with one prompt; (2, 4, 1): 21 + 6, and 3 fewer."""
     layout = Layout(PAIRS, torch.device("cpu"))
-    for row, count in ((layout.shared, prefix.shared_scores), (layout.unshared, prefix.unshared_scores)):
-        until, query = row.visible_until[0], torch.arange(row.input_ids.shape[1])
-        seen = (query[None] <= query[:, None]) & (query[:, None] < until[None])
-        assert seen.sum() == sum(map(count, PAIRS))
+    for row, count in ((layout.unshared, 108), (layout.shared, 90)):
+        assert attention.scores_of(row.input_ids.shape[1], row.visible_until) == count
+    assert attention.scores_of(8, None) == 36
     assert layout.index[layout.first].tolist() == list(range(19))
     assert layout.index[8:17].tolist() == [*range(5), *range(8, 12)]  # the prompt again, and the rejected answer
 
@@ -115,7 +111,7 @@ def test_pair_lengths_are_the_same_in_every_run():
     pairs = prefix.sample_pairs(16384)
     assert pairs == prefix.sample_pairs(16384) != prefix.sample_pairs(16384, seed=1)
     assert pairs[:2] == [Pair(165, 230, 367), Pair(163, 181, 310)] and len(pairs) == 16
-    assert 15000 < sum(pair.unshared for pair in pairs) <= 16384
+    assert 15000 < sum(pair.prompt + sum(pair) for pair in pairs) <= 16384
 
 
 def test_pair_lengths_follow_their_distribution_within_the_limit():
@@ -301,7 +297,7 @@ def test_a_case_prints_and_keeps_its_report(clock, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_each_case_sets_the_targets_of_the_project(name, clock, monkeypatch):
     seen: list[Comparison] = []
-    monkeypatch.setattr(gpu, "report", lambda compared, turns, facts: seen.extend(compared))
+    monkeypatch.setattr(gpu, "report", lambda compared, turns: seen.extend(compared))
     for module in (block, dpo_step, prefix):
         monkeypatch.setattr(module, "Phi2Config", lambda: SMALL)
     CASES[name].run(1)

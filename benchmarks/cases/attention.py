@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import gpu, spec
+from benchmarks.harness import spec
 from benchmarks.harness.comparison import (
     ROUNDING,
     Comparison,
@@ -27,8 +27,8 @@ from benchmarks.harness.comparison import (
     in_float32,
     of_function,
 )
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import PHI2, Call, Entry, Shapes
-from benchmarks.registry import Report, case
 from phi2_kernels.attention import attention, attention_ref
 from phi2_kernels.visibility import Visibility
 
@@ -36,42 +36,52 @@ PADDED = 128  # columns, the next power of two after 80
 SCORES = 2**28  # that the reference holds at a time
 
 
-def compare_shapes(turns: int, backward: bool) -> Report:
-    device = gpu.device()
+def compare_shapes(device: torch.device, backward: bool) -> list[Comparison]:
     at = partial(compare_attention, device, H=32, D=80, backward=backward)
-    comparisons = [
+    return [
         at(torch.bfloat16, B=8, S=2048),
         at(torch.float16, B=8, S=2048, is_fact=True),
         at(torch.bfloat16, B=32, S=512, is_fact=True),
         at(torch.bfloat16, B=2, S=8192, is_fact=True),
     ]
-    return gpu.report(
-        comparisons, turns, {"FLOPs": "two matmuls forward, five backward, over the pairs that see each other"}
-    )
 
 
-case("attention_forward", 50, "causal attention of 8 x 32 heads of 80 dims over 2048 tokens")(
+gpu_case("attention_forward", turns=50, summary="causal attention of 8 x 32 heads of 80 dims over 2048 tokens")(
     partial(compare_shapes, backward=False)
 )
-case("attention_forward_backward", 50, "the same with its gradients")(partial(compare_shapes, backward=True))
+gpu_case("attention_forward_backward", turns=50, summary="the same with its gradients")(
+    partial(compare_shapes, backward=True)
+)
 
 
 def compare_attention(
-    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, is_fact: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    B: int,
+    H: int,
+    S: int,
+    D: int,
+    backward: bool,
+    until: Tensor | None = None,
+    is_fact: bool = False,
 ) -> Comparison:
-    """One shape; a fact goes without FlexAttention, which takes long to compile."""
-    visibility = Visibility(S, S, None, device)
+    """One shape; a fact goes without FlexAttention, which takes long to compile.
+
+    Args:
+        until: see `phi2_kernels.visibility`; the peers take the causal mask alone.
+    """
+    visibility = Visibility(S, S, until, device)
     backends = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-efficient": "EFFICIENT_ATTENTION"}
     peers = {f"SDPA {name}": partial(_sdpa, backend) for name, backend in backends.items()}
     peers |= {} if is_fact else {"FlexAttention": partial(_flex, S, device)}
     peers["ours padded to 128"] = lambda: Implementation(_padded, prepare=_widened)
-    work = attention_work(B * H, S * (S + 1) // 2, S, D, backward)
+    work = attention_work(B * H, scores_of(S, until), S, D, backward)
     return Comparison(
         name=f"{'forward+backward' if backward else 'forward'} {str(dtype)[6:]} B{B} S{S}",
         inputs=attention_inputs(device, dtype, B, H, S, D, backward),
         reference=partial(reference, visibility),
         ours=of_function(partial(attention, visibility=visibility, impl="triton"), "q k v"),
-        plain=of_function(partial(F.scaled_dot_product_attention, is_causal=True), "q k v"),
+        plain=of_function(partial(attention, visibility=visibility, impl="torch"), "q k v"),
         peers=peers,
         work=work,
         rounding=ROUNDING[dtype],
@@ -81,21 +91,25 @@ def compare_attention(
     )
 
 
+def scores_of(S: int, until: Tensor | None) -> int:
+    """Pairs of query and key that see each other in one head of a row of S tokens."""
+    return S * (S + 1) // 2 if until is None else int((until - torch.arange(S, device=until.device)).sum())
+
+
 def _targets(device: torch.device) -> dict[str, float]:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"SDPA cuDNN": 1.0, "SDPA flash": 1.3}
     return {"SDPA *": 1.2}
 
 
-def attention_work(heads: int, pairs: int, S: int, D: int, backward: bool) -> Work:
+def attention_work(heads: int, scores: int, S: int, D: int, backward: bool) -> Work:
     """Two matmuls forward, five backward; q, k, v, o forward, those and their four gradients backward.
 
     Args:
         heads: of all rows.
-        pairs: of query and key that see each other in one head.
     """
     matmuls, tensors = (7, 12) if backward else (2, 4)
-    return Work(matmuls * 2 * heads * pairs * D, tensors * heads * S * D * 2)
+    return Work(matmuls * 2 * heads * scores * D, tensors * heads * S * D * 2)
 
 
 def attention_inputs(

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import gpu, spec
+from benchmarks.harness import spec
 from benchmarks.harness.comparison import Comparison, Inputs, Work, compare_functions, compiled, drawn, of_function
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import Call, Entry
-from benchmarks.registry import Report, case
 from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
 from phi2_kernels.gemv import gemv
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
@@ -28,14 +28,14 @@ WEIGHT_FORMS: dict[str, Callable[[Tensor], Weight]] = {
 }
 
 
-@case("decode_ops", turns=50, summary="attention to a cache of 2048 keys; gemv of bf16, int8 and int4 weights")
-def decode_ops(turns: int) -> Report:
-    """Each timed inside a CUDA graph, as a decode step runs."""
-    device, dtype = gpu.device(), torch.bfloat16
-    comparisons = [compare_decode_attention(device, dtype, B, H=32, S=2048, D=80) for B in (1, 8)]
-    for N, K in ((17920, 2560), (2560, 12800), (51200, 2560)):  # into a layer, out of it, and the head
-        comparisons += [compare_gemv(device, dtype, form, 1, N, K) for form in WEIGHT_FORMS]
-    return gpu.report(comparisons, turns, {"int4 group": GROUP})
+@gpu_case("decode_ops", turns=50, summary="attention to a cache of 2048 keys; gemv of bf16, int8 and int4 weights")
+def decode_ops(device: torch.device) -> list[Comparison]:
+    """Each timed inside a CUDA graph, as a decode step runs; into a layer, out of it, and the head."""
+    dtype, shapes = torch.bfloat16, ((17920, 2560), (2560, 12800), (51200, 2560))
+    return [
+        *(compare_decode_attention(device, dtype, B, H=32, S=2048, D=80) for B in (1, 8)),
+        *(compare_gemv(device, dtype, form, 1, N, K) for N, K in shapes for form in WEIGHT_FORMS),
+    ]
 
 
 # ---- attention of one query ----

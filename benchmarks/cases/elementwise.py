@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import gpu, spec
+from benchmarks.harness import spec
 from benchmarks.harness.comparison import Comparison, Inputs, Work, compare_functions, drawn, eager_and_compiled
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import Call, Entry
-from benchmarks.registry import Report, case
 from phi2_kernels.gelu import gelu, gelu_ref
 from phi2_kernels.layer_norm import layer_norm, layer_norm_ref
 from phi2_kernels.rotary import rotary, rotary_angles
@@ -23,16 +23,15 @@ from phi2_kernels.rotary import rotary, rotary_angles
 EPS = 1e-5
 
 
-@case("elementwise", turns=50, summary="layer_norm, gelu and rotary with their gradients, over 8192 tokens")
-def elementwise(turns: int) -> Report:
-    device, dtype, N = gpu.device(), torch.bfloat16, 8192
-    comparisons = [
+@gpu_case("elementwise", turns=50, summary="layer_norm, gelu and rotary with their gradients, over 8192 tokens")
+def elementwise(device: torch.device) -> list[Comparison]:
+    dtype, N = torch.bfloat16, 8192
+    return [
         compare_layer_norm(device, dtype, N, C=2560, trainable=False),
         compare_layer_norm(device, dtype, N, C=2560, trainable=True),
         compare_gelu(device, dtype, N, F=10240),
         compare_rotary(device, dtype, B=4, T=2048, H=32, D=80, R=32),
     ]
-    return gpu.report(comparisons, turns, {"tokens": N})
 
 
 # ---- LayerNorm ----

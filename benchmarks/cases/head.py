@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import gpu, spec
+from benchmarks.harness import spec
 from benchmarks.harness.comparison import (
     Comparison,
     Implementation,
@@ -25,19 +25,17 @@ from benchmarks.harness.comparison import (
     eager_and_compiled,
     of_function,
 )
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import Call, Entry
-from benchmarks.registry import Report, case
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
 
 ARGUMENTS = "hidden weight bias targets"
 
 
-@case("head", turns=20, summary="log-probabilities of 16384 tokens and their gradients, head frozen and trainable")
-def head(turns: int) -> Report:
+@gpu_case("head", turns=20, summary="log-probabilities of 16384 tokens and their gradients, head frozen and trainable")
+def head(device: torch.device) -> list[Comparison]:
     """At most 1.1 x the time of its matmuls, and with a frozen head 0.6 GB beside the inputs."""
-    device, shape = gpu.device(), dict(N=16384, C=2560, V=51200)
-    comparisons = [compare_head(device, torch.bfloat16, trainable=trainable, **shape) for trainable in (False, True)]
-    return gpu.report(comparisons, turns, shape)
+    return [compare_head(device, torch.bfloat16, 16384, 2560, 51200, trainable) for trainable in (False, True)]
 
 
 def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: int, trainable: bool) -> Comparison:

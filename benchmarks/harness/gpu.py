@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import stream
 from benchmarks.harness.comparison import OURS, Comparison, Implementation, Inputs, Work, gate, random
-from benchmarks.registry import Cells, Measure, Report, Spread, versions
+from benchmarks.registry import Cells, Measure, Report, Spread, case, versions
 
 WARM_UP = 5  # turns that are not timed
 FLUSH_BYTES = 2 * 2**30  # written before each call: empties the caches, and lets the host run ahead of the GPU
@@ -35,6 +35,16 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         raise DeviceError("it needs a CUDA GPU, and torch sees none on this machine")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def gpu_case(name: str, turns: int, summary: str) -> Callable[[Callable[[torch.device], list[Comparison]]], Any]:
+    """Registers what makes the comparisons of a case, given the GPU."""
+
+    def register(make: Callable[[torch.device], list[Comparison]]):
+        case(name, turns, summary)(lambda turns: report(make(device()), turns))
+        return make
+
+    return register
 
 
 class Rates(NamedTuple):
@@ -109,7 +119,7 @@ def peak_memory(implementation: Implementation, inputs: Inputs) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def report(comparisons: list[Comparison], turns: int, facts: Cells) -> Report:
+def report(comparisons: list[Comparison], turns: int, facts: Cells | None = None) -> Report:
     """Gate, clock and roofline of each comparison.
 
     Raises:
@@ -117,7 +127,7 @@ def report(comparisons: list[Comparison], turns: int, facts: Cells) -> Report:
     """
     gated = [gate(comparison) for comparison in comparisons]
     rates = measured_rates()
-    facts = {**facts, "limits": f"measured {rates.tflops:.0f} TFLOP/s and {rates.gbytes:.0f} GB/s"}
+    facts = {**(facts or {}), "limits": f"measured {rates.tflops:.0f} TFLOP/s and {rates.gbytes:.0f} GB/s"}
     measures, table = [], []
     for each, passed in zip(comparisons, gated, strict=True):
         facts |= {f"{each.name}, without {name}": reason for name, reason in passed.absent.items()}
