@@ -106,7 +106,7 @@ def test_without_repeatable_numbers_of_the_shipped_launch_there_are_no_times(sma
             return {name: torch.rand_like(x) for name, x in super().run(*inputs).items()}
 
     monkeypatch.setitem(ENTRIES, "gelu_forward", Random(**vars(GELU)))
-    with pytest.raises(GateError, match="gelu_forward: y is off by"):
+    with pytest.raises(GateError, match="gelu_forward: x is off by"):
         comparison.gate(tune.compare_launches("gelu_forward", 80, [SHIPPED, SMALLER]))
 
 
@@ -145,7 +145,7 @@ def test_without_a_gpu_it_prints_what_each_launch_occupies(compiler, monkeypatch
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["gate"] == "compiled only: times need a GPU" and line["measures"] == []
     assert [row["candidate"] for row in line["table"]] == 2 * list(map(label, GELU.launches(80)))
-    assert line["table"][-1]["over budget"] == "64 bytes of stack"
+    assert line["table"][-1]["violations"] == "64 bytes of stack"
 
 
 def test_an_unknown_entry_ends_with_the_ones_there_are(capsys):

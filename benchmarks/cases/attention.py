@@ -206,14 +206,12 @@ HEADS = "B S H D -> B H S D"  # those of a token side by side
 DOCUMENTS = dict(until="B S:int32=S", ranges="B S 6:int32=S")  # what is only compiled needs no right tables
 FORWARD = Call(
     "attention_forward_triton.forward",
-    reads=dict.fromkeys("qkv", HEADS),
-    writes=dict(o=HEADS, lse="B H S:float32"),
+    dict.fromkeys("qkvo", HEADS) | dict(lse="B H S:float32"),
     also=DOCUMENTS,
 )
 BACKWARD = Call(  # while one of its kernels has another launch, the others run as shipped
     "attention_backward_triton.backward",
-    reads=dict.fromkeys(("do", "q", "k", "v", "o"), HEADS) | dict(lse="B H S:float32"),
-    writes=dict.fromkeys(("dq", "dk", "dv"), HEADS),
+    dict.fromkeys(("do", "q", "k", "v", "o", "dq", "dk", "dv"), HEADS) | dict(lse="B H S:float32"),
     also=DOCUMENTS | dict(ends="B S 2:int32=S"),
 )
 # Candidates: block_m queries, block_n keys, warps, stages. With 16 rows a warp, shared memory binds; with 32, registers

@@ -65,8 +65,7 @@ def decode_attention_work(B: int, H: int, S: int, D: int) -> Work:
 KEYS = spec.on_both((32, 3, 4), (16, 3, 4), (32, 2, 4), (32, 4, 4), (64, 3, 4), (64, 3, 8))
 ATTEND = Call(
     "decode_attention_triton.attend",
-    reads=dict(q="1 H 1 D", k="1 H S D", v="1 H S D", lengths="1:int32=S", until=None),
-    writes=dict(o="1 H 1 D"),
+    dict(q="1 H 1 D", k="1 H S D", v="1 H S D", o="1 H 1 D", lengths="1:int32=S", until=None),
     also=dict(until="1 S:int32=S"),
 )
 spec.ENTRIES["decode_attention"] = Entry(
@@ -127,13 +126,11 @@ def gemv_entry(form: str, M: int) -> Entry:
     """Into a layer and out of it, by one entry. Candidates: columns, rows, warps, stages."""
     into = Call(
         "gemv_triton.each",
-        reads=dict(x=f"{M} C", **weights(form, "C C", "C C", "C C", "F C"), gelu_last=True),
-        writes=dict(ys=[f"{M} C"] * 3 + [f"{M} F"]),
+        dict(x=f"{M} C", **weights(form, "C C", "C C", "C C", "F C"), gelu_last=True, ys=[f"{M} C"] * 3 + [f"{M} F"]),
     )
     out = Call(
         "gemv_triton.summed",
-        reads=dict(skip=f"{M} C", xs=[f"{M} C", f"{M} F"], **weights(form, "C C", "C F")),
-        writes=dict(y=f"{M} C"),
+        dict(skip=f"{M} C", xs=[f"{M} C", f"{M} F"], **weights(form, "C C", "C F"), y=f"{M} C"),
     )
     key, candidates = (form, ONE_ROW) if M == 1 else (f"{form} rows", ROWS)
     return Entry("gemv_triton", key, "gemv each", spec.on_both(*candidates), (into, out), in_graph=True)

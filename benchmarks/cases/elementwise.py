@@ -61,14 +61,12 @@ def compare_layer_norm(device: torch.device, dtype: torch.dtype, N: int, C: int,
 WARPS = spec.on_both((1,), (2,), (4,), (8,))
 NORM = Call(
     "layer_norm_triton.forward",
-    reads=dict(x="N C", weight="C", bias="C", eps=EPS),
-    writes=dict(y="N C", mean="N:float32", rstd="N:float32"),
+    dict(x="N C", weight="C", bias="C", eps=EPS, y="N C", mean="N:float32", rstd="N:float32"),
 )
 NORM_BACKWARD, NORM_SUMS = (
     Call(
         "layer_norm_triton.backward",
-        reads=dict(grad="N C", x="N C", weight="C", mean="N:float32", rstd="N:float32", skip="N C", sums=sums),
-        writes=dict(dx="N C"),
+        dict(grad="N C", x="N C", weight="C", mean="N:float32", rstd="N:float32", skip="N C", dx="N C", sums=sums),
     )
     for sums in (False, True)
 )
@@ -97,8 +95,8 @@ def compare_gelu(device: torch.device, dtype: torch.dtype, N: int, F: int) -> Co
 
 # Candidates: rows, columns, warps.
 TILES = spec.on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8))
-GELU = Call("gelu_triton.forward", reads=dict(x="N F"), writes=dict(y="N F"))
-GELU_BACKWARD = Call("gelu_triton.backward", reads=dict(grad="N F", x="N F"), writes=dict(dx="N F"))
+GELU = Call("gelu_triton.forward", dict(x="N F", y="N F"))
+GELU_BACKWARD = Call("gelu_triton.backward", dict(grad="N F", x="N F", dx="N F"))
 spec.ENTRIES |= {
     "gelu_forward": Entry("gelu_triton", "forward", "gelu forward", TILES, (GELU,)),
     "gelu_backward": Entry("gelu_triton", "backward", "gelu backward", TILES, (GELU_BACKWARD,)),
@@ -133,9 +131,9 @@ def compare_rotary(device: torch.device, dtype: torch.dtype, B: int, T: int, H: 
 MANY_HEADS = spec.on_both((32, 1), (16, 1), (64, 1), (32, 2), (64, 2))
 FEW_HEADS = spec.on_both((16, 1), (8, 1), (32, 1), (16, 2), (32, 2))
 ANGLES = dict(cos="S 16:float32", sin="S 16:float32")
-APPLY = Call("rotary_triton.apply_rotary", reads=dict(x="N 2H D", **ANGLES, inverse=False), over=("x",))
+APPLY = Call("rotary_triton.apply_rotary", dict(x="N 2H D", **ANGLES, inverse=False))
 TOKEN = dict(q="1 H D", k="1 H D", v="1 H D", slots="1:int32%S", keys="1 H S D", values="1 H S D")
-STORE = Call("rotary_triton.apply_rotary_and_store", reads=TOKEN | ANGLES, over=("q", "keys", "values"))
+STORE = Call("rotary_triton.apply_rotary_and_store", TOKEN | ANGLES)
 spec.ENTRIES |= {
     "apply_rotary": Entry("rotary_triton", "apply_rotary", "rotary apply_rotary", MANY_HEADS, (APPLY,)),
     "apply_rotary_and_store": Entry(

@@ -106,18 +106,13 @@ def _linear_cross_entropy() -> Callable[..., Tensor]:
 
 
 # The kernels read logits (n, V) and write their gradient over them. Candidates: columns at a time, warps.
-ROWS = dict(logits="CHUNK V:float32", bias="V", targets="CHUNK:int64%V")
-NEW_ROWS = dict(logp="CHUNK:float32", lse="CHUNK:float32")
+ROWS = dict(logits="CHUNK V:float32", bias="V", targets="CHUNK:int64%V", lse="CHUNK:float32", grad_dtype=torch.bfloat16)
 STATS = Call(
     "linear_logprob_triton.stats",
-    reads=ROWS | dict(entropies=None, grad_dtype=torch.bfloat16),
-    writes=NEW_ROWS,
+    ROWS | dict(logp="CHUNK:float32", entropies=None),
     also=dict(entropies="CHUNK:float32"),
 )
-GRADIENT = Call(
-    "linear_logprob_triton.gradient",
-    reads=ROWS | dict(lse="CHUNK:float32", scale="CHUNK:float32", grad_dtype=torch.bfloat16),
-)
+GRADIENT = Call("linear_logprob_triton.gradient", ROWS | dict(scale="CHUNK:float32"))
 STATS_ROWS = spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))
 GRADIENT_ROWS = spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))
 FILE = "linear_logprob_triton"

@@ -82,32 +82,26 @@ class Call:
 
     Attributes:
         launcher: "file.function" in `phi2_kernels`.
-        reads: its arguments by name, what it writes over among them. The first is the launcher's first.
-        writes: the others, which are new memory.
-        over: names of what it writes over.
-        also: arguments in the place of some of `reads`, with which it is compiled too.
+        arguments: by name, what it writes among them. The first is the launcher's first.
+        also: what stands in the place of some of them when it is compiled once more.
     """
 
     launcher: str
-    reads: Texts
-    writes: Texts = field(default_factory=dict)
-    over: tuple[str, ...] = ()
+    arguments: Texts
     also: Texts = field(default_factory=dict)
 
     def inputs(self, shapes: Shapes, device: torch.device, seed: int, **changes: Any) -> dict[str, Any]:
         one = partial(make, shapes=shapes, normal=comparison.random(seed, device), device=device)
-        return tree_map(lambda x: one(x) if isinstance(x, str) else x, self.reads | self.writes | changes)
+        return tree_map(lambda x: one(x) if isinstance(x, str) else x, self.arguments | changes)
 
     def run(self, inputs: dict[str, Any]) -> Outputs:
-        """What it wrote and returned, by name."""
-        written = {name: tree_map(torch.empty_like, inputs[name]) for name in self.writes}
-        first, *_ = arguments = inputs | written
+        """All tensors that it was given, which it may have written over, and those that it returned, by name."""
+        first, *others = inputs
         module, _, function = self.launcher.partition(".")
         launch = getattr(import_module(f"phi2_kernels.{module}"), function)
-        returned = launch(arguments.pop(first), **arguments)
-        outputs = written | {name: inputs[name] for name in self.over} | {"returned": returned}
-        leaves = {name: tree_leaves(x) for name, x in outputs.items() if x is not None}
-        return {name if len(xs) == 1 else f"{name}[{i}]": x for name, xs in leaves.items() for i, x in enumerate(xs)}
+        outputs = inputs | {"returned": launch(inputs[first], **{name: inputs[name] for name in others})}
+        tensors = {name: [x for x in tree_leaves(given) if isinstance(x, Tensor)] for name, given in outputs.items()}
+        return {f"{name}[{i}]" if i else name: x for name, xs in tensors.items() for i, x in enumerate(xs)}
 
     def compile(self, shapes: Shapes, **changes: Any) -> None:
         """For `aot.compile_only`."""
