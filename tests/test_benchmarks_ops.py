@@ -63,7 +63,7 @@ def test_attention_counts_pairs_that_see_each_other():
     assert attention.attention_work(2, 3, 2, 4, backward=False) == Work(2 * 2 * 2 * 3 * 4, 4 * 2 * 2 * 4 * 2)
     assert attention.attention_work(2, 3, 2, 4, backward=True) == Work(336, 384)
     whole = attention.compare_attention(DEVICE, BFLOAT16, 8, 32, 2048, 80, False)
-    assert whole.work.flops == 171_882_577_920 and whole.per_second == (0.17188257792, "TFLOP/s")
+    assert whole.work.flops == 171_882_577_920
 
 
 def test_the_head_counts_one_matmul_for_the_logits_and_one_for_each_gradient():
@@ -247,9 +247,10 @@ def test_a_report_weighs_ours_against_each_peer_and_the_fastest_of_a_kind(clock)
     clock |= {OURS: 2.0, "slow": 8.0, "SDPA a": 4.0, "SDPA b": 3.0}
     one = COMPARISONS["gelu"](FLOAT32)
     peers = {name: lambda: one.plain for name in ("slow", "SDPA a", "SDPA b")}
+    peers["gone"] = lambda: exec("import no_such_package")
     work = Work(4 * 10**11, 10**9)  # 2 ms on this clock's device
-    speed = dict(work=work, per_second=(0.4, "TFLOP/s"), targets={"SDPA *": 1.6, "slow": 3.0}, peak_limit=0.4)
-    report = gpu.report([replace(one, peers=peers, **speed)], 5, {"tokens": 9})
+    limits = dict(targets={"SDPA *": 1.6, "slow": 3.0}, peak_limit=0.4)
+    report = gpu.report([replace(one, peers=peers, work=work, **limits)], 5, {"tokens": 9})
     found = {measure.name: (measure.ratio, measure.target, measure.is_met) for measure in report.measures}
     assert found == {
         "gelu: slow": (pytest.approx(4.0), 3.0, True),
@@ -261,22 +262,8 @@ def test_a_report_weighs_ours_against_each_peer_and_the_fastest_of_a_kind(clock)
     ours, slow = report.table[0], report.table[1]
     assert (ours["side"], ours["ms"], ours["TFLOP/s"], ours["GB/s"], ours["share"]) == (OURS, 2.0, 200.0, 500, 1.0)
     assert (slow["side"], slow["share"]) == ("slow", 0.25)
+    assert report.facts["gelu, without gone"] == "ModuleNotFoundError: No module named 'no_such_package'"
     assert report.facts["tokens"] == 9 and "measured 200 TFLOP/s and 1000 GB/s" in report.facts["limits"]
-
-
-def test_a_report_of_time_is_better_when_lower(clock):
-    clock |= {"its 2 matmuls": 0.8}
-    report = gpu.report([COMPARISONS["head frozen"](FLOAT32)], 5, {})
-    by_name, peak = {measure.name: measure for measure in report.measures}, report.measures[-1]
-    matmuls = by_name["head frozen: its 2 matmuls"]
-    assert (matmuls.unit, matmuls.ratio, matmuls.is_met) == ("ms", pytest.approx(1.25), False)
-    assert (peak.ratio, peak.is_met) == (pytest.approx(0.5 / 0.6), True)
-    assert "head frozen, without Liger" in report.facts or "Liger" in {row["side"] for row in report.table}
-
-
-def test_a_task_that_is_a_fact_has_lines_but_no_measure(clock):
-    report = gpu.report([replace(COMPARISONS["gelu"](FLOAT32), is_fact=True)], 3, {})
-    assert report.measures == [] and [row["side"] for row in report.table] == [OURS, "eager", "torch.compile"]
 
 
 def test_a_red_gate_of_one_task_leaves_no_number_of_any(clock):
@@ -307,7 +294,7 @@ def test_each_case_sets_the_targets_of_the_project(name, clock, monkeypatch):
         "attention_forward": {("SDPA *", 1.2)},
         "attention_forward_backward": {("SDPA *", 1.2)},
         "prefix_sharing": {("without sharing", 1.4)},
-        "head": {("its 2 matmuls", 1.1), ("its 4 matmuls", 1.1)},
+        "head": {("its 2 matmuls", 1 / 1.1), ("its 4 matmuls", 1 / 1.1)},
         "block": {("transformers", 1.25), ("transformers, torch.compile", 1.1)},
         "elementwise": set(),
         "decode_ops": set(),

@@ -6,6 +6,7 @@ Dims: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -37,13 +38,12 @@ SCORES = 2**28  # that the reference holds at a time
 
 
 def compare_shapes(device: torch.device, backward: bool) -> list[Comparison]:
+    """The first has targets, and FlexAttention as a peer, which takes long to compile."""
     at = partial(compare_attention, device, H=32, D=80, backward=backward)
-    return [
-        at(torch.bfloat16, B=8, S=2048),
-        at(torch.float16, B=8, S=2048, is_fact=True),
-        at(torch.bfloat16, B=32, S=512, is_fact=True),
-        at(torch.bfloat16, B=2, S=8192, is_fact=True),
-    ]
+    first = at(torch.bfloat16, B=8, S=2048)
+    others = at(torch.float16, B=8, S=2048), at(torch.bfloat16, B=32, S=512), at(torch.bfloat16, B=2, S=8192)
+    peers = [{name: peer for name, peer in each.peers.items() if name != "FlexAttention"} for each in others]
+    return [first, *(replace(each, targets={}, peers=own) for each, own in zip(others, peers, strict=True))]
 
 
 gpu_case("attention_forward", turns=50, summary="causal attention of 8 x 32 heads of 80 dims over 2048 tokens")(
@@ -63,9 +63,8 @@ def compare_attention(
     D: int,
     backward: bool,
     until: Tensor | None = None,
-    is_fact: bool = False,
 ) -> Comparison:
-    """One shape; a fact goes without FlexAttention, which takes long to compile.
+    """One shape.
 
     Args:
         until: see `phi2_kernels.visibility`; the peers take the causal mask alone.
@@ -73,9 +72,8 @@ def compare_attention(
     visibility = Visibility(S, S, until, device)
     backends = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-efficient": "EFFICIENT_ATTENTION"}
     peers = {f"SDPA {name}": partial(_sdpa, backend) for name, backend in backends.items()}
-    peers |= {} if is_fact else {"FlexAttention": partial(_flex, S, device)}
+    peers["FlexAttention"] = partial(_flex, S, device)
     peers["ours padded to 128"] = lambda: Implementation(_padded, prepare=_widened)
-    work = attention_work(B * H, scores_of(S, until), S, D, backward)
     return Comparison(
         name=f"{'forward+backward' if backward else 'forward'} {str(dtype)[6:]} B{B} S{S}",
         inputs=attention_inputs(device, dtype, B, H, S, D, backward),
@@ -83,11 +81,9 @@ def compare_attention(
         ours=of_function(partial(attention, visibility=visibility, impl="triton"), "q k v"),
         plain=of_function(partial(attention, visibility=visibility, impl="torch"), "q k v"),
         peers=peers,
-        work=work,
+        work=attention_work(B * H, scores_of(S, until), S, D, backward),
         rounding=ROUNDING[dtype],
-        targets={} if is_fact else _targets(device),
-        per_second=(work.flops / 1e12, "TFLOP/s"),
-        is_fact=is_fact,
+        targets=_targets(device),
     )
 
 

@@ -50,7 +50,6 @@ def compare_block(
     """
     device, T, C = positions.device, positions.shape[1], config.hidden_size
     layer = partial(new_layer, device, dtype, config, rank)
-    work = block_work(config, B * T, B * scores_of(T, until), rank)
 
     def peer(compile_: bool, autocast: bool = False) -> Implementation:
         theirs = _transformers_layer(layer(), config, rank)
@@ -73,10 +72,9 @@ def compare_block(
             **(as_trl if rank else {}),
             "ours unfused": lambda: our_layer(layer(), config, positions, until, fused=False),
         },
-        work=work,
+        work=block_work(config, B * T, B * scores_of(T, until), rank),
         rounding=ROUNDING[dtype],
         targets=dict(zip(TRANSFORMERS, (1.25, 1.1), strict=True)),
-        per_second=(work.flops / 1e12, "TFLOP/s"),
     )
 
 

@@ -65,7 +65,6 @@ def compare_dpo_step(
         work=Work(6 * tokens * multiplied, 0),  # two passes forward, and the gradients of what they multiply
         targets={"transformers, peft": 1.25},
         rounding=5 * ROUNDING[dtype],  # of many layers
-        per_second=(tokens, "tokens"),
     )
 
 

@@ -74,7 +74,6 @@ class Layout:
     """
 
     def __init__(self, pairs: list[Pair], device: torch.device) -> None:
-        self.pairs = len(pairs)
         parts = [np.arange(a, b) for a, b in pairwise(np.cumsum([0, *chain(*pairs)]))]
         encoded = [EncodedPair(*parts[i : i + 3], origin=None, columns={}) for i in range(0, len(parts), 3)]
         sequences = [np.concatenate((p.prompt, answer)) for p in encoded for answer in (p.chosen, p.rejected)]
@@ -93,7 +92,7 @@ class Layout:
             finish=lambda outputs: unshared.finish(self.folded(dim, outputs)),
         )
         name = "without sharing"
-        return replace(shared, peers={name: lambda: peer}, targets={name: 1.4}, per_second=(self.pairs, "pairs/s"))
+        return replace(shared, peers={name: lambda: peer}, targets={name: 1.4})
 
     def spread_out(self, dim: int, *inputs: Tensor) -> Inputs:
         """Inputs of the unshared row. The last one is the gradient of the output: only a token's first copy gets it."""

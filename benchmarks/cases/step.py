@@ -70,7 +70,6 @@ def compare_step(
         peers=peers,
         work=step_work(config, context, *BITS[format]),
         rounding=2 * ROUNDING[dtype],  # of some two hundred matmuls, one behind the other
-        per_second=(1, "tok/s"),
     )
 
 

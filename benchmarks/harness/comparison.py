@@ -61,11 +61,9 @@ class Comparison:
         peers: functions that make an implementation; they may raise `PEER_ERRORS`.
         rounding: how far any output may be from the reference's, ||out - ref|| / ||ref||.
         peers_are_ours: they are other launches of our kernels, and as right as ours, or left out.
-        targets: of the ratio to a peer; a name that ends in * means the fastest peer whose name begins so.
-        per_second: how many of what one call does, for a measure of speed; without it the measure is of time.
+        targets: how many times as fast as a peer; a name that ends in * means the fastest peer whose name begins so.
         peak_limit: GB that ours may allocate beside its inputs.
         in_graph: the calls are so short that they are timed as one CUDA graph, which goes around several inputs.
-        is_fact: stands in the table only.
     """
 
     name: str
@@ -77,10 +75,8 @@ class Comparison:
     rounding: float
     work: Work | None = None
     targets: dict[str, float] = field(default_factory=dict)
-    per_second: tuple[float, str] | None = None
     peak_limit: float | None = None
     in_graph: bool = False
-    is_fact: bool = False
     peers_are_ours: bool = False
 
 
@@ -128,9 +124,8 @@ def compare_functions(
     Args:
         peers: the first is torch's own, which is always there.
         names: see `of_function`.
-        settings: other attributes of the comparison. Its speed is that of memory, if they do not say otherwise.
+        settings: other attributes of the comparison.
     """
-    settings = {"per_second": (work.bytes / 1e9, "GB/s")} | settings
     return Comparison(
         name=name,
         inputs=inputs,

@@ -134,7 +134,7 @@ def report(comparisons: list[Comparison], turns: int, facts: Cells | None = None
         peaks = {name: peak_memory(one, each.inputs(0)) for name, one in passed.implementations.items()}
         times = bench(each, passed.implementations, turns)
         torch.cuda.empty_cache()
-        measures += [] if each.is_fact else [*_speeds(each, times), *_peaks(each, peaks)]
+        measures += [*_speeds(each, times), *_peaks(each, peaks)]
         rows = [_row(each, name, times[name], peaks[name], passed.errors[name], rates) for name in times]
         stream.task_measured(rows, passed.absent)
         table += rows
@@ -153,10 +153,9 @@ def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measu
         if matching:
             fastest = min(matching, key=lambda name: Spread.of(times[name]).median)
             peers[f"best {pattern}"] = fastest, targets[pattern]
-    amount, unit = comparison.per_second or (None, "ms")
-    spreads = {name: Spread.of([amount * 1e3 / x for x in xs] if amount else xs) for name, xs in times.items()}
+    speeds = {name: Spread.of([1e3 / x for x in xs]) for name, xs in times.items()}
     return [
-        Measure(f"{comparison.name}: {label}", unit, spreads[OURS], spreads[peer], target, amount is not None)
+        Measure(f"{comparison.name}: {label}", "calls/s", speeds[OURS], speeds[peer], target, more_is_better=True)
         for label, (peer, target) in peers.items()
     ]
 
@@ -184,8 +183,6 @@ def _row(comparison: Comparison, name: str, times: list[float], peak: float, err
         row |= {
             "TFLOP/s": round(work.flops / median / 1e9, 1),
             "GB/s": round(work.bytes / median / 1e6),
-            "GFLOP": round(work.flops / 1e9, 3),
-            "MB": round(work.bytes / 1e6, 3),
             "roofline ms": round(rates.floor(work), 4),
             "share": round(rates.floor(work) / median, 3),
         }
