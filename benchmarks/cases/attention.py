@@ -15,19 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import spec
-from benchmarks.harness.comparison import (
-    ROUNDING,
-    Comparison,
-    Implementation,
-    Inputs,
-    Outputs,
-    Work,
-    compiled,
-    drawn,
-    in_float32,
-    of_function,
-)
+from benchmarks.harness import comparison, spec
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work, of_function
 from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import PHI2, Call, Entry, Shapes
 from phi2_kernels.attention import attention, attention_ref
@@ -64,11 +53,16 @@ def compare_attention(
     backward: bool,
     until: Tensor | None = None,
 ) -> Comparison:
-    """One shape.
+    """q, k, v and, with gradients, that of the output: (B, H, S, D), the heads of a token side by side.
 
     Args:
         until: see `phi2_kernels.visibility`; the peers take the causal mask alone.
     """
+
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        q, k, v, grad = (normal(B, S, H, D).transpose(1, 2) for _ in range(4))
+        return *(x.requires_grad_(backward) for x in (q, k, v)), *([grad] if backward else [])
+
     visibility = Visibility(S, S, until, device)
     backends = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-efficient": "EFFICIENT_ATTENTION"}
     peers = {f"SDPA {name}": partial(_sdpa, backend) for name, backend in backends.items()}
@@ -76,7 +70,7 @@ def compare_attention(
     peers["ours padded to 128"] = lambda: Implementation(_padded, prepare=_widened)
     return Comparison(
         name=f"{'forward+backward' if backward else 'forward'} {str(dtype)[6:]} B{B} S{S}",
-        inputs=attention_inputs(device, dtype, B, H, S, D, backward),
+        inputs=comparison.drawn(device, dtype, draw),
         reference=partial(reference, visibility),
         ours=of_function(partial(attention, visibility=visibility, impl="triton"), "q k v"),
         plain=of_function(partial(attention, visibility=visibility, impl="torch"), "q k v"),
@@ -108,18 +102,6 @@ def attention_work(heads: int, scores: int, S: int, D: int, backward: bool) -> W
     return Work(matmuls * 2 * heads * scores * D, tensors * heads * S * D * 2)
 
 
-def attention_inputs(
-    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool
-) -> Callable[[int], Inputs]:
-    """q, k, v and, with gradients, that of the output: (B, H, S, D), the heads of a token side by side."""
-
-    def draw(normal: Callable[..., Tensor]) -> Inputs:
-        q, k, v, grad = (normal(B, S, H, D).transpose(1, 2) for _ in range(4))
-        return *(x.requires_grad_(backward) for x in (q, k, v)), *([grad] if backward else [])
-
-    return drawn(device, dtype, draw)
-
-
 def reference(visibility: Visibility, *inputs: Tensor) -> Outputs:
     """By the formula in float32, some heads of one row of tokens at a time."""
     T = inputs[0].shape[2]
@@ -127,7 +109,7 @@ def reference(visibility: Visibility, *inputs: Tensor) -> Outputs:
     run = of_function(lambda q, k, v: attention_ref(q, k, v, visibility), "q k v").run
     rows = []
     for row in zip(*(x.split(1) for x in inputs), strict=True):
-        parts = [run(*in_float32(*part)) for part in zip(*(x.split(heads, dim=1) for x in row), strict=True)]
+        parts = [run(*comparison.in_float32(*part)) for part in zip(*(x.split(heads, dim=1) for x in row), strict=True)]
         rows.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
@@ -146,7 +128,7 @@ def _flex(S: int, device: torch.device) -> Implementation:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=device)
-    attend = compiled(flex_attention, device)
+    attend = comparison.compiled(flex_attention, device)
     return of_function(lambda q, k, v: attend(q, k, v, block_mask=mask), "q k v")
 
 

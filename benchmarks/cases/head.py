@@ -13,18 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import spec
-from benchmarks.harness.comparison import (
-    Comparison,
-    Implementation,
-    Inputs,
-    Outputs,
-    Work,
-    compare_functions,
-    drawn,
-    eager_and_compiled,
-    of_function,
-)
+from benchmarks.harness import comparison, spec
+from benchmarks.harness.comparison import Comparison, Implementation, Inputs, Outputs, Work, of_function
 from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import Call, Entry
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
@@ -51,13 +41,13 @@ def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: in
 
     own = 4 if trainable else 2
     kept = {"the 3 matmuls of kept logits": partial(matmuls, 3)} if trainable else {}
-    return compare_functions(
+    return comparison.compare_functions(
         f"head {'trainable' if trainable else 'frozen'}",
-        drawn(device, dtype, draw),
+        comparison.drawn(device, dtype, draw),
         lambda *x: linear_logprob(*x, impl="triton")[0],
         lambda *x: linear_logprob_ref(*x)[0],
         {
-            **eager_and_compiled(eager, ARGUMENTS, device),
+            **comparison.eager_and_compiled(eager, ARGUMENTS, device),
             f"its {own} matmuls": partial(matmuls, own),
             **kept,
             "Liger": lambda: of_function(_liger(), ARGUMENTS),
