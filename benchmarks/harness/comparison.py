@@ -151,7 +151,7 @@ def eager_and_compiled(
 
 def random(seed: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Tensor]:
     """normal(*shape, dtype=dtype, scale=1.0, grad=False): random tensors, the same ones for the same seed."""
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0, grad: bool = False) -> Tensor:
         x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * scale

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
+import numpy as np
 
 from benchmarks.registry import GateError, Measure, Spread
 
 THREADS = 2  # of torch, in either process
 WARM_UP = 2  # turns that are compared but not timed
 MIB = 2**20
-QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+SETTINGS = {"OMP_NUM_THREADS": str(THREADS), "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 Worker = Callable[["Timer", Any], None]
 
@@ -117,7 +117,6 @@ class _Process:
 def _work(worker: Worker, job: Any, line: Connection) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  trainers print; the report is the parent's
-    torch.set_num_threads(THREADS)
     worker(Timer(line), job)
 
 
@@ -172,7 +171,7 @@ def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mappi
         GateError: as soon as they differ by more.
         ChildProcessError: when one fails.
     """
-    with mock.patch.dict(os.environ, QUIET):
+    with mock.patch.dict(os.environ, SETTINGS):
         processes = [_Process(worker, job) for worker in (ours, theirs)]
     result = Result([], [], dict.fromkeys(tolerance, 0.0))
     try:
@@ -182,8 +181,8 @@ def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mappi
             for process, taken in zip(processes, result, strict=False):
                 taken.append(process.turn())
             for name, allowed in tolerance.items():
-                mine, reference = (torch.as_tensor(taken[-1].outcome[name]).double() for taken in result[:2])
-                apart = ((mine - reference).abs().max() / reference.abs().max().clamp(min=1e-12)).item()
+                mine, reference = (np.asarray(taken[-1].outcome[name], dtype=float) for taken in result[:2])
+                apart = float(np.abs(mine - reference).max() / max(np.abs(reference).max(), 1e-12))
                 result.largest_difference[name] = max(result.largest_difference[name], apart)
                 if not apart <= allowed:
                     raise GateError(f"turn {number}: {name} differs by {apart:.1e} of its size, allowed {allowed:.0e}")

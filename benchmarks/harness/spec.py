@@ -50,8 +50,8 @@ class Shapes(NamedTuple):
 PHI2 = Shapes()
 
 
-def make(text: str, shapes: Shapes, normal: Callable[..., Tensor], device: torch.device) -> Tensor:
-    """The tensor that a text describes.
+def make(text: str, shapes: Shapes, device: torch.device, normal: Callable[..., Tensor] | None) -> Tensor:
+    """The tensor that a text describes; on FAKE it has no numbers.
 
     "N 2H C/32"              small normal numbers in half precision
     "N:float32"              in another dtype
@@ -61,12 +61,16 @@ def make(text: str, shapes: Shapes, normal: Callable[..., Tensor], device: torch
     text, _, kind = text.partition(":")
     order, _, view = text.partition("->")
     size = [_size(term, shapes) for term in order.split()]
-    dtype, rule, number = re.fullmatch(r"(\w*)([%=]?)(\w*)", kind).groups()
-    if rule:
-        filled = torch.arange(prod(size), device=device) % _size(number, shapes)
-        filled = filled if rule == "%" else torch.full_like(filled, _size(number, shapes))
-        return filled.view(size).to(getattr(torch, dtype))
-    x = normal(*size, dtype=getattr(torch, dtype) if dtype else shapes.half, scale=0.1)
+    name, rule, number = re.fullmatch(r"(\w*)([%=]?)(\w*)", kind).groups()
+    dtype = getattr(torch, name) if name else shapes.half
+    if device == FAKE:
+        x = torch.empty(size, dtype=dtype, device=device)
+    elif rule == "=":
+        x = torch.full(size, _size(number, shapes), dtype=dtype, device=device)
+    elif rule == "%":
+        x = (torch.arange(prod(size), device=device) % _size(number, shapes)).view(size).to(dtype)
+    else:
+        x = normal(*size, dtype=dtype, scale=0.1)
     return x.permute([order.split().index(dim) for dim in view.split()]) if view else x
 
 
@@ -91,7 +95,8 @@ class Call:
     also: Texts = field(default_factory=dict)
 
     def inputs(self, shapes: Shapes, device: torch.device, seed: int, **changes: Any) -> dict[str, Any]:
-        one = partial(make, shapes=shapes, normal=comparison.random(seed, device), device=device)
+        normal = None if device == FAKE else comparison.random(seed, device)
+        one = partial(make, shapes=shapes, device=device, normal=normal)
         return tree_map(lambda x: one(x) if isinstance(x, str) else x, self.arguments | changes)
 
     def run(self, inputs: dict[str, Any]) -> Outputs:
