@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,11 @@ class Measure:
     theirs: Spread
     target: float | None = None
     more_is_better: bool = False
+
+    @classmethod
+    def of(cls, name: str, unit: str, ours: Sequence[float], theirs: Sequence[float], **target: Any) -> Measure:
+        """Of all that was measured on both sides."""
+        return cls(name, unit, Spread.of(ours), Spread.of(theirs), **target)
 
     @property
     def ratio(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from benchmarks.harness import aot
 from benchmarks.harness.aot import Row
 from benchmarks.harness.spec import ALSO_SHIPPED, FORMS, OTHER_WIDTHS, PADDED, SHIPPED
-from benchmarks.registry import GateError, Measure, Report, Spread, case, versions
+from benchmarks.registry import GateError, Measure, Report, case, versions
 
 
 @case("aot_report", turns=1, summary="what the shipped kernels occupy and issue, compiled for sm_80 and sm_90")
@@ -31,8 +31,9 @@ def _against(shipped: list[Row], padded: Row) -> list[Measure]:
     """A padded launch beside the shipped one that it is a form of."""
     ours = next(x for x in shipped if (x.kernel, x.launch, x.arch) == (padded.kernel, padded.launch, padded.arch))
     which = f"sm_{ours.arch} {ours.kernel.removeprefix('attention ')}"
-    tiles, shared = zip(*((max(row.multiply_adds) / 2**20, row.shared / 1024) for row in (ours, padded)), strict=True)
     return [
-        Measure(f"{which}: multiply-adds a tile", "Mi", *(Spread.of([x]) for x in tiles)),
-        Measure(f"{which}: shared memory", "KiB", *(Spread.of([x]) for x in shared)),
+        Measure.of(
+            f"{which}: multiply-adds a tile", "Mi", *([max(row.multiply_adds) / 2**20] for row in (ours, padded))
+        ),
+        Measure.of(f"{which}: shared memory", "KiB", *([row.shared / 1024] for row in (ours, padded))),
     ]

@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 
 from benchmarks.cases.engine import mixed_prompts, nano
-from benchmarks.harness.processes import THREADS, Result, Timer, compare
+from benchmarks.harness.processes import Result, Timer, compare
 from benchmarks.registry import Measure, Report, case, versions
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine
@@ -37,7 +37,6 @@ def endpoint_vs_engine(turns: int) -> Report:
         peer={"Engine": "alone"} | versions("openai", "uvicorn"),
         gate=f"{CLIENTS} equal replies a turn",
         measures=[*result.speeds(), *(_latency(result, percentile) for percentile in (50, 99)), *result.memory()],
-        facts={"model": "nano", "dtype": "float32", "threads": THREADS, "clients": CLIENTS, "tokens": NEW_TOKENS},
     )
 
 

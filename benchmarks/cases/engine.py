@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.harness.models import silence, twin
-from benchmarks.harness.processes import THREADS, Timer, Worker, compare
+from benchmarks.harness.processes import Timer, Worker, compare
 from benchmarks.registry import Report, case, versions
 from phi2.checkpoints.weights import load
 from phi2.inference.generate import generate_batch
@@ -29,7 +29,6 @@ def compare_engines(turns: int, worker: Worker, peer: dict[str, str]) -> Report:
         peer=peer,
         gate=f"{PROMPTS * NEW_TOKENS} equal tokens",
         measures=[*result.speeds(), *result.memory()],
-        facts={"model": "nano", "dtype": "float32", "threads": THREADS, "tokens": NEW_TOKENS},
     )
 
 

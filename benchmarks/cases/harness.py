@@ -22,6 +22,8 @@ from phi2.hub import resolve
 
 CHOICES, WRITTEN = ("mmlu", "truthfulqa_mc2", "winogrande"), ("ifeval", "gsm8k")
 NEW_TOKENS = 64
+SIZES = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
+RANDOM = Phi2Config(**SIZES, partial_rotary_factor=0.5, initializer_range=0.1)
 TOLERANCE = {"log_likelihoods": 2e-6, "texts": 0.0}  # of the largest, hundreds of nats: 1e-4 or so
 
 
@@ -35,44 +37,35 @@ class Job(NamedTuple):
     batch_size: int  # of theirs; padding makes 1 the fastest where nothing is generated
 
 
-def _compare(job: Job, turns: int, target: float) -> Report:
-    result = compare(ours, theirs, job, turns, TOLERANCE)
+def compare_answers(
+    turns: int, tasks: tuple[str, ...], samples: int, shots: int | None, batch_size: int, target: float
+) -> Report:
+    """Of nano, or, with the shots of the card, of the random model."""
+    with TemporaryDirectory() as name:
+        folder = resolve("nano") if shots else Path(name)
+        if not shots:
+            save_random(RANDOM, folder)
+        job = Job(folder, tasks, samples, shots, batch_size)
+        result = compare(ours, theirs, job, turns, TOLERANCE)
     return Report(
         peer=versions("transformers", "lm-eval"),
         gate=f"log-likelihoods apart by at most {result.largest_difference['log_likelihoods']:.0e} of the largest,"
         " texts equal",
         measures=result.speeds(target=target),
-        facts={
-            "tasks": ", ".join(job.tasks),
-            "samples": job.samples,
-            "shots": job.shots or "of the card",
-            "their batch": job.batch_size,
-        },
     )
 
 
-def on_nano(turns: int, tasks: tuple[str, ...], samples: int, batch_size: int, target: float) -> Report:
-    return _compare(Job(resolve("nano"), tasks, samples, 1, batch_size), turns, target)
-
-
-def on_30m(turns: int, tasks: tuple[str, ...], samples: int, batch_size: int, target: float) -> Report:
-    shape = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
-    with TemporaryDirectory() as folder:
-        save_random(Phi2Config(**shape, partial_rotary_factor=0.5, initializer_range=0.1), Path(folder))
-        return _compare(Job(Path(folder), tasks, samples, None, batch_size), turns, target)
-
-
 case("harness_choice_vs_hf", 5, "log-likelihoods of multiple choice in lm-evaluation-harness, nano")(
-    partial(on_nano, tasks=CHOICES, samples=10, batch_size=1, target=3.0)
+    partial(compare_answers, tasks=CHOICES, samples=10, shots=1, batch_size=1, target=3.0)
 )
 case("harness_written_vs_hf", 5, "written answers in lm-evaluation-harness, nano")(
-    partial(on_nano, tasks=WRITTEN, samples=8, batch_size=8, target=1.5)
+    partial(compare_answers, tasks=WRITTEN, samples=8, shots=1, batch_size=8, target=1.5)
 )
 case("harness_choice_30m_vs_hf", 3, "the same multiple choice, a random 30 M with the real tokenizer")(
-    partial(on_30m, tasks=CHOICES, samples=3, batch_size=1, target=3.0)
+    partial(compare_answers, tasks=CHOICES, samples=3, shots=None, batch_size=1, target=3.0)
 )
 case("harness_written_30m_vs_hf", 3, "the same written answers, a random 30 M with the real tokenizer")(
-    partial(on_30m, tasks=WRITTEN, samples=4, batch_size=4, target=1.5)
+    partial(compare_answers, tasks=WRITTEN, samples=4, shots=None, batch_size=4, target=1.5)
 )
 
 

@@ -1,7 +1,7 @@
 """Generating on a CPU, ours against transformers.
 
-At 105 M both are called as their users call them, `phi2.generate` and `model.generate`, on one row: same model, same
-prompt, same tokens out. Prefill is a long prompt and one new token, decoding a short prompt and many.
+At 105 M, in float32, both are called as their users call them, `phi2.generate` and `model.generate`, on one row: same
+model, same prompt, same tokens out. Prefill is a long prompt and one new token, decoding a short prompt and many.
 
 At full size our int8 and int4 weights are compared with bfloat16: both read the same tokens one at a time behind the
 same prompt; weights are random and the same, ours rounded.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.models import MEDIUM, random_model, save_random, twin
-from benchmarks.harness.processes import THREADS, Timer, compare
+from benchmarks.harness.processes import Timer, compare
 from benchmarks.registry import Report, case, versions
 from phi2.cache import KVCache, PackedPass
 from phi2.checkpoints.weights import load
@@ -49,7 +49,6 @@ def compare_generating(turns: int, prompt_tokens: int, new_tokens: int) -> Repor
         peer=versions("transformers"),
         gate=f"{new_tokens} equal tokens, log-probabilities by at most {result.largest_difference['logprobs']:.1e}",
         measures=[*result.speeds(), *result.memory()],
-        facts={"parameters": "105 M", "dtype": "float32", "threads": THREADS, "batch": 1},
     )
 
 
@@ -99,7 +98,6 @@ def compare_quantized(turns: int, format: str) -> Report:
         peer=versions("transformers"),
         gate=f"logits of {NEW} tokens apart by at most {result.largest_difference['logits']:.1e} of the largest",
         measures=result.speeds(),
-        facts={"weights": f"{format}, theirs bfloat16", "threads": THREADS, "prompt": PROMPT, "tokens": NEW},
     )
 
 

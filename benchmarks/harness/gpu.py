@@ -153,9 +153,11 @@ def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measu
         if matching:
             fastest = min(matching, key=lambda name: Spread.of(times[name]).median)
             peers[f"best {pattern}"] = fastest, targets[pattern]
-    speeds = {name: Spread.of([1e3 / x for x in xs]) for name, xs in times.items()}
+    speeds = {name: [1e3 / x for x in xs] for name, xs in times.items()}
     return [
-        Measure(f"{comparison.name}: {label}", "calls/s", speeds[OURS], speeds[peer], target, more_is_better=True)
+        Measure.of(
+            f"{comparison.name}: {label}", "calls/s", speeds[OURS], speeds[peer], target=target, more_is_better=True
+        )
         for label, (peer, target) in peers.items()
     ]
 
@@ -163,8 +165,7 @@ def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measu
 def _peaks(comparison: Comparison, peaks: dict[str, float]) -> list[Measure]:
     if comparison.peak_limit is None:
         return []
-    ours, limit = Spread.of([peaks[OURS]]), Spread.of([comparison.peak_limit])
-    return [Measure(f"{comparison.name}: peak, allowed", "GB", ours, limit, target=1.0)]
+    return [Measure.of(f"{comparison.name}: peak, allowed", "GB", [peaks[OURS]], [comparison.peak_limit], target=1.0)]
 
 
 def _row(comparison: Comparison, name: str, times: list[float], peak: float, error: float, rates: Rates) -> Cells:

@@ -26,7 +26,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.registry import GateError, Measure, Spread
+from benchmarks.registry import GateError, Measure
 
 THREADS = 2  # of torch, in either process
 WARM_UP = 2  # turns that are compared but not timed
@@ -130,8 +130,8 @@ class Result(NamedTuple):
     def relative(self, name: str, value: Callable[[Turn], float], **settings: Any) -> Measure:
         """Of the turns behind the warm-up, in units of the peer's median."""
         ours, theirs = ([value(turn) for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs))
-        unit = Spread.of(theirs).median
-        return Measure(name, "relative", *(Spread.of([x / unit for x in xs]) for xs in (ours, theirs)), **settings)
+        unit = np.median(theirs)
+        return Measure.of(name, "relative", np.divide(ours, unit), np.divide(theirs, unit), **settings)
 
     def times(self, target: float) -> list[Measure]:
         """Of a turn, on the clock and of the processors."""
@@ -149,14 +149,11 @@ class Result(NamedTuple):
 
     def memory(self, **target: float) -> list[Measure]:
         """Peak of the whole process, and how far that is above what stood there before the first turn."""
-
-        def measure(name: str, value: Callable[[Turn], float]) -> Measure:
-            spreads = (Spread.of([value(turns[-1]) / MIB]) for turns in (self.ours, self.theirs))
-            return Measure(name, "MiB", *spreads, **target)
-
+        last = self.ours[-1], self.theirs[-1]
+        peak, grown = ([turn.peak / MIB] for turn in last), ([(turn.peak - turn.resident) / MIB] for turn in last)
         return [
-            measure("peak RSS of the process", lambda turn: turn.peak),
-            measure("peak RSS above loaded model", lambda turn: turn.peak - turn.resident),
+            Measure.of("peak RSS of the process", "MiB", *peak, **target),
+            Measure.of("peak RSS above loaded model", "MiB", *grown, **target),
         ]
 
 
