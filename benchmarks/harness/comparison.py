@@ -44,6 +44,9 @@ class Implementation:
     is_compared: bool = True
 
 
+Peers = dict[str, Callable[[], Implementation]]  # what makes each, by name; it may raise PEER_ERRORS
+
+
 class Work(NamedTuple):
     """What is needed at least: operations of matmuls, and bytes of inputs and outputs, each counted once."""
 
@@ -58,7 +61,6 @@ class Comparison:
     Attributes:
         inputs: fresh ones of a seed.
         plain: torch in the same dtype; ours may be twice as far from the reference as it is.
-        peers: functions that make an implementation; they may raise `PEER_ERRORS`.
         rounding: how far any output may be from the reference's, ||out - ref|| / ||ref||.
         peers_are_ours: they are other launches of our kernels, and as right as ours, or left out.
         targets: how many times as fast as a peer; a name that ends in * means the fastest peer whose name begins so.
@@ -71,7 +73,7 @@ class Comparison:
     reference: Callable[..., Outputs]
     ours: Implementation
     plain: Implementation
-    peers: dict[str, Callable[[], Implementation]]
+    peers: Peers
     rounding: float
     work: Work | None = None
     targets: dict[str, float] = field(default_factory=dict)
@@ -113,7 +115,7 @@ def compare_functions(
     inputs: Callable[[int], Inputs],
     ours: Callable[..., Tensor],
     formula: Callable[..., Tensor],
-    peers: dict[str, Callable[[], Implementation]],
+    peers: Peers,
     work: Work,
     dtype: torch.dtype,
     names: str = "",
@@ -139,9 +141,7 @@ def compare_functions(
     )
 
 
-def eager_and_compiled(
-    function: Callable[..., Tensor], names: str, device: torch.device
-) -> dict[str, Callable[[], Implementation]]:
+def eager_and_compiled(function: Callable[..., Tensor], names: str, device: torch.device) -> Peers:
     """torch's own function as two of the peers."""
     return {
         "eager": lambda: of_function(function, names),
