@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -18,10 +19,10 @@ from benchmarks.cases.attention import attention_work, scores_of
 from benchmarks.harness import comparison
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
 from benchmarks.harness.gpu import gpu_case
-from benchmarks.harness.models import randomise
+from benchmarks.harness.models import random_model
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
-from phi2.lora import attach, lora_modules
+from phi2.lora import attach
 from phi2.lora_config import LoraConfig
 from phi2.model import Block
 from phi2_kernels import _dispatch
@@ -93,24 +94,8 @@ def block_work(config: Phi2Config, tokens: int, scores: int, rank: int) -> Work:
 
 
 def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:
-    """A random layer without dropout; the same one for the same arguments. Adapters change something."""
-    return placed(randomise(adapted(Block(config, 0).eval(), rank), config.initializer_range), device, dtype)
-
-
-def adapted(layer: nn.Module, rank: int) -> nn.Module:
-    """With adapters on all linears; without for rank 0."""
-    if rank:
-        layer.adapters = {}  # as a whole model has
-        attach(layer, LoraConfig(r=rank))
-    return layer
-
-
-def placed(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """In a dtype, but for the adapters, which stay in float32."""
-    layer.to(device, dtype)
-    for module in lora_modules(layer).values():
-        module.lora_A.float(), module.lora_B.float()
-    return layer
+    """A random layer without dropout; the same one for the same arguments."""
+    return random_model(replace(config, vocab_size=1, num_hidden_layers=1), device, dtype, rank).model.layers[0]
 
 
 def our_layer(
@@ -172,9 +157,11 @@ def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Modul
     from transformers import PhiConfig
     from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
-    theirs = PhiConfig(**config.to_dict())
+    weight, theirs = layer.input_layernorm.weight, PhiConfig(**config.to_dict())
     theirs._attn_implementation = "sdpa"
-    theirs = adapted(PhiDecoderLayer(theirs, 0).eval(), rank)
+    theirs = PhiDecoderLayer(theirs, 0).eval().to(weight.device, weight.dtype)
+    if rank:
+        theirs.adapters = {}  # as a whole model has
+        attach(theirs, LoraConfig(r=rank))
     theirs.load_state_dict(layer.state_dict())
-    weight = layer.input_layernorm.weight
-    return placed(theirs, weight.device, weight.dtype)
+    return theirs

@@ -21,7 +21,7 @@ from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
 from phi2.data.records import Origin
 from phi2.fused import fuse
-from phi2.lora import adapter_state, attach, disabled
+from phi2.lora import adapter_state, disabled
 from phi2.lora_config import LoraConfig
 from phi2.losses.registry import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
@@ -70,11 +70,7 @@ def compare_dpo_step(
 
 @cache  # for all comparisons
 def _policy(device: torch.device, shape: Phi2Config, dtype: torch.dtype, fused: bool = False) -> Phi2ForCausalLM:
-    model = random_model(shape, device, dtype)
-    attach(model, LORA)
-    generator = torch.Generator(device).manual_seed(1)
-    for tensor in adapter_state(model).values():
-        tensor.normal_(0, 0.02, generator=generator)
+    model = random_model(shape, device, dtype, LORA.r)
     fuse(model, fused)
     return model
 

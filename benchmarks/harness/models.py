@@ -11,6 +11,8 @@ from torch import nn
 
 from phi2.checkpoints.weights import save_pretrained
 from phi2.config import Phi2Config
+from phi2.lora import adapter_state, attach
+from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -57,25 +59,25 @@ def silence(model: Phi2ForCausalLM, ids: Iterable[int]) -> None:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, scale: float) -> nn.Module:
-    """Draws every parameter, biases and norms too, so that each of them matters; the same numbers for the same module.
+def random_model(config: Phi2Config, device: torch.device, dtype: torch.dtype, rank: int = 0) -> Phi2ForCausalLM:
+    """A model in eval mode whose biases and norms matter too; the same weights in every dtype, those of bfloat16.
 
     Args:
-        scale: of matrices; vectors get 0.1.
+        rank: of an adapter on six linears, in float32 and as random; 0 for none.
     """
-    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
-    for name, parameter in module.named_parameters():
-        mean = 1.0 if "layernorm.weight" in name else 0.0
-        parameter.normal_(mean, 0.1 if parameter.ndim == 1 else scale, generator=generator)
-    return module
-
-
-def random_model(config: Phi2Config, device: torch.device, dtype: torch.dtype) -> Phi2ForCausalLM:
-    """The same weights in every dtype: those of bfloat16."""
     with torch.device("meta"):
         model = Phi2ForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device=device)
-    return randomise(model, config.initializer_range).to(dtype).eval()
+    model = model.to(torch.bfloat16).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if "layernorm.weight" in name else 0.0
+        parameter.normal_(mean, 0.1 if parameter.ndim == 1 else config.initializer_range, generator=generator)
+    model.to(dtype)
+    if rank:
+        attach(model, LoraConfig(r=rank))
+        for tensor in adapter_state(model).values():
+            tensor.normal_(0, config.initializer_range, generator=generator)
+    return model
 
 
 def twin(model: Phi2ForCausalLM) -> nn.Module:
