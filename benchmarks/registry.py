@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,11 @@ class Measure:
     target: float | None = None
     more_is_better: bool = False
 
+    @classmethod
+    def of(cls, name: str, unit: str, ours: Sequence[float], theirs: Sequence[float], **target: Any) -> Measure:
+        """Of all that was measured on both sides."""
+        return cls(name, unit, Spread.of(ours), Spread.of(theirs), **target)
+
     @property
     def ratio(self) -> float:
         """Ours by theirs, of the medians."""
@@ -68,6 +73,12 @@ class Report:
     measures: list[Measure]
     facts: Cells = field(default_factory=dict)
     table: list[Cells] = field(default_factory=list)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed}
 
 
 class GateError(Exception):

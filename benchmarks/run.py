@@ -79,7 +79,7 @@ def _row(measure: Measure, peer: str) -> Cells:
         "ours": _cell(measure.ours),
         peer: _cell(measure.theirs),
         "ratio": f"{measure.ratio:.3f}",
-        "target": "" if measure.target is None else f"{sign} {measure.target:g} {verdict}",
+        "target": "" if measure.target is None else f"{sign} {measure.target:.3g} {verdict}",
     }
 
 

@@ -13,18 +13,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from benchmarks import run
-from benchmarks.cases.aot_report import cells
 from benchmarks.harness import aot, gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs
 from benchmarks.harness.spec import ARCHITECTURES, ENTRIES, Launch, label
-from benchmarks.registry import CASES, Case, Report
+from benchmarks.registry import CASES, Case, Report, versions
 from phi2_kernels._dispatch import architecture
 
 
@@ -47,8 +45,8 @@ def tune(name: str, turns: int) -> Report:
     jobs = [(arch, name, launch) for arch in arches for launch in ENTRIES[name].launches(arch)]
     compiled = list(zip(jobs, aot.compiled(jobs), strict=True))
     if not has_gpu:
-        table = [{"candidate": label(job[2]), **cells(row)} for job, rows in compiled for row in rows]
-        return Report({"triton": metadata.version("triton")}, "compiled only: times need a GPU", [], {}, table)
+        table = [{"candidate": label(job[2]), **row.cells} for job, rows in compiled for row in rows]
+        return Report(versions("triton"), "compiled only: times need a GPU", [], {}, table)
     faults = {label(job[2]): sum((row.violations for row in rows), []) for job, rows in compiled}
     kept = [launch for _, _, launch in jobs if not faults[label(launch)]]
     dropped = {f"dropped {text}": ", ".join(dict.fromkeys(found)) for text, found in faults.items() if found}
@@ -74,7 +72,6 @@ def compare_launches(name: str, arch: int, launches: list[Launch]) -> Comparison
         peers_are_ours=True,
         rounding=ROUNDING[torch.bfloat16],
         targets={"*": 1.0},
-        sets=4,
         in_graph=entry.in_graph,
     )
 

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import run
-from benchmarks.harness.processes import WARM_UP, compare, flop_counter
+from benchmarks.harness.processes import WARM_UP, compare
 from benchmarks.registry import CASES, Case, GateError, Measure, Report, Spread
-from phi2_kernels.linear_logprob import linear_logprob
 
 WORKERS = """
 import time
@@ -68,7 +66,7 @@ def test_two_that_agree_are_timed_and_weighed_in_their_own_processes(workers):
     result = compare(workers.fast, workers.slow, 200 * 2**20, turns=5, tolerance={"loss": 1e-6})
     assert len(result.ours) == len(result.theirs) == WARM_UP + 5
     assert result.largest_difference == {"loss": 0.0}
-    assert result.times()[0].ratio < 0.8  # about 0.2 on an idle machine
+    assert result.times(target=0.5)[0].ratio < 0.8  # about 0.2 on an idle machine
     whole, grown = result.memory()
     assert whole.ours.median > whole.theirs.median + 100  # the ballast was there before
     assert grown.theirs.median > grown.ours.median + 30  # what a turn takes
@@ -126,13 +124,3 @@ def test_without_the_real_data_it_says_what_is_needed(results, monkeypatch, caps
 def test_a_target_is_met_on_its_side_of_the_ratio(ratio, more_is_better, met):
     measure = Measure("x", "relative", Spread(0, ratio, 1), EVEN, target=0.5, more_is_better=more_is_better)
     assert measure.is_met is met
-
-
-@pytest.mark.parametrize(("trainable", "products"), [(False, 2), (True, 4)])
-def test_the_matmuls_of_the_head_are_counted_though_it_is_one_op(trainable, products):
-    """Frozen: logits, and the gradient of the hidden states. Trainable: logits twice, and two gradients."""
-    hidden, weight, bias = torch.randn(6, 8).requires_grad_(), torch.randn(10, 8), torch.randn(10)
-    with flop_counter() as counter:
-        logp, _ = linear_logprob(hidden, weight.requires_grad_(trainable), bias, torch.arange(6))
-        logp.sum().backward()
-    assert counter.get_total_flops() == products * 2 * 6 * 8 * 10

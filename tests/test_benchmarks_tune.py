@@ -28,9 +28,8 @@ SHAPES = Shapes(B=2, H=3, S=5, D=4, C=64)
 
 
 def test_a_launch_that_spills_breaks_its_budget():
-    (kept,), (dropped,) = aot.compiled([(80, "gelu_forward", launch) for launch in (SHIPPED, SPILLING)])
-    assert (kept.launch, kept.violations, dropped.launch) == ("n4 f1024", [], "n8 f1024")
-    assert re.fullmatch(r"\d+ bytes of stack", *dropped.violations)
+    ((dropped,),) = aot.compiled([(80, "gelu_forward", SPILLING)])
+    assert dropped.launch == "n8 f1024" and re.fullmatch(r"\d+ bytes of stack", *dropped.violations)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +41,15 @@ def test_a_launch_that_spills_breaks_its_budget():
     ],
 )
 def test_a_text_describes_a_tensor_of_random_numbers(text, shape, dtype):
-    x = spec.make(text, SHAPES, comparison.random(0, torch.device("cpu")), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    x = spec.make(text, SHAPES, cpu, comparison.random(0, cpu))
     assert x.shape == shape and x.dtype == dtype and x.float().std() > 0.05
     assert x.stride() == ((60, 4, 12, 1) if "->" in text else x.contiguous().stride())
 
 
 @pytest.mark.parametrize(("text", "values"), [("7:int32%S", [0, 1, 2, 3, 4, 0, 1]), ("2:int64=C", [64, 64])])
 def test_a_text_describes_a_tensor_of_integers(text, values):
-    x = spec.make(text, SHAPES, comparison.random(0, torch.device("cpu")), torch.device("cpu"))
+    x = spec.make(text, SHAPES, torch.device("cpu"), None)
     assert x.tolist() == values and str(x.dtype)[6:] in text
 
 
@@ -88,7 +88,7 @@ def test_another_launch_runs_only_within_and_is_gone_after_an_error(monkeypatch)
 @pytest.fixture
 def small(monkeypatch) -> None:
     """The calls of the tuner at shapes that the interpreter takes, where this machine can run them."""
-    monkeypatch.setattr(spec, "PHI2", Shapes(B=1, C=64, F=96, H=1, N=9, S=70, V=300, CHUNK=3))
+    monkeypatch.setattr(spec, "PHI2", Shapes(B=1, C=32, F=96, H=1, N=9, S=70, V=300, CHUNK=3))
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "device", lambda: torch.device("cpu"))
 
@@ -106,7 +106,7 @@ def test_without_repeatable_numbers_of_the_shipped_launch_there_are_no_times(sma
             return {name: torch.rand_like(x) for name, x in super().run(*inputs).items()}
 
     monkeypatch.setitem(ENTRIES, "gelu_forward", Random(**vars(GELU)))
-    with pytest.raises(GateError, match="gelu_forward: y is off by"):
+    with pytest.raises(GateError, match="gelu_forward: x is off by"):
         comparison.gate(tune.compare_launches("gelu_forward", 80, [SHIPPED, SMALLER]))
 
 
@@ -136,7 +136,7 @@ def test_what_is_within_the_budgets_is_timed_beside_the_shipped_launch(compiler,
     assert report.facts[f"dropped {launches[-1]}"] == "64 bytes of stack"
     assert [row["side"] for row in report.table] == [OURS, *launches[1:-1]]
     (best,) = (measure for measure in report.measures if "best" in measure.name)
-    assert (best.ratio, best.is_met) == (2.0, False)
+    assert (best.ratio, best.is_met) == (0.5, False)
 
 
 def test_without_a_gpu_it_prints_what_each_launch_occupies(compiler, monkeypatch, capsys):
@@ -145,7 +145,7 @@ def test_without_a_gpu_it_prints_what_each_launch_occupies(compiler, monkeypatch
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["gate"] == "compiled only: times need a GPU" and line["measures"] == []
     assert [row["candidate"] for row in line["table"]] == 2 * list(map(label, GELU.launches(80)))
-    assert line["table"][-1]["over budget"] == "64 bytes of stack"
+    assert line["table"][-1]["violations"] == "64 bytes of stack"
 
 
 def test_an_unknown_entry_ends_with_the_ones_there_are(capsys):

@@ -55,7 +55,7 @@ def tiny(turns):
     return gpu.report(compared, turns, {{}})
 
 def timed(calls, turns):
-    return {{name: [seconds(around[0]) for _ in range(turns)] for name, around in calls.items()}}
+    return {{name: [seconds(call) for _ in range(turns)] for name, call in calls.items()}}
 
 def seconds(call):
     start = time.perf_counter()

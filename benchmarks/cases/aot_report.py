@@ -6,12 +6,10 @@ strides that Triton knows nothing of, and the head's gradients without their bar
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from benchmarks.harness import aot
 from benchmarks.harness.aot import Row
 from benchmarks.harness.spec import ALSO_SHIPPED, FORMS, OTHER_WIDTHS, PADDED, SHIPPED
-from benchmarks.registry import GateError, Measure, Report, Spread, case
+from benchmarks.registry import GateError, Measure, Report, case, versions
 
 
 @case("aot_report", turns=1, summary="what the shipped kernels occupy and issue, compiled for sm_80 and sm_90")
@@ -22,10 +20,10 @@ def aot_report(turns: int) -> Report:
     if broken:
         raise GateError("; ".join(broken))
     return Report(
-        peer={"padded-to-128": metadata.version("triton")},
+        peer={"padded-to-128": ""} | versions("triton"),
         gate=f"all {len(shipped)} shipped launches are within their budgets",
         measures=[measure for row in rows if row.form == PADDED and row.useful for measure in _against(shipped, row)],
-        table=[cells(row) for row in rows],
+        table=[row.cells for row in rows],
     )
 
 
@@ -33,26 +31,9 @@ def _against(shipped: list[Row], padded: Row) -> list[Measure]:
     """A padded launch beside the shipped one that it is a form of."""
     ours = next(x for x in shipped if (x.kernel, x.launch, x.arch) == (padded.kernel, padded.launch, padded.arch))
     which = f"sm_{ours.arch} {ours.kernel.removeprefix('attention ')}"
-    tiles, shared = zip(*((max(row.multiply_adds) / 2**20, row.shared / 1024) for row in (ours, padded)), strict=True)
     return [
-        Measure(f"{which}: multiply-adds a tile", "Mi", *(Spread.of([x]) for x in tiles)),
-        Measure(f"{which}: shared memory", "KiB", *(Spread.of([x]) for x in shared)),
+        Measure.of(
+            f"{which}: multiply-adds a tile", "Mi", *([max(row.multiply_adds) / 2**20] for row in (ours, padded))
+        ),
+        Measure.of(f"{which}: shared memory", "KiB", *([row.shared / 1024] for row in (ours, padded))),
     ]
-
-
-def cells(row: Row) -> dict[str, str | int | float]:
-    """A line of the table."""
-    return {
-        "kernel": row.kernel,
-        "launch": row.launch,
-        "form": row.form,
-        "sm": row.arch,
-        "warps": row.warps,
-        "regs": row.registers,
-        "stack B": row.stack,
-        "shared KiB": round(row.shared / 1024, 1),
-        "CTAs": row.programs,
-        "16-B copies": row.copies,
-        "MMA of useful": round(max(row.multiply_adds, default=0) / row.useful, 2) if row.useful else "",
-        "over budget": ", ".join(row.violations),
-    }

@@ -6,6 +6,7 @@ Dims: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -14,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness import comparison, spec
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work, of_function
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import PHI2, Call, Entry, Shapes
-from benchmarks.registry import Report, case
 from phi2_kernels.attention import attention, attention_ref
 from phi2_kernels.visibility import Visibility
 
@@ -25,53 +26,64 @@ PADDED = 128  # columns, the next power of two after 80
 SCORES = 2**28  # that the reference holds at a time
 
 
-@case("attention_forward", turns=50, summary="causal attention of 8 x 32 heads of 80 dims over 2048 tokens")
-def attention_forward(turns: int) -> Report:
-    return _compare(turns, backward=False)
-
-
-@case("attention_forward_backward", turns=50, summary="the same with its gradients")
-def attention_forward_backward(turns: int) -> Report:
-    return _compare(turns, backward=True)
-
-
-def _compare(turns: int, backward: bool) -> Report:
-    device = gpu.device()
+def compare_shapes(device: torch.device, backward: bool) -> list[Comparison]:
+    """The first has targets, and FlexAttention as a peer, which takes long to compile."""
     at = partial(compare_attention, device, H=32, D=80, backward=backward)
-    comparisons = [
-        at(torch.bfloat16, B=8, S=2048),
-        at(torch.float16, B=8, S=2048, is_fact=True),
-        at(torch.bfloat16, B=32, S=512, is_fact=True),
-        at(torch.bfloat16, B=2, S=8192, is_fact=True),
-    ]
-    return gpu.report(
-        comparisons, turns, {"FLOPs": "two matmuls forward, five backward, over the pairs that see each other"}
-    )
+    first = at(torch.bfloat16, B=8, S=2048)
+    others = at(torch.float16, B=8, S=2048), at(torch.bfloat16, B=32, S=512), at(torch.bfloat16, B=2, S=8192)
+    peers = [{name: peer for name, peer in each.peers.items() if name != "FlexAttention"} for each in others]
+    return [first, *(replace(each, targets={}, peers=own) for each, own in zip(others, peers, strict=True))]
+
+
+gpu_case("attention_forward", turns=50, summary="causal attention of 8 x 32 heads of 80 dims over 2048 tokens")(
+    partial(compare_shapes, backward=False)
+)
+gpu_case("attention_forward_backward", turns=50, summary="the same with its gradients")(
+    partial(compare_shapes, backward=True)
+)
 
 
 def compare_attention(
-    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, is_fact: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    B: int,
+    H: int,
+    S: int,
+    D: int,
+    backward: bool,
+    until: Tensor | None = None,
 ) -> Comparison:
-    """One shape; a fact goes without FlexAttention, which takes long to compile."""
-    visibility = Visibility(S, S, None, device)
+    """q, k, v and, with gradients, that of the output: (B, H, S, D), the heads of a token side by side.
+
+    Args:
+        until: see `phi2_kernels.visibility`; the peers take the causal mask alone.
+    """
+
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        q, k, v, grad = (normal(B, S, H, D).transpose(1, 2) for _ in range(4))
+        return *(x.requires_grad_(backward) for x in (q, k, v)), *([grad] if backward else [])
+
+    visibility = Visibility(S, S, until, device)
     backends = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-efficient": "EFFICIENT_ATTENTION"}
-    peers = {f"SDPA {name}": partial(_sdpa, backend, backward) for name, backend in backends.items()}
-    peers |= {} if is_fact else {"FlexAttention": partial(_flex, S, device, backward)}
+    peers = {f"SDPA {name}": partial(_sdpa, backend) for name, backend in backends.items()}
+    peers["FlexAttention"] = partial(_flex, S, device)
     peers["ours padded to 128"] = lambda: Implementation(_padded, prepare=_widened)
-    work = attention_work(B * H, S * (S + 1) // 2, S, D, backward)
     return Comparison(
         name=f"{'forward+backward' if backward else 'forward'} {str(dtype)[6:]} B{B} S{S}",
-        inputs=partial(attention_inputs, device, dtype, B, H, S, D, backward),
+        inputs=comparison.drawn(device, dtype, draw),
         reference=partial(reference, visibility),
-        ours=of_function(partial(attention, visibility=visibility, impl="triton"), backward),
-        plain=of_function(partial(F.scaled_dot_product_attention, is_causal=True), backward),
+        ours=of_function(partial(attention, visibility=visibility, impl="triton"), "q k v"),
+        plain=of_function(partial(attention, visibility=visibility, impl="torch"), "q k v"),
         peers=peers,
-        work=work,
+        work=attention_work(B * H, scores_of(S, until), S, D, backward),
         rounding=ROUNDING[dtype],
-        targets={} if is_fact else _targets(device),
-        per_second=(work.flops / 1e12, "TFLOP/s"),
-        is_fact=is_fact,
+        targets=_targets(device),
     )
+
+
+def scores_of(S: int, until: Tensor | None) -> int:
+    """Pairs of query and key that see each other in one head of a row of S tokens."""
+    return S * (S + 1) // 2 if until is None else int((until - torch.arange(S, device=until.device)).sum())
 
 
 def _targets(device: torch.device) -> dict[str, float]:
@@ -80,64 +92,44 @@ def _targets(device: torch.device) -> dict[str, float]:
     return {"SDPA *": 1.2}
 
 
-def attention_work(heads: int, pairs: int, S: int, D: int, backward: bool) -> Work:
+def attention_work(heads: int, scores: int, S: int, D: int, backward: bool) -> Work:
     """Two matmuls forward, five backward; q, k, v, o forward, those and their four gradients backward.
 
     Args:
         heads: of all rows.
-        pairs: of query and key that see each other in one head.
     """
     matmuls, tensors = (7, 12) if backward else (2, 4)
-    return Work(matmuls * 2 * heads * pairs * D, tensors * heads * S * D * 2)
-
-
-def attention_inputs(
-    device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int, backward: bool, seed: int
-) -> Inputs:
-    """q, k, v and, with gradients, that of the output: (B, H, S, D), the heads of a token side by side."""
-    normal = comparison.random(seed, device)
-    count = 4 if backward else 3
-    made = [normal(B, S, H, D, dtype=dtype).transpose(1, 2) for _ in range(count)]
-    return *(x.requires_grad_(backward) for x in made[:3]), *made[3:]
-
-
-def of_function(forward: Callable[..., Tensor], backward: bool, **options) -> Implementation:
-    """Of a function of q, k and v."""
-    if not backward:
-        return comparison.of_function(forward, **options)
-    return Implementation(comparison.forward_backward(forward, "q k v"), **options)
+    return Work(matmuls * 2 * heads * scores * D, tensors * heads * S * D * 2)
 
 
 def reference(visibility: Visibility, *inputs: Tensor) -> Outputs:
-    """By the formula in float32, some heads at a time."""
-    B, H, T, _ = inputs[0].shape
+    """By the formula in float32, some heads of one row of tokens at a time."""
+    T = inputs[0].shape[2]
     heads = max(1, SCORES // (T * visibility.keys))
-    run = of_function(lambda q, k, v: attention_ref(q, k, v, visibility), backward=len(inputs) == 4).run
+    run = of_function(lambda q, k, v: attention_ref(q, k, v, visibility), "q k v").run
     rows = []
-    for b in range(B):
-        parts = [
-            run(*comparison.in_float32(*(x[b : b + 1, h : h + heads] for x in inputs))) for h in range(0, H, heads)
-        ]
+    for row in zip(*(x.split(1) for x in inputs), strict=True):
+        parts = [run(*comparison.in_float32(*part)) for part in zip(*(x.split(heads, dim=1) for x in row), strict=True)]
         rows.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _sdpa(backend: str, backward: bool) -> Implementation:
+def _sdpa(backend: str) -> Implementation:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return of_function(forward, backward)
+    return of_function(forward, "q k v")
 
 
-def _flex(S: int, device: torch.device, backward: bool) -> Implementation:
+def _flex(S: int, device: torch.device) -> Implementation:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=device)
     attend = comparison.compiled(flex_attention, device)
-    return of_function(lambda q, k, v: attend(q, k, v, block_mask=mask), backward)
+    return of_function(lambda q, k, v: attend(q, k, v, block_mask=mask), "q k v")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -192,14 +184,12 @@ HEADS = "B S H D -> B H S D"  # those of a token side by side
 DOCUMENTS = dict(until="B S:int32=S", ranges="B S 6:int32=S")  # what is only compiled needs no right tables
 FORWARD = Call(
     "attention_forward_triton.forward",
-    reads=dict.fromkeys("qkv", HEADS),
-    writes=dict(o=HEADS, lse="B H S:float32"),
+    dict.fromkeys("qkvo", HEADS) | dict(lse="B H S:float32"),
     also=DOCUMENTS,
 )
 BACKWARD = Call(  # while one of its kernels has another launch, the others run as shipped
     "attention_backward_triton.backward",
-    reads=dict.fromkeys(("do", "q", "k", "v", "o"), HEADS) | dict(lse="B H S:float32"),
-    writes=dict.fromkeys(("dq", "dk", "dv"), HEADS),
+    dict.fromkeys(("do", "q", "k", "v", "o", "dq", "dk", "dv"), HEADS) | dict(lse="B H S:float32"),
     also=DOCUMENTS | dict(ends="B S 2:int32=S"),
 )
 # Candidates: block_m queries, block_n keys, warps, stages. With 16 rows a warp, shared memory binds; with 32, registers

@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.attention import attention_work
-from benchmarks.harness import comparison, gpu
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
-from benchmarks.harness.models import randomise
-from benchmarks.registry import Report, case
+from benchmarks.cases.attention import attention_work, scores_of
+from benchmarks.harness import comparison
+from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
+from benchmarks.harness.gpu import gpu_case
+from benchmarks.harness.models import random_model
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
-from phi2.lora import attach, lora_modules
+from phi2.lora import attach
 from phi2.lora_config import LoraConfig
 from phi2.model import Block
 from phi2_kernels import _dispatch
@@ -32,21 +33,24 @@ TRANSFORMERS = ("transformers", "transformers, torch.compile")
 NEARLY_ZERO = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
-@case("block", turns=30, summary="one layer of Phi-2 over 4 x 2048 tokens with its gradients, LoRA and in full")
-def block(turns: int) -> Report:
+@gpu_case("block", turns=30, summary="one layer of Phi-2 over 4 x 2048 tokens with its gradients, LoRA and in full")
+def block(device: torch.device) -> list[Comparison]:
     """At least 1.25 x the layer of transformers, and 1.1 x the same compiled."""
-    device, config = gpu.device(), Phi2Config()
-    comparisons = [compare_block(device, torch.bfloat16, config, B=4, T=2048, rank=rank) for rank in (16, 0)]
-    return gpu.report(comparisons, turns, {"attention of the peers": "SDPA, by torch's own choice", "lora rank": 16})
+    positions = torch.arange(2048, device=device)[None]
+    return [compare_block(torch.bfloat16, Phi2Config(), rank, 4, positions) for rank in (16, 0)]
 
 
 def compare_block(
-    device: torch.device, dtype: torch.dtype, config: Phi2Config, B: int, T: int, rank: int
+    dtype: torch.dtype, config: Phi2Config, rank: int, B: int, positions: Tensor, until: Tensor | None = None
 ) -> Comparison:
-    """Frozen with LoRA on all six linears, or, with rank 0, trainable throughout."""
-    positions = torch.arange(T, device=device)[None]
+    """B rows through a layer: frozen with LoRA on all six linears or, with rank 0, trainable throughout.
+
+    Args:
+        positions: (1, T) of each row.
+        until: see `phi2_kernels.visibility`; the peers take the causal mask alone.
+    """
+    device, T, C = positions.device, positions.shape[1], config.hidden_size
     layer = partial(new_layer, device, dtype, config, rank)
-    work = block_work(config, B * T, B * T * (T + 1) // 2, rank)
 
     def peer(compile_: bool, autocast: bool = False) -> Implementation:
         theirs = _transformers_layer(layer(), config, rank)
@@ -60,64 +64,38 @@ def compare_block(
     as_trl = {f"{name}, autocast": partial(peer, "compile" in name, True) for name in TRANSFORMERS}
     return Comparison(
         name=f"block {f'LoRA r{rank}' if rank else 'in full'}",
-        inputs=partial(block_inputs, device, dtype, B, T, config.hidden_size),
-        reference=partial(block_reference, layer(), config, positions, None),
-        ours=our_layer(layer(), config, positions, None, fused=True),
-        plain=our_layer(layer(), config, positions, None, fused=False, impl="torch"),
+        inputs=comparison.drawn(device, dtype, lambda normal: (normal(B, T, C, grad=True), normal(B, T, C))),
+        reference=partial(block_reference, layer(), config, positions, until),
+        ours=our_layer(layer(), config, positions, until, fused=True),
+        plain=our_layer(layer(), config, positions, until, fused=False, impl="torch"),
         peers={
             **{name: partial(peer, "compile" in name) for name in TRANSFORMERS},
             **(as_trl if rank else {}),
-            "ours unfused": lambda: our_layer(layer(), config, positions, None, fused=False),
+            "ours unfused": lambda: our_layer(layer(), config, positions, until, fused=False),
         },
-        work=work,
+        work=block_work(config, B * T, B * scores_of(T, until), rank),
         rounding=ROUNDING[dtype],
         targets=dict(zip(TRANSFORMERS, (1.25, 1.1), strict=True)),
-        per_second=(work.flops / 1e12, "TFLOP/s"),
     )
 
 
-def block_work(config: Phi2Config, tokens: int, pairs: int, rank: int) -> Work:
+def block_work(config: Phi2Config, tokens: int, scores: int, rank: int) -> Work:
     """Matmuls of tokens and weights forward and for the gradient of x, those of weights if trainable, and attention.
 
     Bytes: x, y and their gradients; the weights in both passes, and the gradients of those that are trained.
-
-    Args:
-        pairs: of query and key that see each other in one head.
     """
     C, F = config.hidden_size, config.intermediate_size
     weights, sides = 4 * C * C + 2 * C * F, 4 * 2 * C + 2 * (C + F)  # sides: inputs plus outputs of the six linears
-    attention = attention_work(config.num_attention_heads, pairs, tokens, config.head_dim, backward=True).flops
+    attention = attention_work(config.num_attention_heads, scores, tokens, config.head_dim, backward=True).flops
     linear = (2 if rank else 3) * 2 * tokens * weights
     adapters = 3 * 2 * tokens * rank * sides
     trained = 4 * rank * sides if rank else 2 * weights
     return Work(linear + adapters + attention, 2 * (4 * tokens * C + 2 * weights) + trained)
 
 
-def block_inputs(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, seed: int) -> Inputs:
-    """x, and the gradient of y."""
-    normal = comparison.random(seed, device)
-    return normal(B, T, C, dtype=dtype, grad=True), normal(B, T, C, dtype=dtype)
-
-
 def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank: int) -> Block:
-    """A random layer without dropout; the same one for the same arguments. Adapters change something."""
-    return placed(randomise(adapted(Block(config, 0).eval(), rank), config.initializer_range), device, dtype)
-
-
-def adapted(layer: nn.Module, rank: int) -> nn.Module:
-    """With adapters on all linears; without for rank 0."""
-    if rank:
-        layer.adapters = {}  # as a whole model has
-        attach(layer, LoraConfig(r=rank))
-    return layer
-
-
-def placed(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """In a dtype, but for the adapters, which stay in float32."""
-    layer.to(device, dtype)
-    for module in lora_modules(layer).values():
-        module.lora_A.float(), module.lora_B.float()
-    return layer
+    """A random layer without dropout; the same one for the same arguments."""
+    return random_model(replace(config, vocab_size=1, num_hidden_layers=1), device, dtype, rank).model.layers[0]
 
 
 def our_layer(
@@ -179,9 +157,11 @@ def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Modul
     from transformers import PhiConfig
     from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
-    theirs = PhiConfig(**config.to_dict())
+    weight, theirs = layer.input_layernorm.weight, PhiConfig(**config.to_dict())
     theirs._attn_implementation = "sdpa"
-    theirs = adapted(PhiDecoderLayer(theirs, 0).eval(), rank)
+    theirs = PhiDecoderLayer(theirs, 0).eval().to(weight.device, weight.dtype)
+    if rank:
+        theirs.adapters = {}  # as a whole model has
+        attach(theirs, LoraConfig(r=rank))
     theirs.load_state_dict(layer.state_dict())
-    weight = layer.input_layernorm.weight
-    return placed(theirs, weight.device, weight.dtype)
+    return theirs

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Work, of_function
+from benchmarks.harness import spec
+from benchmarks.harness.comparison import Comparison, Inputs, Work, compare_functions, compiled, drawn, of_function
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import Call, Entry
-from benchmarks.registry import Report, case
 from phi2_kernels.decode_attention import decode_attention, decode_attention_ref
 from phi2_kernels.gemv import gemv
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
@@ -28,44 +28,14 @@ WEIGHT_FORMS: dict[str, Callable[[Tensor], Weight]] = {
 }
 
 
-@case("decode_ops", turns=50, summary="attention to a cache of 2048 keys; gemv of bf16, int8 and int4 weights")
-def decode_ops(turns: int) -> Report:
-    """Each timed inside a CUDA graph, as a decode step runs."""
-    device, dtype = gpu.device(), torch.bfloat16
-    comparisons = [compare_decode_attention(device, dtype, B, H=32, S=2048, D=80) for B in (1, 8)]
-    for N, K in ((17920, 2560), (2560, 12800), (51200, 2560)):  # into a layer, out of it, and the head
-        comparisons += [compare_gemv(device, dtype, form, 1, N, K) for form in WEIGHT_FORMS]
-    return gpu.report(comparisons, turns, {"int4 group": GROUP})
-
-
-def compare_short(
-    name: str,
-    inputs: Callable[[int], Inputs],
-    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]],
-    peers: dict[str, Implementation],
-    work: Work,
-    dtype: torch.dtype,
-) -> Comparison:
-    """A step of decoding, bound by memory.
-
-    Args:
-        functions: ours, and the formula.
-        peers: the first is torch's own, which is always there.
-    """
-    ours, formula = functions
-    return Comparison(
-        name=name,
-        inputs=inputs,
-        reference=lambda *x: {"output": formula(*comparison.in_float32(*x))},
-        ours=of_function(ours),
-        plain=next(iter(peers.values())),
-        peers={name: lambda peer=peer: peer for name, peer in peers.items()},
-        work=work,
-        rounding=ROUNDING[dtype],
-        per_second=(work.bytes / 1e9, "GB/s"),
-        sets=8,
-        in_graph=True,
-    )
+@gpu_case("decode_ops", turns=50, summary="attention to a cache of 2048 keys; gemv of bf16, int8 and int4 weights")
+def decode_ops(device: torch.device) -> list[Comparison]:
+    """Each timed inside a CUDA graph, as a decode step runs; into a layer, out of it, and the head."""
+    dtype, shapes = torch.bfloat16, ((17920, 2560), (2560, 12800), (51200, 2560))
+    return [
+        *(compare_decode_attention(device, dtype, B, H=32, S=2048, D=80) for B in (1, 8)),
+        *(compare_gemv(device, dtype, form, 1, N, K) for N, K in shapes for form in WEIGHT_FORMS),
+    ]
 
 
 # ---- attention of one query ----
@@ -74,17 +44,16 @@ def compare_short(
 def compare_decode_attention(device: torch.device, dtype: torch.dtype, B: int, H: int, S: int, D: int) -> Comparison:
     """One query per row, all S keys filled."""
     lengths = torch.full((B,), S, dtype=torch.int32, device=device)
-
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        return tuple(normal(B, H, n, D, dtype=dtype) for n in (1, S, S))
-
-    functions = (
+    return compare_functions(
+        f"decode_attention B{B} S{S}",
+        drawn(device, dtype, lambda normal: tuple(normal(B, H, n, D) for n in (1, S, S))),
         lambda q, k, v: decode_attention(q, k, v, lengths, impl="triton"),
         lambda q, k, v: decode_attention_ref(q, k, v, lengths),
+        {"SDPA": lambda: of_function(F.scaled_dot_product_attention)},
+        decode_attention_work(B, H, S, D),
+        dtype,
+        in_graph=True,
     )
-    peers, work = {"SDPA": of_function(F.scaled_dot_product_attention)}, decode_attention_work(B, H, S, D)
-    return compare_short(f"decode_attention B{B} S{S}", inputs, functions, peers, work, dtype)
 
 
 def decode_attention_work(B: int, H: int, S: int, D: int) -> Work:
@@ -96,8 +65,7 @@ def decode_attention_work(B: int, H: int, S: int, D: int) -> Work:
 KEYS = spec.on_both((32, 3, 4), (16, 3, 4), (32, 2, 4), (32, 4, 4), (64, 3, 4), (64, 3, 8))
 ATTEND = Call(
     "decode_attention_triton.attend",
-    reads=dict(q="1 H 1 D", k="1 H S D", v="1 H S D", lengths="1:int32=S", until=None),
-    writes=dict(o="1 H 1 D"),
+    dict(q="1 H 1 D", k="1 H S D", v="1 H S D", o="1 H 1 D", lengths="1:int32=S", until=None),
     also=dict(until="1 S:int32=S"),
 )
 spec.ENTRIES["decode_attention"] = Entry(
@@ -111,22 +79,26 @@ spec.ENTRIES["decode_attention"] = Entry(
 def compare_gemv(device: torch.device, dtype: torch.dtype, form: str, M: int, N: int, K: int) -> Comparison:
     """M rows times a weight (N, K); the peers multiply the half-precision weight that a small one stands for."""
 
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        weight = WEIGHT_FORMS[form](normal(N, K, dtype=dtype, scale=K**-0.5))
-        return normal(M, K, dtype=dtype), *(part for part in weight if part is not None)
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        weight = WEIGHT_FORMS[form](normal(N, K, scale=K**-0.5))
+        return normal(M, K), *(part for part in weight if part is not None)
 
     def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         return (F.linear(x, codes.to(x.dtype)) * scale).to(x.dtype)
 
-    peers = {"F.linear": of_function(F.linear, prepare=lambda x, *parts: (x, Weight(*parts).dense().to(dtype)))}
+    peers = {"F.linear": lambda: of_function(F.linear, prepare=lambda x, *w: (x, Weight(*w).dense().to(dtype)))}
     if form == "int8":
-        peers["torch.compile"] = of_function(comparison.compiled(int8_linear, device))
-    functions = (
+        peers["torch.compile"] = lambda: of_function(compiled(int8_linear, device))
+    return compare_functions(
+        f"gemv {form} {N}x{K}",
+        drawn(device, dtype, draw),
         lambda x, *parts: gemv(x, Weight(*parts), impl="triton"),
         lambda x, *parts: x.float() @ Weight(*parts).dense().float().T,
+        peers,
+        gemv_work(form, M, N, K),
+        dtype,
+        in_graph=True,
     )
-    return compare_short(f"gemv {form} {N}x{K}", inputs, functions, peers, gemv_work(form, M, N, K), dtype)
 
 
 def gemv_work(form: str, M: int, N: int, K: int) -> Work:
@@ -154,13 +126,11 @@ def gemv_entry(form: str, M: int) -> Entry:
     """Into a layer and out of it, by one entry. Candidates: columns, rows, warps, stages."""
     into = Call(
         "gemv_triton.each",
-        reads=dict(x=f"{M} C", **weights(form, "C C", "C C", "C C", "F C"), gelu_last=True),
-        writes=dict(ys=[f"{M} C"] * 3 + [f"{M} F"]),
+        dict(x=f"{M} C", **weights(form, "C C", "C C", "C C", "F C"), gelu_last=True, ys=[f"{M} C"] * 3 + [f"{M} F"]),
     )
     out = Call(
         "gemv_triton.summed",
-        reads=dict(skip=f"{M} C", xs=[f"{M} C", f"{M} F"], **weights(form, "C C", "C F")),
-        writes=dict(y=f"{M} C"),
+        dict(skip=f"{M} C", xs=[f"{M} C", f"{M} F"], **weights(form, "C C", "C F"), y=f"{M} C"),
     )
     key, candidates = (form, ONE_ROW) if M == 1 else (f"{form} rows", ROWS)
     return Entry("gemv_triton", key, "gemv each", spec.on_both(*candidates), (into, out), in_graph=True)

@@ -7,7 +7,6 @@ as many sequences to the longest, as trl does.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
@@ -15,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.harness import gpu
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.models import random_model, twin
-from benchmarks.registry import Report, case
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPair
 from phi2.data.records import Origin
 from phi2.fused import fuse
-from phi2.lora import adapter_state, attach, disabled
+from phi2.lora import adapter_state, disabled
 from phi2.lora_config import LoraConfig
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
@@ -33,12 +31,10 @@ from phi2.training.reference import adapters_off
 LORA = LoraConfig(r=16)
 
 
-@case("training_step", turns=10, summary="LoRA DPO of Phi-2 over 4 and 16 pairs: reference, forward and backward pass")
-def training_step(turns: int) -> Report:
+@gpu_case("training_step", 10, "LoRA DPO of Phi-2 over 4 and 16 pairs: reference, forward and backward pass")
+def training_step(device: torch.device) -> list[Comparison]:
     """At the recipe's 4 pairs, and at 16: the four micro-batches of its window in one pass."""
-    device, shape = gpu.device(), replace(Phi2Config(), resid_pdrop=0.0)
-    compared = [compare_dpo_step(device, torch.bfloat16, shape, pairs, answer=256) for pairs in (4, 16)]
-    return gpu.report(compared, turns, {"LoRA": f"r {LORA.r} on six linears"})
+    return [compare_dpo_step(device, torch.bfloat16, Phi2Config(), pairs, answer=256) for pairs in (4, 16)]
 
 
 def compare_dpo_step(
@@ -69,17 +65,12 @@ def compare_dpo_step(
         work=Work(6 * tokens * multiplied, 0),  # two passes forward, and the gradients of what they multiply
         targets={"transformers, peft": 1.25},
         rounding=5 * ROUNDING[dtype],  # of many layers
-        per_second=(tokens, "tokens"),
     )
 
 
 @cache  # for all comparisons
 def _policy(device: torch.device, shape: Phi2Config, dtype: torch.dtype, fused: bool = False) -> Phi2ForCausalLM:
-    model = random_model(shape, device, dtype)
-    attach(model, LORA)
-    generator = torch.Generator(device).manual_seed(1)
-    for tensor in adapter_state(model).values():
-        tensor.normal_(0, 0.02, generator=generator)
+    model = random_model(shape, device, dtype, LORA.r)
     fuse(model, fused)
     return model
 

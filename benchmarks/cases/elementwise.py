@@ -1,20 +1,21 @@
-"""The elementwise ops: LayerNorm, GELU and rotary embedding.
+"""The elementwise ops: LayerNorm, GELU and rotary embedding; their work is what both passes read and write.
 
 Dims: N rows, C hidden, F mlp, B batch, T tokens, S positions or keys, H heads, D head dim, R rotary dims.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Inputs, Work
+from benchmarks.harness import spec
+from benchmarks.harness.comparison import Comparison, Inputs, Work, compare_functions, drawn, eager_and_compiled
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import Call, Entry
-from benchmarks.registry import Report, case
 from phi2_kernels.gelu import gelu, gelu_ref
 from phi2_kernels.layer_norm import layer_norm, layer_norm_ref
 from phi2_kernels.rotary import rotary, rotary_angles
@@ -22,55 +23,50 @@ from phi2_kernels.rotary import rotary, rotary_angles
 EPS = 1e-5
 
 
-@case("elementwise", turns=50, summary="layer_norm, gelu and rotary with their gradients, over 8192 tokens")
-def elementwise(turns: int) -> Report:
-    device, dtype, N = gpu.device(), torch.bfloat16, 8192
-    comparisons = [
+@gpu_case("elementwise", turns=50, summary="layer_norm, gelu and rotary with their gradients, over 8192 tokens")
+def elementwise(device: torch.device) -> list[Comparison]:
+    dtype, N = torch.bfloat16, 8192
+    return [
         compare_layer_norm(device, dtype, N, C=2560, trainable=False),
         compare_layer_norm(device, dtype, N, C=2560, trainable=True),
         compare_gelu(device, dtype, N, F=10240),
         compare_rotary(device, dtype, B=4, T=2048, H=32, D=80, R=32),
     ]
-    return gpu.report(comparisons, turns, {"tokens": N})
-
-
-def bound_by_memory(elements: int, dtype: torch.dtype) -> dict:
-    """What elementwise comparisons have in common; elements are read or written, in both passes together."""
-    work = Work(0, elements * dtype.itemsize)
-    return {"work": work, "rounding": ROUNDING[dtype], "per_second": (work.bytes / 1e9, "GB/s")}
 
 
 # ---- LayerNorm ----
 
 
 def compare_layer_norm(device: torch.device, dtype: torch.dtype, N: int, C: int, trainable: bool) -> Comparison:
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        weight, bias = (normal(C, dtype=dtype, grad=trainable) for _ in range(2))
-        return normal(N, C, dtype=dtype, grad=True), weight, bias, normal(N, C, dtype=dtype)
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        weight, bias = (normal(C, grad=trainable) for _ in range(2))
+        return normal(N, C, grad=True), weight, bias, normal(N, C)
 
-    functions = (
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), weight, bias, EPS)
+
+    return compare_functions(
+        f"layer_norm {'trainable' if trainable else 'frozen'}",
+        drawn(device, dtype, draw),
         lambda x, weight, bias: layer_norm(x, weight, bias, EPS, impl="triton"),
         lambda x, weight, bias: layer_norm_ref(x, weight, bias, EPS),
-        lambda x, weight, bias: F.layer_norm(x, (C,), weight, bias, EPS),
+        eager_and_compiled(plain, "x weight bias", device),
+        Work(0, 5 * N * C * dtype.itemsize),
+        dtype,
+        names="x weight bias",
     )
-    name = f"layer_norm {'trainable' if trainable else 'frozen'}"
-    common = bound_by_memory(5 * N * C, dtype)
-    return comparison.compare_functions(name, inputs, "x weight bias", functions, device=device, **common)
 
 
 # Candidates: warps; a row is 2560 columns.
 WARPS = spec.on_both((1,), (2,), (4,), (8,))
 NORM = Call(
     "layer_norm_triton.forward",
-    reads=dict(x="N C", weight="C", bias="C", eps=EPS),
-    writes=dict(y="N C", mean="N:float32", rstd="N:float32"),
+    dict(x="N C", weight="C", bias="C", eps=EPS, y="N C", mean="N:float32", rstd="N:float32"),
 )
 NORM_BACKWARD, NORM_SUMS = (
     Call(
         "layer_norm_triton.backward",
-        reads=dict(grad="N C", x="N C", weight="C", mean="N:float32", rstd="N:float32", skip="N C", sums=sums),
-        writes=dict(dx="N C"),
+        dict(grad="N C", x="N C", weight="C", mean="N:float32", rstd="N:float32", skip="N C", dx="N C", sums=sums),
     )
     for sums in (False, True)
 )
@@ -85,20 +81,22 @@ spec.ENTRIES |= {
 
 
 def compare_gelu(device: torch.device, dtype: torch.dtype, N: int, F: int) -> Comparison:
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        return normal(N, F, dtype=dtype, grad=True), normal(N, F, dtype=dtype)
-
-    functions = partial(gelu, impl="triton"), gelu_ref, partial(torch.nn.functional.gelu, approximate="tanh")
-    return comparison.compare_functions(
-        "gelu", inputs, "x", functions, device=device, **bound_by_memory(5 * N * F, dtype)
+    return compare_functions(
+        "gelu",
+        drawn(device, dtype, lambda normal: (normal(N, F, grad=True), normal(N, F))),
+        partial(gelu, impl="triton"),
+        gelu_ref,
+        eager_and_compiled(partial(torch.nn.functional.gelu, approximate="tanh"), "x", device),
+        Work(0, 5 * N * F * dtype.itemsize),
+        dtype,
+        names="x",
     )
 
 
 # Candidates: rows, columns, warps.
 TILES = spec.on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8))
-GELU = Call("gelu_triton.forward", reads=dict(x="N F"), writes=dict(y="N F"))
-GELU_BACKWARD = Call("gelu_triton.backward", reads=dict(grad="N F", x="N F"), writes=dict(dx="N F"))
+GELU = Call("gelu_triton.forward", dict(x="N F", y="N F"))
+GELU_BACKWARD = Call("gelu_triton.backward", dict(grad="N F", x="N F", dx="N F"))
 spec.ENTRIES |= {
     "gelu_forward": Entry("gelu_triton", "forward", "gelu forward", TILES, (GELU,)),
     "gelu_backward": Entry("gelu_triton", "backward", "gelu backward", TILES, (GELU_BACKWARD,)),
@@ -112,27 +110,30 @@ def compare_rotary(device: torch.device, dtype: torch.dtype, B: int, T: int, H: 
     """Queries or keys (B, T, H, D)."""
     cos, sin = rotary_angles(torch.arange(T, device=device)[None], R, 10000.0)
 
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        return normal(B, T, H, D, dtype=dtype, grad=True), normal(B, T, H, D, dtype=dtype)
-
     def plain(x: Tensor) -> Tensor:
         first, second, rest = x.split([R // 2, R // 2, D - R], dim=-1)
         rotated = first * cos - second * sin, second * cos + first * sin
         return torch.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1)
 
-    functions = (lambda x: rotary(x, cos, sin, impl="triton"), plain, plain)
-    common = bound_by_memory(4 * B * T * H * D, dtype)
-    return comparison.compare_functions("rotary", inputs, "x", functions, device=device, **common)
+    return compare_functions(
+        "rotary",
+        drawn(device, dtype, lambda normal: (normal(B, T, H, D, grad=True), normal(B, T, H, D))),
+        lambda x: rotary(x, cos, sin, impl="triton"),
+        plain,
+        eager_and_compiled(plain, "x", device),
+        Work(0, 4 * B * T * H * D * dtype.itemsize),
+        dtype,
+        names="x",
+    )
 
 
 # Candidates: heads, warps.
 MANY_HEADS = spec.on_both((32, 1), (16, 1), (64, 1), (32, 2), (64, 2))
 FEW_HEADS = spec.on_both((16, 1), (8, 1), (32, 1), (16, 2), (32, 2))
 ANGLES = dict(cos="S 16:float32", sin="S 16:float32")
-APPLY = Call("rotary_triton.apply_rotary", reads=dict(x="N 2H D", **ANGLES, inverse=False), over=("x",))
+APPLY = Call("rotary_triton.apply_rotary", dict(x="N 2H D", **ANGLES, inverse=False))
 TOKEN = dict(q="1 H D", k="1 H D", v="1 H D", slots="1:int32%S", keys="1 H S D", values="1 H S D")
-STORE = Call("rotary_triton.apply_rotary_and_store", reads=TOKEN | ANGLES, over=("q", "keys", "values"))
+STORE = Call("rotary_triton.apply_rotary_and_store", TOKEN | ANGLES)
 spec.ENTRIES |= {
     "apply_rotary": Entry("rotary_triton", "apply_rotary", "rotary apply_rotary", MANY_HEADS, (APPLY,)),
     "apply_rotary_and_store": Entry(

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from itertools import cycle
 from threading import Thread
 from zlib import crc32
@@ -18,8 +17,8 @@ from zlib import crc32
 import numpy as np
 
 from benchmarks.cases.engine import mixed_prompts, nano
-from benchmarks.harness.processes import THREADS, WARM_UP, Timer, Turn, compare
-from benchmarks.registry import Measure, Report, Spread, case
+from benchmarks.harness.processes import Result, Timer, compare
+from benchmarks.registry import Measure, Report, case, versions
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine
 from phi2.inference.generate import choices_of, replies_to
@@ -35,18 +34,14 @@ TURNS = 8  # with prompts of their own, which no slot holds any more when they c
 def endpoint_vs_engine(turns: int) -> Report:
     result = compare(endpoint, engine_alone, None, turns, {"texts": 0.0})
     return Report(
-        peer={"Engine": "alone", "openai": metadata.version("openai"), "uvicorn": metadata.version("uvicorn")},
+        peer={"Engine": "alone"} | versions("openai", "uvicorn"),
         gate=f"{CLIENTS} equal replies a turn",
-        measures=[*result.speeds(), *(_latency(q, result.ours, result.theirs) for q in (50, 99)), *result.memory()],
-        facts={"model": "nano", "dtype": "float32", "threads": THREADS, "clients": CLIENTS, "tokens": NEW_TOKENS},
+        measures=[*result.speeds(), *(_latency(result, percentile) for percentile in (50, 99)), *result.memory()],
     )
 
 
-def _latency(percentile: int, ours: list[Turn], theirs: list[Turn]) -> Measure:
-    """In units of the peer's median."""
-    both = [[np.percentile(t.outcome["latencies"], percentile) for t in turns[WARM_UP:]] for turns in (ours, theirs)]
-    unit = np.median(both[1])
-    return Measure(f"latency p{percentile}", "relative", *(Spread.of([v / unit for v in values]) for values in both))
+def _latency(result: Result, percentile: int) -> Measure:
+    return result.relative(f"latency p{percentile}", lambda turn: np.percentile(turn.outcome["latencies"], percentile))
 
 
 def endpoint(timer: Timer, job: None) -> None:

@@ -8,56 +8,44 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from importlib import metadata
-from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness.models import twin
-from benchmarks.harness.processes import THREADS, Timer, Worker, compare
-from benchmarks.registry import Report, case
+from benchmarks.harness.models import silence, twin
+from benchmarks.harness.processes import Timer, Worker, compare
+from benchmarks.registry import Report, case, versions
 from phi2.checkpoints.weights import load
 from phi2.inference.generate import generate_batch
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
 WORDS = "the cat sat on a mat and says that 7 plus 12 is what I know of Paris".split()
-SHORTEST, LONGEST, BATCH = 10, 350, 16
+PROMPTS, SHORTEST, LONGEST, BATCH, NEW_TOKENS = 256, 10, 350, 16, 32
 
 
-class Job(NamedTuple):
-    """How many prompts, and tokens of each reply."""
-
-    prompts: int
-    new_tokens: int
+def compare_engines(turns: int, worker: Worker, peer: dict[str, str]) -> Report:
+    result = compare(ours, worker, None, turns, {"token_ids": 0.0})
+    return Report(
+        peer=peer,
+        gate=f"{PROMPTS * NEW_TOKENS} equal tokens",
+        measures=[*result.speeds(), *result.memory()],
+    )
 
 
 @case("engine_vs_transformers", turns=5, summary="256 prompts of 10 to 350 tokens, nano; theirs 16 at a time")
 def engine_vs_transformers(turns: int) -> Report:
-    return _compare(transformers_generate, {"transformers": metadata.version("transformers")}, turns)
+    return compare_engines(turns, transformers_generate, versions("transformers"))
 
 
 @case("engine_vs_batches", turns=5, summary="256 prompts of 10 to 350 tokens, nano; in one call, and 16 at a time")
 def engine_vs_batches(turns: int) -> Report:
-    return _compare(ours_in_batches, {"phi2.generate": f"{BATCH} prompts a call"}, turns)
-
-
-def _compare(peer: Worker, name: dict[str, str], turns: int) -> Report:
-    job = Job(prompts=256, new_tokens=32)
-    result = compare(ours, peer, job, turns, {"token_ids": 0.0})
-    return Report(
-        peer=name,
-        gate=f"{job.prompts * job.new_tokens} equal tokens",
-        measures=[*result.speeds(), *result.memory(), result.flops()],
-        facts={"model": "nano", "dtype": "float32", "threads": THREADS, **job._asdict()},
-    )
+    return compare_engines(turns, ours_in_batches, {"phi2.generate": f"{BATCH} prompts a call"})
 
 
 def nano() -> tuple[Phi2ForCausalLM, Tokenizer]:
     """It never ends a reply, so that all are of one length."""
     model, tokenizer = load("nano", "cpu", "float32")
-    with torch.no_grad():
-        model.lm_head.bias[sorted(tokenizer.stop_ids)] = -1e4
+    silence(model, tokenizer.stop_ids)
     return model, tokenizer
 
 
@@ -68,24 +56,20 @@ def mixed_prompts(tokenizer: Tokenizer, count: int) -> list[str]:
     return [tokenizer.decode(ids[start : start + length]) for start, length in cuts]
 
 
-def ours(timer: Timer, job: Job) -> None:
-    _answer(timer, job, job.prompts)
-
-
-def ours_in_batches(timer: Timer, job: Job) -> None:
-    _answer(timer, job, BATCH)
-
-
-def _answer(timer: Timer, job: Job, at_once: int) -> None:
+def ours(timer: Timer, job: None, at_once: int = PROMPTS) -> None:
     model, tokenizer = nano()
 
     def replies(prompts: list[str]) -> list[list[int]]:
-        return [reply.token_ids for reply in generate_batch(model, tokenizer, prompts, max_new_tokens=job.new_tokens)]
+        return [reply.token_ids for reply in generate_batch(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)]
 
-    _take_turns(timer, replies, mixed_prompts(tokenizer, job.prompts), at_once)
+    _take_turns(timer, replies, tokenizer, at_once)
 
 
-def transformers_generate(timer: Timer, job: Job) -> None:
+def ours_in_batches(timer: Timer, job: None) -> None:
+    ours(timer, job, BATCH)
+
+
+def transformers_generate(timer: Timer, job: None) -> None:
     model, tokenizer = nano()
     theirs = twin(model)
 
@@ -94,18 +78,18 @@ def transformers_generate(timer: Timer, job: Job) -> None:
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        options = dict(max_new_tokens=job.new_tokens, do_sample=False, pad_token_id=0)
+        options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         return theirs.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
 
-    _take_turns(timer, replies, mixed_prompts(tokenizer, job.prompts), BATCH)
+    _take_turns(timer, replies, tokenizer, BATCH)
 
 
 def _take_turns(
-    timer: Timer, replies: Callable[[list[str]], list[list[int]]], prompts: list[str], at_once: int
+    timer: Timer, replies: Callable[[list[str]], list[list[int]]], tokenizer: Tokenizer, at_once: int
 ) -> None:
-    batches = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
+    prompts = mixed_prompts(tokenizer, PROMPTS)
     while True:
         timer.start()
-        said = [reply for batch in batches for reply in replies(batch)]
+        said = [reply for i in range(0, PROMPTS, at_once) for reply in replies(prompts[i : i + at_once])]
         timer.stop()
         timer.report(token_ids=said)

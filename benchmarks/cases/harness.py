@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import replace
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks.cases.training import shared_folder
+from benchmarks.harness.models import save_random, shared_folder
 from benchmarks.harness.processes import Timer, compare
-from benchmarks.registry import Report, case
-from phi2.checkpoints.weights import save_pretrained
+from benchmarks.registry import Report, case, versions
 from phi2.config import Phi2Config
 from phi2.hub import resolve
-from phi2.model import Phi2ForCausalLM
-from phi2.tokenizer import Tokenizer
 
 CHOICES, WRITTEN = ("mmlu", "truthfulqa_mc2", "winogrande"), ("ifeval", "gsm8k")
 NEW_TOKENS = 64
+SIZES = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
+RANDOM = Phi2Config(**SIZES, partial_rotary_factor=0.5, initializer_range=0.1)
 TOLERANCE = {"log_likelihoods": 2e-6, "texts": 0.0}  # of the largest, hundreds of nats: 1e-4 or so
 
 
@@ -41,54 +37,36 @@ class Job(NamedTuple):
     batch_size: int  # of theirs; padding makes 1 the fastest where nothing is generated
 
 
-@case("harness_choice_vs_hf", turns=5, summary="log-likelihoods of multiple choice in lm-evaluation-harness, nano")
-def harness_choice_vs_hf(turns: int) -> Report:
-    return _compare(Job(resolve("nano"), CHOICES, 10, 1, 1), turns, target=3.0)
-
-
-@case("harness_written_vs_hf", turns=5, summary="written answers in lm-evaluation-harness, nano")
-def harness_written_vs_hf(turns: int) -> Report:
-    return _compare(Job(resolve("nano"), WRITTEN, 8, 1, 8), turns, target=1.5)
-
-
-@case("harness_choice_30m_vs_hf", turns=3, summary="the same multiple choice, a random 30 M with the real tokenizer")
-def harness_choice_30m_vs_hf(turns: int) -> Report:
-    with TemporaryDirectory() as folder:
-        return _compare(Job(_random_phi(Path(folder)), CHOICES, 3, None, 1), turns, target=3.0)
-
-
-@case("harness_written_30m_vs_hf", turns=3, summary="the same written answers, a random 30 M with the real tokenizer")
-def harness_written_30m_vs_hf(turns: int) -> Report:
-    with TemporaryDirectory() as folder:
-        return _compare(Job(_random_phi(Path(folder)), WRITTEN, 4, None, 4), turns, target=1.5)
-
-
-def _compare(job: Job, turns: int, target: float) -> Report:
-    result = compare(ours, theirs, job, turns, TOLERANCE)
+def compare_answers(
+    turns: int, tasks: tuple[str, ...], samples: int, shots: int | None, batch_size: int, target: float
+) -> Report:
+    """Of nano, or, with the shots of the card, of the random model."""
+    with TemporaryDirectory() as name:
+        folder = resolve("nano") if shots else Path(name)
+        if not shots:
+            save_random(RANDOM, folder)
+        job = Job(folder, tasks, samples, shots, batch_size)
+        result = compare(ours, theirs, job, turns, TOLERANCE)
     return Report(
-        peer={name: metadata.version(name) for name in ("transformers", "lm_eval")},
+        peer=versions("transformers", "lm-eval"),
         gate=f"log-likelihoods apart by at most {result.largest_difference['log_likelihoods']:.0e} of the largest,"
         " texts equal",
-        measures=[replace(measure, target=target) for measure in result.speeds()],
-        facts={
-            "tasks": ", ".join(job.tasks),
-            "samples": job.samples,
-            "shots": job.shots or "of the card",
-            "their batch": job.batch_size,
-        },
+        measures=result.speeds(target=target),
     )
 
 
-def _random_phi(folder: Path) -> Path:
-    tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
-    shape = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
-    ends = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    model = Phi2ForCausalLM(Phi2Config(**shape, **ends, partial_rotary_factor=0.5, initializer_range=0.1))
-    model.init_weights(seed=0)
-    with torch.no_grad():  # neither says ids without a token
-        model.lm_head.bias[len(tokenizer) :] = -1e4
-    save_pretrained(model, tokenizer, folder)
-    return folder
+case("harness_choice_vs_hf", 5, "log-likelihoods of multiple choice in lm-evaluation-harness, nano")(
+    partial(compare_answers, tasks=CHOICES, samples=10, shots=1, batch_size=1, target=3.0)
+)
+case("harness_written_vs_hf", 5, "written answers in lm-evaluation-harness, nano")(
+    partial(compare_answers, tasks=WRITTEN, samples=8, shots=1, batch_size=8, target=1.5)
+)
+case("harness_choice_30m_vs_hf", 3, "the same multiple choice, a random 30 M with the real tokenizer")(
+    partial(compare_answers, tasks=CHOICES, samples=3, shots=None, batch_size=1, target=3.0)
+)
+case("harness_written_30m_vs_hf", 3, "the same written answers, a random 30 M with the real tokenizer")(
+    partial(compare_answers, tasks=WRITTEN, samples=4, shots=None, batch_size=4, target=1.5)
+)
 
 
 def ours(timer: Timer, job: Job) -> None:

@@ -13,31 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import comparison, gpu, spec
-from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
+from benchmarks.harness import comparison, spec
+from benchmarks.harness.comparison import Comparison, Implementation, Inputs, Outputs, Work, of_function
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.spec import Call, Entry
-from benchmarks.registry import Report, case
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
 
 ARGUMENTS = "hidden weight bias targets"
 
 
-@case("head", turns=20, summary="log-probabilities of 16384 tokens and their gradients, head frozen and trainable")
-def head(turns: int) -> Report:
+@gpu_case("head", turns=20, summary="log-probabilities of 16384 tokens and their gradients, head frozen and trainable")
+def head(device: torch.device) -> list[Comparison]:
     """At most 1.1 x the time of its matmuls, and with a frozen head 0.6 GB beside the inputs."""
-    device, shape = gpu.device(), dict(N=16384, C=2560, V=51200)
-    comparisons = [compare_head(device, torch.bfloat16, trainable=trainable, **shape) for trainable in (False, True)]
-    return gpu.report(comparisons, turns, shape)
+    return [compare_head(device, torch.bfloat16, 16384, 2560, 51200, trainable) for trainable in (False, True)]
 
 
 def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: int, trainable: bool) -> Comparison:
     """hidden, weight, bias, targets -> log-probabilities; a trainable head makes its logits twice."""
 
-    def inputs(seed: int) -> Inputs:
-        normal = comparison.random(seed, device)
-        weights = (normal(*shape, dtype=dtype, scale=C**-0.5, grad=trainable) for shape in ((V, C), (V,)))
-        targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed)).to(device)
-        return normal(N, C, dtype=dtype, grad=True), *weights, targets, normal(N, dtype=torch.float32)
+    def draw(normal: Callable[..., Tensor]) -> Inputs:
+        weights = (normal(*shape, scale=C**-0.5, grad=trainable) for shape in ((V, C), (V,)))
+        targets = torch.arange(N, device=device) % V
+        return normal(N, C, grad=True), *weights, targets, normal(N, dtype=torch.float32)
 
     def eager(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
@@ -46,26 +43,22 @@ def compare_head(device: torch.device, dtype: torch.dtype, N: int, C: int, V: in
     kept = {"the 3 matmuls of kept logits": partial(matmuls, 3)} if trainable else {}
     return comparison.compare_functions(
         f"head {'trainable' if trainable else 'frozen'}",
-        inputs,
-        ARGUMENTS,
-        (lambda *x: linear_logprob(*x, impl="triton")[0], lambda *x: linear_logprob_ref(*x)[0], eager),
-        head_work(N, C, V, trainable),
-        device,
-        peers={
+        comparison.drawn(device, dtype, draw),
+        lambda *x: linear_logprob(*x, impl="triton")[0],
+        lambda *x: linear_logprob_ref(*x)[0],
+        {
+            **comparison.eager_and_compiled(eager, ARGUMENTS, device),
             f"its {own} matmuls": partial(matmuls, own),
             **kept,
-            "Liger": lambda: gradients_of(_liger()),
-            "F.linear_cross_entropy": lambda: gradients_of(_linear_cross_entropy()),
+            "Liger": lambda: of_function(_liger(), ARGUMENTS),
+            "F.linear_cross_entropy": lambda: of_function(_linear_cross_entropy(), ARGUMENTS),
         },
-        rounding=ROUNDING[dtype],
-        targets={f"its {own} matmuls": 1.1},
+        head_work(N, C, V, trainable),
+        dtype,
+        names=ARGUMENTS,
+        targets={f"its {own} matmuls": 1 / 1.1},
         peak_limit=None if trainable else 0.6,
-        sets=2,
     )
-
-
-def gradients_of(forward: Callable[..., Tensor]) -> Implementation:
-    return Implementation(comparison.forward_backward(forward, ARGUMENTS))
 
 
 def head_work(N: int, C: int, V: int, trainable: bool) -> Work:
@@ -102,18 +95,13 @@ def _linear_cross_entropy() -> Callable[..., Tensor]:
 
 
 # The kernels read logits (n, V) and write their gradient over them. Candidates: columns at a time, warps.
-ROWS = dict(logits="CHUNK V:float32", bias="V", targets="CHUNK:int64%V")
-NEW_ROWS = dict(logp="CHUNK:float32", lse="CHUNK:float32")
+ROWS = dict(logits="CHUNK V:float32", bias="V", targets="CHUNK:int64%V", lse="CHUNK:float32", grad_dtype=torch.bfloat16)
 STATS = Call(
     "linear_logprob_triton.stats",
-    reads=ROWS | dict(entropies=None, grad_dtype=torch.bfloat16),
-    writes=NEW_ROWS,
+    ROWS | dict(logp="CHUNK:float32", entropies=None),
     also=dict(entropies="CHUNK:float32"),
 )
-GRADIENT = Call(
-    "linear_logprob_triton.gradient",
-    reads=ROWS | dict(lse="CHUNK:float32", scale="CHUNK:float32", grad_dtype=torch.bfloat16),
-)
+GRADIENT = Call("linear_logprob_triton.gradient", ROWS | dict(scale="CHUNK:float32"))
 STATS_ROWS = spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))
 GRADIENT_ROWS = spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))
 FILE = "linear_logprob_triton"

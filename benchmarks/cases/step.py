@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.block import implementation
-from benchmarks.harness import comparison, gpu
+from benchmarks.harness import comparison
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
+from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.models import random_model, twin
-from benchmarks.registry import Report, case
 from phi2.cache import KVCache, PackedPass
 from phi2.config import Phi2Config
 from phi2.inference import step
@@ -32,11 +32,9 @@ BEFORE = (1, 2)  # tokens before the one that is compared: our step is launched 
 ROOM = 1024  # tokens that calls may add
 
 
-@case("decode_step", turns=100, summary="one token of the whole of Phi-2 behind 1024 others")
-def decode_step(turns: int) -> Report:
-    device = gpu.device()
-    comparisons = [compare_step(device, torch.bfloat16, Phi2Config(), 1024, format) for format in BITS]
-    return gpu.report(comparisons, turns, {"rows": 1, "context": 1024})
+@gpu_case("decode_step", turns=100, summary="one token of the whole of Phi-2 behind 1024 others")
+def decode_step(device: torch.device) -> list[Comparison]:
+    return [compare_step(device, torch.bfloat16, Phi2Config(), 1024, format) for format in BITS]
 
 
 def compare_step(
@@ -50,7 +48,7 @@ def compare_step(
     cache = partial(random_cache, device, dtype, config, context)
 
     def model(format: str | None = None) -> Phi2ForCausalLM:
-        return rounded(random_model(config, device, dtype).eval(), format)
+        return rounded(random_model(config, device, dtype), format)
 
     def reference(ids: Tensor) -> Outputs:
         with implementation("torch"):
@@ -72,7 +70,6 @@ def compare_step(
         peers=peers,
         work=step_work(config, context, *BITS[format]),
         rounding=2 * ROUNDING[dtype],  # of some two hundred matmuls, one behind the other
-        per_second=(1, "tok/s"),
     )
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from benchmarks.harness import sass, spec
 from benchmarks.harness.sass import Code
 from benchmarks.harness.spec import Launch
-from benchmarks.registry import load
+from benchmarks.registry import Cells, load
 
 STACK = 16  # bytes of a thread that may not fit its registers
 TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
@@ -86,6 +86,11 @@ class Row:
             "no asynchronous copies": self.arch == 80 and self.useful and not self.copies and self.kernel in TILED,
         }
         return [text for text, is_broken in found.items() if is_broken]
+
+    @property
+    def cells(self) -> Cells:
+        """A line of a table."""
+        return asdict(self) | {"programs": self.programs, "violations": ", ".join(self.violations)}
 
 
 def measure(forms: list[str], architectures: tuple[int, ...] = spec.ARCHITECTURES) -> list[Row]:

@@ -44,6 +44,9 @@ class Implementation:
     is_compared: bool = True
 
 
+Peers = dict[str, Callable[[], Implementation]]  # what makes each, by name; it may raise PEER_ERRORS
+
+
 class Work(NamedTuple):
     """What is needed at least: operations of matmuls, and bytes of inputs and outputs, each counted once."""
 
@@ -58,15 +61,11 @@ class Comparison:
     Attributes:
         inputs: fresh ones of a seed.
         plain: torch in the same dtype; ours may be twice as far from the reference as it is.
-        peers: functions that make an implementation; they may raise `PEER_ERRORS`.
         rounding: how far any output may be from the reference's, ||out - ref|| / ||ref||.
         peers_are_ours: they are other launches of our kernels, and as right as ours, or left out.
-        targets: of the ratio to a peer; a name that ends in * means the fastest peer whose name begins so.
-        per_second: how many of what one call does, for a measure of speed; without it the measure is of time.
+        targets: how many times as fast as a peer; a name that ends in * means the fastest peer whose name begins so.
         peak_limit: GB that ours may allocate beside its inputs.
-        sets: how many inputs the calls go around.
-        in_graph: the calls are so short that they are timed as one CUDA graph that goes around all sets.
-        is_fact: stands in the table only.
+        in_graph: the calls are so short that they are timed as one CUDA graph, which goes around several inputs.
     """
 
     name: str
@@ -74,39 +73,34 @@ class Comparison:
     reference: Callable[..., Outputs]
     ours: Implementation
     plain: Implementation
-    peers: dict[str, Callable[[], Implementation]]
+    peers: Peers
     rounding: float
     work: Work | None = None
     targets: dict[str, float] = field(default_factory=dict)
-    per_second: tuple[float, str] | None = None
     peak_limit: float | None = None
-    sets: int = 3
     in_graph: bool = False
-    is_fact: bool = False
     peers_are_ours: bool = False
 
 
-def of_function(function: Callable[..., Tensor], **options: Any) -> Implementation:
-    """Its output alone."""
-    return Implementation(lambda *inputs: {"output": function(*inputs)}, **options)
-
-
-def forward_backward(forward: Callable[..., Tensor], names: str) -> Callable[..., Outputs]:
+def of_function(function: Callable[..., Tensor], names: str = "", **options: Any) -> Implementation:
     """A function's output and the gradients of those of its arguments that require one.
 
     Args:
-        forward: takes as many tensors as there are names.
-        names: of the arguments, separated by spaces. The result takes one tensor more, the gradient of the output.
+        names: of the arguments, separated by spaces, where any requires a gradient. There is one input more then, the
+            gradient of the output.
+        options: other attributes.
     """
 
     def run(*inputs: Tensor) -> Outputs:
+        if not any(x.requires_grad for x in inputs):
+            return {"output": function(*inputs)}
         *arguments, grad = inputs
-        output = forward(*arguments)
+        output = function(*arguments)
         leaves = {name: x for name, x in zip(names.split(), arguments, strict=True) if x.requires_grad}
         grads = torch.autograd.grad(output, list(leaves.values()), grad)
         return {"output": output.detach(), **{f"grad of {name}": g for name, g in zip(leaves, grads, strict=True)}}
 
-    return run
+    return Implementation(run, **options)
 
 
 def in_float32(*inputs: Tensor) -> Inputs:
@@ -119,46 +113,58 @@ def in_float32(*inputs: Tensor) -> Inputs:
 def compare_functions(
     name: str,
     inputs: Callable[[int], Inputs],
-    arguments: str,
-    functions: tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]],
+    ours: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    peers: Peers,
     work: Work,
-    device: torch.device,
-    peers: dict[str, Callable[[], Implementation]] | None = None,
+    dtype: torch.dtype,
+    names: str = "",
     **settings: Any,
 ) -> Comparison:
-    """A function of one tensor and its gradients; torch gives two of the peers.
+    """Functions of tensors and, where inputs require them, their gradients.
 
     Args:
-        arguments: the names of its arguments, separated by spaces.
-        functions: ours, the formula, and what torch has.
+        peers: the first is torch's own, which is always there.
+        names: see `of_function`.
         settings: other attributes of the comparison.
     """
-    ours, formula, plain = (forward_backward(function, arguments) for function in functions)
-    torchs = {
-        "eager": lambda: Implementation(plain),
-        "torch.compile": lambda: Implementation(forward_backward(compiled(functions[2], device), arguments)),
-    }
     return Comparison(
         name=name,
         inputs=inputs,
-        reference=lambda *x: formula(*in_float32(*x)),
-        ours=Implementation(ours),
-        plain=Implementation(plain),
-        peers={**(peers or {}), **torchs},
+        reference=lambda *x: of_function(formula, names).run(*in_float32(*x)),
+        ours=of_function(ours, names),
+        plain=next(iter(peers.values()))(),
+        peers=peers,
         work=work,
+        rounding=ROUNDING[dtype],
         **settings,
     )
 
 
-def random(seed: int, device: torch.device) -> Callable[..., Tensor]:
-    """normal(*shape, dtype=bfloat16, scale=1.0, grad=False): random tensors, the same ones for the same seed."""
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+def eager_and_compiled(function: Callable[..., Tensor], names: str, device: torch.device) -> Peers:
+    """torch's own function as two of the peers."""
+    return {
+        "eager": lambda: of_function(function, names),
+        "torch.compile": lambda: of_function(compiled(function, device), names),
+    }
 
-    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, grad: bool = False) -> Tensor:
+
+def random(seed: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Tensor]:
+    """normal(*shape, dtype=dtype, scale=1.0, grad=False): random tensors, the same ones for the same seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0, grad: bool = False) -> Tensor:
         x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * scale
         return x.to(dtype).requires_grad_(grad)
 
     return normal
+
+
+def drawn(
+    device: torch.device, dtype: torch.dtype, draw: Callable[[Callable[..., Tensor]], Inputs]
+) -> Callable[[int], Inputs]:
+    """Inputs of a seed, of what makes them with the `normal` of `random`."""
+    return lambda seed: draw(random(seed, device, dtype))
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

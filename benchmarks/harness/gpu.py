@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import stream
 from benchmarks.harness.comparison import OURS, Comparison, Implementation, Inputs, Work, gate, random
-from benchmarks.registry import Cells, Measure, Report, Spread
+from benchmarks.registry import Cells, Measure, Report, Spread, case, versions
 
 WARM_UP = 5  # turns that are not timed
 FLUSH_BYTES = 2 * 2**30  # written before each call: empties the caches, and lets the host run ahead of the GPU
+IN_A_GRAPH = 8  # inputs that a graph of short calls goes around, for nothing empties the caches between them
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 
 
@@ -35,6 +35,16 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         raise DeviceError("it needs a CUDA GPU, and torch sees none on this machine")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def gpu_case(name: str, turns: int, summary: str) -> Callable[[Callable[[torch.device], list[Comparison]]], Any]:
+    """Registers what makes the comparisons of a case, given the GPU."""
+
+    def register(make: Callable[[torch.device], list[Comparison]]):
+        case(name, turns, summary)(lambda turns: report(make(device()), turns))
+        return make
+
+    return register
 
 
 class Rates(NamedTuple):
@@ -55,21 +65,21 @@ def measured_rates() -> Rates:
     a, b = (normal(side, side) for _ in range(2))
     c, source = torch.empty_like(a), normal(count)
     target = torch.empty_like(source)
-    times = timed({"matmul": [lambda: torch.mm(a, b, out=c)], "copy": [lambda: target.copy_(source)]}, turns=20)
+    times = timed({"matmul": lambda: torch.mm(a, b, out=c), "copy": lambda: target.copy_(source)}, turns=20)
     matmul, copy = (Spread.of(times[name]).median for name in ("matmul", "copy"))
     return Rates(2 * side**3 / matmul / 1e9, 4 * count / copy / 1e6)
 
 
-def timed(calls: dict[str, list[Callable[[], Any]]], turns: int) -> dict[str, list[float]]:
-    """Milliseconds of each timed call by name; the calls of a name go around, and names take turns."""
+def timed(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+    """Milliseconds of each timed call by name; names take turns."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for turn in range(WARM_UP + turns):
-        for name, around in calls.items():
+    for _ in range(WARM_UP + turns):
+        for name, call in calls.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             begin.record()
-            around[turn % len(around)]()
+            call()
             end.record()
             events[name].append((begin, end))
     torch.cuda.synchronize()
@@ -78,15 +88,15 @@ def timed(calls: dict[str, list[Callable[[], Any]]], turns: int) -> dict[str, li
 
 def bench(comparison: Comparison, implementations: dict[str, Implementation], turns: int) -> dict[str, list[float]]:
     """Milliseconds of `turns` calls of each implementation."""
-    inputs = [comparison.inputs(seed) for seed in range(1, comparison.sets + 1)]
-    calls: dict[str, list[Callable[[], Any]]] = {}
+    sets = IN_A_GRAPH if comparison.in_graph else 1
+    inputs = [comparison.inputs(seed) for seed in range(1, sets + 1)]
+    calls: dict[str, Callable[[], Any]] = {}
     for name, implementation in implementations.items():
         own = [partial(implementation.run, *implementation.prepare(*each)) for each in inputs]
         for call in own:  # compiles, and lets libraries make their plans
             call()
-        calls[name] = [_captured(own)] if comparison.in_graph else own
-    share = comparison.sets if comparison.in_graph else 1
-    return {name: [time / share for time in times] for name, times in timed(calls, turns).items()}
+        calls[name] = _captured(own) if comparison.in_graph else own[0]
+    return {name: [time / sets for time in times] for name, times in timed(calls, turns).items()}
 
 
 def _captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
@@ -109,7 +119,7 @@ def peak_memory(implementation: Implementation, inputs: Inputs) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def report(comparisons: list[Comparison], turns: int, facts: Cells) -> Report:
+def report(comparisons: list[Comparison], turns: int, facts: Cells | None = None) -> Report:
     """Gate, clock and roofline of each comparison.
 
     Raises:
@@ -117,21 +127,21 @@ def report(comparisons: list[Comparison], turns: int, facts: Cells) -> Report:
     """
     gated = [gate(comparison) for comparison in comparisons]
     rates = measured_rates()
-    facts = {**facts, "limits": f"measured {rates.tflops:.0f} TFLOP/s and {rates.gbytes:.0f} GB/s"}
+    facts = {**(facts or {}), "limits": f"measured {rates.tflops:.0f} TFLOP/s and {rates.gbytes:.0f} GB/s"}
     measures, table = [], []
     for each, passed in zip(comparisons, gated, strict=True):
         facts |= {f"{each.name}, without {name}": reason for name, reason in passed.absent.items()}
         peaks = {name: peak_memory(one, each.inputs(0)) for name, one in passed.implementations.items()}
         times = bench(each, passed.implementations, turns)
         torch.cuda.empty_cache()
-        measures += [] if each.is_fact else [*_speeds(each, times), *_peaks(each, peaks)]
+        measures += [*_speeds(each, times), *_peaks(each, peaks)]
         rows = [_row(each, name, times[name], peaks[name], passed.errors[name], rates) for name in times]
         stream.task_measured(rows, passed.absent)
         table += rows
     error = max(passed.errors[OURS] for passed in gated)
-    installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
-    return Report(versions, f"all outputs within {error:.1e} of their size of the reference", measures, facts, table)
+    return Report(
+        versions(*PACKAGES), f"all outputs within {error:.1e} of their size of the reference", measures, facts, table
+    )
 
 
 def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measure]:
@@ -143,10 +153,11 @@ def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measu
         if matching:
             fastest = min(matching, key=lambda name: Spread.of(times[name]).median)
             peers[f"best {pattern}"] = fastest, targets[pattern]
-    amount, unit = comparison.per_second or (None, "ms")
-    spreads = {name: Spread.of([amount * 1e3 / x for x in xs] if amount else xs) for name, xs in times.items()}
+    speeds = {name: [1e3 / x for x in xs] for name, xs in times.items()}
     return [
-        Measure(f"{comparison.name}: {label}", unit, spreads[OURS], spreads[peer], target, amount is not None)
+        Measure.of(
+            f"{comparison.name}: {label}", "calls/s", speeds[OURS], speeds[peer], target=target, more_is_better=True
+        )
         for label, (peer, target) in peers.items()
     ]
 
@@ -154,8 +165,7 @@ def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measu
 def _peaks(comparison: Comparison, peaks: dict[str, float]) -> list[Measure]:
     if comparison.peak_limit is None:
         return []
-    ours, limit = Spread.of([peaks[OURS]]), Spread.of([comparison.peak_limit])
-    return [Measure(f"{comparison.name}: peak, allowed", "GB", ours, limit, target=1.0)]
+    return [Measure.of(f"{comparison.name}: peak, allowed", "GB", [peaks[OURS]], [comparison.peak_limit], target=1.0)]
 
 
 def _row(comparison: Comparison, name: str, times: list[float], peak: float, error: float, rates: Rates) -> Cells:
@@ -174,8 +184,6 @@ def _row(comparison: Comparison, name: str, times: list[float], peak: float, err
         row |= {
             "TFLOP/s": round(work.flops / median / 1e9, 1),
             "GB/s": round(work.bytes / median / 1e6),
-            "GFLOP": round(work.flops / 1e9, 3),
-            "MB": round(work.bytes / 1e6, 3),
             "roofline ms": round(rates.floor(work), 4),
             "share": round(rates.floor(work) / median, 3),
         }

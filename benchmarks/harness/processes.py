@@ -19,19 +19,19 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from math import prod
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
-import torch
+import numpy as np
 
-from benchmarks.registry import GateError, Measure, Spread
+from benchmarks.registry import GateError, Measure
 
 THREADS = 2  # of torch, in either process
 WARM_UP = 2  # turns that are compared but not timed
 MIB = 2**20
+SETTINGS = {"OMP_NUM_THREADS": str(THREADS), "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 Worker = Callable[["Timer", Any], None]
 
@@ -41,14 +41,12 @@ class Turn(NamedTuple):
 
     Attributes:
         seconds, cpu_seconds: between `start` and `stop`, on the clock and of all the process's threads together.
-        flops: multiplications and additions of its matmuls; counted in the first turn only, which is slower for it.
         resident, peak: bytes of memory of the process before the first turn, and at most since the second one began.
         outcome: what was reported; both must report the same.
     """
 
     seconds: float
     cpu_seconds: float
-    flops: int
     resident: int
     peak: int
     outcome: dict[str, Any]
@@ -58,7 +56,7 @@ class Timer:
     """The worker's end of the line."""
 
     def __init__(self, line: Connection) -> None:
-        self._line, self._resident, self._flops, self._count = line, 0, 0, 0
+        self._line, self._resident, self._count = line, 0, 0
 
     def start(self) -> None:
         if self._count == 0:
@@ -68,48 +66,16 @@ class Timer:
             self._line.recv()
         except (EOFError, ConnectionResetError):  # the other end is closed: nothing more to do
             sys.exit()
-        self._counting = ExitStack()
-        if self._count == 0:
-            self._counter = self._counting.enter_context(flop_counter())
         if self._count == 1:
             forget_peak()
         self._start = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
         self._took = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
-        self._counting.close()
-        if self._count == 0:
-            self._flops = self._counter.get_total_flops()
         self._count += 1
 
     def report(self, **outcome: Any) -> None:
-        self._line.send(Turn(*self._took, self._flops, self._resident, memory("VmHWM"), outcome))
-
-
-def flop_counter():
-    """torch's, which cannot look into our log-prob head."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import phi2_kernels.linear_logprob  # noqa: F401  registers the ops
-
-    ops = torch.ops.phi2
-    formulas = {ops.linear_logprob: _head_flops, ops.linear_logprob_backward: _head_backward_flops}
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def _head_flops(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, save_grad, triton, **_) -> int:
-    """Logits, and with `save_grad` the gradient of what they are made of. Shapes stand for tensors."""
-    adapter = prod(adapter_hidden) if adapter_hidden else 0
-    return (1 + save_grad) * 2 * weight[0] * (prod(hidden) + adapter)
-
-
-def _head_backward_flops(
-    grad, hidden, weight, bias, targets, adapter_hidden, adapter_weight, lse, needs, triton, **_
-) -> int:
-    """Logits once more, and a matmul for each gradient that is needed."""
-    adapter = prod(adapter_hidden) if adapter_hidden else 0
-    whole, low_rank = 1 + needs[0] + needs[1], 1 + needs[3] + needs[4]
-    return 2 * weight[0] * (whole * prod(hidden) + low_rank * adapter)
+        self._line.send(Turn(*self._took, self._resident, memory("VmHWM"), outcome))
 
 
 def memory(name: str) -> int:
@@ -151,7 +117,6 @@ class _Process:
 def _work(worker: Worker, job: Any, line: Connection) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  trainers print; the report is the parent's
-    torch.set_num_threads(THREADS)
     worker(Timer(line), job)
 
 
@@ -162,38 +127,34 @@ class Result(NamedTuple):
     theirs: list[Turn]
     largest_difference: dict[str, float]
 
-    def times(self, **target: Any) -> list[Measure]:
-        """Time of a turn in units of the peer's median, on the clock and of the processors."""
-        return self._clocks(("time", "CPU time"), 1, **target)
-
-    def speeds(self) -> list[Measure]:
-        """Turns per time in units of the peer's median, on the clock and of the processors."""
-        return self._clocks(("tok/s", "tokens per CPU time"), -1, more_is_better=True)
-
-    def _clocks(self, names: tuple[str, str], power: int, target: float | None = None, **settings: Any):
-        return [
-            Measure(names[0], "relative", *self._relative(lambda turn: turn.seconds**power), target, **settings),
-            Measure(names[1], "relative", *self._relative(lambda turn: turn.cpu_seconds**power), **settings),
-        ]
-
-    def _relative(self, value: Callable[[Turn], float]) -> list[Spread]:
+    def relative(self, name: str, value: Callable[[Turn], float], **settings: Any) -> Measure:
+        """Of the turns behind the warm-up, in units of the peer's median."""
         ours, theirs = ([value(turn) for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs))
-        unit = Spread.of(theirs).median
-        return [Spread.of([one / unit for one in values]) for values in (ours, theirs)]
+        unit = np.median(theirs)
+        return Measure.of(name, "relative", np.divide(ours, unit), np.divide(theirs, unit), **settings)
 
-    def flops(self) -> Measure:
-        return self._single("matmul work", "GFLOP", lambda turns: turns[0].flops / 1e9)
-
-    def memory(self, **target: Any) -> list[Measure]:
-        """Peak of the whole process, and how far that is above what stood there before the first turn."""
-        above = "peak RSS above loaded model"
+    def times(self, target: float) -> list[Measure]:
+        """Of a turn, on the clock and of the processors."""
         return [
-            self._single("peak RSS of the process", "MiB", lambda turns: turns[-1].peak / MIB, **target),
-            self._single(above, "MiB", lambda turns: (turns[-1].peak - turns[-1].resident) / MIB, **target),
+            self.relative("time", lambda turn: turn.seconds, target=target),
+            self.relative("CPU time", lambda turn: turn.cpu_seconds),
         ]
 
-    def _single(self, name: str, unit: str, value: Callable[[list[Turn]], float], **target: Any) -> Measure:
-        return Measure(name, unit, *(Spread(*[value(turns)] * 3) for turns in (self.ours, self.theirs)), **target)
+    def speeds(self, **target: float) -> list[Measure]:
+        """Turns per time, on the clock and of the processors."""
+        return [
+            self.relative("tok/s", lambda turn: 1 / turn.seconds, more_is_better=True, **target),
+            self.relative("tokens per CPU time", lambda turn: 1 / turn.cpu_seconds, more_is_better=True, **target),
+        ]
+
+    def memory(self, **target: float) -> list[Measure]:
+        """Peak of the whole process, and how far that is above what stood there before the first turn."""
+        last = self.ours[-1], self.theirs[-1]
+        peak, grown = ([turn.peak / MIB] for turn in last), ([(turn.peak - turn.resident) / MIB] for turn in last)
+        return [
+            Measure.of("peak RSS of the process", "MiB", *peak, **target),
+            Measure.of("peak RSS above loaded model", "MiB", *grown, **target),
+        ]
 
 
 def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mapping[str, float]) -> Result:
@@ -207,7 +168,8 @@ def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mappi
         GateError: as soon as they differ by more.
         ChildProcessError: when one fails.
     """
-    processes = [_Process(worker, job) for worker in (ours, theirs)]
+    with mock.patch.dict(os.environ, SETTINGS):
+        processes = [_Process(worker, job) for worker in (ours, theirs)]
     result = Result([], [], dict.fromkeys(tolerance, 0.0))
     try:
         for process in processes:
@@ -216,8 +178,8 @@ def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mappi
             for process, taken in zip(processes, result, strict=False):
                 taken.append(process.turn())
             for name, allowed in tolerance.items():
-                mine, reference = (torch.as_tensor(taken[-1].outcome[name]).double() for taken in result[:2])
-                apart = ((mine - reference).abs().max() / reference.abs().max().clamp(min=1e-12)).item()
+                mine, reference = (np.asarray(taken[-1].outcome[name], dtype=float) for taken in result[:2])
+                apart = float(np.abs(mine - reference).max() / max(np.abs(reference).max(), 1e-12))
                 result.largest_difference[name] = max(result.largest_difference[name], apart)
                 if not apart <= allowed:
                     raise GateError(f"turn {number}: {name} differs by {apart:.1e} of its size, allowed {allowed:.0e}")

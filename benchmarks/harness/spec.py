@@ -50,8 +50,8 @@ class Shapes(NamedTuple):
 PHI2 = Shapes()
 
 
-def make(text: str, shapes: Shapes, normal: Callable[..., Tensor], device: torch.device) -> Tensor:
-    """The tensor that a text describes.
+def make(text: str, shapes: Shapes, device: torch.device, normal: Callable[..., Tensor] | None) -> Tensor:
+    """The tensor that a text describes; on FAKE it has no numbers.
 
     "N 2H C/32"              small normal numbers in half precision
     "N:float32"              in another dtype
@@ -61,12 +61,16 @@ def make(text: str, shapes: Shapes, normal: Callable[..., Tensor], device: torch
     text, _, kind = text.partition(":")
     order, _, view = text.partition("->")
     size = [_size(term, shapes) for term in order.split()]
-    dtype, rule, number = re.fullmatch(r"(\w*)([%=]?)(\w*)", kind).groups()
-    if rule:
-        filled = torch.arange(prod(size), device=device) % _size(number, shapes)
-        filled = filled if rule == "%" else torch.full_like(filled, _size(number, shapes))
-        return filled.view(size).to(getattr(torch, dtype))
-    x = normal(*size, dtype=getattr(torch, dtype) if dtype else shapes.half, scale=0.1)
+    name, rule, number = re.fullmatch(r"(\w*)([%=]?)(\w*)", kind).groups()
+    dtype = getattr(torch, name) if name else shapes.half
+    if device == FAKE:
+        x = torch.empty(size, dtype=dtype, device=device)
+    elif rule == "=":
+        x = torch.full(size, _size(number, shapes), dtype=dtype, device=device)
+    elif rule == "%":
+        x = (torch.arange(prod(size), device=device) % _size(number, shapes)).view(size).to(dtype)
+    else:
+        x = normal(*size, dtype=dtype, scale=0.1)
     return x.permute([order.split().index(dim) for dim in view.split()]) if view else x
 
 
@@ -82,32 +86,27 @@ class Call:
 
     Attributes:
         launcher: "file.function" in `phi2_kernels`.
-        reads: its arguments by name, what it writes over among them. The first is the launcher's first.
-        writes: the others, which are new memory.
-        over: names of what it writes over.
-        also: arguments in the place of some of `reads`, with which it is compiled too.
+        arguments: by name, what it writes among them. The first is the launcher's first.
+        also: what stands in the place of some of them when it is compiled once more.
     """
 
     launcher: str
-    reads: Texts
-    writes: Texts = field(default_factory=dict)
-    over: tuple[str, ...] = ()
+    arguments: Texts
     also: Texts = field(default_factory=dict)
 
     def inputs(self, shapes: Shapes, device: torch.device, seed: int, **changes: Any) -> dict[str, Any]:
-        one = partial(make, shapes=shapes, normal=comparison.random(seed, device), device=device)
-        return tree_map(lambda x: one(x) if isinstance(x, str) else x, self.reads | self.writes | changes)
+        normal = None if device == FAKE else comparison.random(seed, device)
+        one = partial(make, shapes=shapes, device=device, normal=normal)
+        return tree_map(lambda x: one(x) if isinstance(x, str) else x, self.arguments | changes)
 
     def run(self, inputs: dict[str, Any]) -> Outputs:
-        """What it wrote and returned, by name."""
-        written = {name: tree_map(torch.empty_like, inputs[name]) for name in self.writes}
-        first, *_ = arguments = inputs | written
+        """All tensors that it was given, which it may have written over, and those that it returned, by name."""
+        first, *others = inputs
         module, _, function = self.launcher.partition(".")
         launch = getattr(import_module(f"phi2_kernels.{module}"), function)
-        returned = launch(arguments.pop(first), **arguments)
-        outputs = written | {name: inputs[name] for name in self.over} | {"returned": returned}
-        leaves = {name: tree_leaves(x) for name, x in outputs.items() if x is not None}
-        return {name if len(xs) == 1 else f"{name}[{i}]": x for name, xs in leaves.items() for i, x in enumerate(xs)}
+        outputs = inputs | {"returned": launch(inputs[first], **{name: inputs[name] for name in others})}
+        tensors = {name: [x for x in tree_leaves(given) if isinstance(x, Tensor)] for name, given in outputs.items()}
+        return {f"{name}[{i}]" if i else name: x for name, xs in tensors.items() for i, x in enumerate(xs)}
 
     def compile(self, shapes: Shapes, **changes: Any) -> None:
         """For `aot.compile_only`."""
