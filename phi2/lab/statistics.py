@@ -56,16 +56,17 @@ def paired_interval(values: np.ndarray, others: np.ndarray) -> Estimate:
 
 
 def paired_p(values: np.ndarray, others: np.ndarray) -> float:
-    """Two-sided p-value of the paired t-test of (n,) values against others; NaN for a single pair.
+    """Two-sided p-value of the paired t-test of (n,) values against others.
 
-    Differences without any spread are certain: p is 0, and 1 where all are zero.
+    NaN for a single pair, and where all differ by the same: two seeds that lose one answer each tell of no spread. 1
+    where none differ.
     """
     apart = values - others
     if len(apart) < 2:
         return math.nan
     mean, error = float(apart.mean()), standard_error(apart)
     if error == 0:
-        return 1.0 if mean == 0 else 0.0
+        return 1.0 if mean == 0 else math.nan
     return 1 - t_inside(abs(mean) / error, len(apart) - 1)
 
 
