@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 import phi2
 from phi2.cli.commands import main
+from phi2.data.config import DataSpec
 from phi2.lab.compare import run
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.comparison import Comparison, at_kl, farthest_common_kl
@@ -24,6 +24,9 @@ from phi2.lab.variants import entry_of, split_texts, variants_of
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo
 from phi2.training.config import DPOConfig
+from phi2.training.packing import row_of_pairs
+from phi2.training.pairs import pair_batch
+from phi2.training.reference import score
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 
@@ -35,10 +38,9 @@ def compare_config(tiny_phi, pair_data, tmp_path_factory):
     def config(**changes) -> CompareConfig:
         where = dict(model=str(tiny_phi), data=pair_data, eval_data=pair_data, device="cpu", lora=LORA)
         size = dict(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
+        what = dict(losses="sigmoid,simpo(beta=2.0)", seeds=2, eval_steps=2)
         output = str(tmp_path_factory.mktemp("compare") / "out")
-        return CompareConfig(
-            **{**where, **size, "losses": "sigmoid,simpo(beta=2.0)", "seeds": 2, "output": output, **changes}
-        )
+        return CompareConfig(**{**where, **size, **what, "output": output, **changes})
 
     return config
 
@@ -59,7 +61,7 @@ def test_a_cell_is_bit_for_bit_the_plain_run_with_its_own_reference_pass(
 ):
     own = {field.name: getattr(compare_config(), field.name) for field in fields(DPOConfig) if field.name != "loss"}
     reference = {} if variant == "sigmoid" else {"precompute_ref_log_probs": False}
-    settings = {**own, **reference, "seed": 43, "eval_steps": 1, "output": str(tmp_path / "plain"), **changes}
+    settings = {**own, **reference, "seed": 43, "output": str(tmp_path / "plain"), **changes}
     plain = dpo.train(DPOConfig(**settings))
     ours = cell(comparison, variant, 43)
     assert metrics_of(ours) == metrics_of(plain)
@@ -96,10 +98,10 @@ compare.run({config!r})
 """
 
 
-@pytest.mark.parametrize("update", [1, 7])  # in the first run, and in the second behind its first checkpoint
-def test_a_killed_comparison_goes_on_to_the_same_table(comparison, compare_config, metrics_of, update):
+def test_a_killed_comparison_goes_on_to_the_same_table(comparison, compare_config, metrics_of):
+    """Killed in the second run, behind its first checkpoint."""
     config = compare_config(save_steps=2)
-    code = KILLED.format(update=update, config=config)
+    code = KILLED.format(update=7, config=config)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     resumed = run(replace(config, resume=True))
@@ -142,27 +144,12 @@ def test_a_loss_without_reference_is_measured_like_the_others(comparison):
     base, _ = phi2.load(comparison.config["model"], device="cpu")
     config = DPOConfig(**{k: comparison.config[k] for k in ("model", "data", "output")})
     pairs = phi2.start(config).rows.train
-    row = phi2.training.packing.row_of_pairs(pairs)
-    with torch.no_grad():
-        ours, theirs = (phi2.training.reference.score(each, row) for each in (model, base))
-    chosen, rejected = (each.sum(-1) for each in _drifts(pairs, ours, theirs))
+    tokens = row_of_pairs(pairs)
+    batch = pair_batch(pairs, *(score(each, tokens) for each in (model, base)))
+    chosen, rejected = batch.chosen_logratio, batch.rejected_logratio
     row = next(row for row in comparison.rows if (row["variant"], row["seed"]) == ("simpo(beta=2.0)", 42))
     assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), abs=1e-4)
     assert row["metrics"]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
-
-
-def _drifts(pairs, ours, theirs):
-    batch = phi2.training.pairs.pair_batch(pairs, ours, theirs)
-    masks = batch.chosen_mask, batch.rejected_mask
-    return [
-        (policy - ref) * mask
-        for policy, ref, mask in zip(
-            (batch.policy_chosen_logps, batch.policy_rejected_logps),
-            (batch.ref_chosen_logps, batch.ref_rejected_logps),
-            masks,
-            strict=True,
-        )
-    ]
 
 
 def test_the_page_is_one_file_with_the_command_that_makes_it_again(comparison):
@@ -213,10 +200,6 @@ def test_a_loss_of_a_file_stands_beside_one_of_the_library(compare_config, tmp_p
     )
     first, second = variants_of(compare_config(losses="sigmoid,mine", loss_file=str(mine)))
     assert (first.config.loss_file, second.config.loss_file) == (None, str(mine))
-
-
-def settings_of(config: CompareConfig, **changes) -> CompareConfig:
-    return replace(config, **changes)
 
 
 REFUSED = {
@@ -315,8 +298,14 @@ def test_settings_of_a_comparison_are_flags(compare_config, tmp_path, capsys):
     assert (shown["seeds"], shown["grid"]) == (5, grid)
 
 
-def test_toy_pairs_bring_held_out_ones_and_their_skills_are_graded(tmp_path):
+def test_toy_pairs_bring_held_out_ones(tmp_path):
+    config = CompareConfig(model="m", data="toy-dpo", losses="ipo", output=str(tmp_path))
+    assert config.eval_data == [DataSpec("toy-dpo", split="test", rows=200)]
+
+
+def test_toy_skills_are_graded(tmp_path):
     settings = dict(model="nano-instruct", data="toy-dpo", max_steps=1, per_device_train_batch_size=2, device="cpu")
-    comparison = phi2.compare(losses=["sigmoid"], seeds=1, output=tmp_path / "out", **settings)
+    few = [DataSpec("toy-dpo", split="test", rows=4)]
+    comparison = phi2.compare(losses=["sigmoid"], seeds=1, output=tmp_path / "out", eval_data=few, **settings)
     assert {"toy", "toy/quiz", "accuracy"} <= comparison.metrics.keys()
     assert json.loads((comparison / "results.jsonl").read_text())["metrics"]["toy"] > 0.5

@@ -22,8 +22,8 @@ class CompareConfig(PreferenceConfig):
     """Variants by their loss, with commas between: names, presets (paper:ipo), or either with knobs and other settings
     of a run, simpo(beta=2.0, learning_rate=1e-5)."""
     variants: list[str | dict[str, Any]] | None = None
-    """More variants, for a YAML file: texts as in `losses`, where a mixture (sigmoid:0.8,sft:0.2) is one too, or mappings
-    with `loss`, its knobs, and other settings of a run."""
+    """More variants, for a YAML file: texts as in `losses`, where a mixture (sigmoid:0.8,sft:0.2) is one too, or
+    mappings with `loss`, its knobs, and other settings of a run."""
     grid: dict[str, list[Any]] | None = None
     """Settings or knobs with a list of values each: every variant is run with every combination. With `loss` among them
     it needs no other variants."""

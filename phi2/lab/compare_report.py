@@ -6,6 +6,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from phi2.files import write_whole
 from phi2.lab.comparison import REPORT, SETTINGS, Comparison, curve_of
@@ -21,8 +22,9 @@ CURVES = {
     "rejected_drift": "Drift of rejected answers, nats",
 }
 HOW = (
-    "Accuracy: held-out pairs whose chosen answer gained more log-probability than the rejected one, over the reference."
-    " Drift: the mean of what it gained, s - r, in nats; margin: chosen drift minus rejected drift, not times beta.",
+    "Accuracy: share of held-out pairs whose chosen answer gained more log-probability, beside the reference, than the"
+    " rejected one. Drift: the mean of what answers gained, s - r, in nats; margin: chosen minus rejected drift, not"
+    " times beta.",
     "KL: of the policy to the reference, in nats per answer, on the policy's own answers to 32 held-out prompts (64"
     " tokens at most), token by token over all ids. Length: tokens of these answers.",
     "Loss: of the run on held-out pairs; losses of other variants are other functions, and not compared.",
@@ -139,9 +141,6 @@ def _given(config: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in config.items() if value is not None}
 
 
-def _shown(data: object) -> str:
-    return (
-        data
-        if isinstance(data, str)
-        else ", ".join(str(p.get("source", p)) if isinstance(p, dict) else str(p) for p in data)
-    )  # type: ignore[attr-defined]
+def _shown(data: Any) -> str:
+    parts = [data] if isinstance(data, str) else data
+    return ", ".join(str(part["source"]) if isinstance(part, Mapping) else str(part) for part in parts)

@@ -87,19 +87,24 @@ def entries_of(config: CompareConfig) -> list[dict[str, Any]]:
     """What was written of each variant: its loss, and the settings and knobs that are its own."""
     losses = split_texts(config.losses) if isinstance(config.losses, str) else config.losses or []
     entries = [entry_of(each) for each in (*losses, *(config.variants or ()))] or [{}]
-    grid = config.grid if config.grid is not None else None
-    if grid is not None:
-        for name, values in {"grid": list(grid), **grid}.items():
-            if not values:
-                raise ValueError(f"grid is empty: {name} has no values")
-        for name in grid:
-            if twice := [entry for entry in entries if name in entry]:
-                raise ValueError(f"grid: {name} is set in the variant {name_of(twice[0])} already")
-    sizes = [len(values) for values in (grid or {}).values()]
-    if (cells := len(entries) * math.prod(sizes) * config.seeds) > MOST_CELLS:
+    grid = config.grid or {}
+    if config.grid is not None:
+        _require_grid(config.grid, entries)
+    cells = len(entries) * math.prod(map(len, grid.values())) * config.seeds
+    if cells > MOST_CELLS:
         raise ValueError(f"a comparison has {MOST_CELLS} runs at most, got {cells} (variants times grid times seeds)")
-    points = [dict(zip(grid or {}, values, strict=True)) for values in product(*(grid or {}).values())]
+    points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     return [_with_point(entry, point) for entry in entries for point in points]
+
+
+def _require_grid(grid: Mapping[str, Sequence[Any]], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a grid without points, and one that sets what a variant has set."""
+    for name, values in {"it": list(grid), **grid}.items():
+        if not values:
+            raise ValueError(f"grid is empty: {name} has no values")
+    for name in grid:
+        if twice := [entry for entry in entries if name in entry]:
+            raise ValueError(f"grid: {name} is set in the variant {name_of(twice[0])} already")
 
 
 def _with_point(entry: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:

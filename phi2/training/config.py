@@ -158,7 +158,7 @@ class DPOConfig(PreferenceConfig):
 TrainingConfig = SFTConfig | DPOConfig
 
 
-def _check_parts(config: TrainingConfig) -> None:
+def _check_parts(config: SFTConfig | PreferenceConfig) -> None:
     """Every part checks its own settings."""
     for part in (EncodeConfig, UpdateConfig, RunConfig):
         part.__post_init__(config)
