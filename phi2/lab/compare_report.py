@@ -47,7 +47,7 @@ def write_report(comparison: Comparison) -> None:
         "Runs": _runs(comparison),
         "Made by": f"<p><code>{escape(command(comparison))}</code></p>{settings(_given(config))}",
     }
-    lead = f"{config['model']} on {_shown(config['data'])}; {comparison.about}"
+    lead = f"{config['model']} on {_shown(config['data'])}; {len(comparison.seeds)} seeds each, {comparison.place}."
     write_whole(comparison / REPORT, page(f"{len(comparison.variants)} variants compared", lead, sections))
 
 
@@ -63,7 +63,14 @@ def command(comparison: Comparison) -> str:
 
 
 def variants_table(comparison: Comparison) -> str:
-    return table(comparison.header, [[*map(escape, row)] for row in comparison.cells])
+    rows = [[escape(variant), *map(_cell, cells)] for variant, *cells in comparison.cells]
+    return table(comparison.header, rows)
+
+
+def _cell(text: str) -> str:
+    """The width of an interval below its middle."""
+    mean, between, half = escape(text).partition(" ± ")
+    return f"{mean}<br><small>± {half}</small>" if between else mean
 
 
 def differences_table(comparison: Comparison) -> str:
@@ -75,26 +82,16 @@ def differences_table(comparison: Comparison) -> str:
 
 
 def scatters(comparison: Comparison) -> str:
-    """A point for each run: quality over distance, and what became of both answers."""
-    quality = "toy" if "toy" in comparison.metrics else "accuracy"
-    name = "right answers" if quality == "toy" else "accuracy"
+    """A point for each run where it ended: quality over distance, and what became of both answers."""
+    ends = {variant: [curve_of(run)[-1] for run in comparison.runs(variant)] for variant in comparison.variants}
+    quality = {"accuracy": "accuracy"} | ({"toy": "right answers"} if "toy" in ends[comparison.baseline][0] else {})
+    axes = [("Quality and distance", "kl", "KL, nats", metric, name) for metric, name in quality.items()]
+    axes.append(("Drift", "chosen_drift", "chosen drift, nats", "rejected_drift", "rejected drift"))
     charts = [
-        scatter_chart("Quality and distance", _points(comparison, "kl", quality), "KL, nats", name),
-        scatter_chart(
-            "Drift", _points(comparison, "chosen_drift", "rejected_drift"), "chosen drift, nats", "rejected drift"
-        ),
+        scatter_chart(title, {name: [(end[x], end[y]) for end in found] for name, found in ends.items()}, across, up)
+        for title, x, across, y, up in axes
     ]
-    return f'<div class="charts">{"".join(charts)}</div>{noted("A point is a run.")}' if any(charts) else ""
-
-
-def _points(comparison: Comparison, across: str, up: str) -> dict[str, list[tuple[float, float]]]:
-    xs, ys = comparison.metrics.get(across), comparison.metrics.get(up)
-    if xs is None or ys is None:
-        return {}
-    return {
-        variant: [*zip(map(float, xs[i]), map(float, ys[i]), strict=True)]
-        for i, variant in enumerate(comparison.variants)
-    }
+    return f'<div class="charts">{"".join(charts)}</div>{noted("A point is a run, behind its last update.")}'
 
 
 def curves(comparison: Comparison) -> str:

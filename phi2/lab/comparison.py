@@ -34,6 +34,7 @@ LABELS = {  # metric -> head of its column
 }
 COMPARED = tuple(LABELS)[:-1]  # a loss says nothing beside another one
 MAIN = COMPARED[:3]  # differences that the terminal shows
+SIDES = ("chosen", "rejected")
 
 
 class Difference(NamedTuple):
@@ -104,7 +105,8 @@ class Comparison:
         """Every other variant against the baseline, in every metric."""
         others = [variant for variant in self.variants if variant != self.baseline]
         found = []
-        for metric in (name for name in COMPARED if name in self.metrics):
+        matched = {"kl"} if self.config["match"] == "kl" else set()
+        for metric in (name for name in COMPARED if name in self.metrics.keys() - matched):
             of = dict(zip(self.variants, self.metrics[metric], strict=True))
             p_values = holm([paired_p(of[variant], of[self.baseline]) for variant in others])
             for variant, p in zip(others, p_values, strict=True):
@@ -179,9 +181,6 @@ def _evaluation(line: Mapping[str, float]) -> dict[str, float]:
         return found
     drifts = {f"{side}_drift": line[f"eval_logps/{side}"] - line[f"eval_ref_logps/{side}"] for side in SIDES}
     return found | _with_margin({"accuracy": line["eval_rewards/accuracies"], **drifts})
-
-
-SIDES = ("chosen", "rejected")
 
 
 def _with_margin(found: Mapping[str, float]) -> dict[str, float]:
