@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from phi2.evaluation.api import evaluate
     from phi2.inference.chat import ChatSession
     from phi2.inference.generate import generate, stream
+    from phi2.lab.compare import compare
+    from phi2.lab.comparison import Comparison
     from phi2.lora_config import LoraConfig
     from phi2.losses.batch import PairBatch
     from phi2.losses.registry import preference_loss
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ChatSession",
+    "Comparison",
     "DPOConfig",
     "LoraConfig",
     "PairBatch",
     "Run",
     "SFTConfig",
+    "compare",
     "dpo",
     "evaluate",
     "generate",
@@ -43,11 +47,13 @@ __all__ = [
 
 _HOMES = {  # where each name lives: it is imported when it is first asked for, and torch with it
     "ChatSession": "phi2.inference.chat",
+    "Comparison": "phi2.lab.comparison",
     "DPOConfig": "phi2.training.config",
     "LoraConfig": "phi2.lora_config",
     "PairBatch": "phi2.losses.batch",
     "Run": "phi2.runs.run",
     "SFTConfig": "phi2.training.config",
+    "compare": "phi2.lab.compare",
     "dpo": "phi2.training.api",
     "evaluate": "phi2.evaluation.api",
     "generate": "phi2.inference.generate",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phi2.data.inspect import InspectConfig
     from phi2.evaluation.config import EvaluateConfig
     from phi2.inference.config import ReplyConfig
+    from phi2.lab.compare_config import CompareConfig
     from phi2.runs.run import Run
     from phi2.serve.config import DemoConfig, ServeConfig
     from phi2.training.config import DPOConfig, SFTConfig
@@ -94,6 +95,14 @@ def dpo(config: DPOConfig) -> None:
     from phi2.training.dpo import train
 
     _announce(run := train(config), write_report(run))
+
+
+def compare(config: CompareConfig) -> None:
+    """Compare loss variants over several seeds: one session, a table with intervals, a report."""
+    from phi2.lab.compare import run
+
+    comparison = run(config)
+    print(f"\n{comparison}\nwrote {comparison / 'report.html'}, results.jsonl and cells/ beside it")
 
 
 def _announce(run: Run, *files: Path) -> None:
@@ -253,6 +262,11 @@ COMMANDS = {
         dpo,
         "phi2.training.config:DPOConfig",
         {"data": named_sources, "loss": registered_losses, "loss_args": registered_modifiers},
+    ),
+    "compare": Command(
+        compare,
+        "phi2.lab.compare_config:CompareConfig",
+        {"data": named_sources, "losses": registered_losses, "loss_args": registered_modifiers},
     ),
     "losses": Command(losses, first="name"),
     "sample_pairs": Command(

@@ -226,7 +226,7 @@ def _predictions(
     rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
     logps, best, top = [], [], []
     for some, wanted in zip(where.split(rows), targets.split(rows), strict=True):
-        logits = _logits(model, hidden[some])  # (n, V)
+        logits = logits_of(model, hidden[some])  # (n, V)
         lse = logits.logsumexp(dim=-1)
         logps.append(logits.gather(1, wanted[:, None])[:, 0] - lse)
         best.append(logits.argmax(dim=-1))
@@ -237,7 +237,7 @@ def _predictions(
     return torch.cat(logps).cpu(), torch.cat(best).cpu(), top
 
 
-def _logits(model: Phi2ForCausalLM, hidden: Tensor) -> Tensor:
+def logits_of(model: Phi2ForCausalLM, hidden: Tensor) -> Tensor:
     """(n, V) float32 of hidden states (n, C): products of halves are not rounded to halves, as the layer would."""
     head = model.lm_head
     if not head.weight.is_floating_point():

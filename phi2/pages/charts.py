@@ -1,4 +1,4 @@
-"""Two kinds of chart as inline SVG: lines over steps, and shares with their intervals.
+"""Three kinds of chart as inline SVG: lines over steps, shares with their intervals, and points of two quantities.
 
 Colours are the CSS classes `c0`, `c1`, ... of `page.py`, so that a chart follows the light or dark page it stands in.
 What a mark says is its `<title>`, which a browser shows under the pointer.
@@ -18,16 +18,19 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 6, 8, 32  # least margins around its plot
 CHARACTER = 6  # units, of a tick's label
 MOST_POINTS = 300  # of a line; more are averaged in groups
 MARKED_POINTS = 12  # a line of no more is drawn with dots
+COLOURS = 7  # classes of the page; the next line begins anew
 
 Point = tuple[float, float]
 Interval = tuple[float, float, float]  # low, value, high
 
 
 class Line(NamedTuple):
-    """One line: its name in the legend, and its points from left to right."""
+    """One line: its name in the legend, its points from left to right, and the edges of a band around it."""
 
     label: str
     points: Sequence[Point]
+    lower: Sequence[Point] = ()
+    upper: Sequence[Point] = ()
 
 
 class Axis(NamedTuple):
@@ -46,20 +49,40 @@ class Axis(NamedTuple):
 
 def line_chart(title: str, lines: Sequence[Line]) -> str:
     """A figure of all lines over one axis of steps, the last value of each in the legend; "" without any point."""
-    lines = [Line(label, thin(_finite(points))) for label, points in lines]
-    points = [point for line in lines for point in line.points]
-    if not points:
+    lines = [Line(line.label, *(thin(_finite(points)) for points in line[1:])) for line in lines]
+    if not any(line.points for line in lines):
         return ""
+    points = [point for line in lines for part in line[1:] for point in part]
     y = _values_axis([p[1] for p in points])
-    left = max(LEFT, 10 + CHARACTER * max(len(number(tick, y.digits)) for tick in y.ticks))
-    x = _steps_axis([p[0] for p in points], left)
+    x = _steps_axis([p[0] for p in points], _left(y))
     legend = "".join(
-        f'<span class="key c{i}">{escape(line.label)} <b>{number(line.points[-1][1], y.digits)}</b></span>'
+        f'<span class="key c{i % COLOURS}">{escape(line.label)} <b>{number(line.points[-1][1], y.digits)}</b></span>'
         for i, line in enumerate(lines)
         if line.points
     )
-    drawn = "".join(_curve(line, x, y, i) for i, line in enumerate(lines) if line.points)
-    return _figure(title, legend, _grid(x, y) + drawn, WIDTH, HEIGHT)
+    bands = "".join(_band(line, x, y, i % COLOURS) for i, line in enumerate(lines) if line.lower)
+    drawn = "".join(_curve(line, x, y, i % COLOURS) for i, line in enumerate(lines) if line.points)
+    return _figure(title, legend, _grid(x, y, "step") + bands + drawn, WIDTH, HEIGHT)
+
+
+def scatter_chart(title: str, groups: Mapping[str, Sequence[Point]], across: str, up: str) -> str:
+    """A figure of the points of each group, in its colour; `across` and `up` name the axes. "" without any point."""
+    groups = {name: [point for point in _finite(points) if math.isfinite(point[0])] for name, points in groups.items()}
+    points = [point for group in groups.values() for point in group]
+    if not points:
+        return ""
+    y = _values_axis([p[1] for p in points])
+    x = _across(_values_axis([p[0] for p in points]), _left(y))
+    legend = "".join(
+        f'<span class="key c{i % COLOURS}">{escape(name)}</span>' for i, name in enumerate(groups) if groups[name]
+    )
+    dots = "".join(
+        f'<circle class="fill c{i % COLOURS}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3.4"><title>{escape(name)}:'
+        f" {escape(across)} {number(px, x.digits)}, {escape(up)} {number(py, y.digits)}</title></circle>"
+        for i, (name, group) in enumerate(groups.items())
+        for px, py in group
+    )
+    return _figure(f"{title}: {up} over {across}", legend, _grid(x, y, across) + dots, WIDTH, HEIGHT)
 
 
 def interval_chart(title: str, groups: Mapping[str, Mapping[str, Interval]]) -> str:
@@ -156,7 +179,17 @@ def _values_axis(values: Sequence[float]) -> Axis:
     return Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks, distinct_digits(ticks))
 
 
-def _grid(x: Axis, y: Axis) -> str:
+def _across(axis: Axis, left: float) -> Axis:
+    """The same scale from left to right."""
+    return axis._replace(start=left, end=WIDTH - RIGHT)
+
+
+def _left(y: Axis) -> float:
+    """Where a plot begins beside the labels of its ticks."""
+    return max(LEFT, 10 + CHARACTER * max(len(number(tick, y.digits)) for tick in y.ticks))
+
+
+def _grid(x: Axis, y: Axis, across: str) -> str:
     rows = "".join(
         f'<line class="grid" x1="{x.start}" x2="{WIDTH - RIGHT}" y1="{y.at(t):.1f}" y2="{y.at(t):.1f}"/>'
         f'<text class="tick" text-anchor="end" x="{x.start - 6}" y="{y.at(t) + 3.5:.1f}">{number(t, y.digits)}</text>'
@@ -164,7 +197,8 @@ def _grid(x: Axis, y: Axis) -> str:
     )
     below = f'text-anchor="middle" y="{HEIGHT - BOTTOM + 14}"'
     columns = "".join(f'<text class="tick" {below} x="{x.at(t):.1f}">{number(t, x.digits)}</text>' for t in x.ticks)
-    name = f'<text class="tick" text-anchor="middle" x="{(x.start + x.end) / 2:.1f}" y="{HEIGHT - 4}">step</text>'
+    middle = (x.start + x.end) / 2
+    name = f'<text class="tick" text-anchor="middle" x="{middle:.1f}" y="{HEIGHT - 4}">{escape(across)}</text>'
     return rows + columns + name
 
 
@@ -178,6 +212,12 @@ def _curve(line: Line, x: Axis, y: Axis, colour: int) -> str:
         )
         return _path(line.points, x, y, f"c{colour}") + dots
     return _path(line.points, x, y, f"pale c{colour}") + _path(_running_mean(line.points), x, y, f"c{colour}")
+
+
+def _band(line: Line, x: Axis, y: Axis, colour: int) -> str:
+    edge = [*line.lower, *reversed(line.upper)]
+    places = " ".join(f"{x.at(px):.1f},{y.at(py):.1f}" for px, py in edge)
+    return f'<polygon class="band c{colour}" points="{places}"/>'
 
 
 def _path(points: Sequence[Point], x: Axis, y: Axis, style: str) -> str:

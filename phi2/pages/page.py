@@ -13,9 +13,11 @@ from typing import Any
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1c1d1f; --soft: #6a6d73; --rule: #e2e2de; --tint: #f4f4f0;
-  --c0: #8a8f98; --c1: #1f6fb5; --c2: #cf5b13; --c3: #2a8a5c; --good: #21794d; --bad: #b3402e; }
+  --c0: #8a8f98; --c1: #1f6fb5; --c2: #cf5b13; --c3: #2a8a5c; --c4: #8a4fb8; --c5: #a98408;
+  --c6: #0f8c94; --c7: #c23d75; --good: #21794d; --bad: #b3402e; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181b; --ink: #e4e5e7; --soft: #979ba3; --rule: #2e3237;
-  --tint: #1e2125; --c0: #8f959f; --c1: #62aef0; --c2: #f08c4a; --c3: #5cc795; --good: #63c795; --bad: #f08d78; } }
+  --tint: #1e2125; --c0: #8f959f; --c1: #62aef0; --c2: #f08c4a; --c3: #5cc795; --c4: #c08ef0; --c5: #d9b84a;
+  --c6: #4fc3cb; --c7: #f080ad; --good: #63c795; --bad: #f08d78; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
@@ -64,8 +66,12 @@ polyline { fill: none; stroke: var(--series); stroke-width: 1.7; stroke-linejoin
 polyline.pale { stroke-width: 1; opacity: .35; }
 .whisker { stroke: var(--series); stroke-width: 2.4; stroke-linecap: round; opacity: .5; }
 .fill { fill: var(--series); }
+.band { fill: var(--series); opacity: .16; }
 .c0 { --series: var(--c0); } .c1 { --series: var(--c1); } .c2 { --series: var(--c2); } .c3 { --series: var(--c3); }
+.c4 { --series: var(--c4); } .c5 { --series: var(--c5); } .c6 { --series: var(--c6); }
 .charts .c0 { --series: var(--c1); } .charts .c1 { --series: var(--c2); } .charts .c2 { --series: var(--c3); }
+.charts .c3 { --series: var(--c4); } .charts .c4 { --series: var(--c5); } .charts .c5 { --series: var(--c6); }
+.charts .c6 { --series: var(--c7); }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 .samples td, .samples tbody th { min-width: 8.5rem; }
 @media (max-width: 40rem) { th, td { padding-right: .9rem; } }
@@ -82,7 +88,8 @@ details[open] > summary { margin-bottom: .6rem; }
 NOTEBOOK_COLOURS = """
 --ink: currentColor; --soft: color-mix(in srgb, currentColor 65%, transparent);
 --rule: color-mix(in srgb, currentColor 15%, transparent); --tint: color-mix(in srgb, currentColor 5%, transparent);
---paper: #fdfdfc; --c0: #8a8f98; --c1: #3583c9; --c2: #d9691f; --c3: #2f9465; --good: #2f9465; --bad: #c4503d;
+--paper: #fdfdfc; --c0: #8a8f98; --c1: #3583c9; --c2: #d9691f; --c3: #2f9465; --c4: #9a62c9; --c5: #b08c1c;
+--c6: #22979f; --c7: #cc4f84; --good: #2f9465; --bad: #c4503d;
 """  # a notebook is light or dark as its own theme is, whatever the system: inks follow its text, colours show on both
 
 

@@ -91,16 +91,13 @@ class SFTConfig(UpdateConfig, EncodeConfig, RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(UpdateConfig, EncodeConfig, RunConfig):
-    """Settings of a preference run."""
+class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
+    """Settings of a preference run but for its loss: what the runs of a comparison have too."""
 
     kind: ClassVar[str] = "preference"  # of the rows
 
     learning_rate: float = 5e-6
     """Peak learning rate."""
-    loss: str | list[str | dict[str, Any]] = "sigmoid"
-    """Name of the preference loss, a preset (paper:ipo), or a weighted mixture (sigmoid:0.8,sft:0.2), in a YAML file
-    also a list: of each part its loss, weight and args. `phi2 losses` lists all."""
     beta: float | None = None
     """The loss's beta; unset, its own default."""
     label_smoothing: float | None = None
@@ -130,8 +127,6 @@ class DPOConfig(UpdateConfig, EncodeConfig, RunConfig):
         ]
         if twice:
             raise ValueError(f"{', '.join(twice)} is given twice, also in loss_args {self.loss_args}")
-        if self.loss_file is not None and self.loss == DPOConfig.loss:
-            raise ValueError(f"loss_file {self.loss_file} is given, and loss is {self.loss!r}: name the loss in it")
         if self.reference == "adapters_off" and (self.lora is None or self.adapter is not None):
             raise ValueError("reference adapters_off is the start of a new adapter only; use frozen_copy")
         if self.reference_cache is not None and not self.precompute_ref_log_probs:
@@ -146,10 +141,24 @@ class DPOConfig(UpdateConfig, EncodeConfig, RunConfig):
         return {**{name: value for name, value in named.items() if value is not None}, **self.loss_args}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PreferenceConfig):
+    """Settings of a preference run."""
+
+    loss: str | list[str | dict[str, Any]] = "sigmoid"
+    """Name of the preference loss, a preset (paper:ipo), or a weighted mixture (sigmoid:0.8,sft:0.2), in a YAML file
+    also a list: of each part its loss, weight and args. `phi2 losses` lists all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_file is not None and self.loss == DPOConfig.loss:
+            raise ValueError(f"loss_file {self.loss_file} is given, and loss is {self.loss!r}: name the loss in it")
+
+
 TrainingConfig = SFTConfig | DPOConfig
 
 
-def _check_parts(config: TrainingConfig) -> None:
+def _check_parts(config: SFTConfig | PreferenceConfig) -> None:
     """Every part checks its own settings."""
     for part in (EncodeConfig, UpdateConfig, RunConfig):
         part.__post_init__(config)

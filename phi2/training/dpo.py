@@ -30,7 +30,7 @@ from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of
 from phi2.runs.run import Run
 from phi2.training.config import DPOConfig
 from phi2.training.look import look_at_loss
-from phi2.training.loop import updates_of
+from phi2.training.loop import Watch, updates_of
 from phi2.training.metrics import means, pair_metrics
 from phi2.training.optim import Optimizer
 from phi2.training.pairs import score_pairs
@@ -51,9 +51,11 @@ def train(config: DPOConfig) -> Run:
     return fit(start(config), config)
 
 
-def fit(session: Session[EncodedPair], config: DPOConfig) -> Run:
+def fit(session: Session[EncodedPair], config: DPOConfig, watch: Watch | None = None) -> Run:
     """Runs, or resumes, a preference run on what the session has loaded.
 
+    Args:
+        watch: called behind every evaluation; it leaves the model, and torch's random numbers, as they are.
     Raises:
         ValueError: for settings, data, a loss or an output folder that cannot be used; when a resumed run began with
             other inputs; when policy and reference do not agree at the first step; when the loss is no number any more.
@@ -79,7 +81,8 @@ def fit(session: Session[EncodedPair], config: DPOConfig) -> Run:
         require_dropout(config, model)
         scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
-        with updates_of(config, model, tokenizer, windows, checkpoint, f"dpo {loss.name}", loss.state) as updates:
+        title = f"dpo {loss.name}"
+        with updates_of(config, model, tokenizer, windows, checkpoint, title, loss.state, watch) as updates:
             model.train(not config.disable_dropout)
             state = updates.loss_state
             evaluation = partial(evaluate, config, model, eval_pairs, reference, loss, state) if eval_pairs else None

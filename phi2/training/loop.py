@@ -27,6 +27,8 @@ from phi2.training.optim import Optimizer
 from phi2.training.precision import compute_dtype
 from phi2.training.window import Windows, total_steps
 
+Watch = Callable[[int, Phi2ForCausalLM], None]  # is shown the update and the model behind every evaluation
+
 
 @dataclass(frozen=True)
 class Updates:
@@ -45,6 +47,7 @@ class Updates:
     log: Log
     interrupted: list[int]
     loss_state: dict[str, float]
+    watch: Watch | None = None
 
     def steps(self) -> Iterator[int]:
         """Their numbers, counted from 1."""
@@ -69,6 +72,8 @@ class Updates:
             if evaluate is not None:
                 self.log.write(step, "eval", evaluate())
             _write_samples(config, self.model, self.tokenizer, step)
+            if self.watch is not None:
+                self.watch(step, self.model)
         saves = config.save_strategy == "steps" and _is_due(config.save_steps, step, total)
         if self.interrupted or saves:
             save = weights_saver(config, self.model, self.tokenizer)
@@ -96,6 +101,7 @@ def updates_of(
     checkpoint: Path | None,
     title: str,
     loss_state: Mapping[str, float] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Updates]:
     """The updates of a run from its start or from a checkpoint; behind the block its result and card are written.
 
@@ -107,7 +113,7 @@ def updates_of(
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
     done = restore_checkpoint(checkpoint, optimizer, kept) if checkpoint else 0
     with closing(Log(run, done, total, title)) as log, delayed_interrupt() as interrupted:
-        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept)
+        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, watch)
     weights_saver(config, model, tokenizer, compute_dtype(config))(run)
     write_card(run, to_plain(config), last_metrics(run), tokenizer.template_origin)
 

@@ -46,6 +46,20 @@ def make_reference(
         checkpoint: that it comes from, None at the start of a run.
         pairs: all that it will be asked for.
     """
+    reference = reference_of(session, config, model, checkpoint, pairs)
+    if isinstance(reference, Precomputed):
+        require_same_cache(Path(config.output), reference, pairs, resumed=checkpoint is not None)
+    return reference
+
+
+def reference_of(
+    session: Session,
+    config: DPOConfig,
+    model: Phi2ForCausalLM,
+    checkpoint: Path | None,
+    pairs: Sequence[EncodedPair],
+) -> Reference:
+    """`make_reference`, of which no run folder is told."""
     kind = reference_kind(config)
     if kind == "adapters_off":
         scorer, live = model, adapters_off(model)
@@ -62,7 +76,6 @@ def make_reference(
     with autocast(config):
         cached = _precomputed(session, config, live, fingerprint(scorer, kind != "adapters_off", session.dtype), pairs)
     session.others.clear()  # it is asked no more
-    require_same_cache(Path(config.output), cached, pairs, resumed=checkpoint is not None)
     return cached
 
 

@@ -68,7 +68,8 @@ def precomputed(
     path = cache_file(folder, fingerprint)
     stored = _read_cache(path)
     known = {**(known or {}), **stored}
-    missing = [pair for pair in pairs if pair_key(pair) not in known]
+    keys = {pair_key(pair): pair for pair in pairs}  # each once
+    missing = [pair for key, pair in keys.items() if key not in known]
     try:
         for start in tqdm(range(0, len(missing), batch_size), desc="reference", unit="batch", disable=not missing):
             batch = missing[start : start + batch_size]

@@ -1,0 +1,267 @@
+"""Loss variants times seeds over one base, one data set and one session: `phi2 compare`.
+
+    variants -> one session, one pass of the reference -> a run for each variant and seed -> results.jsonl, report.html
+
+Every run stands in a folder of its own, as `phi2 dpo` would leave it, and goes on by its own checkpoints. What is
+finished is not run again, and the tables are made of the run folders alone: so they are the same, however often the
+comparison was broken off.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from phi2.data.encode import EncodedPair
+from phi2.files import read_yaml, write_whole
+from phi2.keywords import config_of, explained
+from phi2.lab.compare_config import CompareConfig
+from phi2.lab.compare_report import write_report as write_page
+from phi2.lab.comparison import RESULTS, SETTINGS, Comparison, at_kl, curve_of, farthest_common_kl
+from phi2.lab.measure import Measure, start_of
+from phi2.lab.report import write_report
+from phi2.lab.variants import Variant, variants_of
+from phi2.model import Phi2ForCausalLM
+from phi2.runs.folder import to_plain
+from phi2.runs.inputs import inputs_of, require_same_inputs
+from phi2.runs.run import Run
+from phi2.training import dpo
+from phi2.training.api import DATA
+from phi2.training.config import DPOConfig
+from phi2.training.look import look_at_loss
+from phi2.training.reference import reference_kind, reference_of
+from phi2.training.reference_cache import Reference
+from phi2.training.session import start
+from phi2.training.window import total_steps, windows_of
+
+EVALUATIONS = 4  # of a run, where eval_steps does not say it
+FREE_TO_CHANGE = {"output", "resume", "jobs", "device", "match", "baseline"}  # of a comparison that goes on
+
+
+@explained(CompareConfig)
+def compare(**settings: Any) -> Comparison:
+    """Variants of a loss, each with several seeds, over the same model and pairs.
+
+    Args:
+        settings: the flags of `phi2 compare`; groups of them, such as lora and grid, may be dicts.
+    Returns:
+        What the comparison left behind: metrics as arrays, differences to the baseline, its runs.
+    Raises:
+        ValueError: for settings, variants, data or an output folder that cannot be used.
+    """
+    return run(config_of(CompareConfig, settings, DATA))
+
+
+def run(config: CompareConfig) -> Comparison:
+    """`compare` for settings in one object. Raises Interrupted after Ctrl-C: the same settings with resume go on."""
+    variants = variants_of(config)
+    resumed = open_comparison(config)
+    bench = Bench(config, variants)
+    bench.require_usable(resumed)
+    left = [cell for cell in bench.cells if not cell.is_done]
+    if left:
+        bench.score_references()
+    if config.jobs == 1 or len(left) < 2:
+        for number, cell in enumerate(left, start=1):
+            print(f"\n{cell} ({number} of {len(left)})", flush=True)
+            bench.run(cell)
+    else:
+        _run_in_processes(config, left)
+    write_results(config, bench.cells)
+    comparison = Comparison(config.output)
+    write_page(comparison)
+    return comparison
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a comparison: a variant with a seed.
+
+    Attributes:
+        total: its updates.
+    """
+
+    variant: Variant
+    seed: int
+    config: DPOConfig
+    total: int
+
+    @property
+    def is_done(self) -> bool:
+        """A run writes its card last."""
+        return (Path(self.config.output) / "README.md").is_file()
+
+    def __str__(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+
+class Bench:
+    """What the runs of a comparison share: the session, and what references say, each asked once."""
+
+    def __init__(self, config: CompareConfig, variants: Sequence[Variant]) -> None:
+        self.config, self.variants = config, variants
+        self.session = start(variants[0].config)
+        self.references: dict[tuple[str, bool], tuple[Reference, Phi2ForCausalLM | None]] = {}
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """All runs, seed by seed for each variant."""
+        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        return [self._cell(variant, seed) for variant in self.variants for seed in seeds]
+
+    def _cell(self, variant: Variant, seed: int) -> Cell:
+        config = variant.config
+        total = total_steps(config, windows_of(config, len(self.session.rows.train)))
+        config = replace(
+            config,
+            seed=seed,
+            output=str(Path(self.config.output) / "cells" / variant.folder / str(seed)),
+            resume=self.config.resume,
+            eval_steps=config.eval_steps or ceil(total / EVALUATIONS),
+            reference_cache=config.reference_cache or (self.cache if config.precompute_ref_log_probs else None),
+        )
+        return Cell(variant, seed, config, total)
+
+    @property
+    def cache(self) -> str:
+        """Folder of the log-probabilities of references."""
+        return self.config.reference_cache or str(Path(self.config.output) / "reference")
+
+    def require_usable(self, resumed: bool) -> None:
+        """Refuses inputs that have changed since the comparison began, and any loss that could not be trained."""
+        session, rows = self.session, self.session.rows
+        inputs = inputs_of(self.variants[0].config, session.tokenizer, rows.train, rows.evaluation, session.dtype)
+        for variant in self.variants:
+            found = dpo.preference_inputs(variant.config, variant.loss)
+            inputs |= {f"{what} of {variant.name}": digest for what, digest in found.items()}
+            look_at_loss(variant.loss, rows.train, rows.evaluation)
+        require_same_inputs(Path(self.config.output), inputs, resumed)
+
+    def score_references(self) -> None:
+        """Every reference is asked once for all pairs that any run will see, in an order that depends on no run."""
+        for cell in self.cells:
+            self.reference(cell.config)
+
+    def reference(self, config: DPOConfig) -> tuple[Reference, Phi2ForCausalLM | None]:
+        """Log-probabilities of the pairs of all runs, known for good, and the model that gives them."""
+        key = (reference_kind(config), config.lora is None)
+        if key not in self.references:
+            asked = replace(config, precompute_ref_log_probs=True, reference_cache=self.cache)
+            with self.session.policy(asked) as model:
+                scored = reference_of(self.session, asked, model, None, self.pairs)
+            self.references[key] = scored, start_of(self.session, config)
+        return self.references[key]
+
+    @cached_property
+    def pairs(self) -> list[EncodedPair]:
+        """Those that a run with a reference will see, in the order of the data, and the held-out ones."""
+        train, held_out, _ = self.session.rows
+        seen: set[int] = set()
+        for cell in self.cells:
+            if cell.config.precompute_ref_log_probs:
+                seen.update(windows_of(cell.config, len(train)).until(cell.total))
+        return [*(train[i] for i in sorted(seen)), *held_out]
+
+    def run(self, cell: Cell) -> None:
+        """Runs a cell, or goes on with it."""
+        graded = self.config.is_toy and self.session.tokenizer.chat_template is not None
+        known, start = self.reference(cell.config)
+        last = cell.total if graded else None
+        measure = Measure(self.session, cell.config, known, start, cell.variant.loss.reference_free, last)
+        write_report(dpo.fit(self.session, cell.config, measure))
+
+
+def open_comparison(config: CompareConfig) -> bool:
+    """Makes the folder, or checks that the comparison in it can go on; returns whether it has begun already.
+
+    Raises:
+        ValueError: when the folder holds another comparison, or something else, or `resume` is off.
+    """
+    output, settings = Path(config.output), to_plain(config)
+    path = output / SETTINGS
+    begun = any(output.glob("cells/*/*/config.yaml"))
+    if begun and not config.resume:
+        raise ValueError(f"{output} holds a comparison already; give another output, or resume: true to go on with it")
+    if begun:
+        before = read_yaml(path)
+        changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
+        if changed:
+            told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
+            raise ValueError(f"{path}: a comparison keeps its settings, but these differ: {told}")
+    elif not path.exists() and output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} exists and holds no comparison; give another output")
+    output.mkdir(parents=True, exist_ok=True)
+    kept = {name: value for name, value in settings.items() if name != "resume"}
+    write_whole(path, yaml.safe_dump(kept, sort_keys=False))
+    return begun
+
+
+def write_results(config: CompareConfig, cells: Sequence[Cell]) -> None:
+    """results.jsonl, a line for each run."""
+    curves = [curve_of(Run(cell.config.output)) for cell in cells]
+    if config.match == "kl":
+        kl = farthest_common_kl(curves)
+        found: Iterable[dict[str, float]] = (at_kl(curve, kl) for curve in curves)
+    else:
+        found = (curve[-1] for curve in curves)
+    lines = (json.dumps(_result(config, cell, metrics)) for cell, metrics in zip(cells, found, strict=True))
+    write_whole(Path(config.output) / RESULTS, "".join(f"{line}\n" for line in lines))
+
+
+def _result(config: CompareConfig, cell: Cell, metrics: dict[str, float]) -> dict[str, Any]:
+    variant = cell.variant
+    resolved = dpo.with_all_knobs(variant.config, variant.loss)
+    return {
+        "variant": variant.name,
+        "seed": cell.seed,
+        "run": str(Path(cell.config.output).relative_to(config.output)),
+        "loss": resolved.loss,
+        "knobs": variant.loss.knobs,
+        "settings": variant.own,
+        "metrics": metrics,
+    }
+
+
+_bench: Bench | None = None  # of a process that shares the runs with others
+
+
+def _run_in_processes(config: CompareConfig, cells: Sequence[Cell]) -> None:
+    """Each process opens a session of its own, and takes the next run when it is done with one."""
+    threads = max(1, torch.get_num_threads() // config.jobs)
+    pool = ProcessPoolExecutor(
+        min(config.jobs, len(cells)), multiprocessing.get_context("spawn"), _open, (config, threads)
+    )
+    try:
+        with pool:
+            asked = {pool.submit(_run, cell.variant.name, cell.seed): cell for cell in cells}
+            try:
+                for number, done in enumerate(as_completed(asked), start=1):
+                    done.result()
+                    print(f"\n{asked[done]} is done ({number} of {len(cells)})", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise OSError("a process of the comparison was killed; go on with resume: true") from error
+
+
+def _open(config: CompareConfig, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    _bench = Bench(config, variants_of(config))
+
+
+def _run(variant: str, seed: int) -> None:
+    assert _bench is not None
+    _bench.run(next(cell for cell in _bench.cells if (cell.variant.name, cell.seed) == (variant, seed)))

@@ -1,0 +1,175 @@
+"""What the variants of a comparison are measured by, in the same way whatever their losses call a reward.
+
+The policy's distance from the reference is estimated on its own answers to held-out prompts. On the pairs of the data
+the mean of log ref - log policy estimates nothing of the kind: these are no samples of either model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phi2.checkpoints.peft_files import load_adapter
+from phi2.checkpoints.weights import load_model, pick_device
+from phi2.data.encode import EncodedPair
+from phi2.evaluation.toy import evaluate
+from phi2.files import read_json_lines, write_whole
+from phi2.hub import resolve
+from phi2.inference.config import SamplingParams
+from phi2.inference.generate import choices_of, replies_to
+from phi2.inference.kept_engine import kept_engine, release_engine
+from phi2.inference.scoring import logits_of
+from phi2.lora import disabled
+from phi2.model import Phi2ForCausalLM
+from phi2.tokenizer import Tokenizer
+from phi2.training.config import DPOConfig
+from phi2.training.packing import TokenRow, row_of_pairs
+from phi2.training.pairs import score_pairs
+from phi2.training.precision import autocast
+from phi2.training.reference import reference_kind
+from phi2.training.reference_cache import Reference
+from phi2.training.session import Session
+
+FILE = "measures.jsonl"  # in the folder of a run, a line for each of its evaluations
+PROMPTS, ANSWER_TOKENS = 32, 64  # answers for a distance, and where they are cut
+ROWS = 8  # of them in a pass
+QUESTIONS = 20  # of each toy skill
+
+
+class Measure:
+    """Watches a run: behind each evaluation it adds a line to `measures.jsonl`.
+
+    Args:
+        reference: log-probabilities that are known, of all held-out pairs.
+        start: the reference as a model, None where it is the policy with its adapter off.
+        reference_free: whether the run's own evaluations are without them.
+        last: the update behind which toy skills are graded, None where the data have none.
+    """
+
+    def __init__(
+        self,
+        session: Session[EncodedPair],
+        config: DPOConfig,
+        reference: Reference,
+        start: Phi2ForCausalLM | None,
+        reference_free: bool,
+        last: int | None,
+    ) -> None:
+        self.session, self.config, self.reference, self.start, self.last = session, config, reference, start, last
+        self.pairs = session.rows.evaluation
+        self.scored = self.pairs if reference_free else []
+
+    def __call__(self, step: int, model: Phi2ForCausalLM) -> None:
+        training = model.training
+        model.eval()
+        found = {"step": step, **self.distance(model), **self.preference(model)}
+        if step == self.last:
+            scores = evaluate(model, self.session.tokenizer, QUESTIONS)
+            rates = {f"toy/{skill}": score.rate for skill, score in scores.items()}
+            found |= {"toy": float(np.mean([*rates.values()])), **rates}
+        release_engine(model)
+        model.train(training)
+        path = Path(self.config.output) / FILE
+        lines = {line["step"]: line for line in (*measures(path.parent), found)}  # one that is made again is the same
+        write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines.values()))
+
+    def distance(self, model: Phi2ForCausalLM) -> dict[str, float]:
+        """`kl`, nats per answer, and the mean `length` of the answers, tokens."""
+        prompts = [pair.prompt for pair in self.pairs[:PROMPTS]]
+        answers = sample_answers(model, self.session.tokenizer, prompts)
+        kls = [
+            kl
+            for i in range(0, len(prompts), ROWS)
+            for kl in self.kl(model, prompts[i : i + ROWS], answers[i : i + ROWS])
+        ]
+        return {"kl": float(np.mean(kls)), "length": float(np.mean([len(answer) for answer in answers]))}
+
+    @torch.no_grad()
+    def kl(self, model: Phi2ForCausalLM, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[float]:
+        """KL(policy to reference) of each answer y to its prompt x, summed over its tokens.
+
+            sum_t KL(policy(. | x, y_<t) to reference(. | x, y_<t)),  y from the policy
+
+        In expectation that is the KL of whole answers, by the chain rule; unlike log policy(y|x) - log reference(y|x)
+        it is never negative, and its spread is smaller.
+
+        Source: Amini, Vieira and Cotterell 2025, arXiv:2504.10637, the Rao-Blackwellized estimator.
+        """
+        none = np.empty(0, dtype=np.int32)
+        pairs = [EncodedPair(x, y, none, self.pairs[0].origin, {}) for x, y in zip(prompts, answers, strict=True)]
+        row, choices = row_of_pairs(pairs).to(model.device), choices_of(model, self.session.tokenizer)
+        with autocast(self.config):
+            policy = log_probs(model, row, choices)
+            with self.at_start(model) as start:
+                reference = log_probs(start, row, choices)
+        of_token = (policy.exp() * (policy - reference)).sum(dim=-1)  # (N,)
+        return [float(part.sum()) for part in of_token.split([len(answer) for answer in answers])]
+
+    @contextmanager
+    def at_start(self, model: Phi2ForCausalLM) -> Iterator[Phi2ForCausalLM]:
+        """The reference as a model."""
+        if self.start is not None:
+            yield self.start
+            return
+        with disabled(model):
+            yield model
+
+    @torch.no_grad()
+    def preference(self, model: Phi2ForCausalLM) -> dict[str, float]:
+        """What evaluations of a run with a reference tell, for one without: of each pair its log-ratios."""
+        if not self.scored:
+            return {}
+        size = self.config.per_device_train_batch_size
+        batches = [self.scored[i : i + size] for i in range(0, len(self.scored), size)]
+        pairs = score_pairs(model, batches, self.reference, partial(autocast, self.config))
+        of_chosen, of_rejected = pairs.chosen_logratio, pairs.rejected_logratio  # (pairs,)
+        return {
+            "accuracy": (of_chosen > of_rejected).float().mean().item(),
+            "chosen_drift": of_chosen.mean().item(),
+            "rejected_drift": of_rejected.mean().item(),
+        }
+
+
+def measures(run: Path) -> list[dict[str, float]]:
+    """The lines of a run."""
+    return read_json_lines(run / FILE) if (run / FILE).is_file() else []
+
+
+def start_of(session: Session, config: DPOConfig) -> Phi2ForCausalLM | None:
+    """The reference as a model beside the policy; None where it is the policy with its adapter off."""
+    kind = reference_kind(config)
+    if kind == "adapters_off":
+        return None
+    dtype = torch.float32 if config.lora is None else session.dtype
+    if kind != "frozen_copy":
+        return session.other(resolve(kind), dtype)
+    model = load_model(resolve(config.model), pick_device(config.device), dtype)
+    if config.adapter is not None:
+        load_adapter(model, resolve(config.adapter))
+    return model.requires_grad_(False)
+
+
+def sample_answers(model: Phi2ForCausalLM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """One answer to each prompt from the model's own distribution, the token that ends it included."""
+    context, ids = model.config.max_position_embeddings, [prompt.tolist() for prompt in prompts]
+    params = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=1.0)
+    length = min(context, max(map(len, ids)) + ANSWER_TOKENS)
+    engine = kept_engine(model, choices_of(model, tokenizer), len(ids), length)
+    answers: list[list[int]] = [[] for _ in ids]
+    for number, chunk in replies_to(engine, tokenizer, ids, [params.of_row(i) for i in range(len(ids))]):
+        answers[number].append(chunk.token_id)
+    return [np.array(answer, dtype=np.int32) for answer in answers]
+
+
+def log_probs(model: Phi2ForCausalLM, row: TokenRow, choices: int) -> Tensor:
+    """(N, choices) log-probabilities of all ids that may be said, where each target of the row is predicted."""
+    hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
+    picked = hidden.flatten(0, 1).index_select(0, row.logits_indices)  # (N, C)
+    return logits_of(model, picked)[:, :choices].log_softmax(dim=-1)

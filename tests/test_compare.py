@@ -1,0 +1,311 @@
+"""Variants and seeds on one session: each run is a plain one, and the table is the same however it was come by."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import phi2
+from phi2.cli.commands import main
+from phi2.data.config import DataSpec
+from phi2.lab.compare import run
+from phi2.lab.compare_config import CompareConfig
+from phi2.lab.comparison import Comparison, at_kl, farthest_common_kl
+from phi2.lab.variants import entry_of, split_texts, variants_of
+from phi2.lora_config import LoraConfig
+from phi2.training import dpo
+from phi2.training.config import DPOConfig
+from phi2.training.packing import row_of_pairs
+from phi2.training.pairs import pair_batch
+from phi2.training.reference import score
+
+LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
+
+
+@pytest.fixture(scope="module")
+def compare_config(tiny_phi, pair_data, tmp_path_factory):
+    """A CompareConfig for runs of four updates on the tiny Phi: compare_config(**changes)."""
+
+    def config(**changes) -> CompareConfig:
+        where = dict(model=str(tiny_phi), data=pair_data, eval_data=pair_data, device="cpu", lora=LORA)
+        size = dict(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
+        what = dict(losses="sigmoid,simpo(beta=2.0)", seeds=2, eval_steps=2)
+        output = str(tmp_path_factory.mktemp("compare") / "out")
+        return CompareConfig(**{**where, **size, **what, "output": output, **changes})
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def comparison(compare_config) -> Comparison:
+    return run(compare_config())
+
+
+def cell(comparison: Comparison, variant: str, seed: int) -> Path:
+    (row,) = (row for row in comparison.rows if (row["variant"], row["seed"]) == (variant, seed))
+    return comparison / row["run"]
+
+
+@pytest.mark.parametrize("variant, changes", [("sigmoid", {}), ("simpo(beta=2.0)", {"loss": "simpo", "beta": 2.0})])
+def test_a_cell_is_bit_for_bit_the_plain_run_with_its_own_reference_pass(
+    comparison, compare_config, variant, changes, tmp_path, metrics_of, assert_same_weights
+):
+    own = {field.name: getattr(compare_config(), field.name) for field in fields(DPOConfig) if field.name != "loss"}
+    reference = {} if variant == "sigmoid" else {"precompute_ref_log_probs": False}
+    settings = {**own, **reference, "seed": 43, "output": str(tmp_path / "plain"), **changes}
+    plain = dpo.train(DPOConfig(**settings))
+    ours = cell(comparison, variant, 43)
+    assert metrics_of(ours) == metrics_of(plain)
+    assert_same_weights(ours, plain.path)
+    assert {path.name for path in plain.path.iterdir()} - {"reference"} <= {path.name for path in ours.iterdir()}
+
+
+def test_two_comparisons_give_the_same_bytes(comparison, compare_config):
+    again = run(compare_config())
+    assert (again / "results.jsonl").read_bytes() == (comparison / "results.jsonl").read_bytes()
+    assert str(again) == str(comparison)
+
+
+KILLED = """
+import os, signal, torch
+
+from phi2.lab import compare
+from phi2.lab.compare_config import CompareConfig
+from phi2.data.config import DataSpec
+from phi2.lora_config import LoraConfig
+from phi2.training import loop
+
+seen = 0
+
+def kill(loss, step):
+    global seen
+    seen += 1
+    if seen == {update}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+loop.require_finite = kill
+compare.run({config!r})
+"""
+
+
+def test_a_killed_comparison_goes_on_to_the_same_table(comparison, compare_config, metrics_of):
+    """Killed in the second run, behind its first checkpoint."""
+    config = compare_config(save_steps=2)
+    code = KILLED.format(update=7, config=config)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    resumed = run(replace(config, resume=True))
+    assert (resumed / "results.jsonl").read_bytes() == (comparison / "results.jsonl").read_bytes()
+    assert metrics_of(cell(resumed, "sigmoid", 43)) == metrics_of(cell(comparison, "sigmoid", 43))
+
+
+def test_a_finished_run_is_not_run_again(compare_config, monkeypatch):
+    config = compare_config(losses="sigmoid,ipo", seeds=1)
+    first = run(config)
+    table = (first / "results.jsonl").read_bytes()
+    shutil.rmtree(first / "cells" / "ipo")
+    fitted = []
+    fit = dpo.fit
+    monkeypatch.setattr(
+        dpo, "fit", lambda session, config, watch: fitted.append(config.loss) or fit(session, config, watch)
+    )
+    assert (run(replace(config, resume=True)) / "results.jsonl").read_bytes() == table
+    assert fitted == ["ipo"]
+
+
+def test_runs_in_two_processes_give_the_same_table(comparison, compare_config):
+    assert (run(compare_config(jobs=2)) / "results.jsonl").read_bytes() == (comparison / "results.jsonl").read_bytes()
+
+
+def test_a_comparison_has_arrays_runs_and_a_table(comparison):
+    assert comparison.variants == ["sigmoid", "simpo(beta=2.0)"] and comparison.seeds == [42, 43]
+    assert comparison.metrics["accuracy"].shape == (2, 2)
+    margin = comparison.metrics["chosen_drift"] - comparison.metrics["rejected_drift"]
+    np.testing.assert_allclose(comparison.metrics["margin"], margin)
+    assert (comparison.metrics["kl"] > 0).all() and (comparison.metrics["length"] >= 1).all()
+    assert comparison.runs("sigmoid")[0].config["loss"] == "sigmoid"
+    assert str(comparison).splitlines()[1].startswith("sigmoid") and "<table" in comparison._repr_html_()
+    assert str(phi2.Comparison(comparison.path)) == str(comparison)
+
+
+def test_a_loss_without_reference_is_measured_like_the_others(comparison):
+    """By log-ratios over its held-out pairs, which its own run does not know."""
+    model, _ = comparison.runs("simpo(beta=2.0)")[0].load(device="cpu")
+    base, _ = phi2.load(comparison.config["model"], device="cpu")
+    config = DPOConfig(**{k: comparison.config[k] for k in ("model", "data", "output")})
+    pairs = phi2.start(config).rows.train
+    tokens = row_of_pairs(pairs)
+    batch = pair_batch(pairs, *(score(each, tokens) for each in (model, base)))
+    chosen, rejected = batch.chosen_logratio, batch.rejected_logratio
+    row = next(row for row in comparison.rows if (row["variant"], row["seed"]) == ("simpo(beta=2.0)", 42))
+    assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), abs=1e-4)
+    assert row["metrics"]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+
+
+def test_the_page_is_one_file_with_the_command_that_makes_it_again(comparison):
+    page = (comparison / "report.html").read_text()
+    assert page.count("<svg") >= 8 and "<script" not in page and 'src="' not in page and 'href="http' not in page
+    assert f"phi2 compare --config {comparison.path}/compare.yaml --output {comparison.path}-again" in page
+    assert (comparison / "cells/sigmoid/42/report.html").exists() and "cells/sigmoid/42/report.html" in page
+
+
+def test_the_command_of_the_page_gives_the_same_table(comparison, tmp_path, capsys):
+    code = main(["compare", "--config", str(comparison / "compare.yaml"), "--output", str(tmp_path / "again")])
+    assert code == 0 and str(comparison) in capsys.readouterr().out
+    assert (tmp_path / "again/results.jsonl").read_bytes() == (comparison / "results.jsonl").read_bytes()
+
+
+def test_variants_of_a_yaml_file_are_texts_mappings_and_a_grid(compare_config):
+    variants = [
+        "paper:ipo",
+        "sigmoid:0.8,sft:0.2",
+        {"loss": "sigmoid", "learning_rate": 1e-3, "ld_alpha": 0.5, "lora": {"r": 2, "target_modules": ["q_proj"]}},
+    ]
+    found = variants_of(compare_config(losses=None, variants=variants, grid={"beta": [0.1, 0.2]}))
+    assert len(found) == 6 and len({variant.folder for variant in found}) == 6
+    assert [variant.loss.number("beta") for variant in found[:2]] == [0.1, 0.2]
+    last = found[-1].config
+    assert (last.learning_rate, last.loss_args, last.beta, last.lora.r) == (1e-3, {"ld_alpha": 0.5}, 0.2, 2)
+
+
+def test_a_grid_may_hold_the_losses(compare_config):
+    found = variants_of(compare_config(losses=None, grid={"loss": ["sigmoid", "ipo"], "beta": [0.1, 0.2]}))
+    assert [variant.name for variant in found] == [
+        "sigmoid(beta=0.1)", "sigmoid(beta=0.2)", "ipo(beta=0.1)", "ipo(beta=0.2)"
+    ]  # fmt: skip
+
+
+def test_texts_are_cut_at_commas_outside_parentheses():
+    assert split_texts("sigmoid, simpo(beta=2.0, gamma=1e-1),paper:ipo") == [
+        "sigmoid", "simpo(beta=2.0, gamma=1e-1)", "paper:ipo"
+    ]  # fmt: skip
+    assert entry_of("simpo(beta=2.0, gamma=1e-1)") == {"loss": "simpo", "beta": 2.0, "gamma": 0.1}
+
+
+def test_a_loss_of_a_file_stands_beside_one_of_the_library(compare_config, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import phi2\n@phi2.preference_loss('mine')\ndef mine(pairs, *, beta: float = 0.1):\n"
+        "    return -beta * pairs.margin\n"
+    )
+    first, second = variants_of(compare_config(losses="sigmoid,mine", loss_file=str(mine)))
+    assert (first.config.loss_file, second.config.loss_file) == (None, str(mine))
+
+
+REFUSED = {
+    "no losses": ({"losses": ""}, "losses must name one loss at least"),
+    "an unknown loss": ({"losses": "sigmoid,ipoo"}, "variant ipoo: loss must be one of .*did you mean ipo?"),
+    "an unknown knob": ({"losses": "ipo(betta=1)"}, r"variant ipo\(betta=1\): .*'betta'; did you mean beta?"),
+    "a misspelt setting": ({"losses": "ipo(learning_rat=1)"}, "did you mean learning_rate?"),
+    "a knob without value": ({"losses": "ipo(beta)"}, r"a variant is written name or name\(setting=value, ...\)"),
+    "the same twice": ({"losses": "ipo,sigmoid,ipo"}, "variant ipo is there twice"),
+    "the same by another name": ({"losses": "sigmoid,paper:dpo"}, "variant paper:dpo is there twice, also as sigmoid"),
+    "an empty grid": ({"grid": {"beta": []}}, "grid is empty: beta has no values"),
+    "no grid": ({"grid": {}}, "grid is empty"),
+    "too many": ({"losses": "ipo", "grid": {"beta": [i / 500 for i in range(1, 501)]}, "seeds": 3}, "1000 runs.*1500"),
+    "a knob that is set twice": ({"losses": "ipo(beta=1)", "grid": {"beta": [1]}}, "beta is set in the variant"),
+    "no seeds": ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    "another base": ({"losses": "ipo(dtype=float16)"}, "dtype is the same in all runs"),
+    "an unknown baseline": ({"baseline": "simpo"}, "baseline must be one of"),
+    "no held-out pairs": ({"eval_data": None}, "a comparison needs held-out pairs: give eval_data or test_fraction"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_compared_is_one_line_before_any_work(compare_config, case, tmp_path):
+    changes, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as error:
+        run(compare_config(**changes, output=str(tmp_path / "out")))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_another_comparison_is_not_written_over(comparison, compare_config, tmp_path):
+    config = compare_config(output=str(comparison.path))
+    with pytest.raises(ValueError, match="holds a comparison already; give another output, or resume: true"):
+        run(config)
+    with pytest.raises(ValueError, match="compare.yaml: .*these differ: learning_rate 0.01 -> 0.02$"):
+        run(replace(config, resume=True, learning_rate=0.02))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="holds no comparison"):
+        run(replace(config, output=str(tmp_path)))
+
+
+def test_pairs_that_changed_are_named(compare_config, pair_data, tmp_path):
+    data = Path(shutil.copy(pair_data, tmp_path / "rows.jsonl"))
+    config = compare_config(data=str(data), losses="sigmoid", seeds=1)
+    run(config)
+    data.write_text(data.read_text().replace("Q?", "R?"))
+    with pytest.raises(ValueError, match="the data changed since this run began"):
+        run(replace(config, resume=True))
+
+
+def test_an_output_that_cannot_be_written_is_one_line(compare_config, tmp_path, full_disk):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run(compare_config(output=str(tmp_path / "file" / "out")))
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        run(compare_config(output=str(tmp_path / "out")))
+
+
+CURVE = [
+    {"step": 1, "kl": 0.1, "accuracy": 0.5},
+    {"step": 2, "kl": 0.5, "accuracy": 0.7},
+    {"step": 3, "kl": 0.3, "accuracy": 0.9},
+]
+
+
+def test_at_equal_distance_a_metric_is_read_on_the_line_between_two_evaluations():
+    found = at_kl(CURVE, 0.2)  # a quarter of the way from 0.1 to 0.5
+    assert found == pytest.approx({"step": 1.25, "kl": 0.2, "accuracy": 0.55})
+    assert at_kl(CURVE, 0.1) == pytest.approx(CURVE[0]) and at_kl(CURVE, 0.5) == pytest.approx(CURVE[1])
+
+
+def test_a_run_that_starts_beyond_the_distance_has_no_value_there():
+    assert at_kl(CURVE, 0.05) == {"kl": 0.05}
+
+
+def test_the_distance_is_the_largest_that_all_reach():
+    assert farthest_common_kl([CURVE, CURVE[:1], [{"kl": 0.4}]]) == 0.1
+
+
+def test_a_comparison_at_equal_distance_needs_no_new_runs(comparison, compare_config):
+    config = compare_config(output=str(comparison.path), match="kl", resume=True)
+    steps = (comparison / "results.jsonl").read_bytes()
+    matched = run(config)
+    kl = matched.metrics["kl"]
+    assert (kl == kl[0, 0]).all() and "at a KL of" in str(matched)
+    assert (matched.metrics["step"] <= 4).all()
+    assert (run(replace(config, match="steps")) / "results.jsonl").read_bytes() == steps
+
+
+def test_settings_of_a_comparison_are_flags(compare_config, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    grid = {"loss": ["sigmoid", "ipo"], "beta": [0.1]}
+    path.write_text(yaml.safe_dump({"model": "m", "data": "toy-dpo", "output": "o", "grid": grid}))
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(path), "--seeds", "5", "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["seeds"], shown["grid"]) == (5, grid)
+
+
+def test_toy_pairs_bring_held_out_ones(tmp_path):
+    config = CompareConfig(model="m", data="toy-dpo", losses="ipo", output=str(tmp_path))
+    assert config.eval_data == [DataSpec("toy-dpo", split="test", rows=200)]
+
+
+def test_toy_skills_are_graded(tmp_path):
+    settings = dict(model="nano-instruct", data="toy-dpo", max_steps=1, per_device_train_batch_size=2, device="cpu")
+    few = [DataSpec("toy-dpo", split="test", rows=4)]
+    comparison = phi2.compare(losses=["sigmoid"], seeds=1, output=tmp_path / "out", eval_data=few, **settings)
+    assert {"toy", "toy/quiz", "accuracy"} <= comparison.metrics.keys()
+    assert json.loads((comparison / "results.jsonl").read_text())["metrics"]["toy"] > 0.5
