@@ -263,5 +263,10 @@ def _open(config: CompareConfig, threads: int) -> None:
 
 
 def _run(variant: str, seed: int) -> None:
-    assert _bench is not None
-    _bench.run(next(cell for cell in _bench.cells if (cell.variant.name, cell.seed) == (variant, seed)))
+    """Behind a run that was broken off there is no bench: those that were handed out already are not begun."""
+    global _bench
+    bench, _bench = _bench, None
+    if bench is None:
+        raise KeyboardInterrupt
+    bench.run(next(cell for cell in bench.cells if (cell.variant.name, cell.seed) == (variant, seed)))
+    _bench = bench
