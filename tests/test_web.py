@@ -204,12 +204,20 @@ def test_one_types_reads_and_stops(thoughtful, page):
     page.get_by_label("number input for Maximum new tokens").fill("200")
     page.get_by_placeholder("Message").fill("Tell me <b>all</b> ![](http://localhost:1/x.png)")
     page.keyboard.press("Enter")
+    page.get_by_test_id("bot").wait_for()
     page.get_by_test_id("stop-button").click()
     page.get_by_test_id("submit-button").wait_for()
     assert "<b>all</b>" in page.get_by_test_id("user").first.inner_text()
     said = page.locator(".status:visible").inner_text()
     assert "tok/s" in said and "cut" not in said
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_stop_says_so_where_nothing_was_said_yet(gradio):
+    from phi2.serve.chat_tab import _stopped
+    from phi2.serve.settings import READING, status
+
+    assert "stopped" in _stopped(status(READING))[1] and "stopped" not in _stopped(status("3 tokens"))[1]
 
 
 def test_the_engine_is_idle_once_a_page_is_closed(thoughtful, page, policies):

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from phi2.serve.policies import Policy
-from phi2.serve.settings import Settings, facts, read, status
+from phi2.serve.settings import READING, Settings, facts, read, status
 from phi2.serve.side_by_side import ask, stream
 
 EXAMPLES = (  # of the chat demo of phi-2-instruct
@@ -88,6 +88,11 @@ def _ready(text: str, messages: Messages, told: str) -> tuple:
     return _now(gr.Textbox(value=text, submit_btn=True, stop_btn=False), messages, told)
 
 
+def _stopped(told: str) -> tuple:
+    """What was told of an answer stays, if it had begun."""
+    return gr.Textbox(submit_btn=True, stop_btn=False), status("stopped") if READING in told else told
+
+
 def shown(messages: Messages) -> Messages:
     """As the chatbot takes them: Markdown, in which a tag stays text."""
     return [{**message, "content": _outside_code(message["content"], "<", "\\<")} for message in messages]
@@ -127,5 +132,5 @@ def build(policies: Sequence[Policy], settings: Settings) -> None:
         chatbot.retry(chat.again, inputs, **wiring),
         chatbot.edit(chat.edited, inputs, **wiring),
     ]
-    box.stop(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, cancels=events)
+    box.stop(_stopped, told, [box, told], cancels=events)
     chatbot.clear(lambda: _ready("", [], status("")), None, **wiring, cancels=events)

@@ -10,6 +10,7 @@ from phi2.inference.config import SamplingParams
 from phi2.serve.side_by_side import Answer
 
 NEW_TOKENS = (8, 256, 64)  # least, most and default of the seed's slider
+READING = "reading the prompt …"
 ENDS = {"stop": "ended by itself", "length": "cut at the maximum", None: ""}
 
 
@@ -58,7 +59,7 @@ def read(
 def facts(answer: Answer) -> str:
     """How an answer came about."""
     if not answer.chunks:
-        return "" if answer.error else "reading the prompt …"
+        return "" if answer.error else READING
     last = answer.chunks[-1]
     told = [f"{last.generation_tokens} tokens", f"{last.generation_tps:.0f} tok/s" if last.generation_tps else ""]
     told += [ENDS[last.finish_reason], "" if last.seed is None else f"seed {last.seed}", answer.notice or ""]
