@@ -171,6 +171,17 @@ def dpo_config(tiny_phi, pair_data, tmp_path) -> Callable[..., object]:
 
 
 @pytest.fixture
+def registry() -> Iterator[dict]:
+    """The losses by name; those that a test registers are gone after it."""
+    from phi2.losses.registry import PREFERENCE_LOSSES
+
+    before = dict(PREFERENCE_LOSSES)
+    yield PREFERENCE_LOSSES
+    PREFERENCE_LOSSES.clear()
+    PREFERENCE_LOSSES.update(before)
+
+
+@pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager]:
     """`with full_disk(size):` no file can grow beyond `size` bytes; the system stands for a disk without more room."""
     import resource

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import exp, log
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from phi2.losses.batch import PairBatch
 from phi2.losses.bound import bind_loss
 from phi2.losses.presets import PRESETS
-from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
+from phi2.losses.registry import preference_loss
 
 
 def pair() -> PairBatch:
@@ -28,15 +27,6 @@ def value(loss, knobs: dict | None = None) -> float:
 
 def nls(x: float) -> float:
     return log(1 + exp(-x))
-
-
-@pytest.fixture
-def registry() -> Iterator[dict]:
-    """The registry, as it was again after the test."""
-    before = dict(PREFERENCE_LOSSES)
-    yield PREFERENCE_LOSSES
-    PREFERENCE_LOSSES.clear()
-    PREFERENCE_LOSSES.update(before)
 
 
 # ---- mixtures ----

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from phi2.lora import disabled, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.losses.batch import PairBatch
 from phi2.losses.bound import bind_loss
-from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
@@ -47,15 +45,6 @@ class Recorder(Optimizer):
         self.gradients = {name: p.grad.clone() for p, name in self.names.items()}
         self.adamw.zero_grad()
         return 0.0
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """Losses registered by a test are gone after it."""
-    before = dict(PREFERENCE_LOSSES)
-    yield
-    PREFERENCE_LOSSES.clear()
-    PREFERENCE_LOSSES.update(before)
 
 
 def move_adapter(model: Phi2ForCausalLM) -> Phi2ForCausalLM:

@@ -34,13 +34,7 @@ def mine(pairs, *, beta: float = 0.1):
 """
 
 
-@pytest.fixture(autouse=True)
-def registry():
-    """Losses registered by a test are gone after it."""
-    before = dict(PREFERENCE_LOSSES)
-    yield
-    PREFERENCE_LOSSES.clear()
-    PREFERENCE_LOSSES.update(before)
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 @pytest.fixture

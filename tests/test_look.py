@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,15 +24,6 @@ from phi2.training.dpo import train
 from phi2.training.look import look_at_loss, varied
 
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.is_own)
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """Losses registered by a test are gone after it."""
-    before = dict(PREFERENCE_LOSSES)
-    yield
-    PREFERENCE_LOSSES.clear()
-    PREFERENCE_LOSSES.update(before)
 
 
 def pair(row: int, prompt: int = 2, chosen: int = 3, rejected: int = 4, **columns) -> EncodedPair:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,6 @@ from phi2.losses.table import AnyColumn, about, columns_of, document, own_losses
 
 ROOT = Path(__file__).parents[1]
 OWN = list(own_losses())
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """Losses registered by a test are gone after it."""
-    before = dict(PREFERENCE_LOSSES)
-    yield
-    PREFERENCE_LOSSES.clear()
-    PREFERENCE_LOSSES.update(before)
 
 
 def printed(capsys, *arguments: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -25,15 +24,6 @@ def pairs_of(count: int = 1) -> PairBatch:
         torch.tensor([logps] * count, dtype=torch.float64) for logps in (*policy, *ref)
     )
     return PairBatch(chosen, rejected, chosen < 1, rejected < 1, ref_chosen, ref_rejected)
-
-
-@pytest.fixture
-def registry() -> Iterator[dict]:
-    """The registry, as it was again after the test."""
-    before = dict(PREFERENCE_LOSSES)
-    yield PREFERENCE_LOSSES
-    PREFERENCE_LOSSES.clear()
-    PREFERENCE_LOSSES.update(before)
 
 
 # ---- choosing a loss ----

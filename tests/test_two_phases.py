@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -38,15 +37,6 @@ class Recorder(Optimizer):
         self.gradients = {name: p.grad.clone() for p, name in self.names.items()}
         self.adamw.zero_grad()
         return 0.0
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """Losses registered by a test are gone after it."""
-    before = dict(PREFERENCE_LOSSES)
-    yield
-    PREFERENCE_LOSSES.clear()
-    PREFERENCE_LOSSES.update(before)
 
 
 @dataclasses.dataclass
