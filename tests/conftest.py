@@ -170,9 +170,9 @@ def dpo_config(tiny_phi, pair_data, tmp_path) -> Callable[..., object]:
     return config
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def registry() -> Iterator[dict]:
-    """The losses by name; those that a test registers are gone after it."""
+    """The losses by name; those that a test registers, or a file that it names, are gone after it."""
     from phi2.losses.registry import PREFERENCE_LOSSES
 
     before = dict(PREFERENCE_LOSSES)

@@ -34,9 +34,6 @@ def mine(pairs, *, beta: float = 0.1):
 """
 
 
-pytestmark = pytest.mark.usefixtures("registry")
-
-
 @pytest.fixture
 def own(sft_data, pair_data, tiny_phi, tmp_path) -> dict[str, Path]:
     """Copies of a model, a reference and of rows that a test may change."""
