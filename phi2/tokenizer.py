@@ -31,6 +31,7 @@ from phi2.text.tokenizer_files import (
     write_stop_ids,
     write_tokenizer,
 )
+from phi2.text.words import WordEncoder
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHATML_TEMPLATE = (
@@ -135,6 +136,11 @@ class Tokenizer:
     def special_text(self) -> SpecialText:
         """What marks and encodes text that spells a special token and is to stay text."""
         return _special_text(self, self.chat_template)
+
+    @property
+    def words(self) -> WordEncoder:
+        """What encodes many texts."""
+        return _words(self.backend)
 
     def token_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
@@ -360,6 +366,11 @@ def _added_token(tokenizer: Tokenizer) -> re.Pattern:
     added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
     visible = sorted((text for text in added if text.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, visible)) or "(?!)")
+
+
+@lru_cache(maxsize=2)
+def _words(backend: tokenizers.Tokenizer) -> WordEncoder:
+    return WordEncoder(backend)
 
 
 @lru_cache(maxsize=8)

@@ -17,8 +17,7 @@ keeps its last `max_prompt_length` tokens; if that is still too long, the answer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
@@ -29,129 +28,64 @@ from tqdm import tqdm
 
 from phi2.data.audit import Audit
 from phi2.data.config import Boundary, EncodeConfig
+from phi2.data.encoded import EncodedPreference, EncodedSequence
+from phi2.data.flat import Builder, FlatPreferences, FlatRows, FlatSequences, PreferenceBuilder, SequenceBuilder
 from phi2.data.pieces import Piece, preference_texts, supervised_pieces
+from phi2.data.processes import map_in_processes
 from phi2.data.records import Origin, Preference, Record, RowError
 from phi2.text.special_text import MarkedEncoding
 from phi2.tokenizer import Tokenizer
 
 BATCH_ROWS = 1000
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedSequence:
-    """One supervised row.
-
-    Attributes:
-        ids: (T,) int32 token ids.
-        mask: (T,) bool, True where the token is a target. Nothing predicts the first token, whatever its mask says.
-        flags: names in `audit.FLAGS`.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    origin: Origin
-    flags: frozenset[str] = frozenset()
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
-
-    @property
-    def target_tokens(self) -> int:
-        return int(self.mask[1:].sum())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedPreference:
-    """One preference row: a prompt and k >= 1 answers, every token of which is a target.
-
-    Attributes:
-        prompt: (prompt tokens,) int32 ids, at least one, up to and with the tokens that open the assistant's turn.
-        answers: of each, best first, (answer tokens,) int32 ids that follow the prompt.
-        scores: of each a number: 1 and 0 for chosen and rejected, 1 or 0 for one answer with a label.
-        columns: the row's other numbers and labels.
-        flags: names in `audit.FLAGS`.
-        has_gold: the last answer, behind a chosen and a rejected one, is to be imitated and not compared.
-    """
-
-    prompt: np.ndarray
-    answers: tuple[np.ndarray, ...]
-    scores: tuple[float, ...]
-    origin: Origin
-    columns: dict[str, float | str]
-    flags: frozenset[str] = frozenset()
-    has_gold: bool = False
-
-    @property
-    def chosen(self) -> np.ndarray:
-        """The best answer."""
-        return self.answers[0]
-
-    @property
-    def rejected(self) -> np.ndarray:
-        """The second answer of a pair."""
-        return self.answers[1]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return len(self.prompt) + max(map(len, self.answers))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens with the prompt counted once."""
-        return len(self.prompt) + self.target_tokens
-
-    @property
-    def target_tokens(self) -> int:
-        return sum(map(len, self.answers))
-
-
-Encoded = EncodedSequence | EncodedPreference
+PARALLEL_BATCHES = 8  # of fewer, a process would not have begun before they are done
 
 
 Row = TypeVar("Row", EncodedSequence, EncodedPreference)
-Encodings = Sequence[Encoding | MarkedEncoding]
+Encodings = Sequence[np.ndarray | Encoding | MarkedEncoding]  # ids, or ids with the characters they stand for
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 class RenderedRecord(NamedTuple, Generic[Row]):
-    """A record written out: the texts to tokenise, and the function that makes arrays of their encodings.
+    """A record written out.
 
-    In `marked` texts the special tokens that stay text are marked, as by `SpecialText.mark`.
+    Attributes:
+        texts: to be tokenised.
+        marked: whether the special tokens that stay text are marked in them, as by `SpecialText.mark`.
+        offsets: whether the characters of each token are asked for.
+        encode: makes arrays of the encodings of the texts.
     """
 
     origin: Origin
     texts: list[str]
     marked: bool
+    offsets: bool
     encode: Callable[[Encodings], Row]
 
 
 @overload
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: Literal["supervised"]
-) -> tuple[list[EncodedSequence], Audit]: ...
+) -> tuple[FlatSequences, Audit]: ...
 @overload
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: Literal["preference"]
-) -> tuple[list[EncodedPreference], Audit]: ...
+) -> tuple[FlatPreferences, Audit]: ...
 @overload
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
-) -> tuple[list[EncodedSequence] | list[EncodedPreference], Audit]: ...
+) -> tuple[FlatRows, Audit]: ...
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
-) -> tuple[list[EncodedSequence] | list[EncodedPreference], Audit]:
+) -> tuple[FlatRows, Audit]:
     """Encodes a data set; rows that cannot be used are dropped and counted.
 
     Args:
         records: all of one kind.
         kind: "supervised" gives `EncodedSequence`s, "preference" gives `EncodedPreference`s.
+
+    Returns:
+        The rows, as flat arrays that are a sequence of them, and what became of which.
 
     Raises:
         ValueError: for options that do not fit the kind, and when no row is left.
@@ -165,34 +99,51 @@ def encode_records(
             f"train_on must be completion for preference rows, whose answers are learnt, got {options.train_on}"
         )
     if kind == "supervised":
-        return _encode_records(records, tokenizer, options, _render_supervised)
-    return _encode_records(records, tokenizer, options, _render_preference)
+        return _encode_records(records, tokenizer, options, SequenceBuilder(), _render_supervised)
+    return _encode_records(records, tokenizer, options, PreferenceBuilder(), _render_preference)
 
 
 def _encode_records(
     records: Sequence[Record],
     tokenizer: Tokenizer,
     options: EncodeConfig,
+    rows: Builder[Row],
     render: Callable[[Record, Tokenizer, EncodeConfig], RenderedRecord[Row]],
-) -> tuple[list[Row], Audit]:
-    encoded: list[Row] = []
+) -> tuple[FlatRows[Row], Audit]:
     audit = Audit()
+    starts = range(0, len(records), BATCH_ROWS)
+    encode = partial(_encode_batch, records, tokenizer, options, render)
+    batches = map_in_processes(encode, starts) if len(starts) >= PARALLEL_BATCHES else map(encode, starts)
     with tqdm(total=len(records), desc="encode", unit=" rows", delay=2, disable=None) as progress:
-        for start in range(0, len(records), BATCH_ROWS):
-            batch = records[start : start + BATCH_ROWS]
-            rendered = [_or_drop(audit, render, record, tokenizer, options) for record in batch]
-            tokenized = _tokenize([one for one in rendered if one], tokenizer)
-            rows = (_or_drop(audit, _encode, one, tokenizer, encodings) for one, encodings in tokenized)
-            encoded += [row for row in rows if row]
-            progress.update(len(batch))
-    for row in encoded:
-        audit.keep(row.length, row.tokens, row.target_tokens, row.flags)
-    if not encoded:
+        for encoded, of_batch in batches:
+            rows.add(encoded)
+            audit.merge(of_batch)
+            progress.update(of_batch.rows)
+    if not audit.kept:
         reasons = "; ".join(
             f"{rule} {dropped.rows}x, first {dropped.reason}" for rule, dropped in audit.dropped.items()
         )
         raise ValueError(f"no usable row among {audit.rows}: {reasons or 'the data set is empty'}")
-    return encoded, audit
+    return rows.build(), audit
+
+
+def _encode_batch(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    options: EncodeConfig,
+    render: Callable[[Record, Tokenizer, EncodeConfig], RenderedRecord[Row]],
+    start: int,
+) -> tuple[list[Row], Audit]:
+    """The rows of the batch that begins there."""
+    audit = Audit()
+    batch = records[start : start + BATCH_ROWS]
+    rendered = [_or_drop(audit, render, record, tokenizer, options) for record in batch]
+    tokenized = _tokenize([one for one in rendered if one], tokenizer)
+    encoded = (_or_drop(audit, _encode, one, tokenizer, encodings) for one, encodings in tokenized)
+    rows = [row for row in encoded if row]
+    for row in rows:
+        audit.keep(row.length, row.tokens, row.target_tokens, row.flags)
+    return rows, audit
 
 
 def _or_drop(
@@ -205,17 +156,20 @@ def _or_drop(
         return None
 
 
-def _tokenize(
-    rendered: list[RenderedRecord[Row]], tokenizer: Tokenizer
-) -> Iterator[tuple[RenderedRecord[Row], list[Encoding]]]:
+def _tokenize(rendered: list[RenderedRecord[Row]], tokenizer: Tokenizer) -> list[tuple[RenderedRecord[Row], Encodings]]:
     """The records with the encodings of their texts, made in one batch; marked texts wait for `_encode`."""
-    texts = [text for one in rendered if not one.marked for text in one.texts]
+    plain = [one for one in rendered if not one.marked]
+    ids = iter(tokenizer.words.encode([one.texts for one in plain if not one.offsets]))
+    texts = [text for one in plain if one.offsets for text in one.texts]
     encodings = iter(tokenizer.backend.encode_batch(texts, add_special_tokens=False))
-    for one in rendered:
-        yield one, [] if one.marked else list(islice(encodings, len(one.texts)))
+
+    def found(one: RenderedRecord[Row]) -> Encodings:
+        return [*islice(encodings, len(one.texts))] if one.offsets else next(ids)
+
+    return [(one, [] if one.marked else found(one)) for one in rendered]
 
 
-def _encode(rendered: RenderedRecord[Row], tokenizer: Tokenizer, encodings: list[Encoding]) -> Row:
+def _encode(rendered: RenderedRecord[Row], tokenizer: Tokenizer, encodings: Encodings) -> Row:
     if not rendered.marked:
         return rendered.encode(encodings)
     try:
@@ -226,8 +180,8 @@ def _encode(rendered: RenderedRecord[Row], tokenizer: Tokenizer, encodings: list
         raise RowError(rendered.origin, "special-token", str(error)) from error
 
 
-def _array(encoding: Encoding | MarkedEncoding) -> np.ndarray:
-    return np.array(encoding.ids, dtype=np.int32)
+def _array(encoding: np.ndarray | Encoding | MarkedEncoding) -> np.ndarray:
+    return encoding if isinstance(encoding, np.ndarray) else np.array(encoding.ids, dtype=np.int32)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -243,10 +197,12 @@ def _render_supervised(record: Record, tokenizer: Tokenizer, options: EncodeConf
     special = options.special_tokens_in_text
     pieces, flags = supervised_pieces(record, tokenizer, options.train_on, options.append_eos, special)
     texts = [piece.text for piece in pieces]
+    is_simple = len(pieces) == 1 or _is_prompt_and_answer(pieces)
     if options.boundary == "joint":  # the prompt alone is needed too where there is one
         texts = [*texts[:1], "".join(texts)] if _is_prompt_and_answer(pieces) else ["".join(texts)]
     encode = partial(_encode_sequence, record.origin, pieces, flags, tokenizer, options)
-    return RenderedRecord(record.origin, texts, "special_text_kept" in flags, encode)
+    offsets = options.boundary == "joint" and not is_simple
+    return RenderedRecord(record.origin, texts, "special_text_kept" in flags, offsets, encode)
 
 
 def _is_prompt_and_answer(pieces: list[Piece]) -> bool:
@@ -284,6 +240,7 @@ def _ids_and_mask(pieces: list[Piece], encodings: Encodings, boundary: Boundary)
     if _is_prompt_and_answer(pieces):
         start = _common_prefix(*arrays)
         return ids, np.arange(len(ids)) >= start, start < len(arrays[0])
+    assert not isinstance(encodings[0], np.ndarray)  # offsets were asked for
     ends = np.array([end for _, end in encodings[0].offsets])  # characters up to and with each token
     edges = np.cumsum([len(piece.text) for piece in pieces])
     mask = np.array([piece.target for piece in pieces])[np.searchsorted(edges, ends)]
@@ -307,7 +264,7 @@ def _render_preference(
     if options.boundary == "joint":
         answers = [prompt + answer for answer in answers]
     encode = partial(_encode_preference, record, flags, tokenizer, options)
-    return RenderedRecord(record.origin, [prompt, *answers], "special_text_kept" in flags, encode)
+    return RenderedRecord(record.origin, [prompt, *answers], "special_text_kept" in flags, False, encode)
 
 
 def _encode_preference(

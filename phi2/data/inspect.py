@@ -16,7 +16,9 @@ from typing import Literal
 import numpy as np
 
 from phi2.data.audit import Audit
-from phi2.data.encode import EncodeConfig, Encoded, EncodedPreference, EncodedSequence, encode_records
+from phi2.data.config import EncodeConfig
+from phi2.data.encode import encode_records
+from phi2.data.encoded import Encoded, EncodedPreference, EncodedSequence
 from phi2.data.records import PAIR, Record
 from phi2.data.sources import Loaded, NoUsableRow, load_records, require_ignored
 from phi2.hub import resolve

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import yaml
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
+from phi2.data.flat import Joined
 from phi2.files import read_yaml, write_whole
 from phi2.keywords import config_of, explained
 from phi2.lab.compare_config import CompareConfig
@@ -164,14 +165,14 @@ class Bench:
         return self.references[key]
 
     @cached_property
-    def pairs(self) -> list[EncodedPreference]:
+    def pairs(self) -> Sequence[EncodedPreference]:
         """Those that a run with a reference will see, in the order of the data, and the held-out ones."""
         train, held_out, _ = self.session.rows
         seen: set[int] = set()
         for cell in self.cells:
             if cell.config.precompute_ref_log_probs:
                 seen.update(windows_of(cell.config, len(train)).until(cell.total))
-        return [*(train[i] for i in sorted(seen)), *held_out]
+        return Joined(train.take(sorted(seen)), held_out)
 
     def run(self, cell: Cell) -> None:
         """Runs a cell, or goes on with it."""

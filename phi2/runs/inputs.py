@@ -11,14 +11,13 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from phi2.data.encode import Encoded
+from phi2.data.encoded import Encoded
+from phi2.data.flat import digests
 from phi2.files import one_line, read_json, write_whole
 from phi2.hub import resolve
 from phi2.inference.config import ModelConfig
@@ -40,11 +39,11 @@ def inputs_of(
     from_scratch: bool = False,
 ) -> Inputs:
     """Digests of what every run depends on."""
-    evaluation = {"evaluation data": digest_of_rows(eval_rows) + digest_of_columns(eval_rows)} if eval_rows else {}
+    data, evaluation = digests(rows), {"evaluation data": "".join(digests(eval_rows))} if eval_rows else {}
     adapter = {} if config.adapter is None else {"adapter": digest_of_adapter(resolve(config.adapter))}
     return {
-        "data": digest_of_rows(rows),
-        "columns of the data": digest_of_columns(rows),
+        "data": data.tokens,
+        "columns of the data": data.columns,
         **evaluation,
         **start_of(config, from_scratch),
         **adapter,
@@ -109,21 +108,6 @@ def _alike(digest: str | None, other: str | None) -> bool:
 
 def digest_of_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def digest_of_rows(rows: Sequence[Encoded]) -> str:
-    """Of the token ids and masks of every row, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for value in (getattr(row, field.name) for field in fields(row)):
-            if isinstance(value, np.ndarray):
-                digest.update(len(value).to_bytes(8, "little") + value.tobytes())
-    return digest.hexdigest()
-
-
-def digest_of_columns(rows: Sequence[Encoded]) -> str:
-    """Of the scores, weights and labels of every row, in order."""
-    return digest_of_texts(json.dumps(getattr(row, "columns", {}), sort_keys=True) for row in rows)
 
 
 def digest_of_tokenizer(config: RunConfig | ModelConfig, tokenizer: Tokenizer) -> str:

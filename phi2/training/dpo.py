@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
+from phi2.data.flat import FlatPreferences, Joined
 from phi2.files import write_whole
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss, bind_loss
@@ -80,7 +81,7 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     keep_loss_file(config, run)
     look_at_loss(loss, rows, eval_rows)
     with session.policy(config, checkpoint) as model:
-        require_fit(config, model, tokenizer, [*rows, *eval_rows])
+        require_fit(config, model, tokenizer, rows, eval_rows)
         require_dropout(config, model)
         scored = rows_to_score(loss, windows, total, rows, eval_rows)
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
@@ -102,15 +103,15 @@ def rows_to_score(
     loss: BoundLoss,
     windows: Windows,
     total: int,
-    rows: Sequence[EncodedPreference],
-    eval_rows: Sequence[EncodedPreference],
-) -> list[EncodedPreference]:
+    rows: FlatPreferences,
+    eval_rows: FlatPreferences,
+) -> Sequence[EncodedPreference]:
     """All that a run of so many updates asks its reference for."""
-    asked = [rows[i] for i in windows.until(total)]
-    if "mismatched" in loss.needs:
-        updates = [[rows[i] for i in windows.window(step)] for step in range(total)]
-        asked += [row for window in (*updates, eval_rows) for row in mismatched(window)]
-    return [*asked, *eval_rows]
+    asked = rows.take(windows.until(total))
+    if "mismatched" not in loss.needs:
+        return Joined(asked, eval_rows)
+    updates = [[rows[i] for i in windows.window(step)] for step in range(total)]
+    return Joined(asked, [row for window in (*updates, eval_rows) for row in mismatched(window)], eval_rows)
 
 
 def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
+from phi2.data.flat import of_each_layout
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import told
@@ -29,7 +30,7 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
         ValueError: when the loss is not pure, when it reads a column that is not a number in every row, when a modifier
             leaves it as it is, or when a row's value depends on other rows and the loss does not say so.
     """
-    gaps = column_gaps([*rows, *eval_rows])
+    gaps = column_gaps([*of_each_layout(rows), *of_each_layout(eval_rows)])
     shown = shown_answers(varied(rows, gaps), gaps, loss)
     require_pure(loss, shown)
     for part in [part for _, part in loss.parts] or [loss]:

@@ -3,62 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from phi2.data.encode import EncodedPreference
+import numpy as np
+
+from phi2.data.encoded import EncodedPreference
+from phi2.data.flat import FlatPreferences, flat_rows
 from phi2.losses.bound import BoundLoss
 from phi2.losses.registry import PREFERENCE_LOSSES
 
 LABELS = {0.0, 1.0}
 
 
-def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> list[EncodedPreference]:
+def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> FlatPreferences:
     """The rows as the loss reads them: without gold answers where it needs none, which is told.
 
     Raises:
         ValueError: naming a row that the loss cannot be given.
     """
-    if not rows:
-        return []
+    flat = flat_rows(rows, "preference")
+    if not flat:
+        return flat
     for part in [each for _, each in loss.parts] or [loss]:
         if part.unit == "answer":
-            _require_labels(part, rows)
+            _require_labels(part, flat)
         else:
-            _require_comparison(part, rows)
+            _require_comparison(part, flat)
+    golden = flat.table["gold"]
     if "gold" in loss.needs:
-        missing = next((row for row in rows if not row.has_gold), None)
-        if missing is not None:
-            raise ValueError(f"loss {loss.name!r} needs an answer to imitate, and {missing.origin} has none: reference")
-        return [*rows]
-    golden = sum(row.has_gold for row in rows)
-    if golden:
-        print(f"loss {loss.name} does not use the answers to imitate of {golden} rows (column reference)")
-    return [_without_gold(row) if row.has_gold else row for row in rows]
+        if not golden.all():
+            origin = flat[int(golden.argmin())].origin
+            raise ValueError(f"loss {loss.name!r} needs an answer to imitate, and {origin} has none: reference")
+        return flat
+    if not golden.any():
+        return flat
+    print(f"loss {loss.name} does not use the answers to imitate of {golden.sum()} rows (column reference)")
+    return flat.without_gold()
 
 
-def _without_gold(row: EncodedPreference) -> EncodedPreference:
-    return replace(row, answers=row.answers[:-1], scores=row.scores[:-1], has_gold=False)
-
-
-def _require_comparison(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
-    alone = next((row for row in rows if len(row.answers) == 1), None)
-    if alone is not None:
+def _require_comparison(loss: BoundLoss, rows: FlatPreferences) -> None:
+    alone = rows.table["answers"] == 1
+    if alone.any():
         others = ", ".join(name for name, each in PREFERENCE_LOSSES.items() if each.unit == "answer")
         raise ValueError(
-            f"loss {loss.name!r} compares answers to one prompt, and {alone.origin} has one answer with a label: such"
-            f" rows are for {others}"
+            f"loss {loss.name!r} compares answers to one prompt, and {rows[int(alone.argmax())].origin} has one answer"
+            f" with a label: such rows are for {others}"
         )
 
 
-def _require_labels(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
-    scored = next((row for row in rows if not LABELS.issuperset(row.scores)), None)
-    if scored is not None:
+def _require_labels(loss: BoundLoss, rows: FlatPreferences) -> None:
+    labels = {*np.unique(rows.scores_of_answers).tolist()}
+    if not labels <= LABELS:
+        scored = next(row for row in rows if not LABELS.issuperset(row.scores))
         told = ", ".join(f"{score:g}" for score in scored.scores)
         raise ValueError(
             f"loss {loss.name!r} needs pairs, or answers with a label, and the answers of {scored.origin} have scores,"
             f" {told}"
         )
-    labels = {score for row in rows for score in row.scores}
     if len(labels) == 1:
         kind = "good" if labels == {1.0} else "bad"
         raise ValueError(f"loss {loss.name!r} needs good and bad answers, and all of {rows[0].origin.file} are {kind}")

@@ -25,7 +25,9 @@ from phi2.checkpoints.peft_files import load_adapter
 from phi2.checkpoints.weights import load_config, load_model, load_tokenizer, pick_device
 from phi2.data.audit import Audit
 from phi2.data.config import EncodeConfig
-from phi2.data.encode import Encoded, EncodedPreference, EncodedSequence, encode_records
+from phi2.data.encode import encode_records
+from phi2.data.encoded import Encoded, EncodedPreference, EncodedSequence
+from phi2.data.flat import FlatRows, flat_rows, longest
 from phi2.data.sources import Loaded, load_records, require_ignored, split_records
 from phi2.files import write_whole
 from phi2.fused import fuse
@@ -50,8 +52,8 @@ Row = TypeVar("Row", EncodedSequence, EncodedPreference)
 class Rows(NamedTuple, Generic[Row]):
     """Encoded rows, and by file name what became of the others."""
 
-    train: list[Row]
-    evaluation: list[Row]
+    train: FlatRows[Row]
+    evaluation: FlatRows[Row]
     audits: dict[str, Audit]
 
 
@@ -124,15 +126,15 @@ class Session(Generic[Row]):
         require_ignored(config.ignore_columns, loaded.dropped, held.dropped)
         rows, audit = self._encoded("data_audit.json", train, loaded.dropped)
         if not test:
-            return Rows(rows, [], {"data_audit.json": audit})
+            return Rows(rows, flat_rows([], config.kind), {"data_audit.json": audit})
         held_out, eval_audit = self._encoded("eval_audit.json", test, held.dropped)
         return Rows(rows, held_out, {"data_audit.json": audit, "eval_audit.json": eval_audit})
 
-    def _encoded(self, name: str, records: list, dropped: Audit) -> tuple[list[Row], Audit]:
+    def _encoded(self, name: str, records: list, dropped: Audit) -> tuple[FlatRows[Row], Audit]:
         rows, audit = encode_records(records, self.tokenizer, self.config, self.config.kind)
         audit.merge(dropped)
         print(f"\n{name}\n{audit.table()}")
-        return cast(list[Row], rows), audit  # of the kind of the settings
+        return cast(FlatRows[Row], rows), audit  # of the kind of the settings
 
     def keep_audits(self, run: Path) -> None:
         """Writes them into a run folder; a run that goes on has them already."""
@@ -200,19 +202,20 @@ def start(config: TrainingConfig) -> Session:
     return Session(config)
 
 
-def require_fit(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, rows: Sequence[Encoded]) -> None:
+def require_fit(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, *data: Sequence[Encoded]) -> None:
     """Refuses what the model cannot read: ids, rows, or the prompts of samples.
 
     Raises:
         ValueError: for a tokenizer with ids that the model has no embedding for, a row that reaches beyond its
             positions, and a sample prompt that is empty or longer than the context.
     """
-    context, longest = model.config.max_position_embeddings, max(rows, key=lambda row: row.length)
+    context = model.config.max_position_embeddings
+    largest = longest([longest(rows) for rows in data if rows])
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab_size} embedding rows")
-    if longest.length > context:
+    if largest.length > context:
         raise ValueError(
-            f"{longest.origin} has {longest.length} tokens, more than the model's context of {context}: give a"
+            f"{largest.origin} has {largest.length} tokens, more than the model's context of {context}: give a"
             f" max_length (for packing: wrapped, a packing_length) of {context} at most"
         )
     for prompt in config.sample_prompts:

@@ -7,13 +7,15 @@ window is split into micro-batches, nor on packing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedSequence
+from phi2.data.encoded import EncodedSequence
+from phi2.data.flat import lengths
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
@@ -28,6 +30,20 @@ from phi2.training.session import Session, require_fit, start
 from phi2.training.window import total_steps, windows_of
 
 Sample = list[EncodedSequence]  # of a micro-batch: one sequence, or those packed together
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows, and the places of those that make each sample."""
+
+    rows: Sequence[EncodedSequence]
+    blocks: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, place: int) -> Sample:
+        return [self.rows[i] for i in self.blocks[place]]
 
 
 def train(config: SFTConfig) -> Run:
@@ -53,7 +69,7 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Run:
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
     with session.policy(config, checkpoint) as model:
-        require_fit(config, model, tokenizer, [*(row for sample in samples for row in sample), *eval_rows])
+        require_fit(config, model, tokenizer, samples.rows, eval_rows)
         with updates_of(config, model, tokenizer, windows, checkpoint, "sft") as updates:
             model.train()
             evaluation = partial(evaluate, config, model, eval_rows) if eval_rows else None
@@ -65,18 +81,17 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Run:
     return Run(run)
 
 
-def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list[Sample]:
+def pack(rows: Sequence[EncodedSequence], config: SFTConfig, separator: int) -> Samples:
     """The samples of the run, by `config.packing`."""
-    if config.packing == "none":
-        return [[row] for row in rows]
+    if config.packing == "best_fit":
+        sizes = lengths(rows)
+        if max(sizes) > config.packing_length:
+            told = f"packing_length is {config.packing_length}, but a row has {max(sizes)} tokens"
+            raise ValueError(f"{told}; raise it, or lower max_length")
+        return Samples(rows, best_fit(sizes, config.packing_length))
     if config.packing == "wrapped":
-        return [[block] for block in wrapped(rows, config.packing_length, separator)]
-    longest = max(len(row.ids) for row in rows)
-    if longest > config.packing_length:
-        raise ValueError(
-            f"packing_length is {config.packing_length}, but a row has {longest} tokens; raise it, or lower max_length"
-        )
-    return [[rows[i] for i in block] for block in best_fit([len(r.ids) for r in rows], config.packing_length)]
+        rows = wrapped(rows, config.packing_length, separator)
+    return Samples(rows, [(i,) for i in range(len(rows))])
 
 
 def update(
