@@ -8,6 +8,8 @@ and tabs; ChatML adds two more at the next free ids.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,6 +138,12 @@ class Tokenizer:
     def special_text(self) -> SpecialText:
         """What marks and encodes text that spells a special token and is to stay text."""
         return _special_text(self, self.chat_template)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what a text becomes: vocabulary, special tokens, template, what ends a text."""
+        told = [self._config, self._special, self.chat_template, sorted(self.stop_ids)]
+        return hashlib.sha256(f"{self.backend.to_str()}{json.dumps(told, sort_keys=True)}".encode()).hexdigest()
 
     @property
     def words(self) -> WordEncoder:

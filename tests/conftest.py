@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 torch.set_num_threads(1)
+CACHES = itertools.count()
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: tests run side by side
 
 
@@ -42,6 +44,20 @@ def remember_builtins() -> None:
 if not torch.cuda.is_available():  # Triton's kernels on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
     remember_builtins()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_session(tmp_path_factory) -> None:
+    """What runs keep between them is kept in a folder of the tests: for fixtures that several tests share."""
+    os.environ["PHI2_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """No test finds what another one kept."""
+    path = tmp_path_factory.getbasetemp() / "cache" / str(next(CACHES))
+    monkeypatch.setenv("PHI2_CACHE", str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ keeps its last `max_prompt_length` tokens; if that is still too long, the answer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
@@ -161,10 +161,10 @@ def _tokenize(rendered: list[RenderedRecord[Row]], tokenizer: Tokenizer) -> list
     plain = [one for one in rendered if not one.marked]
     ids = iter(tokenizer.words.encode([one.texts for one in plain if not one.offsets]))
     texts = [text for one in plain if one.offsets for text in one.texts]
-    encodings = iter(tokenizer.backend.encode_batch(texts, add_special_tokens=False))
+    slow: Iterator[Encoding] = iter(tokenizer.backend.encode_batch(texts, add_special_tokens=False))
 
     def found(one: RenderedRecord[Row]) -> Encodings:
-        return [*islice(encodings, len(one.texts))] if one.offsets else next(ids)
+        return [*islice(slow, len(one.texts))] if one.offsets else next(ids)
 
     return [(one, [] if one.marked else found(one)) for one in rendered]
 

@@ -21,9 +21,10 @@ MAX_ELEMENT = 64 << 20  # characters one row of a JSON array may have: broken JS
 FIRST_START, NEXT_START, ARRAY_END = re.compile(r"\s*(?={)"), re.compile(r"\s*,\s*(?={)"), re.compile(r"\s*]")
 
 
-def folder_rows(folder: Path, split: str | None, label: str) -> Iterator[tuple[Origin, Any]]:
-    for path in _files_of_split(folder, split, label):
-        yield from read_rows(path, f"{label}/{path.relative_to(folder).as_posix()}")
+def folder_files(folder: Path, split: str | None, label: str) -> list[tuple[Path, str]]:
+    """The data files of one split, each with what to call it in origins."""
+    paths = _files_of_split(folder, split, label)
+    return [(path, f"{label}/{path.relative_to(folder).as_posix()}") for path in paths]
 
 
 def _files_of_split(folder: Path, split: str | None, label: str) -> list[Path]:

@@ -16,7 +16,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from phi2 import hub
 from phi2.data.audit import Audit
 from phi2.data.columns import IGNORED
 from phi2.data.config import DataSpec, Subsample
-from phi2.data.files import folder_rows, one_of, read_rows, suffix_of
+from phi2.data.files import folder_files, one_of, read_rows, suffix_of
 from phi2.data.formats import FORMATS, detect_format, parse_row
 from phi2.data.records import KINDS, Origin, Record, Row, RowError
 
@@ -130,7 +130,7 @@ def load_records(data: str | DataSpec | Iterable[Any], kind: str, ignore_columns
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     loaded = Loaded([], Audit())
-    specs = _specs(data)
+    specs = specs_of(data)
     if not specs:
         raise ValueError("data must have at least one source, got none")
     for spec in specs:
@@ -172,7 +172,8 @@ def split_records(records: list[Record], test_fraction: float, seed: int) -> tup
     return [records[i] for i in order[test:]], [records[i] for i in order[:test]]
 
 
-def _specs(data: Any) -> list[DataSpec]:
+def specs_of(data: Any) -> list[DataSpec]:
+    """The parts of a mixture."""
     if isinstance(data, str):
         return [DataSpec(name.strip()) for name in data.split(",")]
     if isinstance(data, list | tuple) and not (data and _is_row(data[0])):
@@ -234,10 +235,8 @@ def _load(spec: DataSpec, kind: str, ignore: frozenset[str]) -> Loaded:
 def _parsed_rows(spec: DataSpec, kind: str, ignore: frozenset[str], dropped: Audit) -> Iterator[Record | None]:
     """The records of one source in file order, None for each row that passed the filters and did not parse."""
     source = SOURCES.get(spec.label)
-    if source and FORMATS[source.format].kind != kind:
-        raise ValueError(f"{spec.label} holds {FORMATS[source.format].kind} rows, and {kind} rows are needed")
     rules, filtered_by = _filters(spec, source, kind), _columns_of_filters(spec, kind)
-    rows = tqdm(_rows(spec, source), desc=spec.label, unit=" rows", delay=2, disable=None, leave=False)
+    rows = tqdm(_rows(spec, kind), desc=spec.label, unit=" rows", delay=2, disable=None, leave=False)
     for origin, row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"{origin}: a row must be an object, got {type(row).__name__}")
@@ -259,8 +258,7 @@ def _toy_records(spec: DataSpec, kind: str) -> list[Record]:
     from phi2.data.toy import skills
 
     name, toy_kind = TOYS[spec.label]
-    if toy_kind != kind:
-        raise ValueError(f"{spec.label} holds {toy_kind} rows, and {kind} rows are needed")
+    _require_kind(spec, toy_kind, kind)
     if spec.max_tokens is not None or spec.subsample is not None:
         raise ValueError(f"{spec.label} has no columns for max_tokens or subsample to read")
     return skills.records(name, spec.split or "train")
@@ -297,24 +295,40 @@ def _subsampler(subsample: Subsample) -> Callable[[Row], bool]:
     return lambda row: (value is None or row.get("source_dataset") == value) and draw() > subsample.fraction
 
 
-def _rows(spec: DataSpec, source: Source | None) -> Iterator[tuple[Origin, Any]]:
+def _rows(spec: DataSpec, kind: str | None = None) -> Iterator[tuple[Origin, Any]]:
     """The rows of a source in order, each with where it came from."""
     if not isinstance(spec.source, str):
         return _memory_rows(spec)
+    return chain.from_iterable(starmap(read_rows, files_of(spec, kind)))
+
+
+def files_of(spec: DataSpec, kind: str | None = None) -> list[tuple[Path, str]]:
+    """The files that a source is read from, each with what to call it in origins.
+
+    Args:
+        kind: what the rows are needed for; None means anything.
+
+    Raises:
+        FileNotFoundError: for a source that is no file, no folder, no name and no hub id.
+        ValueError: for a named source of another kind, and a split that is not there.
+    """
+    assert isinstance(spec.source, str)
+    source = SOURCES.get(spec.source)
     if source:
-        return _hub_rows(source.hub_id, "", one_of("split", spec.split or source.splits[0], source.splits))
+        _require_kind(spec, FORMATS[source.format].kind, kind)
+        return _hub_files(source.hub_id, "", one_of("split", spec.split or source.splits[0], source.splits))
     path = Path(spec.source).expanduser()
     if path.is_dir():
-        return folder_rows(path, spec.split, str(path))
+        return folder_files(path, spec.split, str(path))
     if path.exists() or suffix_of(path.name):
         if spec.split is not None:
             raise ValueError(f"{spec.source}: split {spec.split!r} is for folders and data sets, and this is a file")
-        return read_rows(path, spec.source)
+        return [(path, spec.source)]
     owner, name, config = (*spec.source.split("/", maxsplit=2), "", "")[:3]
     if not hub.HUB_ID.fullmatch(f"{owner}/{name}"):
         names = ", ".join([*SOURCES, *TOYS])
         raise FileNotFoundError(f"{spec.source}: no such file or folder, not a hub id, and no name among {names}")
-    return _hub_rows(f"{owner}/{name}", config, spec.split)
+    return _hub_files(f"{owner}/{name}", config, spec.split)
 
 
 def raw_rows(source: str) -> Iterator[tuple[Origin, Any]]:
@@ -324,7 +338,7 @@ def raw_rows(source: str) -> Iterator[tuple[Origin, Any]]:
         FileNotFoundError: for a source that is no file, no folder, no name and no hub id.
         ValueError: for a file that cannot be read, and, while it streams, for one that cannot be read on.
     """
-    return _rows(DataSpec(source), SOURCES.get(source))
+    return _rows(DataSpec(source))
 
 
 def _memory_rows(spec: DataSpec) -> Iterator[tuple[Origin, Any]]:
@@ -334,10 +348,15 @@ def _memory_rows(spec: DataSpec) -> Iterator[tuple[Origin, Any]]:
         yield Origin(spec.label, number), row
 
 
-def _hub_rows(hub_id: str, config: str, split: str | None) -> Iterator[tuple[Origin, Any]]:
-    """Rows of the hub's parquet conversion of a data set; without one (private sets), of its own files."""
+def _require_kind(spec: DataSpec, held: str, needed: str | None) -> None:
+    if needed not in (None, held):
+        raise ValueError(f"{spec.label} holds {held} rows, and {needed} rows are needed")
+
+
+def _hub_files(hub_id: str, config: str, split: str | None) -> list[tuple[Path, str]]:
+    """Files of the hub's parquet conversion of a data set; without one (private sets), of its own files."""
     try:
         folder = hub.resolve(hub_id, HUB_PARQUET, kind="dataset")
     except ValueError:
         folder = hub.resolve(hub_id, kind="dataset")
-    return folder_rows(folder / config, split, f"{hub_id}/{config}".rstrip("/"))
+    return folder_files(folder / config, split, f"{hub_id}/{config}".rstrip("/"))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from phi2.data.encode import encode_records
 from phi2.data.encoded import Encoded, EncodedPreference, EncodedSequence
 from phi2.data.flat import FlatRows, flat_rows, longest
 from phi2.data.sources import Loaded, load_records, require_ignored, split_records
+from phi2.data.store import Kept, find, keep, name_of
 from phi2.files import write_whole
 from phi2.fused import fuse
 from phi2.hub import resolve
@@ -46,6 +47,7 @@ SHARED = (  # settings that all fits of a session have in common
 )
 
 
+TRAIN, EVALUATION = "data_audit.json", "eval_audit.json"  # audits in a run folder
 Row = TypeVar("Row", EncodedSequence, EncodedPreference)
 
 
@@ -55,6 +57,13 @@ class Rows(NamedTuple, Generic[Row]):
     train: FlatRows[Row]
     evaluation: FlatRows[Row]
     audits: dict[str, Audit]
+
+
+class Part(NamedTuple):
+    """Rows to encode: all of some data, or one side of a split, with its share and seed."""
+
+    data: Any
+    split: tuple[str, float, int] | None = None
 
 
 class Session(Generic[Row]):
@@ -114,27 +123,45 @@ class Session(Generic[Row]):
 
     @cached_property
     def rows(self) -> Rows[Row]:
-        """Training and evaluation rows as token ids; their audits are printed."""
-        config = self.config
-        loaded, held = load_records(config.data, config.kind, config.ignore_columns), Loaded([], Audit())
-        train, test = loaded.records, []
-        if config.eval_data is not None:
-            held = load_records(config.eval_data, config.kind, config.ignore_columns)
-            test = held.records
-        elif config.test_fraction:
-            train, test = split_records(train, config.test_fraction, config.split_seed)
-        require_ignored(config.ignore_columns, loaded.dropped, held.dropped)
-        rows, audit = self._encoded("data_audit.json", train, loaded.dropped)
-        if not test:
-            return Rows(rows, flat_rows([], config.kind), {"data_audit.json": audit})
-        held_out, eval_audit = self._encoded("eval_audit.json", test, held.dropped)
-        return Rows(rows, held_out, {"data_audit.json": audit, "eval_audit.json": eval_audit})
+        """Training and evaluation rows as token ids; their audits are printed. Rows of files are kept (`store.py`)."""
+        names = {file: self._name(part) for file, part in self._parts.items()}
+        kept: dict[str, Kept] = {file: entry for file, name in names.items() if (entry := find(name))}
+        loaded: dict[str, Loaded] = self._loaded({file: part for file, part in self._parts.items() if file not in kept})
+        dropped = [*(entry.audit for entry in kept.values()), *(part.dropped for part in loaded.values())]
+        require_ignored(self.config.ignore_columns, *dropped)
+        for file, name in names.items():
+            if file not in kept:
+                kept[file] = self._encoded(file, name, loaded[file])
+            print(f"\n{file}\n{kept[file].audit.table()}")
+        held_out = kept[EVALUATION].rows if EVALUATION in kept else flat_rows([], self.config.kind)
+        return Rows(kept[TRAIN].rows, held_out, {file: kept[file].audit for file in names})
 
-    def _encoded(self, name: str, records: list, dropped: Audit) -> tuple[FlatRows[Row], Audit]:
-        rows, audit = encode_records(records, self.tokenizer, self.config, self.config.kind)
-        audit.merge(dropped)
-        print(f"\n{name}\n{audit.table()}")
-        return cast(FlatRows[Row], rows), audit  # of the kind of the settings
+    @property
+    def _parts(self) -> dict[str, Part]:
+        """The rows that are wanted, by the name of the file of their audit."""
+        config = self.config
+        if config.eval_data is None and config.test_fraction:
+            sides = [(side, config.test_fraction, config.split_seed) for side in ("train", "test")]
+            return {TRAIN: Part(config.data, sides[0]), EVALUATION: Part(config.data, sides[1])}
+        held_out = {} if config.eval_data is None else {EVALUATION: Part(config.eval_data)}
+        return {TRAIN: Part(config.data), **held_out}
+
+    def _name(self, part: Part) -> str:
+        return name_of(part.data, self.config.kind, self.tokenizer, self.config, part.split)
+
+    def _loaded(self, parts: dict[str, Part]) -> dict[str, Loaded]:
+        config = self.config
+        if not any(part.split for part in parts.values()):
+            return {name: load_records(part.data, config.kind, config.ignore_columns) for name, part in parts.items()}
+        loaded = load_records(config.data, config.kind, config.ignore_columns)
+        train, test = split_records(loaded.records, config.test_fraction, config.split_seed)
+        return {TRAIN: Loaded(train, loaded.dropped), EVALUATION: Loaded(test, Audit())}
+
+    def _encoded(self, file: str, name: str, loaded: Loaded) -> Kept:
+        """Rows that are not kept yet; where a file has changed meanwhile, they are none that a name is known of."""
+        rows, audit = encode_records(loaded.records, self.tokenizer, self.config, self.config.kind)
+        audit.merge(loaded.dropped)
+        return keep(name if name == self._name(self._parts[file]) else "", Kept(rows, audit))
 
     def keep_audits(self, run: Path) -> None:
         """Writes them into a run folder; a run that goes on has them already."""
