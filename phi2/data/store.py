@@ -211,7 +211,7 @@ def _arrays(rows: FlatRows) -> dict[str, np.ndarray]:
 
 def _write(path: Path, kept: Kept) -> None:
     """One record batch of one row, in which every array is a list: of any length, and mapped as it lies."""
-    rows, audit = kept
+    rows = kept.rows
     lists = {name: array.view(np.uint8) if array.dtype.names else array for name, array in _arrays(rows).items()}
     columns = {name: _one_list(pa.array(array)) for name, array in lists.items()}
     if isinstance(rows, FlatPreferences):
@@ -223,7 +223,7 @@ def _write(path: Path, kept: Kept) -> None:
         "flag_sets": [sorted(flags) for flags in rows.flag_sets],
         "digests": rows.digests,
         "layouts": layouts,
-        "audit": asdict(audit) | {"lengths": [*audit.lengths.items()]},
+        "audit": _told(kept.audit),
     }
     batch = pa.record_batch([*columns.values()], names=[*columns]).replace_schema_metadata({"phi2": json.dumps(told)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
@@ -255,6 +255,12 @@ def _read(path: Path) -> Kept:
     if rows.bounds[-1] != len(rows.ids):
         raise ValueError("it holds other tokens than it says")
     return Kept(rows, _audit(told["audit"]))
+
+
+def _told(audit: Audit) -> dict[str, Any]:
+    """An audit in JSON's types."""
+    dropped = {rule: vars(rows) for rule, rows in audit.dropped.items()}
+    return vars(audit) | {"dropped": dropped, "lengths": [*audit.lengths.items()]}
 
 
 def _audit(told: dict[str, Any]) -> Audit:
