@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -195,6 +197,23 @@ def registry() -> Iterator[dict]:
     yield PREFERENCE_LOSSES
     PREFERENCE_LOSSES.clear()
     PREFERENCE_LOSSES.update(before)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Callable[[object], object]:
+    """An encoded row as values to compare, with the dtypes of its arrays and the order of its columns."""
+    from phi2.data.encoded import EncodedPreference, EncodedSequence
+
+    def values(value: object) -> object:
+        if isinstance(value, np.ndarray):
+            return value.dtype.str, value.tolist()
+        if isinstance(value, EncodedSequence | EncodedPreference):
+            return [values(getattr(value, field.name)) for field in dataclasses.fields(value)]
+        if isinstance(value, dict):
+            return [(name, type(item), item) for name, item in value.items()]
+        return [values(part) for part in value] if type(value) is tuple else value
+
+    return values
 
 
 @pytest.fixture

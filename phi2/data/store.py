@@ -162,7 +162,7 @@ def keep(name: str, kept: Kept) -> Kept:
     path = folder() / f"{name}.arrow"
     size = sum(array.nbytes for array in _arrays(kept.rows).values())
     if size > limit():
-        print(f"encoded rows are not kept: their {_mib(size)} are more than {LIMIT} allows")
+        print(f"encoded rows are not kept: their {_told_size(size)} are more than {LIMIT} allows")
         return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def keep(name: str, kept: Kept) -> Kept:
         print(f"encoded rows are not kept: {path.parent} cannot be written ({one_line(error)})")
         return kept
     gone = f"; {removed} used longest ago removed" if removed else ""
-    print(f"encoded rows kept in {path}: {_mib(path.stat().st_size)}, all together {_mib(held)}{gone}")
+    print(f"encoded rows kept in {path}: {_told_size(path.stat().st_size)}, all together {_told_size(held)}{gone}")
     return mapped
 
 
@@ -198,8 +198,8 @@ def _files(pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
             yield path, path.stat()
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _told_size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 # ---- files ----
