@@ -1,0 +1,56 @@
+"""Work in processes gives what the same work gives here, in the same order, and fails as it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from phi2.data import encode, processes
+from phi2.data.config import EncodeConfig
+from phi2.data.encode import encode_records
+from phi2.data.flat import digests
+from phi2.data.processes import map_in_processes
+from phi2.data.records import Origin, Plain
+
+
+@pytest.fixture(autouse=True)
+def two_processors(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+
+
+def test_results_come_in_the_order_of_the_items_from_other_processes():
+    factor = 3  # no process is sent a function: this one could not be
+    results = list(map_in_processes(lambda item: (factor * item, os.getpid()), range(50)))
+    assert [result for result, _ in results] == [3 * item for item in range(50)]
+    assert os.getpid() not in {process for _, process in results}
+
+
+def test_one_processor_does_the_work_itself(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert {*map_in_processes(lambda item: os.getpid(), range(5))} == {os.getpid()}
+
+
+def test_an_error_is_raised_as_it_was():
+    with pytest.raises(ZeroDivisionError):
+        list(map_in_processes(lambda item: 1 // item, range(5)))
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(OSError, match="^a process that encodes rows was killed, most likely for want of memory$"):
+        list(map_in_processes(lambda item: os.kill(os.getpid(), signal.SIGKILL), range(5)))
+
+
+def test_rows_encoded_in_processes_are_the_same_with_the_same_audit(tiny_tokenizer, plain, monkeypatch):
+    records = [Plain("Q" * (i % 7), "the " * (i % 5) + "end", Origin("rows", i)) for i in range(40)]
+    options = EncodeConfig(max_length=12, truncation_mode="drop")
+    monkeypatch.setattr(encode, "BATCH_ROWS", 3)
+    here, audit = encode_records(records, tiny_tokenizer, options, "supervised")
+    used = []
+    monkeypatch.setattr(encode, "PARALLEL_BATCHES", 2)
+    monkeypatch.setattr(encode, "map_in_processes", lambda *given: used.append(1) or processes.map_in_processes(*given))
+    there, audit_of_processes = encode_records(records, tiny_tokenizer, options, "supervised")
+    assert used and audit.dropped
+    assert [plain(row) for row in there] == [plain(row) for row in here]
+    assert audit_of_processes == audit and digests(there) == digests(here)
