@@ -43,7 +43,7 @@ class WordEncoder:
             encodings = iter(self.backend.encode_batch([*chain.from_iterable(groups)], add_special_tokens=False))
             return [[np.array(one.ids, dtype=np.int32) for one in islice(encodings, len(group))] for group in groups]
         words = [[WORD.findall(text) for text in _without_repeats(group)] for group in groups]
-        self._learn({word for group in words for text in group for word in text if word not in self.known})
+        self._learn({*chain.from_iterable(chain.from_iterable(words))}.difference(self.known))
         return [self._joined(group) for group in words]
 
     def _joined(self, group: list[list[str]]) -> list[np.ndarray]:

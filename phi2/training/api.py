@@ -21,7 +21,8 @@ def sft(session: Session | None = None, **settings: Any) -> Run:
 
     Args:
         session: an open one. Settings that are not given are then those it was started with.
-        settings: the flags of `phi2 sft`; groups of them, such as lora, may be dicts.
+        settings: the flags of `phi2 sft`; groups of them, such as lora, may be dicts, and data may be rows. These are
+            encoded by every session anew: to know them again would mean to read all of them.
     Returns:
         What the run left behind: metrics, samples, the model.
     Raises:
@@ -41,7 +42,8 @@ def dpo(session: Session | None = None, **settings: Any) -> Run:
 
     Args:
         session: an open one. Settings that are not given are then those it was started with.
-        settings: the flags of `phi2 dpo`; groups of them, such as lora and loss_args, may be dicts.
+        settings: the flags of `phi2 dpo`; groups of them, such as lora and loss_args, may be dicts, and data may be
+            rows. These are encoded by every session anew: to know them again would mean to read all of them.
     Returns:
         What the run left behind: metrics, samples, the model.
     Raises:
