@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from phi2.data import store
 from phi2.data.audit import FLAGS, Audit
 from phi2.data.encoded import EncodedPreference, EncodedSequence
-from phi2.data.flat import Joined, digests, flat_rows, lengths, longest, of_each_layout
+from phi2.data.flat import Joined, digests, flat_rows, largest, lengths, of_each_layout
 from phi2.data.records import Origin, RowError
 from phi2.training.scoring import column_gaps
 
@@ -62,7 +62,8 @@ def test_what_all_rows_say_together_is_read_off_the_arrays(plain, given_rows):
     assert lengths(flat) == lengths(rows) == [row.length for row in rows]
     assert digests(flat) == digests(rows)
     if rows:
-        assert plain(longest(flat)) == plain(longest(rows))
+        for by in ("length", "tokens"):
+            assert plain(largest(flat, by)) == plain(largest(rows, by)) == plain(largest(Joined([], flat, rows), by))
 
 
 @settings(deadline=None)
@@ -111,5 +112,5 @@ def test_digests_tell_answers_and_scores_apart():
         parts = tuple(np.array([answer], dtype=np.int32) for answer in answers)
         return EncodedPreference(np.zeros(1, dtype=np.int32), parts, scores, Origin("f", 1), {})
 
-    told = {digests([each]).tokens for each in (row(1, 2), row(1, 3), row(2, 1), row(1, 2, scores=(2.0, 0.0)))}
+    told = {digests([each]) for each in (row(1, 2), row(1, 3), row(2, 1), row(1, 2, scores=(2.0, 0.0)))}
     assert len(told) == 4

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
@@ -22,12 +23,11 @@ from phi2.data.records import Origin
 
 Row = TypeVar("Row", EncodedSequence, EncodedPreference)
 Layout = tuple[tuple[str, bool], ...]  # of a row's columns: the name of each, and whether it is a text
-AnyRow = TypeVar("AnyRow", bound=Encoded)
 SMALL_IDS = 1 << 16  # below it, ids are kept in two bytes
 
 
 class Digests(NamedTuple):
-    """SHA-256 of rows: of their tokens and masks or scores, and of their columns."""
+    """SHA-256 of rows: of their tokens and masks, and of what the data say of the answers, scores and columns."""
 
     tokens: str
     columns: str
@@ -92,6 +92,11 @@ class FlatRows(Sequence[Row], Generic[Row]):
         """(R,) `length` of each row."""
         raise NotImplementedError
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """(R,) `tokens` of each row."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class FlatSequences(FlatRows[EncodedSequence]):
@@ -113,6 +118,10 @@ class FlatSequences(FlatRows[EncodedSequence]):
     @property
     def lengths(self) -> np.ndarray:
         return self.sizes[self.table["part"]]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +162,11 @@ class FlatPreferences(FlatRows[EncodedPreference]):
             there = answers >= number
             longest[there] = np.maximum(longest[there], sizes[first[there] + number])
         return sizes[first] + longest
+
+    @property
+    def tokens(self) -> np.ndarray:
+        first = self.table["part"]
+        return self.bounds[first + 1 + self.table["answers"]] - self.bounds[first]
 
     @property
     def scores_of_answers(self) -> np.ndarray:
@@ -204,11 +218,13 @@ class Joined(Sequence[Row]):
         raise AssertionError("range refuses a place that is not there")
 
 
-def longest(rows: Sequence[AnyRow]) -> AnyRow:
-    """The first of the longest rows."""
+def largest(rows: Sequence[Encoded], by: Literal["length", "tokens"]) -> Encoded:
+    """The first of the rows with most tokens, all of them or those of the longest sequence."""
     if isinstance(rows, FlatRows):
-        return rows[int(rows.lengths.argmax())]  # type: ignore[return-value]
-    return max(rows, key=lambda row: row.length)
+        return rows[int((rows.lengths if by == "length" else rows.tokens).argmax())]
+    if isinstance(rows, Joined):
+        rows = [largest(part, by) for part in rows.parts if part]
+    return max(rows, key=attrgetter(by))
 
 
 def of_each_layout(rows: Sequence[EncodedPreference]) -> Sequence[EncodedPreference]:
@@ -234,26 +250,21 @@ class Digester:
     """Makes `Digests` of rows that come in parts."""
 
     def __init__(self) -> None:
-        self._tokens, self._columns, self._is_first = hashlib.sha256(), hashlib.sha256(), True
+        self._tokens, self._columns, self._between = hashlib.sha256(), hashlib.sha256(), b""
 
     def add(self, rows: Iterable[Encoded]) -> None:
         for row in rows:
-            for array in arrays_of(row):
+            arrays = (row.ids, row.mask) if isinstance(row, EncodedSequence) else (row.prompt, *row.answers)
+            for array in arrays:
                 self._tokens.update(len(array).to_bytes(8, "little") + array.tobytes())
-            text = json.dumps(row.columns if isinstance(row, EncodedPreference) else {}, sort_keys=True)
-            self._columns.update(("" if self._is_first else "\0").encode() + text.encode())
-            self._is_first = False
+            if isinstance(row, EncodedPreference):
+                said = json.dumps([row.scores, row.columns], sort_keys=True)
+                self._columns.update(self._between + said.encode("utf-8", "surrogatepass"))
+                self._between = b"\0"
 
     @property
     def digests(self) -> Digests:
         return Digests(self._tokens.hexdigest(), self._columns.hexdigest())
-
-
-def arrays_of(row: Encoded) -> list[np.ndarray]:
-    """All numbers of a row but those of its columns."""
-    if isinstance(row, EncodedSequence):
-        return [row.ids, row.mask]
-    return [row.prompt, *row.answers, np.array(row.scores)]
 
 
 # ---- from rows ----

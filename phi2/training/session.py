@@ -27,7 +27,7 @@ from phi2.data.audit import Audit
 from phi2.data.config import EncodeConfig
 from phi2.data.encode import encode_records
 from phi2.data.encoded import Encoded, EncodedPreference, EncodedSequence
-from phi2.data.flat import FlatRows, flat_rows, longest
+from phi2.data.flat import FlatRows, flat_rows, largest
 from phi2.data.sources import Loaded, load_records, require_ignored, split_records
 from phi2.data.store import Kept, find, keep, name_of
 from phi2.files import write_whole
@@ -229,20 +229,19 @@ def start(config: TrainingConfig) -> Session:
     return Session(config)
 
 
-def require_fit(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, *data: Sequence[Encoded]) -> None:
+def require_fit(config: TrainingConfig, model: Phi2ForCausalLM, tokenizer: Tokenizer, rows: Sequence[Encoded]) -> None:
     """Refuses what the model cannot read: ids, rows, or the prompts of samples.
 
     Raises:
         ValueError: for a tokenizer with ids that the model has no embedding for, a row that reaches beyond its
             positions, and a sample prompt that is empty or longer than the context.
     """
-    context = model.config.max_position_embeddings
-    largest = longest([longest(rows) for rows in data if rows])
+    context, longest = model.config.max_position_embeddings, largest(rows, "length")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab_size} embedding rows")
-    if largest.length > context:
+    if longest.length > context:
         raise ValueError(
-            f"{largest.origin} has {largest.length} tokens, more than the model's context of {context}: give a"
+            f"{longest.origin} has {longest.length} tokens, more than the model's context of {context}: give a"
             f" max_length (for packing: wrapped, a packing_length) of {context} at most"
         )
     for prompt in config.sample_prompts:
