@@ -1,0 +1,319 @@
+"""What `phi2 verify` holds to be true of a model on its pairs: one function a line, each with what it measured.
+
+What is compared bit for bit may move by nothing. Log-probabilities may move by twice what the dtype itself rounds off
+(`TOLERANCE` at least), gradients by a share of their norm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from phi2.checkpoints.peft_files import load_adapter, save_adapter
+from phi2.checkpoints.weights import load, load_tokenizer, save_pretrained
+from phi2.data.encode import EncodedPair
+from phi2.hub import resolve
+from phi2.inference.config import SamplingParams
+from phi2.inference.engine import Request, Token, first_nonfinite_module
+from phi2.inference.generate import choices_of
+from phi2.inference.kept_engine import kept_engine, release_engine
+from phi2.lab.layouts import Logps, alone, batches_of, behind, sequence_logps, shared
+from phi2.lab.noise import NoiseFloor, moved
+from phi2.lab.verify_config import BATCH
+from phi2.lora import activate, detach, lora_modules
+from phi2.losses.batch import PairBatch
+from phi2.losses.bound import bind_loss
+from phi2.model import Phi2ForCausalLM
+from phi2.training import dpo
+from phi2.training.config import DPOConfig
+from phi2.training.optim import Optimizer
+from phi2.training.packing import row_of_pairs
+from phi2.training.pairs import pair_batch, score_pairs
+from phi2.training.precision import autocast
+from phi2.training.reference_cache import Reference
+from phi2.training.session import Session
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats a token
+GRADIENT = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # share of the gradient's norm
+NATS = "nats a token"
+REPLY_TOKENS = 16
+
+
+class Measured(NamedTuple):
+    """What a check found, what it may find at most, and what it wants to say of it."""
+
+    value: float
+    allowed: float
+    unit: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A policy as a run on these pairs starts it.
+
+    Attributes:
+        run: settings of such a run.
+        folder: for what is written.
+    """
+
+    session: Session[EncodedPair]
+    run: DPOConfig
+    model: Phi2ForCausalLM
+    pairs: list[EncodedPair]
+    noise: NoiseFloor
+    reference: Reference
+    folder: Path
+
+    @property
+    def nats(self) -> float:
+        """How far a token's log-probability may move."""
+        own = self.noise.precisions.get(self.model.dtype)
+        return max(TOLERANCE[self.model.dtype], 2 * own.token_max if own else 0.0)
+
+    @property
+    def window(self) -> list[EncodedPair]:
+        """The pairs of an update."""
+        return self.pairs[: 2 * BATCH]
+
+
+# ---- log-probabilities ----
+
+
+@torch.no_grad()
+def same_logps(layout: Callable[[Phi2ForCausalLM, Sequence[EncodedPair]], Logps], subject: Subject) -> Measured:
+    """Answers in a layout and alone."""
+    found = moved(alone(subject.model, subject.pairs), layout(subject.model, subject.pairs))
+    return Measured(found.token_max, subject.nats, NATS)
+
+
+@torch.no_grad()
+def finite(subject: Subject) -> Measured:
+    """Log-probabilities that are no number, and the module where the first of them comes from."""
+    model, run = subject.model, partial(shared, subject.model, subject.pairs)
+    broken = int((~torch.cat(run()).isfinite()).sum())
+    return Measured(broken, 0, "log-probs", f"first in {first_nonfinite_module(model, run)}" if broken else "")
+
+
+def vocabulary(subject: Subject) -> Measured:
+    """Ids that the rows and the tokenizer have, and those that the model has."""
+    parts = [part for pair in subject.pairs for part in (pair.prompt, pair.chosen, pair.rejected)]
+    highest = max(int(part.max(initial=0)) for part in parts)
+    return Measured(max(highest + 1, len(subject.session.tokenizer)), subject.model.config.vocab_size, "ids")
+
+
+@torch.no_grad()
+def cached_decoding(subject: Subject) -> Measured:
+    """Replies of the engine, and their log-probabilities in a full pass."""
+    prompts = [pair.prompt for pair in subject.pairs[:4]]
+    worst = 0.0
+    for prompt, said in zip(prompts, replies(subject, prompts), strict=True):
+        row = behind(prompt, np.array([token.token_id for token in said]), subject.pairs[0].origin)
+        full = sequence_logps(subject.model, row).cpu()
+        worst = max(worst, (full - torch.tensor([token.logprob for token in said])).abs().max().item())
+    return Measured(worst, subject.nats, NATS)
+
+
+def replies(subject: Subject, prompts: Sequence[np.ndarray]) -> list[list[Token]]:
+    """Greedy replies, whose ends are not minded."""
+    model, tokenizer = subject.model, subject.session.tokenizer
+    length = min(model.config.max_position_embeddings, max(map(len, prompts)) + REPLY_TOKENS)
+    engine = kept_engine(model, choices_of(model, tokenizer), len(prompts), length)
+    params = SamplingParams(max_new_tokens=REPLY_TOKENS)
+    requests = [Request(prompt.tolist(), params, adapter=model.computed_adapter) for prompt in prompts]
+    for request in requests:
+        engine.add(request)
+    said: dict[Request, list[Token]] = {request: [] for request in requests}
+    while not engine.is_idle:
+        for token in engine.step():
+            said[token.request].append(token)
+    release_engine(model)
+    return [*said.values()]
+
+
+# ---- training ----
+
+
+@torch.no_grad()
+def step_0(subject: Subject) -> PairBatch:
+    """All pairs, scored as a run scores them before its first update."""
+    batches = [*batches_of(subject.pairs)]
+    return score_pairs(subject.model, batches, subject.reference, partial(autocast, subject.run))
+
+
+def policy_is_reference(subject: Subject) -> Measured:
+    """A policy before its first update, and its reference."""
+    pairs = step_0(subject)
+    assert pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None
+    chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
+    rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
+    return Measured(torch.cat((chosen, rejected), dim=1).abs().max().item(), dpo.STEP_0_TOLERANCE, NATS)
+
+
+def loss_at_start(subject: Subject) -> Measured:
+    """DPO's loss there, and -log sigma(0)."""
+    loss = bind_loss("sigmoid")(step_0(subject)).mean().item()
+    return Measured(abs(loss - math.log(2)), dpo.STEP_0_TOLERANCE, "nats", f"it is {loss:.4f}, log 2 is 0.6931")
+
+
+class Gradient(Optimizer):
+    """In place of an update, keeps its gradient and leaves the weights as they are."""
+
+    def step(self) -> float:
+        self.kept = torch.cat([p.grad.flatten() for p in self.names if p.grad is not None])
+        self.adamw.zero_grad(set_to_none=True)
+        return self.kept.norm().item()
+
+
+@contextmanager
+def stirred(model: Phi2ForCausalLM) -> Iterator[None]:
+    """Inside it the adapter is no fresh one, which would hide half of its gradient."""
+    weights = [layer.lora_B.weight for layer in lora_modules(model).values()]
+    before, generator = [weight.detach().clone() for weight in weights], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in weights:
+            weight += 0.01 * torch.randn(weight.shape, generator=generator).to(weight.device)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
+
+
+def gradient(subject: Subject, size: int = BATCH) -> Tensor:
+    """Of an update over the first pairs in micro-batches of some size, as `phi2 dpo` makes it; one vector."""
+    optimizer, run = _optimizer(subject), _with_nll(subject.run)
+    loss = bind_loss(run.loss)
+    dpo.update(run, subject.model, optimizer, [*batches_of(subject.window, size)], subject.reference, loss, {})
+    return optimizer.kept
+
+
+def gradient_of_rows(subject: Subject) -> Tensor:
+    """The same with each answer behind its prompt in a row of its own."""
+    optimizer, run, window = _optimizer(subject), _with_nll(subject.run), subject.window
+    for pair in window:
+        ref = subject.reference([pair], row_of_pairs([pair]).to(subject.model.device))
+        batch = pair_batch([pair], torch.cat(alone(subject.model, [pair])), ref)
+        losses, _ = dpo.objective(run, bind_loss(run.loss), {}, [window], batch)
+        optimizer.backward(losses.sum() / len(window))
+    optimizer.step()
+    return optimizer.kept
+
+
+def _optimizer(subject: Subject) -> Gradient:
+    return Gradient(subject.model, subject.run, total_steps=1, scale_loss=False)
+
+
+def _with_nll(run: DPOConfig) -> DPOConfig:
+    """A loss that is averaged over pairs, and one over tokens."""
+    return replace(run, nll_weight=0.1)
+
+
+def of_another_split(subject: Subject) -> Measured:
+    with stirred(subject.model):
+        return _gap(subject, gradient(subject), gradient(subject, size=3))
+
+
+def of_separate_rows(subject: Subject) -> Measured:
+    with stirred(subject.model):
+        return _gap(subject, gradient(subject), gradient_of_rows(subject))
+
+
+def with_checkpointing(subject: Subject) -> Measured:
+    core = subject.model.model
+    with stirred(subject.model):
+        kept = gradient(subject)
+        try:
+            core.activation_checkpointing = True
+            return _gap(subject, kept, gradient(subject))
+        finally:
+            core.activation_checkpointing = False
+
+
+def _gap(subject: Subject, gradient: Tensor, other: Tensor) -> Measured:
+    share = ((gradient - other).norm() / gradient.norm()).item()
+    return Measured(share, GRADIENT[subject.model.dtype], "of the gradient's norm")
+
+
+# ---- files ----
+
+
+@torch.no_grad()
+def adapter_round_trip(subject: Subject) -> Measured:
+    """The policy, and the same base with the adapter that was written."""
+    model, name, folder = subject.model, subject.model.active_adapter, subject.folder / "adapter"
+    assert name is not None
+    with stirred(model):
+        save_adapter(model, folder, subject.run.model)
+        before = shared(model, subject.pairs)
+    load_adapter(model, folder, adapter_name="again")
+    try:
+        return Measured(moved(before, shared(model, subject.pairs)).token_max, 0.0, NATS)
+    finally:
+        detach(model, "again")
+        activate(model, name)
+
+
+def model_round_trip(session: Session, folder: Path) -> Measured:
+    """The model, and what is read where it was written; one of them at a time is in memory, and the second stays."""
+    base, tokenizer = session.base, load_tokenizer(resolve(session.config.model))
+    before, dtype, device = digests(base), base.dtype, base.device
+    save_pretrained(base, tokenizer, folder)
+    del base, session.base
+    session.base, read = load(folder, device, dtype)
+    after = digests(session.base)
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    if read.backend.to_str() != tokenizer.backend.to_str() or read.stop_ids != tokenizer.stop_ids:
+        changed.append("the tokenizer")
+    return Measured(len(changed), 0, "tensors", f"first {changed[0]}" if changed else "")
+
+
+def digests(model: Phi2ForCausalLM) -> dict[str, bytes]:
+    """Of every tensor's bytes."""
+    return {
+        name: hashlib.blake2b(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()).digest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+# ---- whole runs ----
+
+
+def same_seed(session: Session[EncodedPair], run: DPOConfig, folder: Path) -> Measured:
+    """The adapters of two runs."""
+    return _apart(*(fit(session, run, folder / name) for name in ("first", "second")))
+
+
+def resumed(session: Session[EncodedPair], run: DPOConfig, folder: Path) -> Measured:
+    """The adapter of a run, and of a copy of it that lost all behind its first checkpoint."""
+    whole, broken = folder / "first", folder / "resumed"
+    shutil.copytree(whole, broken)
+    for left in (*broken.glob(f"checkpoints/step-{run.max_steps}"), broken / "adapter"):
+        shutil.rmtree(left)
+    return _apart(whole, fit(session, replace(run, resume=True), broken))
+
+
+def fit(session: Session[EncodedPair], run: DPOConfig, output: Path) -> Path:
+    """A run that keeps what it says to itself."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        dpo.fit(session, replace(run, output=str(output), save_steps=1))
+    return output
+
+
+def _apart(run: Path, other: Path) -> Measured:
+    a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, other))
+    return Measured(max((a[name] - b[name]).abs().max().item() for name in a), 0.0, "of a weight")
