@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from phi2.data.encode import EncodedPair, EncodedSequence
+from phi2.data.records import Origin
 from phi2.lab.verify_config import BATCH
 from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
@@ -33,15 +34,13 @@ Logps = list[Tensor]
 
 def sequences_of(pairs: Sequence[EncodedPair]) -> list[EncodedSequence]:
     """Prompt and answer as one text, for each answer; the answer is what is predicted."""
-    return [
-        EncodedSequence(
-            np.concatenate((pair.prompt, answer)),
-            np.arange(len(pair.prompt) + len(answer)) >= len(pair.prompt),
-            pair.origin,
-        )
-        for pair in pairs
-        for answer in (pair.chosen, pair.rejected)
-    ]
+    return [behind(pair.prompt, answer, pair.origin) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+
+
+def behind(prompt: np.ndarray, answer: np.ndarray, origin: Origin) -> EncodedSequence:
+    """One answer behind its prompt."""
+    ids = np.concatenate((prompt, answer))
+    return EncodedSequence(ids, np.arange(len(ids)) >= len(prompt), origin)
 
 
 def batches_of(rows: Sequence, size: int = BATCH) -> Iterator[Sequence]:
