@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from phi2.inference.logprobs import logprobs
     from phi2.lab.compare import compare
     from phi2.lab.comparison import Comparison
+    from phi2.lab.verify import verify
     from phi2.lora import attach
     from phi2.lora_config import LoraConfig
     from phi2.losses.batch import PairBatch
@@ -55,6 +56,7 @@ __all__ = [
     "sft",
     "start",
     "stream",
+    "verify",
 ]
 
 _HOMES = {  # where each name lives: it is imported when it is first asked for, and torch with it
@@ -82,6 +84,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "sft": "phi2.training.api",
     "start": "phi2.training.session",
     "stream": "phi2.inference.generate",
+    "verify": "phi2.lab.verify",
 }
 
 

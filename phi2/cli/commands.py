@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phi2.evaluation.config import EvaluateConfig
     from phi2.inference.config import ReplyConfig
     from phi2.lab.compare_config import CompareConfig
+    from phi2.lab.verify_config import VerifyConfig
     from phi2.runs.run import Run
     from phi2.serve.config import DemoConfig, ServeConfig
     from phi2.training.config import DPOConfig, SFTConfig
@@ -103,6 +104,16 @@ def compare(config: CompareConfig) -> None:
 
     comparison = run(config)
     print(f"\n{comparison}\nwrote {comparison / 'report.html'}, results.jsonl and cells/ beside it")
+
+
+def verify(config: VerifyConfig) -> None:
+    """Hold a model's numbers to what this project promises of them: green or red, line by line."""
+    from phi2.lab.verify import run
+
+    verification = run(config)
+    print(verification.shown(color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if verification.red:
+        raise ValueError(f"{len(verification.red)} of {len(verification.lines)} lines are red")
 
 
 def _announce(run: Run, *files: Path) -> None:
@@ -268,6 +279,7 @@ COMMANDS = {
         "phi2.lab.compare_config:CompareConfig",
         {"data": named_sources, "losses": registered_losses, "loss_args": registered_modifiers},
     ),
+    "verify": Command(verify, "phi2.lab.verify_config:VerifyConfig", {"data": named_sources}),
     "losses": Command(losses, first="name"),
     "sample_pairs": Command(
         sample_pairs, "phi2.answers.config:SamplePairsConfig", {"prompts": named_prompts, "score": named_scores}

@@ -52,6 +52,10 @@ NATS = "nats a token"
 REPLY_TOKENS = 16
 
 
+class Skipped(Exception):
+    """A check that cannot be made here, and why."""
+
+
 class Measured(NamedTuple):
     """What a check found, what it may find at most, and what it wants to say of it."""
 
@@ -67,6 +71,7 @@ class Subject:
 
     Attributes:
         run: settings of such a run.
+        single: what `alone` says of the pairs.
         folder: for what is written.
     """
 
@@ -74,6 +79,7 @@ class Subject:
     run: DPOConfig
     model: Phi2ForCausalLM
     pairs: list[EncodedPair]
+    single: Logps
     noise: NoiseFloor
     reference: Reference
     folder: Path
@@ -96,7 +102,7 @@ class Subject:
 @torch.no_grad()
 def same_logps(layout: Callable[[Phi2ForCausalLM, Sequence[EncodedPair]], Logps], subject: Subject) -> Measured:
     """Answers in a layout and alone."""
-    found = moved(alone(subject.model, subject.pairs), layout(subject.model, subject.pairs))
+    found = moved(subject.single, layout(subject.model, subject.pairs))
     return Measured(found.token_max, subject.nats, NATS)
 
 
@@ -108,35 +114,36 @@ def finite(subject: Subject) -> Measured:
     return Measured(broken, 0, "log-probs", f"first in {first_nonfinite_module(model, run)}" if broken else "")
 
 
+@torch.no_grad()
 def vocabulary(subject: Subject) -> Measured:
-    """Ids that the rows and the tokenizer have, and those that the model has."""
+    """The ids of the rows, and those that are said where all are nearly as likely, against the tokenizer's."""
+    hot = SamplingParams(max_new_tokens=REPLY_TOKENS, temperature=100.0)
+    said = [token.token_id for reply in replies(subject, hot) for token in reply]
     parts = [part for pair in subject.pairs for part in (pair.prompt, pair.chosen, pair.rejected)]
-    highest = max(int(part.max(initial=0)) for part in parts)
-    return Measured(max(highest + 1, len(subject.session.tokenizer)), subject.model.config.vocab_size, "ids")
+    highest = max(max(said), *(int(part.max(initial=0)) for part in parts))
+    return Measured(highest, len(subject.session.tokenizer) - 1, "is the last id")
 
 
 @torch.no_grad()
 def cached_decoding(subject: Subject) -> Measured:
     """Replies of the engine, and their log-probabilities in a full pass."""
-    prompts = [pair.prompt for pair in subject.pairs[:4]]
     worst = 0.0
-    for prompt, said in zip(prompts, replies(subject, prompts), strict=True):
-        row = behind(prompt, np.array([token.token_id for token in said]), subject.pairs[0].origin)
+    for pair, said in zip(subject.window, replies(subject, SamplingParams(max_new_tokens=REPLY_TOKENS)), strict=True):
+        row = behind(pair.prompt, np.array([token.token_id for token in said]), pair.origin)
         full = sequence_logps(subject.model, row).cpu()
         worst = max(worst, (full - torch.tensor([token.logprob for token in said])).abs().max().item())
     return Measured(worst, subject.nats, NATS)
 
 
-def replies(subject: Subject, prompts: Sequence[np.ndarray]) -> list[list[Token]]:
-    """Greedy replies, whose ends are not minded."""
-    model, tokenizer = subject.model, subject.session.tokenizer
-    length = min(model.config.max_position_embeddings, max(map(len, prompts)) + REPLY_TOKENS)
-    engine = kept_engine(model, choices_of(model, tokenizer), len(prompts), length)
-    params = SamplingParams(max_new_tokens=REPLY_TOKENS)
-    requests = [Request(prompt.tolist(), params, adapter=model.computed_adapter) for prompt in prompts]
+def replies(subject: Subject, params: SamplingParams) -> list[list[Token]]:
+    """Those to the first prompts, past any end token."""
+    model, prompts = subject.model, [pair.prompt.tolist() for pair in subject.window]
+    length = min(model.config.max_position_embeddings, max(map(len, prompts)) + params.max_new_tokens)
+    engine = kept_engine(model, choices_of(model, subject.session.tokenizer), len(prompts), length)
+    requests = [Request(ids, params.of_row(i), adapter=model.computed_adapter) for i, ids in enumerate(prompts)]
+    said: dict[Request, list[Token]] = {request: [] for request in requests}
     for request in requests:
         engine.add(request)
-    said: dict[Request, list[Token]] = {request: [] for request in requests}
     while not engine.is_idle:
         for token in engine.step():
             said[token.request].append(token)

@@ -97,9 +97,10 @@ def shared(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], size: int = BAT
 
 
 def reordered(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair]) -> Logps:
-    """`shared` with the pairs in reverse, and so other neighbours; given back in their order."""
-    found = shared(model, pairs[::-1])
-    return [answer for pair in reversed([*batches_of(found, 2)]) for answer in pair]
+    """`shared` with the pairs in another order, and so beside other neighbours; given back in their own."""
+    order = np.random.default_rng(0).permutation(len(pairs)).tolist()
+    found = [*batches_of(shared(model, [pairs[i] for i in order]), 2)]
+    return [answer for i in range(len(pairs)) for answer in found[order.index(i)]]
 
 
 @torch.no_grad()

@@ -78,13 +78,14 @@ class NoiseFloor:
 
 
 @torch.no_grad()
-def noise_floor(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], of_policy: bool) -> NoiseFloor:
+def noise_floor(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], single: Logps, of_policy: bool) -> NoiseFloor:
     """Measured on these pairs.
 
     Args:
+        single: what `alone` says of them.
         of_policy: whether the model has an adapter that was trained, so that margins are those to its base.
     """
-    single, exact = alone(model, pairs), in_dtype(model, pairs, torch.float32)
+    exact = in_dtype(model, pairs, torch.float32)
     layouts = {
         "batch shape": moved(single, padded(model, pairs)),
         "order": moved(shared(model, pairs), reordered(model, pairs)),

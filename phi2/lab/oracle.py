@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from phi2.lab.checks import Measured, Subject
+from phi2.lab.checks import Measured, Skipped, Subject
 from phi2.lab.layouts import Logps, alone, in_dtype, sequences_of
 from phi2.lab.noise import moved
 from phi2.lora import disabled
@@ -15,10 +15,6 @@ from phi2.model import Phi2ForCausalLM
 
 PAIRS = 2  # whose logits are compared
 LOGITS, TIMES = 1e-5, 2.0  # in float32 of the largest logit; in half precision times transformers' own error
-
-
-def is_there() -> bool:
-    return find_spec("transformers") is not None
 
 
 def twin_of(model: Phi2ForCausalLM) -> Any:
@@ -36,6 +32,8 @@ def twin_of(model: Phi2ForCausalLM) -> Any:
 @torch.no_grad()
 def beside_transformers(subject: Subject) -> Measured:
     """Logits in float32; in half precision the errors of both against float32."""
+    if find_spec("transformers") is None:
+        raise Skipped("transformers is not installed")
     model, twin = subject.model, twin_of(subject.model)
     with disabled(model):
         if model.dtype == torch.float32:

@@ -5,13 +5,15 @@ model, pairs -> noise floor -> a line for each promise: green or red, what was m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from phi2.data.encode import EncodedPair, encode_records
@@ -23,8 +25,9 @@ from phi2.lab.noise import NoiseFloor, noise_floor
 from phi2.lab.verify_config import VerifyConfig
 from phi2.tokenizer import Tokenizer
 from phi2.training.api import DATA
+from phi2.training.config import DPOConfig
 from phi2.training.reference import make_reference
-from phi2.training.session import Rows, require_fit, start
+from phi2.training.session import Rows, Session, require_fit, start
 
 GREEN, RED, DIM, RESET = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[0m"
 RESERVE = 4  # records that are encoded for each pair that is looked at: some may be dropped
@@ -44,6 +47,7 @@ OF_POLICY: dict[str, Callable[[Subject], Measured]] = {
     "gradient of separate rows": checks.of_separate_rows,
     "gradient with activation checkpointing": checks.with_checkpointing,
     "adapter saved and loaded": checks.adapter_round_trip,
+    "logits of transformers": oracle.beside_transformers,
 }
 OF_RUNS = {"same seed, same adapter": checks.same_seed, "resumed from a checkpoint": checks.resumed}
 
@@ -77,10 +81,6 @@ class Line:
         value, allowed, unit, _ = self.measured
         told = f"{_number(value):>8}  allowed {_number(allowed):<8} {unit}"
         return f"{self.verdict:<7}  {self.name:<40}  {told}{f'; {self.note}' if self.note else ''}".rstrip()
-
-
-TWIN = "logits of transformers"
-UNTOLD = Line(TWIN, None, "transformers is not installed", skipped=True)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,9 @@ def verify(**settings: Any) -> Verification:
 
 def run(config: VerifyConfig) -> Verification:
     """`verify` for settings in one object."""
-    total = 1 + len(OF_POLICY) + len(OF_RUNS) + 1
-    with (
-        TemporaryDirectory() as name,
-        tqdm(total=total, desc="verify", unit=" lines", disable=None, leave=False) as bar,
-    ):
+    total = 1 + len(OF_POLICY) + len(OF_RUNS)
+    bar = tqdm(total=total, desc="verify", unit=" lines", disable=None, leave=False)
+    with TemporaryDirectory() as name, bar:
 
         def line(name: str, check: Callable[..., Measured], *given: Any) -> Line:
             bar.update()
@@ -138,21 +136,25 @@ def run(config: VerifyConfig) -> Verification:
         folder = Path(name)
         settings = config.run(str(folder / "run"))
         session = start(settings)
-        session.rows = Rows(pairs := pairs_of(config, session.tokenizer), [], {})
+        session.rows = Rows(pairs_of(config, session.tokenizer), [], {})
         lines = [line("model saved and loaded", checks.model_round_trip, session, folder / "model")]
-        with session.policy(settings) as model:
-            require_fit(settings, model.eval(), session.tokenizer, pairs)
-            noise = noise_floor(model, pairs, of_policy=config.adapter is not None)
-            reference = make_reference(session, settings, model, None, pairs)
-            subject = Subject(session, settings, model, pairs, noise, reference, folder)
+        with subject_of(session, settings, folder) as subject:
             lines += [line(name, check, subject) for name, check in OF_POLICY.items()]
-            lines.append(
-                line("logits of transformers", oracle.beside_transformers, subject)
-                if oracle.is_there()
-                else Line("logits of transformers", None, "transformers is not installed", skipped=True)
-            )
         lines += [line(name, check, session, settings, folder) for name, check in OF_RUNS.items()]
-    return Verification(pairs, noise, lines)
+    return Verification(subject.pairs, subject.noise, lines)
+
+
+@contextmanager
+def subject_of(session: Session[EncodedPair], settings: DPOConfig, folder: Path) -> Iterator[Subject]:
+    """What the checks look at; behind the block the session is as it was."""
+    pairs = session.rows.train
+    with session.policy(settings) as model:
+        require_fit(settings, model.eval(), session.tokenizer, pairs)
+        with torch.no_grad():
+            single = layouts.alone(model, pairs)
+        noise = noise_floor(model, pairs, single, of_policy=settings.adapter is not None)
+        reference = make_reference(session, settings, model, None, pairs)
+        yield Subject(session, settings, model, pairs, single, noise, reference, folder)
 
 
 def pairs_of(config: VerifyConfig, tokenizer: Tokenizer) -> list[EncodedPair]:
@@ -166,6 +168,8 @@ def line_of(name: str, check: Callable[..., Measured], *given: Any) -> Line:
     """A check that is refused, as by a run that will not start, is red."""
     try:
         return Line(name, measured := check(*given), measured.note)
+    except checks.Skipped as why:
+        return Line(name, None, str(why), skipped=True)
     except ValueError as error:
         return Line(name, None, str(error))
 
