@@ -308,6 +308,8 @@ def same_seed(session: Session[EncodedPair], run: DPOConfig, folder: Path) -> Me
 def resumed(session: Session[EncodedPair], run: DPOConfig, folder: Path) -> Measured:
     """The adapter of a run, and of a copy of it that lost all behind its first checkpoint."""
     whole, broken = folder / "first", folder / "resumed"
+    if not (whole / "adapter").is_dir():
+        raise ValueError("the run that was to be resumed did not end")
     shutil.copytree(whole, broken)
     for left in (*broken.glob(f"checkpoints/step-{run.max_steps}"), broken / "adapter"):
         shutil.rmtree(left)
