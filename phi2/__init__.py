@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     from phi2.lab.verify import verify
     from phi2.lora import attach
     from phi2.lora_config import LoraConfig
-    from phi2.losses.batch import PairBatch
+    from phi2.losses.batch import AnswerBatch, PairBatch
     from phi2.losses.bound import bind_loss
     from phi2.losses.registry import preference_loss
     from phi2.runs.run import Run
     from phi2.training.api import dpo, sft
     from phi2.training.config import DPOConfig, SFTConfig
-    from phi2.training.one_pass import score_pairs
+    from phi2.training.one_pass import score_rows
     from phi2.training.session import start
 
 __version__ = "0.1.0"
 __all__ = [
+    "AnswerBatch",
     "ChatSession",
     "Comparison",
     "DPOConfig",
@@ -52,7 +53,7 @@ __all__ = [
     "sample_pairs",
     "save_adapter",
     "save_pretrained",
-    "score_pairs",
+    "score_rows",
     "sft",
     "start",
     "stream",
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {  # where each name lives: it is imported when it is first asked for, and torch with it
+    "AnswerBatch": "phi2.losses.batch",
     "ChatSession": "phi2.inference.chat",
     "Comparison": "phi2.lab.comparison",
     "DPOConfig": "phi2.training.config",
@@ -80,7 +82,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "sample_pairs": "phi2.answers.pairs",
     "save_adapter": "phi2.checkpoints.peft_files",
     "save_pretrained": "phi2.checkpoints.weights",
-    "score_pairs": "phi2.training.one_pass",
+    "score_rows": "phi2.training.one_pass",
     "sft": "phi2.training.api",
     "start": "phi2.training.session",
     "stream": "phi2.inference.generate",

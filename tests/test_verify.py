@@ -15,7 +15,7 @@ from phi2.checkpoints import peft_files, weights
 from phi2.checkpoints.weights import load, load_model, save_pretrained
 from phi2.cli.commands import main
 from phi2.lab import checks, noise
-from phi2.lab.verify import OF_POLICY, Line, line_of, pairs_of, subject_of
+from phi2.lab.verify import OF_POLICY, Line, line_of, rows_of, subject_of
 from phi2.lab.verify_config import VerifyConfig
 from phi2.training import dpo, optim, session
 from phi2.training.reference import another_model
@@ -27,7 +27,7 @@ def subject_on(folder: Path, **settings):
     config = VerifyConfig(device="cpu", **settings)
     run = config.run(str(folder / "run"))
     opened = start(run)
-    opened.rows = Rows(pairs_of(config, opened.tokenizer), [], {})
+    opened.rows = Rows(rows_of(config, opened.tokenizer), [], {})
     with subject_of(opened, run, folder) as subject:
         yield subject
 
@@ -44,7 +44,7 @@ def opened(tiny_phi, pair_data, tmp_path):
     config = VerifyConfig(model=str(tiny_phi), data=pair_data, rows=6, device="cpu")
     run = config.run(str(tmp_path / "run"))
     session = start(run)
-    session.rows = Rows(pairs_of(config, session.tokenizer), [], {})
+    session.rows = Rows(rows_of(config, session.tokenizer), [], {})
     return session, run, tmp_path
 
 
@@ -55,7 +55,7 @@ def is_red(name: str, subject) -> bool:
 def test_a_sound_model_is_green_from_python(tiny_phi, pair_data):
     found = phi2.verify(model=str(tiny_phi), data=pair_data, rows=6, device="cpu")
     assert [line.verdict for line in found.lines] == ["green"] * 18, str(found)
-    assert len(found.pairs) == 6
+    assert len(found.rows) == 6
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -68,6 +68,12 @@ def test_an_adapter_is_verified_as_the_policy_that_it_is(dpo_config, pair_data):
     run = dpo.train(dpo_config(max_steps=3))
     found = phi2.verify(model=dpo_config().model, adapter=run / "adapter", data=pair_data, rows=6, device="cpu")
     assert found.red == [] and "margins (policy - reference)" in str(found)
+
+
+def test_lists_of_scored_answers_are_verified_too(tiny_phi, write_rows):
+    rows = [{"prompt": "Q" * n, "completions": ["ab", " c d", "ef" * n], "scores": [n, 3.5, -1]} for n in (1, 2, 5)]
+    found = phi2.verify(model=str(tiny_phi), data=write_rows(rows), device="cpu")
+    assert found.red == [] and len(found.noise.margins) == 3, str(found)
 
 
 def test_the_command_prints_the_noise_floor_and_a_line_for_each_promise(tiny_phi, pair_data, capsys):
@@ -114,8 +120,8 @@ def test_rows_of_a_batch_that_are_mixed_are_red(subject, monkeypatch):
 def test_a_loss_averaged_over_each_micro_batch_is_red(subject, monkeypatch):
     objective = dpo.objective
 
-    def uneven(config, loss, state, batches, pairs):
-        losses, after = objective(config, loss, state, batches, pairs)
+    def uneven(*given):
+        losses, after = objective(*given)
         return losses / len(losses), after
 
     monkeypatch.setattr(dpo, "objective", uneven)
@@ -237,6 +243,10 @@ def test_bfloat16_is_noisier_than_float16_and_that_than_another_batch(subject):
         ({"data": "toy-sft"}, "toy-sft holds supervised rows, and preference rows are needed"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"data": [{"text": "no pair"}]}, "data: no usable row among 1: unknown-format"),
+        (
+            {"data": [{"prompt": "a", "completion": "b", "label": True}]},
+            "loss 'sigmoid' compares answers to one prompt",
+        ),
         ({"rowz": 1}, "there is no setting 'rowz'; did you mean rows?"),
     ],
 )

@@ -39,9 +39,10 @@ def load_data(tokenizer: Tokenizer, data: Data, **settings: Any) -> LoadedRows:
             fields of a `DataSpec`, {"source": "toy-dpo", "rows": 100}; or rows, as a list of dicts.
         settings: those of the flags of `phi2 sft` and `phi2 dpo` that say how rows become token ids.
     Returns:
-        `rows`: of pairs `EncodedPair`s, whose prompt, chosen and rejected are (tokens,) int32 ids; of others
-        `EncodedSequence`s, whose ids are (T,) int32 and whose mask, (T,) bool, is True at what is learnt. And the
-        `audit`: counts of rows and tokens by what became of them.
+        `rows`: of pairs, and other rows of answers that were compared or judged, `EncodedPreference`s, whose prompt and
+        answers (of a pair also `chosen` and `rejected`) are (tokens,) int32 ids; of others `EncodedSequence`s, whose
+        ids are (T,) int32 and whose mask, (T,) bool, is True at what is learnt. And the `audit`: counts of rows and
+        tokens by what became of them.
     Raises:
         FileNotFoundError: for a source that is no file, no folder, no name and no hub id.
         ValueError: for settings or data that cannot be used, and when no row is usable.

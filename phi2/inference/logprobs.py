@@ -57,7 +57,7 @@ def logprobs(
 
     Answers are read as generation writes them: their tokens follow those of the prompt, and none spans both. They are
     scored as given: write the token that ends an answer ("Paris<|im_end|>") to have it count, as it does in training.
-    The head runs only where an answer is predicted, on some rows at a time. Without gradient; `phi2.score_pairs` is
+    The head runs only where an answer is predicted, on some rows at a time. Without gradient; `phi2.score_rows` is
     the pass with one.
 
     >>> import phi2

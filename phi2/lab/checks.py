@@ -1,4 +1,4 @@
-"""What `phi2 verify` holds to be true of a model on its pairs: one function a line, each with what it measured.
+"""What `phi2 verify` holds to be true of a model on its rows: one function a line, each with what it measured.
 
 What is compared bit for bit may move by nothing. Log-probabilities may move by twice what the dtype itself rounds off
 (`TOLERANCE` at least), gradients by a share of their norm.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.checkpoints.weights import load, load_tokenizer, save_pretrained
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.hub import resolve
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Request, Token, first_nonfinite_module
@@ -34,16 +34,16 @@ from phi2.lab.layouts import Logps, alone, batches_of, behind, sequence_logps, s
 from phi2.lab.noise import NoiseFloor, moved
 from phi2.lab.verify_config import BATCH
 from phi2.lora import activate, detach, lora_modules
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo
 from phi2.training.config import DPOConfig
 from phi2.training.optim import Optimizer
-from phi2.training.packing import row_of_pairs
-from phi2.training.pairs import pair_batch, score_pairs
+from phi2.training.packing import row_of_answers
 from phi2.training.precision import autocast
 from phi2.training.reference_cache import Reference
+from phi2.training.scoring import answer_batch, score_answers
 from phi2.training.session import Session
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats a token
@@ -67,18 +67,18 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A policy as a run on these pairs starts it.
+    """A policy as a run on these rows starts it.
 
     Attributes:
         run: settings of such a run.
-        single: what `alone` says of the pairs.
+        single: what `alone` says of the rows.
         folder: for what is written.
     """
 
-    session: Session[EncodedPair]
+    session: Session[EncodedPreference]
     run: DPOConfig
     model: Phi2ForCausalLM
-    pairs: list[EncodedPair]
+    rows: list[EncodedPreference]
     single: Logps
     noise: NoiseFloor
     reference: Reference
@@ -91,25 +91,25 @@ class Subject:
         return max(TOLERANCE[self.model.dtype], 2 * own.token_max if own else 0.0)
 
     @property
-    def window(self) -> list[EncodedPair]:
-        """The pairs of an update."""
-        return self.pairs[: 2 * BATCH]
+    def window(self) -> list[EncodedPreference]:
+        """The rows of an update."""
+        return self.rows[: 2 * BATCH]
 
 
 # ---- log-probabilities ----
 
 
 @torch.no_grad()
-def same_logps(layout: Callable[[Phi2ForCausalLM, Sequence[EncodedPair]], Logps], subject: Subject) -> Measured:
+def same_logps(layout: Callable[[Phi2ForCausalLM, Sequence[EncodedPreference]], Logps], subject: Subject) -> Measured:
     """Answers in a layout and alone."""
-    found = moved(subject.single, layout(subject.model, subject.pairs))
+    found = moved(subject.single, layout(subject.model, subject.rows))
     return Measured(found.token_max, subject.nats, NATS)
 
 
 @torch.no_grad()
 def finite(subject: Subject) -> Measured:
     """Log-probabilities that are no number, and the module where the first of them comes from."""
-    model, run = subject.model, partial(shared, subject.model, subject.pairs)
+    model, run = subject.model, partial(shared, subject.model, subject.rows)
     broken = int((~torch.cat(run()).isfinite()).sum())
     return Measured(broken, 0, "log-probs", f"first in {first_nonfinite_module(model, run)}" if broken else "")
 
@@ -119,7 +119,7 @@ def vocabulary(subject: Subject) -> Measured:
     """The ids of the rows, and those that are said where all are nearly as likely, against the tokenizer's."""
     hot = SamplingParams(max_new_tokens=REPLY_TOKENS, temperature=100.0)
     said = [token.token_id for reply in replies(subject, hot) for token in reply]
-    parts = [part for pair in subject.pairs for part in (pair.prompt, pair.chosen, pair.rejected)]
+    parts = [part for row in subject.rows for part in (row.prompt, *row.answers)]
     highest = max(max(said), *(int(part.max(initial=0)) for part in parts))
     return Measured(highest, len(subject.session.tokenizer) - 1, "is the last id")
 
@@ -128,16 +128,16 @@ def vocabulary(subject: Subject) -> Measured:
 def cached_decoding(subject: Subject) -> Measured:
     """Replies of the engine, and their log-probabilities in a full pass."""
     worst = 0.0
-    for pair, said in zip(subject.window, replies(subject, SamplingParams(max_new_tokens=REPLY_TOKENS)), strict=True):
-        row = behind(pair.prompt, np.array([token.token_id for token in said]), pair.origin)
-        full = sequence_logps(subject.model, row).cpu()
+    for row, said in zip(subject.window, replies(subject, SamplingParams(max_new_tokens=REPLY_TOKENS)), strict=True):
+        sequence = behind(row.prompt, np.array([token.token_id for token in said]), row.origin)
+        full = sequence_logps(subject.model, sequence).cpu()
         worst = max(worst, (full - torch.tensor([token.logprob for token in said])).abs().max().item())
     return Measured(worst, subject.nats, NATS)
 
 
 def replies(subject: Subject, params: SamplingParams) -> list[list[Token]]:
     """Those to the first prompts, past any end token."""
-    model, prompts = subject.model, [pair.prompt.tolist() for pair in subject.window]
+    model, prompts = subject.model, [row.prompt.tolist() for row in subject.window]
     length = min(model.config.max_position_embeddings, max(map(len, prompts)) + params.max_new_tokens)
     engine = kept_engine(model, choices_of(model, subject.session.tokenizer), len(prompts), length)
     requests = [Request(ids, params.of_row(i), adapter=model.computed_adapter) for i, ids in enumerate(prompts)]
@@ -155,19 +155,17 @@ def replies(subject: Subject, params: SamplingParams) -> list[list[Token]]:
 
 
 @torch.no_grad()
-def step_0(subject: Subject) -> PairBatch:
-    """All pairs, scored as a run scores them before its first update."""
-    batches = [*batches_of(subject.pairs)]
-    return score_pairs(subject.model, batches, subject.reference, partial(autocast, subject.run))
+def step_0(subject: Subject) -> AnswerBatch:
+    """All answers, scored as a run scores them before its first update."""
+    batches = [*batches_of(subject.rows)]
+    return score_answers(subject.model, batches, subject.reference, partial(autocast, subject.run))
 
 
 def policy_is_reference(subject: Subject) -> Measured:
     """A policy before its first update, and its reference."""
-    pairs = step_0(subject)
-    assert pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None
-    chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
-    rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
-    return Measured(torch.cat((chosen, rejected), dim=1).abs().max().item(), dpo.STEP_0_TOLERANCE, NATS)
+    answers = step_0(subject)
+    apart = (answers.policy_logps - answers.at_reference().policy_logps).abs().max().item()
+    return Measured(apart, dpo.STEP_0_TOLERANCE, NATS)
 
 
 def loss_at_start(subject: Subject) -> Measured:
@@ -202,7 +200,7 @@ def stirred(model: Phi2ForCausalLM) -> Iterator[None]:
 
 
 def gradient(subject: Subject, size: int = BATCH) -> Tensor:
-    """Of an update over the first pairs in micro-batches of some size, as `phi2 dpo` makes it; one vector."""
+    """Of an update over the first rows in micro-batches of some size, as `phi2 dpo` makes it; one vector."""
     optimizer, run = _optimizer(subject), _with_nll(subject.run)
     loss = bind_loss(run.loss)
     dpo.update(run, subject.model, optimizer, [*batches_of(subject.window, size)], subject.reference, loss, {})
@@ -212,10 +210,10 @@ def gradient(subject: Subject, size: int = BATCH) -> Tensor:
 def gradient_of_rows(subject: Subject) -> Tensor:
     """The same with each answer behind its prompt in a row of its own."""
     optimizer, run, window = _optimizer(subject), _with_nll(subject.run), subject.window
-    for pair in window:
-        ref = subject.reference([pair], row_of_pairs([pair]).to(subject.model.device))
-        batch = pair_batch([pair], torch.cat(alone(subject.model, [pair])), ref)
-        losses, _ = dpo.objective(run, bind_loss(run.loss), {}, [window], batch)
+    for row in window:
+        ref = subject.reference([row], row_of_answers([row]).to(subject.model.device))
+        answers = answer_batch([row], torch.cat(alone(subject.model, [row])), ref)
+        losses, _ = dpo.objective(run, bind_loss(run.loss), {}, [window], None, answers)
         optimizer.backward(losses.sum() / len(window))
     optimizer.step()
     return optimizer.kept
@@ -226,7 +224,7 @@ def _optimizer(subject: Subject) -> Gradient:
 
 
 def _with_nll(run: DPOConfig) -> DPOConfig:
-    """A loss that is averaged over pairs, and one over tokens."""
+    """A loss that is averaged over rows, and one over tokens."""
     return replace(run, nll_weight=0.1)
 
 
@@ -266,10 +264,10 @@ def adapter_round_trip(subject: Subject) -> Measured:
     assert name is not None
     with stirred(model):
         save_adapter(model, folder, subject.run.model)
-        before = shared(model, subject.pairs)
+        before = shared(model, subject.rows)
     load_adapter(model, folder, adapter_name="again")
     try:
-        return Measured(moved(before, shared(model, subject.pairs)).token_max, 0.0, NATS)
+        return Measured(moved(before, shared(model, subject.rows)).token_max, 0.0, NATS)
     finally:
         detach(model, "again")
         activate(model, name)
@@ -300,12 +298,12 @@ def digests(model: Phi2ForCausalLM) -> dict[str, bytes]:
 # ---- whole runs ----
 
 
-def same_seed(session: Session[EncodedPair], run: DPOConfig, folder: Path) -> Measured:
+def same_seed(session: Session[EncodedPreference], run: DPOConfig, folder: Path) -> Measured:
     """The adapters of two runs."""
     return _apart(*(fit(session, run, folder / name) for name in ("first", "second")))
 
 
-def resumed(session: Session[EncodedPair], run: DPOConfig, folder: Path) -> Measured:
+def resumed(session: Session[EncodedPreference], run: DPOConfig, folder: Path) -> Measured:
     """The adapter of a run, and of a copy of it that lost all behind its first checkpoint."""
     whole, broken = folder / "first", folder / "resumed"
     if not (whole / "adapter").is_dir():
@@ -316,7 +314,7 @@ def resumed(session: Session[EncodedPair], run: DPOConfig, folder: Path) -> Meas
     return _apart(whole, fit(session, replace(run, resume=True), broken))
 
 
-def fit(session: Session[EncodedPair], run: DPOConfig, output: Path) -> Path:
+def fit(session: Session[EncodedPreference], run: DPOConfig, output: Path) -> Path:
     """A run that keeps what it says to itself."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         dpo.fit(session, replace(run, output=str(output), save_steps=1))

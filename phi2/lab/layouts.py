@@ -1,40 +1,41 @@
 """The same answers read in every layout there is: alone, in a padded batch, packed, with shared prompts, and in another
 dtype. What a model says of them must not depend on it beyond rounding.
 
-Each function returns the log-probabilities of 2B answers, chosen and rejected of each of B pairs in turn: a list of
-(tokens,) float32 in nats.
+Each function returns the log-probabilities of all answers of some preference rows, in their order: a list of (tokens,)
+float32 in nats.
 
-Dims: B pairs, T tokens of a row, N targets, C hidden.
+Dims: B sequences of a batch, T tokens of a sequence, N targets, C hidden.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from phi2.data.encode import EncodedPair, EncodedSequence
+from phi2.data.encode import EncodedPreference, EncodedSequence
 from phi2.data.records import Origin
 from phi2.lab.verify_config import BATCH
 from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
 from phi2.losses.head import head_logps, target_logps
 from phi2.model import Block, Phi2ForCausalLM
-from phi2.training.packing import row_of_pairs, row_of_sequences
-from phi2.training.pairs import row_logps
+from phi2.training.packing import row_of_answers, row_of_sequences
+from phi2.training.scoring import row_logps
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
 
 Logps = list[Tensor]
 
 
-def sequences_of(pairs: Sequence[EncodedPair]) -> list[EncodedSequence]:
+def sequences_of(rows: Sequence[EncodedPreference]) -> list[EncodedSequence]:
     """Prompt and answer as one text, for each answer; the answer is what is predicted."""
-    return [behind(pair.prompt, answer, pair.origin) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return [behind(row.prompt, answer, row.origin) for row in rows for answer in row.answers]
 
 
 def behind(prompt: np.ndarray, answer: np.ndarray, origin: Origin) -> EncodedSequence:
@@ -47,9 +48,9 @@ def batches_of(rows: Sequence, size: int = BATCH) -> Iterator[Sequence]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def alone(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair]) -> Logps:
+def alone(model: Phi2ForCausalLM, rows: Sequence[EncodedPreference]) -> Logps:
     """Each answer behind its prompt in a row of its own; with gradient where one is asked for."""
-    return [sequence_logps(model, sequence) for sequence in sequences_of(pairs)]
+    return [sequence_logps(model, sequence) for sequence in sequences_of(rows)]
 
 
 def sequence_logps(model: Phi2ForCausalLM, sequence: EncodedSequence) -> Tensor:
@@ -65,10 +66,10 @@ def _of_sequence(sequence: EncodedSequence, device: torch.device) -> tuple[Tenso
     return ids, places, ids[places + 1]
 
 
-def padded(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair]) -> Logps:
+def padded(model: Phi2ForCausalLM, rows: Sequence[EncodedPreference]) -> Logps:
     """Rows of a batch, filled up at their ends."""
     found = []
-    for batch in batches_of(sequences_of(pairs), 2 * BATCH):
+    for batch in batches_of(sequences_of(rows), 2 * BATCH):
         parts = [_of_sequence(sequence, model.device) for sequence in batch]
         hidden = model.model(pad_sequence([ids for ids, _, _ in parts], batch_first=True))  # (2B, T, C)
         found += [
@@ -78,35 +79,36 @@ def padded(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair]) -> Logps:
     return found
 
 
-def packed(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair]) -> Logps:
+def packed(model: Phi2ForCausalLM, rows: Sequence[EncodedPreference]) -> Logps:
     """Answers with their prompts one behind the other in a row, as supervised rows are packed."""
     found: Logps = []
-    for batch in batches_of(sequences_of(pairs), 2 * BATCH):
+    for batch in batches_of(sequences_of(rows), 2 * BATCH):
         logps = row_logps(model, row_of_sequences(batch).to(model.device))
         found += logps.split([sequence.target_tokens for sequence in batch])
     return found
 
 
-def shared(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], size: int = BATCH) -> Logps:
-    """Pairs with shared prompts, some in a row, as preference runs read them."""
+def shared(model: Phi2ForCausalLM, rows: Sequence[EncodedPreference], size: int = BATCH) -> Logps:
+    """Answers with shared prompts, some rows in one, as preference runs read them."""
     found: Logps = []
-    for batch in batches_of(pairs, size):
-        logps = row_logps(model, row_of_pairs(batch).to(model.device))
-        found += logps.split([len(answer) for pair in batch for answer in (pair.chosen, pair.rejected)])
+    for batch in batches_of(rows, size):
+        logps = row_logps(model, row_of_answers(batch).to(model.device))
+        found += logps.split([len(answer) for row in batch for answer in row.answers])
     return found
 
 
-def reordered(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair]) -> Logps:
-    """`shared` with the pairs in another order, and so beside other neighbours; given back in their own."""
-    order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-    found = [*batches_of(shared(model, [pairs[i] for i in order]), 2)]
-    return [answer for i in range(len(pairs)) for answer in found[order.index(i)]]
+def reordered(model: Phi2ForCausalLM, rows: Sequence[EncodedPreference]) -> Logps:
+    """`shared` with the rows in another order, and so beside other neighbours; given back in their own."""
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    found = iter(shared(model, [rows[i] for i in order]))
+    of_row = {i: list(islice(found, len(rows[i].answers))) for i in order}
+    return [answer for i in range(len(rows)) for answer in of_row[i]]
 
 
 @torch.no_grad()
-def in_dtype(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], dtype: torch.dtype) -> Logps:
+def in_dtype(model: Phi2ForCausalLM, rows: Sequence[EncodedPreference], dtype: torch.dtype) -> Logps:
     """`alone` with weights and activations in another dtype, of which one block at a time is in memory."""
-    core, parts = model.model, [_of_sequence(sequence, model.device) for sequence in sequences_of(pairs)]
+    core, parts = model.model, [_of_sequence(sequence, model.device) for sequence in sequences_of(rows)]
     streams = [core.embed_tokens(ids[None]).to(dtype) for ids, _, _ in parts]  # (1, T, C) each
     for block in core.blocks:
         streams = list(_through(in_precision(block, dtype), streams, model))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.lab.layouts import Logps, alone, in_dtype, padded, reordered, shared
 from phi2.lora import disabled
 from phi2.model import Phi2ForCausalLM
@@ -28,14 +29,14 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What rounding does to this model on these pairs.
+    """What rounding does to this model on these rows.
 
     Attributes:
         dtype: that the model computes in.
         layouts: by what was changed, the batch shape or the order, in that dtype.
         precisions: by dtype, against float32.
-        margins: (B,) nats: log-ratio of the chosen answer minus that of the rejected one, to the model without its
-            adapter; of a model without adapter, its log-probabilities.
+        margins: (P,) nats, of the best answer to each prompt and the next: difference of their log-ratios to the model
+            without its adapter; of a model without one, of their log-probabilities.
         of_policy: whether they are margins of an adapter.
     """
 
@@ -78,24 +79,27 @@ class NoiseFloor:
 
 
 @torch.no_grad()
-def noise_floor(model: Phi2ForCausalLM, pairs: Sequence[EncodedPair], single: Logps, of_policy: bool) -> NoiseFloor:
-    """Measured on these pairs.
+def noise_floor(
+    model: Phi2ForCausalLM, rows: Sequence[EncodedPreference], single: Logps, of_policy: bool
+) -> NoiseFloor:
+    """Measured on these rows.
 
     Args:
         single: what `alone` says of them.
         of_policy: whether the model has an adapter that was trained, so that margins are those to its base.
     """
-    exact = in_dtype(model, pairs, torch.float32)
+    exact = in_dtype(model, rows, torch.float32)
     layouts = {
-        "batch shape": moved(single, padded(model, pairs)),
-        "order": moved(shared(model, pairs), reordered(model, pairs)),
+        "batch shape": moved(single, padded(model, rows)),
+        "order": moved(shared(model, rows), reordered(model, rows)),
     }
-    precisions = {dtype: moved(exact, in_dtype(model, pairs, dtype)) for dtype in HALVES}
+    precisions = {dtype: moved(exact, in_dtype(model, rows, dtype)) for dtype in HALVES}
     totals = _totals(single)
     if of_policy:
         with disabled(model):
-            totals = totals - _totals(alone(model, pairs))
-    return NoiseFloor(model.dtype, layouts, precisions, totals[::2] - totals[1::2], of_policy)
+            totals = totals - _totals(alone(model, rows))
+    best = torch.tensor([0, *np.cumsum([len(row.answers) for row in rows])[:-1]])  # of each row
+    return NoiseFloor(model.dtype, layouts, precisions, totals[best] - totals[best + 1], of_policy)
 
 
 def moved(logps: Logps, others: Logps) -> Moved:
@@ -105,7 +109,7 @@ def moved(logps: Logps, others: Logps) -> Moved:
 
 
 def _totals(logps: Logps) -> Tensor:
-    """(2B,) nats of whole answers."""
+    """(A,) nats of whole answers."""
     return torch.stack([answer.sum() for answer in logps]).cpu()
 
 

@@ -13,7 +13,7 @@ from phi2.lab.noise import moved
 from phi2.lora import disabled
 from phi2.model import Phi2ForCausalLM
 
-PAIRS = 2  # whose logits are compared
+ROWS = 2  # whose logits are compared
 LOGITS, TIMES = 1e-5, 2.0  # in float32 of the largest logit; in half precision times transformers' own error
 
 
@@ -38,18 +38,18 @@ def beside_transformers(subject: Subject) -> Measured:
     with disabled(model):
         if model.dtype == torch.float32:
             return Measured(_apart(subject, twin), LOGITS, "of the largest logit")
-        exact, ours = (f(model, subject.pairs[:PAIRS]) for f in (_exact, alone))
+        exact, ours = (f(model, subject.rows[:ROWS]) for f in (_exact, alone))
     theirs = moved(exact, _logps(subject, twin)).token_mean
     return Measured(moved(exact, ours).token_mean / theirs, TIMES, "times its own error")
 
 
-def _exact(model: Phi2ForCausalLM, pairs: list) -> Logps:
-    return in_dtype(model, pairs, torch.float32)
+def _exact(model: Phi2ForCausalLM, rows: list) -> Logps:
+    return in_dtype(model, rows, torch.float32)
 
 
 def _apart(subject: Subject, twin: Any) -> float:
     worst = 0.0
-    for sequence in sequences_of(subject.pairs[:PAIRS]):
+    for sequence in sequences_of(subject.rows[:ROWS]):
         ids = torch.from_numpy(sequence.ids).long()[None].to(subject.model.device)
         theirs = twin(ids).logits  # (1, T, V)
         worst = max(worst, ((subject.model(ids) - theirs).abs().max() / theirs.abs().max()).item())
@@ -58,7 +58,7 @@ def _apart(subject: Subject, twin: Any) -> float:
 
 def _logps(subject: Subject, twin: Any) -> Logps:
     found = []
-    for sequence in sequences_of(subject.pairs[:PAIRS]):
+    for sequence in sequences_of(subject.rows[:ROWS]):
         ids, mask = torch.from_numpy(sequence.ids).long(), torch.from_numpy(sequence.mask)
         logps = twin(ids[None].to(subject.model.device)).logits[0].float().log_softmax(dim=-1).cpu()
         found.append(logps[:-1].gather(1, ids[1:, None])[:, 0][mask[1:]])

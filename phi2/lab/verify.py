@@ -1,6 +1,6 @@
-"""`phi2 verify`: what this project promises of its numbers, measured on a model and pairs of the user's.
+"""`phi2 verify`: what this project promises of its numbers, measured on a model and rows of the user's.
 
-model, pairs -> noise floor -> a line for each promise: green or red, what was measured, what is allowed
+model, rows -> noise floor -> a line for each promise: green or red, what was measured, what is allowed
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from phi2.data.encode import EncodedPair, encode_records
+from phi2.data.encode import EncodedPreference, encode_records
 from phi2.data.sources import load_records, require_ignored
 from phi2.keywords import config_of, explained
 from phi2.lab import checks, layouts, oracle
 from phi2.lab.checks import Measured, Subject
 from phi2.lab.noise import NoiseFloor, noise_floor
 from phi2.lab.verify_config import VerifyConfig
+from phi2.losses.bound import bind_loss
 from phi2.tokenizer import Tokenizer
 from phi2.training.api import DATA
 from phi2.training.config import DPOConfig
+from phi2.training.needs import rows_for
 from phi2.training.reference import make_reference
 from phi2.training.session import Rows, Session, require_fit, start
 
@@ -88,10 +90,10 @@ class Verification:
     """What `verify` found; `str()` of it is what the command prints.
 
     Attributes:
-        pairs: those that were looked at.
+        rows: those that were looked at.
     """
 
-    pairs: list[EncodedPair]
+    rows: list[EncodedPreference]
     noise: NoiseFloor
     lines: list[Line]
 
@@ -111,7 +113,7 @@ class Verification:
 
 @explained(VerifyConfig)
 def verify(**settings: Any) -> Verification:
-    """Measures on a model and pairs of yours what this project promises of its numbers.
+    """Measures on a model and rows of yours what this project promises of its numbers.
 
     Args:
         settings: the flags of `phi2 verify`.
@@ -136,32 +138,37 @@ def run(config: VerifyConfig) -> Verification:
         folder = Path(name)
         settings = config.run(str(folder / "run"))
         session = start(settings)
-        session.rows = Rows(pairs_of(config, session.tokenizer), [], {})
+        session.rows = Rows(rows_of(config, session.tokenizer), [], {})
         lines = [line("model saved and loaded", checks.model_round_trip, session, folder / "model")]
         with subject_of(session, settings, folder) as subject:
             lines += [line(name, check, subject) for name, check in OF_POLICY.items()]
         lines += [line(name, check, session, settings, folder) for name, check in OF_RUNS.items()]
-    return Verification(subject.pairs, subject.noise, lines)
+    return Verification(subject.rows, subject.noise, lines)
 
 
 @contextmanager
-def subject_of(session: Session[EncodedPair], settings: DPOConfig, folder: Path) -> Iterator[Subject]:
+def subject_of(session: Session[EncodedPreference], settings: DPOConfig, folder: Path) -> Iterator[Subject]:
     """What the checks look at; behind the block the session is as it was."""
-    pairs = session.rows.train
+    rows = session.rows.train
     with session.policy(settings) as model:
-        require_fit(settings, model.eval(), session.tokenizer, pairs)
+        require_fit(settings, model.eval(), session.tokenizer, rows)
         with torch.no_grad():
-            single = layouts.alone(model, pairs)
-        noise = noise_floor(model, pairs, single, of_policy=settings.adapter is not None)
-        reference = make_reference(session, settings, model, None, pairs)
-        yield Subject(session, settings, model, pairs, single, noise, reference, folder)
+            single = layouts.alone(model, rows)
+        noise = noise_floor(model, rows, single, of_policy=settings.adapter is not None)
+        reference = make_reference(session, settings, model, None, rows)
+        yield Subject(session, settings, model, rows, single, noise, reference, folder)
 
 
-def pairs_of(config: VerifyConfig, tokenizer: Tokenizer) -> list[EncodedPair]:
-    """The first pairs that can be used, as many as are asked for and there are."""
+def rows_of(config: VerifyConfig, tokenizer: Tokenizer) -> list[EncodedPreference]:
+    """The first rows that can be used, as many as are asked for and there are.
+
+    Raises:
+        ValueError: when there is none, or one has a single answer, which is compared with nothing.
+    """
     records, dropped = load_records(config.data, "preference", config.ignore_columns)
     require_ignored(config.ignore_columns, dropped)
-    return encode_records(records[: RESERVE * config.rows], tokenizer, config, "preference")[0][: config.rows]
+    rows, _ = encode_records(records[: RESERVE * config.rows], tokenizer, config, "preference")
+    return rows_for(bind_loss(DPOConfig.loss), rows[: config.rows])
 
 
 def line_of(name: str, check: Callable[..., Measured], *given: Any) -> Line:

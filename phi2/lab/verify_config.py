@@ -7,7 +7,7 @@ from phi2.data.config import DataSpec, EncodeConfig
 from phi2.runs.config import require_at_least
 from phi2.training.config import DPOConfig
 
-BATCH = 4  # pairs of a pass
+BATCH = 4  # rows of a pass
 UPDATES = 2  # of the short runs
 
 
@@ -18,11 +18,11 @@ class VerifyConfig(EncodeConfig):
     model: str
     """Folder, hub id, "nano" or "nano-instruct"."""
     data: str | list[str | DataSpec] = "toy-dpo"
-    """Pairs: files, hub data sets or named sources, separated by commas; or a list with options for each."""
+    """Pairs or scored answers: files, hub data sets or named sources, separated by commas; or a list with options."""
     adapter: str | None = None
     """Folder or hub id of a LoRA adapter: the policy; its reference is the model without it."""
     rows: int = 16
-    """Pairs to look at, the first ones that can be used."""
+    """Rows to look at, the first ones that can be used."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute precision of the model."""
     device: str = "auto"

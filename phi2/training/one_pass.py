@@ -1,4 +1,4 @@
-"""One pass over pairs, for a loop of one's own: what a preference loss looks at, with its gradient."""
+"""One pass over preference rows, for a loop of one's own: what a loss looks at, with its gradient."""
 
 from __future__ import annotations
 
@@ -6,57 +6,58 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal
 
-from phi2.data.encode import EncodedPair
-from phi2.losses.batch import PairBatch
+from phi2.data.encode import EncodedPreference
+from phi2.losses.batch import AnswerBatch
 from phi2.model import Phi2ForCausalLM
-from phi2.training import pairs as pair_passes
 from phi2.training.reference import adapters_off, another_model, require_fit
 from phi2.training.reference_cache import Reference
+from phi2.training.scoring import score_answers
 
 
-def score_pairs(
+def score_rows(
     model: Phi2ForCausalLM,
-    pairs: Sequence[EncodedPair],
+    rows: Sequence[EncodedPreference],
     reference: Phi2ForCausalLM | Literal["adapters_off"] | None = None,
-) -> PairBatch:
-    """Log-probabilities of both answers of B pairs, token by token, as a preference loss takes them.
+) -> AnswerBatch:
+    """Log-probabilities of all answers of P rows, token by token, as a preference loss takes them.
 
-    All pairs are read in one row, each prompt once for both of its answers. The policy's numbers have a gradient with
+    All are read in one row of tokens, each prompt once for its answers. The policy's numbers have a gradient with
     respect to whatever of it trains; the reference's have none. The policy drops out where it is in training mode.
 
     >>> import phi2
     >>> model, tokenizer = phi2.load("nano-instruct", device="cpu")
     >>> rows, _ = phi2.load_data(tokenizer, [{"source": "toy-dpo", "rows": 4}])
     >>> phi2.attach(model, phi2.LoraConfig(r=4))  # a fresh adapter changes nothing yet
-    >>> pairs = phi2.score_pairs(model, rows, reference="adapters_off")
-    >>> pairs.policy_chosen_logps.shape == pairs.chosen_mask.shape  # (B, tokens of the longest chosen answer), nats
-    True
-    >>> phi2.bind_loss("sigmoid", {"beta": 0.1})(pairs).detach()  # (B,) nats
+    >>> answers = phi2.score_rows(model, rows, reference="adapters_off")
+    >>> answers.logratio.shape, answers.pairs.margin.shape  # of 8 answers, and of 4 pairs of them; nats
+    (torch.Size([8]), torch.Size([4]))
+    >>> phi2.bind_loss("sigmoid", {"beta": 0.1})(answers).detach()  # of 4 prompts, nats
     tensor([0.6931, 0.6931, 0.6931, 0.6931])
 
     Args:
         model: the policy.
-        pairs: B rows of `phi2.load_data`.
+        rows: preference rows of `phi2.load_data`.
         reference: a model, or "adapters_off" for the policy without its adapter; None for a loss without reference.
     Returns:
-        A `PairBatch`: float32 log-probabilities in nats.
+        An `AnswerBatch`, whose `pairs` is the `PairBatch` that a loss of pairs is called with: float32, nats.
     Raises:
-        ValueError: for no pairs, rows that are none or that a model cannot read, or a policy without adapter.
+        ValueError: for no rows, others than these or such as a model cannot read, or a policy without adapter.
     """
-    if not pairs or not all(isinstance(pair, EncodedPair) for pair in pairs):
-        got = next((type(pair).__name__ for pair in pairs if not isinstance(pair, EncodedPair)), "none")
-        raise ValueError(f"pairs must be preference rows of load_data, one at least, got {got}")
-    require_fit("the policy", model.config, pairs)
-    return pair_passes.score_pairs(model, [pairs], _reference(model, reference, pairs), nullcontext)
+    other = next((row for row in rows if not isinstance(row, EncodedPreference)), None)
+    if not rows or other is not None:
+        got = "none" if other is None else type(other).__name__
+        raise ValueError(f"rows must be preference rows of load_data, one at least, got {got}")
+    require_fit("the policy", model.config, rows)
+    return score_answers(model, [rows], _reference(model, reference, rows), nullcontext)
 
 
 def _reference(
-    model: Phi2ForCausalLM, reference: Phi2ForCausalLM | str | None, pairs: Sequence[EncodedPair]
+    model: Phi2ForCausalLM, reference: Phi2ForCausalLM | str | None, rows: Sequence[EncodedPreference]
 ) -> Reference | None:
     if reference is None:
         return None
     if isinstance(reference, Phi2ForCausalLM):
-        require_fit("the reference", reference.config, pairs)
+        require_fit("the reference", reference.config, rows)
         return another_model(reference)
     if reference != "adapters_off":
         raise ValueError(f"reference must be a model, 'adapters_off' or None, got {reference!r}")
