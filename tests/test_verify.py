@@ -15,7 +15,7 @@ from phi2.checkpoints import peft_files, weights
 from phi2.checkpoints.weights import load, load_model, save_pretrained
 from phi2.cli.commands import main
 from phi2.lab import checks, noise
-from phi2.lab.verify import OF_POLICY, Line, line_of, rows_of, subject_of
+from phi2.lab.verify import OF_POLICY, OF_RUNS, Line, line_of, rows_of, subject_of
 from phi2.lab.verify_config import VerifyConfig
 from phi2.training import dpo, optim, session
 from phi2.training.reference import another_model
@@ -92,6 +92,15 @@ def test_the_command_ends_with_1_and_the_number_of_red_lines(tiny_phi, pair_data
     assert {"policy is reference at step 0", "loss at step 0", "same seed, same adapter"} <= red
     assert told.err.splitlines()[-1] == f"phi2 verify: {len(red)} of 18 lines are red"
     assert "step 1: policy and reference must agree" in told.out
+
+
+def test_the_page_tells_of_every_line():
+    page = (Path(__file__).parents[1] / "docs" / "verify.md").read_text(encoding="utf-8")
+    told = {
+        cell.strip() for line in page.splitlines() if line.startswith("|") for cell in line.split("|")[1].split(";")
+    }
+    names = {*OF_POLICY, *OF_RUNS, "model saved and loaded"}
+    assert {name.removeprefix("log-probs ") for name in names} <= {name.removeprefix("log-probs ") for name in told}
 
 
 # ---- a fault for every line ----
