@@ -62,3 +62,8 @@ def test_what_cannot_be_loaded_is_told_in_one_line(tokenizer, data, settings, to
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         phi2.load_data(tokenizer, data, **settings)
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_name_of_a_model_is_no_tokenizer():
+    with pytest.raises(ValueError, match="^tokenizer must be one that phi2.load gives, got 'nano'$"):
+        phi2.load_data("nano", "toy-dpo")

@@ -81,3 +81,8 @@ def test_rows_that_the_reference_cannot_read_are_refused(policy, make_phi, rows)
     reference = phi2.load(make_phi(max_position_embeddings=16), "cpu")[0]
     with pytest.raises(ValueError, match="^the reference has a context of 16, but .* row 3 has 20 tokens"):
         phi2.score_rows(policy[0], rows, reference)
+
+
+def test_a_loss_that_needs_a_reference_says_how_to_give_one(policy, rows):
+    with pytest.raises(ValueError, match="give score_rows one"):
+        phi2.bind_loss("sigmoid")(phi2.score_rows(policy[0], rows))

@@ -15,7 +15,7 @@ from phi2.checkpoints import peft_files, weights
 from phi2.checkpoints.weights import load, load_model, save_pretrained
 from phi2.cli.commands import main
 from phi2.lab import checks, noise
-from phi2.lab.verify import OF_POLICY, OF_RUNS, Line, line_of, rows_of, subject_of
+from phi2.lab.verify import OF_POLICY, OF_RUNS, Line, Verification, line_of, rows_of, subject_of
 from phi2.lab.verify_config import VerifyConfig
 from phi2.training import dpo, optim, session
 from phi2.training.reference import another_model
@@ -60,7 +60,7 @@ def test_a_sound_model_is_green_from_python(tiny_phi, pair_data):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_sound_model_is_green_in_half_precision(tiny_phi, pair_data, dtype):
-    found = phi2.verify(model=str(tiny_phi), data=pair_data, rows=6, device="cpu", dtype=dtype)
+    found = phi2.verify(model=str(tiny_phi), data=pair_data, rows=3, device="cpu", dtype=dtype)
     assert found.red == [], str(found)
 
 
@@ -113,6 +113,13 @@ def test_attention_that_looks_at_its_neighbours_is_red_where_there_are_any(subje
     red = {name for name in names if is_red(name, subject)}
     assert red == {*names} - {"log-probs are finite", "log-probs in a padded batch"}
     assert is_red("gradient of separate rows", subject)
+
+
+def test_it_is_red_in_bfloat16_too(tiny_phi, pair_data, tmp_path, monkeypatch):
+    see_all = phi2.model.Visibility
+    with subject_on(tmp_path, model=str(tiny_phi), data=pair_data, rows=6, dtype="bfloat16") as brain:
+        monkeypatch.setattr("phi2.model.Visibility", lambda T, S, until, device: see_all(T, S, None, device))
+        assert is_red("log-probs packed", brain) and is_red("log-probs with a shared prompt", brain)
 
 
 def test_rows_of_a_batch_that_are_mixed_are_red(subject, monkeypatch):
@@ -181,10 +188,14 @@ def test_a_model_that_is_no_number_is_red_and_its_module_named(tiny_phi, pair_da
     with torch.no_grad():
         model.model.layers[1].mlp.fc1.bias[3] = torch.inf
     save_pretrained(model, tokenizer, tmp_path / "broken")
-    with subject_on(tmp_path, model=str(tmp_path / "broken"), data=pair_data, rows=2) as broken:
-        line = line_of("log-probs are finite", checks.finite, broken)
-        assert line.is_red and line.note == "first in model.layers.1.mlp.fc1"
-        assert is_red("log-probs packed", broken)  # NaN is no small number
+    found = phi2.verify(model=str(tmp_path / "broken"), data=pair_data, rows=2, device="cpu")
+    lines = {line.name: line for line in found.red}
+    assert lines["log-probs are finite"].note == "first in model.layers.1.mlp.fc1"
+    assert (
+        lines["log-probs packed"].measured.value != lines["log-probs packed"].measured.value
+    )  # NaN is no small number
+    assert "non-finite logits; first in model.layers.1.mlp.fc1" in lines["cached decoding is a full pass"].note
+    assert len(lines) == 17 and "nan  allowed" in str(found), str(found)
 
 
 def test_a_model_that_is_written_in_fewer_bits_is_red(opened, monkeypatch):
@@ -269,6 +280,12 @@ def test_a_row_longer_than_the_context_is_told_with_what_to_do(tiny_phi, write_r
     long = write_rows([{"prompt": "Q" * 300, "chosen": "a", "rejected": "b"}])
     with pytest.raises(ValueError, match="more than the model's context of 256: give a max_length"):
         phi2.verify(model=str(tiny_phi), data=long, device="cpu")
+
+
+def test_red_is_red_in_a_terminal(subject):
+    lines = [Line("a", checks.Measured(value, 1)) for value in (2, 1)] + [Line("b", None, "not here", skipped=True)]
+    shown = Verification([], subject.noise, lines).shown(color=True).splitlines()[-3:]
+    assert [line[:5] for line in shown] == ["\x1b[31m", "\x1b[32m", "\x1b[2ms"]
 
 
 def test_a_line_is_verdict_name_number_and_what_is_allowed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
 from phi2.data.audit import Audit
@@ -47,6 +48,8 @@ def load_data(tokenizer: Tokenizer, data: Data, **settings: Any) -> LoadedRows:
         FileNotFoundError: for a source that is no file, no folder, no name and no hub id.
         ValueError: for settings or data that cannot be used, and when no row is usable.
     """
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer must be one that phi2.load gives, got {short_repr(tokenizer)}")
     config = config_of(RowsConfig, settings)
     (records, dropped), kind = load_kind(data, config)
     rows, audit = encode_records(records, with_template(tokenizer, config, kind), config, kind)

@@ -121,18 +121,23 @@ def vocabulary(subject: Subject) -> Measured:
     said = [token.token_id for reply in replies(subject, hot) for token in reply]
     parts = [part for row in subject.rows for part in (row.prompt, *row.answers)]
     highest = max(max(said), *(int(part.max(initial=0)) for part in parts))
-    return Measured(highest, len(subject.session.tokenizer) - 1, "is the last id")
+    return Measured(highest, len(subject.session.tokenizer) - 1, "the last id of the tokenizer")
 
 
 @torch.no_grad()
 def cached_decoding(subject: Subject) -> Measured:
     """Replies of the engine, and their log-probabilities in a full pass."""
-    worst = 0.0
+    apart = []
     for row, said in zip(subject.window, replies(subject, SamplingParams(max_new_tokens=REPLY_TOKENS)), strict=True):
         sequence = behind(row.prompt, np.array([token.token_id for token in said]), row.origin)
         full = sequence_logps(subject.model, sequence).cpu()
-        worst = max(worst, (full - torch.tensor([token.logprob for token in said])).abs().max().item())
-    return Measured(worst, subject.nats, NATS)
+        apart.append((full - torch.tensor([token.logprob for token in said])).abs().max())
+    return Measured(largest(apart), subject.nats, NATS)
+
+
+def largest(differences: Sequence[Tensor]) -> float:
+    """The largest of some numbers; where one of them is none, that."""
+    return torch.stack(list(differences)).max().item()
 
 
 def replies(subject: Subject, params: SamplingParams) -> list[list[Token]]:
@@ -230,7 +235,7 @@ def _with_nll(run: DPOConfig) -> DPOConfig:
 
 def of_another_split(subject: Subject) -> Measured:
     with stirred(subject.model):
-        return _gap(subject, gradient(subject), gradient(subject, size=3))
+        return _gap(subject, gradient(subject), gradient(subject, max(1, len(subject.window) // 2 - 1)))
 
 
 def of_separate_rows(subject: Subject) -> Measured:
@@ -323,4 +328,4 @@ def fit(session: Session[EncodedPreference], run: DPOConfig, output: Path) -> Pa
 
 def _apart(run: Path, other: Path) -> Measured:
     a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, other))
-    return Measured(max((a[name] - b[name]).abs().max().item() for name in a), 0.0, "of a weight")
+    return Measured(largest([(a[name] - b[name]).abs().max() for name in a]), 0.0, "of a weight")

@@ -33,7 +33,7 @@ class NoiseFloor:
 
     Attributes:
         dtype: that the model computes in.
-        layouts: by what was changed, the batch shape or the order, in that dtype.
+        layouts: by what was changed, in that dtype.
         precisions: by dtype, against float32.
         margins: (P,) nats, of the best answer to each prompt and the next: difference of their log-ratios to the model
             without its adapter; of a model without one, of their log-probabilities.
@@ -49,7 +49,7 @@ class NoiseFloor:
     def floor(self, dtype: torch.dtype) -> float:
         """The most that an answer's log-probability moved in a dtype, nats."""
         own = [self.precisions[dtype].answer_max] if dtype in self.precisions else []
-        return max([*own, *(moved.answer_max for moved in self.layouts.values() if dtype == self.dtype)])
+        return float(np.max([*own, *(moved.answer_max for moved in self.layouts.values() if dtype == self.dtype)]))
 
     def drowned(self, dtype: torch.dtype) -> int:
         """Pairs whose margin is smaller than that."""
@@ -73,7 +73,7 @@ class NoiseFloor:
         )
 
     def _spread(self) -> str:
-        least, middle, most = torch.quantile(self.margins.abs(), torch.tensor([0.0, 0.5, 1.0])).tolist()
+        least, middle, most = torch.quantile(self.margins.abs(), self.margins.new_tensor([0.0, 0.5, 1.0])).tolist()
         whose = "policy - reference" if self.of_policy else "of the model itself"
         return f"margins ({whose}): {least:.2g} to {most:.2g} nats, median {middle:.2g}"
 
@@ -88,10 +88,11 @@ def noise_floor(
         single: what `alone` says of them.
         of_policy: whether the model has an adapter that was trained, so that margins are those to its base.
     """
-    exact = in_dtype(model, rows, torch.float32)
+    together, exact = shared(model, rows), in_dtype(model, rows, torch.float32)
     layouts = {
         "batch shape": moved(single, padded(model, rows)),
-        "order": moved(shared(model, rows), reordered(model, rows)),
+        "shared prompts": moved(single, together),
+        "order": moved(together, reordered(model, rows)),
     }
     precisions = {dtype: moved(exact, in_dtype(model, rows, dtype)) for dtype in HALVES}
     totals = _totals(single)
@@ -109,8 +110,8 @@ def moved(logps: Logps, others: Logps) -> Moved:
 
 
 def _totals(logps: Logps) -> Tensor:
-    """(A,) nats of whole answers."""
-    return torch.stack([answer.sum() for answer in logps]).cpu()
+    """(A,) float64 nats of whole answers: float32 would round those of a long one."""
+    return torch.stack([answer.double().sum() for answer in logps]).cpu()
 
 
 def _name(dtype: torch.dtype) -> str:

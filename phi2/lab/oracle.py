@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from phi2.lab.checks import Measured, Skipped, Subject
+from phi2.lab.checks import Measured, Skipped, Subject, largest
 from phi2.lab.layouts import Logps, alone, in_dtype, sequences_of
 from phi2.lab.noise import moved
 from phi2.lora import disabled
@@ -48,12 +48,12 @@ def _exact(model: Phi2ForCausalLM, rows: list) -> Logps:
 
 
 def _apart(subject: Subject, twin: Any) -> float:
-    worst = 0.0
+    apart = []
     for sequence in sequences_of(subject.rows[:ROWS]):
         ids = torch.from_numpy(sequence.ids).long()[None].to(subject.model.device)
         theirs = twin(ids).logits  # (1, T, V)
-        worst = max(worst, ((subject.model(ids) - theirs).abs().max() / theirs.abs().max()).item())
-    return worst
+        apart.append((subject.model(ids) - theirs).abs().max() / theirs.abs().max())
+    return largest(apart)
 
 
 def _logps(subject: Subject, twin: Any) -> Logps:

@@ -182,4 +182,4 @@ def line_of(name: str, check: Callable[..., Measured], *given: Any) -> Line:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) else f"{value:.1e}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.1e}"

@@ -327,5 +327,8 @@ class AnswerBatch:
 
 def _reference(logps: Tensor | None) -> Tensor:
     if logps is None:
-        raise ValueError("this run has no reference: register the loss without reference_free=True to use it")
+        raise ValueError(
+            "this run has no reference: register the loss without reference_free=True to use it (in a loop of your own,"
+            " give score_rows one)"
+        )
     return logps
