@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,8 +18,11 @@ LOGITS, TIMES = 1e-5, 2.0  # in float32 of the largest logit; in half precision 
 
 def twin_of(model: Phi2ForCausalLM) -> Any:
     """transformers' model on our weights, which are shared, not copied; without adapter."""
-    from transformers import PhiConfig, PhiForCausalLM
-
+    try:
+        from transformers import PhiConfig, PhiForCausalLM
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        raise Skipped(f"transformers {'is not installed' if missing else f'cannot be imported: {error}'}") from error
     with torch.device("meta"):
         twin = PhiForCausalLM(PhiConfig.from_dict(model.config.to_dict()))
     own = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
@@ -32,22 +34,18 @@ def twin_of(model: Phi2ForCausalLM) -> Any:
 @torch.no_grad()
 def beside_transformers(subject: Subject) -> Measured:
     """Logits in float32; in half precision the errors of both against float32."""
-    if find_spec("transformers") is None:
-        raise Skipped("transformers is not installed")
     model, twin = subject.model, twin_of(subject.model)
+    rows = subject.rows[:ROWS]
     with disabled(model):
         if model.dtype == torch.float32:
             return Measured(_apart(subject, twin), LOGITS, "of the largest logit")
-        exact, ours = (f(model, subject.rows[:ROWS]) for f in (_exact, alone))
-    theirs = moved(exact, _logps(subject, twin)).token_mean
-    return Measured(moved(exact, ours).token_mean / theirs, TIMES, "times its own error")
-
-
-def _exact(model: Phi2ForCausalLM, rows: list) -> Logps:
-    return in_dtype(model, rows, torch.float32)
+        exact, ours = in_dtype(model, rows, torch.float32), alone(model, rows)
+    own, others = moved(exact, ours).token_mean, moved(exact, _logps(subject, twin)).token_mean
+    return Measured(own / others, TIMES, "times its own error")
 
 
 def _apart(subject: Subject, twin: Any) -> float:
+    """By how much of the largest logit the logits of both are apart."""
     apart = []
     for sequence in sequences_of(subject.rows[:ROWS]):
         ids = torch.from_numpy(sequence.ids).long()[None].to(subject.model.device)
@@ -57,9 +55,10 @@ def _apart(subject: Subject, twin: Any) -> float:
 
 
 def _logps(subject: Subject, twin: Any) -> Logps:
-    found = []
+    """Of the answers of these rows by transformers' model."""
+    found, device = [], subject.model.device
     for sequence in sequences_of(subject.rows[:ROWS]):
-        ids, mask = torch.from_numpy(sequence.ids).long(), torch.from_numpy(sequence.mask)
-        logps = twin(ids[None].to(subject.model.device)).logits[0].float().log_softmax(dim=-1).cpu()
-        found.append(logps[:-1].gather(1, ids[1:, None])[:, 0][mask[1:]])
+        ids, mask = torch.from_numpy(sequence.ids).long().to(device), torch.from_numpy(sequence.mask).to(device)
+        logps = twin(ids[None]).logits[0, :-1].float().log_softmax(dim=-1)  # (T - 1, V)
+        found.append(logps.gather(1, ids[1:, None])[mask[1:], 0])
     return found
