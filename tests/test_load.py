@@ -35,6 +35,11 @@ def test_a_kind_that_is_named_is_what_the_rows_must_be(tokenizer, sft_data):
         phi2.load_data(tokenizer, sft_data, kind="preference")
 
 
+def test_a_notebook_shows_the_audit(tokenizer, pair_data):
+    loaded = phi2.load_data(tokenizer, pair_data)
+    assert repr(loaded) == loaded.audit.table()
+
+
 def test_rows_may_be_a_list_of_dicts(tokenizer):
     rows, audit = phi2.load_data(tokenizer, [{"prompt": "the", "completion": " boat"}], append_eos=False)
     assert tokenizer.decode(rows[0].ids[rows[0].mask]) == " boat"

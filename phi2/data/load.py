@@ -17,10 +17,13 @@ Data = str | DataSpec | Iterable[Any]  # as `load_records` takes it
 
 
 class LoadedRows(NamedTuple):
-    """What `load_data` gives: encoded rows, and what became of the others."""
+    """What `load_data` gives: encoded rows, and what became of the others, which a notebook shows."""
 
     rows: list[Any]  # of `Encoded`, of one kind
     audit: Audit
+
+    def __repr__(self) -> str:
+        return self.audit.table()
 
 
 @explained(RowsConfig)

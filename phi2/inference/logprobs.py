@@ -14,9 +14,9 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AnswerLogprobs:
-    """What a model says of one answer of T tokens; `str()` of it is a table of them.
+    """What a model says of one answer of T tokens; it shows itself as a table of them.
 
     Attributes:
         text: the answer as it was given.
@@ -40,7 +40,7 @@ class AnswerLogprobs:
         """Nats a token, their mean."""
         return float(self.logprobs.mean())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [f"{nats:9.4f}  {token!r}" for nats, token in zip(self.logprobs, self.tokens, strict=True)]
         return "\n".join([*rows, f"{self.total:9.4f}  nats, {len(rows)} tokens"])
 

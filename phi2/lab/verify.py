@@ -85,9 +85,9 @@ class Line:
         return f"{self.verdict:<7}  {self.name:<40}  {told}{f'; {self.note}' if self.note else ''}".rstrip()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
-    """What `verify` found; `str()` of it is what the command prints.
+    """What `verify` found; it shows itself as the command prints it.
 
     Attributes:
         rows: those that were looked at.
@@ -101,7 +101,7 @@ class Verification:
     def red(self) -> list[Line]:
         return [line for line in self.lines if line.is_red]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.shown(color=False)
 
     def shown(self, color: bool) -> str:
