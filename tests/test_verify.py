@@ -216,6 +216,12 @@ def test_an_adapter_of_no_seed_is_red(opened, monkeypatch):
     assert line_of("", checks.same_seed, *opened).is_red
 
 
+def test_runs_that_move_nothing_prove_nothing(opened):
+    session, run, folder = opened
+    line = line_of("", checks.same_seed, session, replace(run, learning_rate=0.0), folder)
+    assert line.verdict == "skipped" and line.note.startswith("the second update did not move the adapter")
+
+
 def test_an_optimizer_that_forgets_its_moments_is_red(opened, monkeypatch):
     checks.same_seed(*opened)
     restore = optim.Optimizer.restore
