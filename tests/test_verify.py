@@ -135,7 +135,7 @@ def test_rows_of_a_batch_that_are_mixed_are_red(subject, monkeypatch):
     assert is_red("log-probs in a padded batch", subject)
 
 
-def test_a_loss_averaged_over_each_micro_batch_is_red(subject, monkeypatch):
+def test_a_loss_averaged_over_each_pass_is_red(subject, monkeypatch):
     objective = dpo.objective
 
     def uneven(*given):

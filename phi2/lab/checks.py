@@ -41,6 +41,7 @@ from phi2.training import dpo
 from phi2.training.config import DPOConfig
 from phi2.training.optim import Optimizer
 from phi2.training.packing import row_of_answers
+from phi2.training.passes import Cut, Passes
 from phi2.training.precision import autocast
 from phi2.training.reference_cache import Reference
 from phi2.training.scoring import answer_batch, score_answers
@@ -162,8 +163,7 @@ def replies(subject: Subject, params: SamplingParams) -> list[list[Token]]:
 @torch.no_grad()
 def step_0(subject: Subject) -> AnswerBatch:
     """All answers, scored as a run scores them before its first update."""
-    batches = [*batches_of(subject.rows)]
-    return score_answers(subject.model, batches, subject.reference, partial(autocast, subject.run))
+    return score_answers(subject.model, subject.rows, in_fours, subject.reference, partial(autocast, subject.run))
 
 
 def policy_is_reference(subject: Subject) -> Measured:
@@ -204,11 +204,15 @@ def stirred(model: Phi2ForCausalLM) -> Iterator[None]:
                 weight.copy_(old)
 
 
-def gradient(subject: Subject, size: int = BATCH) -> Tensor:
-    """Of an update over the first rows in micro-batches of some size, as `phi2 dpo` makes it; one vector."""
+def in_fours(tokens: Sequence[int]) -> list[list[int]]:
+    """Passes of as many rows, in their order."""
+    return [[*places] for places in batches_of(range(len(tokens)))]
+
+
+def gradient(subject: Subject, cut: Cut = in_fours) -> Tensor:
+    """Of an update over the first rows, cut into passes, as `phi2 dpo` makes it; one vector."""
     optimizer, run = _optimizer(subject), _with_nll(subject.run)
-    loss = bind_loss(run.loss)
-    dpo.update(run, subject.model, optimizer, [*batches_of(subject.window, size)], subject.reference, loss, {})
+    dpo.update(run, subject.model, optimizer, subject.window, cut, subject.reference, bind_loss(run.loss), {})
     return optimizer.kept
 
 
@@ -218,7 +222,7 @@ def gradient_of_rows(subject: Subject) -> Tensor:
     for row in window:
         ref = subject.reference([row], row_of_answers([row]).to(subject.model.device))
         answers = answer_batch([row], torch.cat(alone(subject.model, [row])), ref)
-        losses, _ = dpo.objective(run, bind_loss(run.loss), {}, [window], None, answers)
+        losses, _ = dpo.objective(run, bind_loss(run.loss), {}, window, None, answers)
         optimizer.backward(losses.sum() / len(window))
     optimizer.step()
     return optimizer.kept
@@ -234,8 +238,9 @@ def _with_nll(run: DPOConfig) -> DPOConfig:
 
 
 def of_another_split(subject: Subject) -> Measured:
+    tokens = sum(row.tokens for row in subject.window)
     with stirred(subject.model):
-        return _gap(subject, gradient(subject), gradient(subject, max(1, len(subject.window) // 2 - 1)))
+        return _gap(subject, gradient(subject), gradient(subject, Passes(max(1, tokens // 3)).cut))
 
 
 def of_separate_rows(subject: Subject) -> Measured:

@@ -9,6 +9,7 @@ from phi2.training.config import DPOConfig
 
 BATCH = 4  # rows of a pass
 UPDATES = 2  # of the short runs
+PASS_TOKENS = 2048  # likewise: what is free of a GPU's memory would not be the same for two of them
 
 
 @dataclass(frozen=True, kw_only=True)

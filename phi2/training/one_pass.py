@@ -48,7 +48,12 @@ def score_rows(
         got = "none" if other is None else type(other).__name__
         raise ValueError(f"rows must be preference rows of load_data, one at least, got {got}")
     require_fit("the policy", model.config, rows)
-    return score_answers(model, [rows], _reference(model, reference, rows), nullcontext)
+    return score_answers(model, rows, _in_one, _reference(model, reference, rows), nullcontext)
+
+
+def _in_one(tokens: Sequence[int]) -> list[list[int]]:
+    """All rows in one pass."""
+    return [[*range(len(tokens))]]
 
 
 def _reference(
