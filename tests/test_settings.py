@@ -87,6 +87,7 @@ DPO = {
     "reference": ("another model", {}),
     "precompute_ref_log_probs": (True, {}),
     "disable_dropout": (False, {"model": "with dropout"}),
+    "ledger": (False, {"test_fraction": 0.3}),
 }
 INSPECT = {
     **{name: entry for name, entry in SFT.items() if name in ("data", "chat_template", *ENCODE)},

@@ -7,6 +7,7 @@ difference is the loss's own. Everything runs on the CPU and leaves torch's rand
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def require_numbers(loss: BoundLoss, pairs: PairBatch) -> None:
     Raises:
         ValueError: with its value.
     """
-    values, *gradients = _outcome(loss, pairs)
+    values, *gradients = outcome(loss, pairs)
     if not values.isfinite().all():
         raise ValueError(f"step 1: loss {loss.name!r} is {values[~values.isfinite()][0].item()} for a pair")
     if not all(gradient.isfinite().all() for gradient in gradients):
@@ -107,10 +108,10 @@ def require_numbers(loss: BoundLoss, pairs: PairBatch) -> None:
 
 def uses_batch(loss: BoundLoss, pairs: PairBatch) -> bool:
     """Whether a pair's value or gradient differs when the pair stands alone."""
-    whole = _outcome(loss, pairs)
+    whole = outcome(loss, pairs)
     for index in range(len(pairs.chosen_mask)):
         try:
-            alone = _outcome(loss, only(pairs, index))
+            alone = outcome(loss, only(pairs, index))
         except (RuntimeError, IndexError, ValueError):  # it cannot do with one pair
             return True
         if not all(_is_part(by_itself[0], together, index) for by_itself, together in zip(alone, whole, strict=True)):
@@ -135,7 +136,8 @@ def only(pairs: PairBatch, index: int) -> PairBatch:
     return replace(pairs, **tensors, columns=pairs.columns.each(lambda values: values[one]))
 
 
-def _outcome(loss: BoundLoss, pairs: PairBatch) -> Outcome:
+def outcome(loss: Callable[[PairBatch], Tensor], pairs: PairBatch) -> Outcome:
+    """What a loss makes of pairs, and how it would have every token's log-probability move."""
     policy = [logps.detach().requires_grad_() for logps in (pairs.policy_chosen_logps, pairs.policy_rejected_logps)]
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of statistics over a single pair

@@ -117,9 +117,13 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
     """Folder of precomputed reference log-probabilities, shared between runs; unset, inside the run folder."""
     disable_dropout: bool = True
     """Train without dropout, as the reference is without it."""
+    ledger: bool = True
+    """Keep what each evaluation finds of each held-out pair, in ledger/ (docs/ledger.md)."""
 
     def __post_init__(self) -> None:
         _check_parts(self)
+        evaluates = self.eval_data is not None or self.test_fraction > 0
+        require_effect(self, "ledger", "eval_data or test_fraction", "neither", evaluates)
         if self.nll_weight < 0:
             raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}")
         twice = [

@@ -24,11 +24,13 @@ from phi2.losses.batch import PairBatch
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.knobs import Knob
 from phi2.losses.properties import require_numbers
+from phi2.losses.slopes import slopes_of
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
 from phi2.runs.run import Run
 from phi2.training.config import DPOConfig
+from phi2.training.ledger import Found, LedgerWriter
 from phi2.training.look import look_at_loss
 from phi2.training.loop import Watch, updates_of
 from phi2.training.metrics import means, pair_metrics
@@ -85,13 +87,16 @@ def fit(session: Session[EncodedPair], config: DPOConfig, watch: Watch | None = 
         with updates_of(config, model, tokenizer, windows, checkpoint, title, loss.state, watch) as updates:
             model.train(not config.disable_dropout)
             state = updates.loss_state
-            evaluation = partial(evaluate, config, model, eval_pairs, reference, loss, state) if eval_pairs else None
+            keeps = bool(eval_pairs) and config.ledger
+            ledger = LedgerWriter(config, tokenizer, eval_pairs, updates.done) if keeps else None
+            evaluation = partial(evaluate, config, model, eval_pairs, reference, loss, state, ledger)
             for step in updates.steps():
                 batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
                 if step == 1:
                     check_start(config, model, reference, batches, loss)
                 metrics = update(config, model, updates.optimizer, batches, reference, loss, state)
-                updates.end(step, sum(pair.tokens for batch in batches for pair in batch), metrics, evaluation)
+                tokens = sum(pair.tokens for batch in batches for pair in batch)
+                updates.end(step, tokens, metrics, partial(evaluation, step) if eval_pairs else None)
     return Run(run)
 
 
@@ -236,19 +241,27 @@ def evaluate(
     reference: Reference | None,
     loss: BoundLoss,
     state: Mapping[str, float],
+    ledger: LedgerWriter | None = None,
+    step: int = 0,
 ) -> dict[str, float]:
     """The metrics of training over a whole data set, names prefixed with eval_.
 
     A loss of scope "window" is given all pairs of it as one window, so that no batch size changes its value; one with a
     state has it as training left it, and leaves it so.
+
+    Args:
+        ledger: is given what was found of each pair, as that of update `step`.
     """
     training, size = model.training, config.per_device_train_batch_size
     model.eval()
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    gathered = []
+    gathered, found = [], []
     for seen in [batches] if loss.scope == "window" else [[batch] for batch in batches]:
         scored = score_pairs(model, seen, reference, partial(autocast, config))
-        losses, _ = objective(config, loss, state, batches, scored)
-        gathered.append(pair_metrics(scored, losses, loss.reward_scale))
+        slopes = slopes_of(lambda given: objective(config, loss, state, batches, given)[0], scored)
+        gathered.append(pair_metrics(scored, slopes.values, loss.reward_scale))
+        found.append(Found(scored, slopes, gathered[-1]["rewards/accuracies"] > 0))
+    if ledger is not None:
+        ledger.write(step, found, state)
     model.train(training)
     return {f"eval_{name}": value for name, value in means(gathered).items()}

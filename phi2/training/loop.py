@@ -49,6 +49,11 @@ class Updates:
     loss_state: dict[str, float]
     watch: Watch | None = None
 
+    @property
+    def done(self) -> int:
+        """Updates that were made before."""
+        return self.log.first
+
     def steps(self) -> Iterator[int]:
         """Their numbers, counted from 1."""
         return self.log.steps()

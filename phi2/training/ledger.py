@@ -1,0 +1,152 @@
+"""What an evaluation of a preference run writes into its ledger (`phi2/runs/ledger.py`): a row for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import torch
+from torch import Tensor
+
+from phi2.data.encode import EncodedPair
+from phi2.losses.batch import PairBatch
+from phi2.losses.slopes import Slopes
+from phi2.runs.ledger import (
+    COLUMN,
+    FIRST_TOKENS,
+    SIDES,
+    drop_behind,
+    file_of,
+    ledger_files,
+    read_table,
+    write_evaluation,
+)
+from phi2.tokenizer import Tokenizer
+from phi2.training.config import DPOConfig
+from phi2.training.reference_cache import pair_key
+
+NUMBERS = pyarrow.float32()
+
+
+class Found(NamedTuple):
+    """What an evaluation found of B pairs: log-probs, slopes of the loss, and (B,) which of them are ranked right."""
+
+    pairs: PairBatch
+    slopes: Slopes
+    correct: Tensor
+
+
+class LedgerWriter:
+    """Writes the ledger of a run.
+
+    Args:
+        config: of the run, with all knobs of its loss.
+        pairs: that it evaluates.
+        done: updates done already.
+    """
+
+    def __init__(self, config: DPOConfig, tokenizer: Tokenizer, pairs: Sequence[EncodedPair], done: int) -> None:
+        self.run, self.config, self.tokenizer, self.pairs = Path(config.output), config, tokenizer, pairs
+        drop_behind(self.run, done)
+        before = [*ledger_files(self.run).values()][-1:]
+        self.was_correct = [read_table(path, ["correct"])["correct"] for path in before]
+
+    def write(self, step: int, found: Sequence[Found], state: Mapping[str, float]) -> None:
+        """Adds an evaluation.
+
+        Args:
+            found: of the pairs in their order, micro-batch by micro-batch.
+            state: of the loss.
+        """
+        config, count = self.config, len(self.pairs)
+        about: dict[str, Any] = {"step": step, "loss": config.loss, "knobs": config.knobs, "state": dict(state)}
+        about |= {"nll_weight": config.nll_weight, "batch_size": config.per_device_train_batch_size}
+        found_of = numbers_of(found)
+        (was_correct,) = self.was_correct or [pyarrow.nulls(count, pyarrow.bool_())]
+        self.was_correct = [pyarrow.array(found_of["correct"])]
+        numbers = {"step": np.full(count, step, dtype=np.int32), **self.names, **found_of, "was_correct": was_correct}
+        write_evaluation(file_of(self.run, step), about, {**numbers, **self.rows, **tokens_of(found)})
+
+    @cached_property
+    def names(self) -> dict[str, Any]:
+        """Which pairs they are."""
+        return {
+            "pair": [name_of(pair) for pair in self.pairs],
+            "file": [pair.origin.file for pair in self.pairs],
+            "row": np.array([pair.origin.row for pair in self.pairs], dtype=np.int64),
+        }
+
+    @cached_property
+    def rows(self) -> dict[str, Any]:
+        """The columns of the data, and the texts with their special tokens."""
+        names = dict.fromkeys(name for pair in self.pairs for name in pair.columns)
+        columns = {f"{COLUMN}{name}": plain([pair.columns.get(name) for pair in self.pairs]) for name in names}
+        texts = {part: [self._text(getattr(pair, part)) for pair in self.pairs] for part in ("prompt", *SIDES)}
+        return columns | texts
+
+    def _text(self, ids: np.ndarray) -> str:
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def name_of(pair: EncodedPair) -> str:
+    """A pair by its tokens."""
+    return pair_key(pair).hex()[:16]
+
+
+def plain(values: list[float | str | None]) -> pyarrow.Array:
+    """Numbers, or where one of them is none, texts."""
+    if all(isinstance(value, int | float | None) for value in values):
+        return pyarrow.array(values, pyarrow.float64())
+    return pyarrow.array([None if value is None else str(value) for value in values])
+
+
+def numbers_of(found: Sequence[Found]) -> dict[str, Any]:
+    """(pairs,) of everything that is one number a pair."""
+    parts = [_numbers(each) for each in found]
+    numbers = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+    weight = np.abs(numbers["d_w"]) + np.abs(numbers["d_l"])
+    missing = {name: pyarrow.nulls(len(weight), NUMBERS) for name in ("r_w", "r_l") if name not in numbers}
+    return numbers | {"weight": weight / (weight.mean() or 1)} | missing
+
+
+@torch.no_grad()
+def _numbers(found: Found) -> dict[str, Tensor]:
+    pairs, (losses, d_w, d_l), correct = found
+    chosen, rejected, reference = pairs.policy_chosen_logps, pairs.policy_rejected_logps, {}
+    margin = pairs.policy_chosen - pairs.policy_rejected
+    if pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None:
+        chosen, rejected = chosen - pairs.ref_chosen_logps, rejected - pairs.ref_rejected_logps
+        margin, reference = pairs.margin, {"r_w": pairs.ref_chosen, "r_l": pairs.ref_rejected}
+    return {
+        **{"s_w": pairs.policy_chosen, "s_l": pairs.policy_rejected, **reference},
+        **{"n_w": pairs.chosen_mask.sum(dim=-1).int(), "n_l": pairs.rejected_mask.sum(dim=-1).int()},
+        "margin": margin,
+        "margin_first": chosen[:, :FIRST_TOKENS].sum(dim=-1) - rejected[:, :FIRST_TOKENS].sum(dim=-1),
+        "margin_last": last_of(chosen, pairs.chosen_length) - last_of(rejected, pairs.rejected_length),
+        **{"loss": losses, "d_w": d_w, "d_l": d_l, "correct": correct},
+    }
+
+
+def last_of(values: Tensor, length: Tensor) -> Tensor:
+    """(B,) of each row of (B, T) the last of its first `length` values."""
+    return values.gather(1, length[:, None] - 1)[:, 0]
+
+
+def tokens_of(found: Sequence[Found]) -> dict[str, pyarrow.Array]:
+    """Log-probs token by token: lists without padding, one a pair."""
+    return {f"{model}_{side}_logps": _lists(found, model, side) for model in ("policy", "ref") for side in SIDES}
+
+
+def _lists(found: Sequence[Found], model: str, side: str) -> pyarrow.Array:
+    masks = [getattr(each.pairs, f"{side}_mask") for each in found]
+    values = [getattr(each.pairs, f"{model}_{side}_logps") for each in found]
+    if values[0] is None:
+        return pyarrow.nulls(sum(map(len, masks)), pyarrow.list_(NUMBERS))
+    flat = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])  # (N,)
+    ends = torch.cat([mask.sum(dim=-1) for mask in masks]).cumsum(dim=0)
+    starts_and_end = np.concatenate(([0], ends.cpu().numpy())).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(starts_and_end, flat.cpu().numpy())
