@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from phi2.inference.generate import generate, stream
     from phi2.lab.compare import compare
     from phi2.lab.comparison import Comparison
+    from phi2.lab.replay import replay
     from phi2.lora_config import LoraConfig
     from phi2.losses.batch import PairBatch
     from phi2.losses.registry import preference_loss
+    from phi2.runs.ledger import Ledger
     from phi2.runs.run import Run
     from phi2.training.api import dpo, sft
     from phi2.training.config import DPOConfig, SFTConfig
@@ -28,6 +30,7 @@ __all__ = [
     "ChatSession",
     "Comparison",
     "DPOConfig",
+    "Ledger",
     "LoraConfig",
     "PairBatch",
     "Run",
@@ -38,6 +41,7 @@ __all__ = [
     "generate",
     "load",
     "preference_loss",
+    "replay",
     "sample_pairs",
     "save_pretrained",
     "sft",
@@ -49,6 +53,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "ChatSession": "phi2.inference.chat",
     "Comparison": "phi2.lab.comparison",
     "DPOConfig": "phi2.training.config",
+    "Ledger": "phi2.runs.ledger",
     "LoraConfig": "phi2.lora_config",
     "PairBatch": "phi2.losses.batch",
     "Run": "phi2.runs.run",
@@ -59,6 +64,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "generate": "phi2.inference.generate",
     "load": "phi2.checkpoints.weights",
     "preference_loss": "phi2.losses.registry",
+    "replay": "phi2.lab.replay",
     "sample_pairs": "phi2.answers.pairs",
     "save_pretrained": "phi2.checkpoints.weights",
     "sft": "phi2.training.api",

@@ -32,6 +32,10 @@ def slopes_of(losses_of: Callable[[PairBatch], Tensor], pairs: PairBatch) -> Slo
         losses_of: (B,) values of pairs, a `BoundLoss` or one at a state of it.
     """
     values, chosen, rejected = outcome(losses_of, pairs)
-    d_w = (chosen * pairs.chosen_mask).sum(dim=-1) / pairs.chosen_length
-    d_l = (rejected * pairs.rejected_mask).sum(dim=-1) / pairs.rejected_length
-    return Slopes(values, d_w, d_l)
+    d_w = _mean(chosen, pairs.chosen_mask, pairs.chosen_length)
+    return Slopes(values, d_w, _mean(rejected, pairs.rejected_mask, pairs.rejected_length))
+
+
+def _mean(values: Tensor, mask: Tensor, length: Tensor) -> Tensor:
+    """(B,) of the masked values of each row of (B, T); of equal values, that value, bit for bit."""
+    return ((values * mask).double().sum(dim=-1) / length).to(values.dtype)
