@@ -81,6 +81,14 @@ class Evaluation:
         """Where each pair came from."""
         return [f"{file} row {row}" for file, row in zip(self["file"], self["row"], strict=True)]
 
+    def write_weights(self, path: str | os.PathLike[str], weights: np.ndarray) -> None:
+        """Writes a file for `weights_from`: (pairs,) weights, by the pairs' names."""
+        if np.shape(weights) != (len(self),):
+            raise ValueError(f"weights must have shape ({len(self)},), one for each pair, got {np.shape(weights)}")
+        with whole_file(Path(path)) as unfinished:
+            columns = {"pair": self.table["pair"], "weight": np.asarray(weights, dtype=np.float64)}
+            pyarrow.parquet.write_table(pyarrow.table(columns), unfinished)
+
     @property
     def columns(self) -> list[str]:
         """Names of the columns of the data."""

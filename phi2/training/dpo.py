@@ -40,6 +40,7 @@ from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
 from phi2.training.session import Session, require_fit, start
 from phi2.training.two_phases import backward_of_window
+from phi2.training.weights import with_weights
 from phi2.training.window import total_steps, windows_of
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
@@ -69,7 +70,8 @@ def fit(session: Session[EncodedPair], config: DPOConfig, watch: Watch | None = 
     if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
         raise ValueError(f"loss {loss.name} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer, (pairs, eval_pairs, _) = session.tokenizer, session.rows
+    tokenizer, rows = session.tokenizer, session.rows
+    pairs, eval_pairs = with_weights(config, rows.train, rows.evaluation)
     session.keep_audits(run)
     windows = windows_of(config, len(pairs))
     total = total_steps(config, windows)
