@@ -14,8 +14,8 @@ from torch import Tensor
 
 import phi2
 from phi2.checkpoints.weights import load_model
-from phi2.data.encode import EncodedPair
-from phi2.data.records import Origin
+from phi2.data.encode import EncodedPreference
+from phi2.data.records import PAIR, Origin
 from phi2.lora import disabled, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.losses.batch import PairBatch
@@ -24,7 +24,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
 from phi2.training.optim import Optimizer
-from phi2.training.pairs import pair_batch
+from phi2.training.scoring import answer_batch
 from phi2.training.session import start
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -55,7 +55,7 @@ def move_adapter(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
     return model
 
 
-def pairs_of(config: DPOConfig) -> list[EncodedPair]:
+def pairs_of(config: DPOConfig) -> list[EncodedPreference]:
     return start(config).rows.train
 
 
@@ -73,7 +73,9 @@ def answer_logps(model: Phi2ForCausalLM, prompt: np.ndarray, answer: np.ndarray)
     return logps.gather(1, ids[len(prompt) :, None]).T
 
 
-def by_definition(config: DPOConfig, model: Phi2ForCausalLM, base: Phi2ForCausalLM, pairs: list[EncodedPair]) -> Tensor:
+def by_definition(
+    config: DPOConfig, model: Phi2ForCausalLM, base: Phi2ForCausalLM, pairs: list[EncodedPreference]
+) -> Tensor:
     """Mean loss of the pairs plus nll_weight times the mean NLL of all chosen tokens, pair by pair, row by row."""
     loss, losses, chosen_logps = bind_loss(config.loss, config.knobs), [], []
     free = loss.reference_free
@@ -367,15 +369,15 @@ def test_settings_that_make_no_sense_are_refused(dpo_config, changes, message):
         train(dpo_config(**changes))
 
 
-def pair(prompt: list[int], chosen: list[int], rejected: list[int], **columns) -> EncodedPair:
-    parts = (np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected))
-    return EncodedPair(*parts, Origin("rows.jsonl", 1), columns)
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], **columns) -> EncodedPreference:
+    parts = [np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)]
+    return EncodedPreference(parts[0], (parts[1], parts[2]), PAIR, Origin("rows.jsonl", 1), columns)
 
 
 def test_only_columns_that_are_numbers_in_every_row_become_tensors():
     rows = [pair([1], [2], [3], a=1, b=2.5, c="x", d=1), pair([1], [2], [3], a=4, b=0.5, c=3)]
     logps = torch.zeros(4)
-    columns = pair_batch(rows, logps, logps).columns
+    columns = answer_batch(rows, logps, logps).columns
     assert {name: values.tolist() for name, values in columns.items()} == {"a": [1.0, 4.0], "b": [2.5, 0.5]}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import phi2
 from phi2.checkpoints.weights import load_model, save_pretrained
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.lora import merge
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
@@ -23,11 +23,11 @@ from phi2.training.window import windows_of
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 
 
-def pairs_of(config: DPOConfig) -> list[EncodedPair]:
+def pairs_of(config: DPOConfig) -> list[EncodedPreference]:
     return start(config).rows.train
 
 
-def mean_logp(model: Phi2ForCausalLM, pairs: list[EncodedPair], answer: str) -> float:
+def mean_logp(model: Phi2ForCausalLM, pairs: list[EncodedPreference], answer: str) -> float:
     """Mean over the pairs of an answer's log-probability: each sequence alone, whole logits."""
     total = 0.0
     for pair in pairs:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from phi2.data import encode
-from phi2.data.encode import EncodeConfig, EncodedPair, encode_records
-from phi2.data.records import Chat, Message, Origin, Pair, Plain
+from phi2.data.encode import EncodeConfig, EncodedPreference, encode_records
+from phi2.data.records import PAIR, Chat, Message, Origin, Plain, Preference
 from phi2.tokenizer import Tokenizer
 
 ORIGIN = Origin("a.jsonl", 7)
@@ -39,7 +39,7 @@ def text_of(ids, tokenizer: Tokenizer = BYTES) -> str:
 
 def encoded(record, tokenizer: Tokenizer = BYTES, **options):
     """The only row of a data set; what refuses it is the error of the data set."""
-    kind = "preference" if isinstance(record, Pair) else "supervised"
+    kind = "preference" if isinstance(record, Preference) else "supervised"
     (row,), _ = encode_records([record], tokenizer, EncodeConfig(**options), kind)
     return row
 
@@ -48,11 +48,11 @@ def plain(prompt: str, completion: str, tokenizer: Tokenizer = BYTES, **options)
     return encoded(Plain(prompt, completion, ORIGIN), tokenizer, **options)
 
 
-def pair(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer = BYTES, **options) -> EncodedPair:
-    return encoded(Pair(prompt, chosen, rejected, ORIGIN, {"score": 1.0}), tokenizer, **options)
+def pair(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer = BYTES, **options) -> EncodedPreference:
+    return encoded(Preference(prompt, (chosen, rejected), PAIR, ORIGIN, {"score": 1.0}), tokenizer, **options)
 
 
-def pair_text(row: EncodedPair, tokenizer: Tokenizer = BYTES) -> tuple[str, str, str]:
+def pair_text(row: EncodedPreference, tokenizer: Tokenizer = BYTES) -> tuple[str, str, str]:
     return tuple(text_of(part, tokenizer) for part in (row.prompt, row.chosen, row.rejected))
 
 
@@ -337,7 +337,7 @@ def test_unusable_rows_are_left_out_and_counted_by_rule():
 
 
 def test_audit_of_pairs_counts_the_prompt_once():
-    records = [Pair("ppp", "abcd", "xy", ORIGIN, {"score": 2.0})]
+    records = [Preference("ppp", ("abcd", "xy"), PAIR, ORIGIN, {"score": 2.0})]
     (row,), audit = encode_records(records, BYTES, EncodeConfig(), "preference")
     assert (audit.tokens, audit.target_tokens, audit.percentiles()["max"]) == (3 + 5 + 3, 5 + 3, 3 + 5)
     assert (row.origin, row.columns) == (ORIGIN, {"score": 2.0})
@@ -348,7 +348,7 @@ def test_audit_of_pairs_counts_the_prompt_once():
     [
         ([], "no usable row among 0: the data set is empty"),
         ([Plain("", "too long", ORIGIN)] * 2, r"no usable row among 2: too-long 2x, first a.jsonl row 7: 9 tokens"),
-        ([Pair("p", "a", "b", ORIGIN, {})], "wrong-kind"),
+        ([Preference("p", ("a", "b"), PAIR, ORIGIN, {})], "wrong-kind"),
     ],
 )
 def test_data_set_without_a_usable_row_is_an_error_that_says_why(records, message):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phi2.data import columns
 from phi2.data.columns import COLUMN_STATUSES, IGNORED, KEPT, NOT_READ
 from phi2.data.formats import FORMATS, columns_read, document, parse_row
-from phi2.data.records import Chat, Message, Messages, Origin, Pair, RowError, is_conversational
+from phi2.data.records import PAIR, Chat, Message, Messages, Origin, Preference, RowError, is_conversational
 
 ORIGIN = Origin("data.jsonl", 17)
 ASK, YES, NO = Message("user", "Is 7 prime?"), Message("assistant", "Yes."), Message("assistant", "No.")
@@ -48,6 +48,16 @@ ROWS = {  # one of every format; where texts may stand for messages, one of each
     "alpaca-kto": {"instruction": "Is 7 prime?", "output": "Yes.", "kto_tag": True},
     "prompt-completion-label": {"prompt": turns(ASK), "completion": turns(YES), "label": True},
     "prompt-completion-label of texts": {"prompt": "7 is ", "completion": "prime", "label": True},
+    "gold-pair": {"prompt": turns(ASK), "chosen": turns(YES), "rejected": turns(NO), "reference": turns(YES)},
+    "gold-pair of texts": {**TEXT_PAIR, "reference": "prime"},
+    "scored-answers": {"prompt": turns(ASK), "completions": [turns(YES), turns(NO)], "scores": [1, 0]},
+    "scored-answers of texts": {"prompt": "7 is ", "completions": ["prime", "even"], "scores": [1, 0]},
+    "ranked-answers": {"prompt": turns(ASK), "completions": [turns(YES), turns(NO)], "ranks": [1, 2]},
+    "ranked-answers of texts": {"prompt": "7 is ", "completions": ["prime", "even"], "ranks": [1, 2]},
+    "rated-answers": {
+        "instruction": "Is 7 prime?",
+        "completions": [{"response": "Yes.", "overall_score": 5}, {"response": "No.", "overall_score": 1}],
+    },
     "messages": {"messages": CHAT},
     "conversations": {"conversations": CHAT},
     "prompt-completion": {"prompt": turns(ASK), "completion": turns(YES)},
@@ -72,7 +82,7 @@ def messages_of(record) -> Messages:
     """All turns that a record holds, with its template variables where it has some."""
     if isinstance(record, Chat):
         return record.messages
-    return record.prompt + (record.chosen + record.rejected if isinstance(record, Pair) else record.completion)
+    return sum(record.answers, record.prompt) if isinstance(record, Preference) else record.prompt + record.completion
 
 
 def read(row: dict, format: str | None = None, **options):
@@ -126,7 +136,7 @@ def test_a_column_is_said_to_be_read_when_and_only_when_it_changes_the_record(na
         except RowError as error:
             assert column not in said and repr(column) in str(error)
         else:
-            as_pairs_keep = isinstance(plain, Pair) and column in changes.columns
+            as_pairs_keep = isinstance(plain, Preference) and column in changes.columns
             assert (changes != plain) == (column in said or as_pairs_keep), column
 
 
@@ -146,8 +156,9 @@ def messages_in(row: dict) -> list[tuple[str, dict]]:
     for column, value in row.items():
         if column == "input" and isinstance(value, dict):
             column, value = "input.messages", value["messages"]
-        messages = [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []
-        found += [(column, message) for message in messages]
+        parts = value if isinstance(value, list) else [value]
+        messages = [message for part in parts for message in (part if isinstance(part, list) else [part])]
+        found += [(column, message) for message in messages if isinstance(message, Mapping)]
     return found
 
 
@@ -305,7 +316,7 @@ def test_a_call_of_a_tool_is_an_answer_to_learn():
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     assert parse_row({"messages": [CHAT[0], call]}, ORIGIN).messages[-1].extra == {"tool_calls": [CALL]}
     pair = parse_row({"prompt": CHAT[:1], "chosen": call, "rejected": CHAT[1:]}, ORIGIN)
-    assert pair.chosen[0].extra == {"tool_calls": [CALL]}
+    assert pair.answers[0][0].extra == {"tool_calls": [CALL]}
 
 
 def test_roles_of_other_libraries_are_known():
@@ -332,7 +343,7 @@ def test_train_false_keeps_a_turn_out_of_the_loss_as_weight_zero_does():
 def test_a_request_in_openai_form_brings_its_tools_and_its_other_settings_are_counted():
     row = {**ROWS["openai-pair"], "input": {"messages": turns(ASK), "tools": [TOOL], "parallel_tool_calls": True}}
     record, column_status = read(row)
-    assert record == Pair((ASK,), (YES,), (NO,), ORIGIN, {}, {"tools": [TOOL]})
+    assert record == Preference((ASK,), ((YES,), (NO,)), PAIR, ORIGIN, {}, {"tools": [TOOL]})
     assert column_status == {"input.parallel_tool_calls": NOT_READ}
 
 
@@ -340,7 +351,7 @@ def test_a_request_in_openai_form_brings_its_tools_and_its_other_settings_are_co
 def test_a_column_of_messages_that_is_one_of_the_dialogues_is_no_prompt(answer):
     for chosen, rejected in ((turns(ASK, YES), turns(ASK, NO)), (turns(YES), turns(NO))):
         row = {"messages": turns(ASK, answer), "chosen": chosen, "rejected": rejected}
-        assert parse_row(row, ORIGIN) == Pair((ASK,), (YES,), (NO,), ORIGIN, {})
+        assert parse_row(row, ORIGIN) == Preference((ASK,), ((YES,), (NO,)), PAIR, ORIGIN, {})
 
 
 def test_an_empty_list_of_messages_does_not_hide_that_the_answers_carry_their_prompt():
@@ -365,7 +376,7 @@ def test_whole_dialogues_in_text_are_cut_at_their_common_beginning(before, ask, 
     pair = parse_row(row, ORIGIN)
     said = [words for pair in before for words in pair]
     assert [turn.content for turn in pair.prompt] == [*said, ask]
-    assert pair.chosen + pair.rejected == (Message("assistant", chosen), Message("assistant", rejected))
+    assert pair.answers[0] + pair.answers[1] == (Message("assistant", chosen), Message("assistant", rejected))
 
 
 def test_dialogues_in_text_that_part_before_the_last_answer_are_refused():

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from phi2.data.audit import Audit
 from phi2.data.encode import EncodeConfig
 from phi2.data.inspect import InspectConfig, inspect_data, inspect_rows, visible
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError
+from phi2.data.records import PAIR, Chat, Message, Origin, Plain, Preference, RowError
 from phi2.tokenizer import Tokenizer
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -53,7 +53,7 @@ def test_row_is_its_header_and_its_tokens_with_targets_in_brackets():
 
 
 def test_pair_shows_prompt_chosen_and_rejected():
-    pair = Pair("ab", "c", "de", Origin("a.jsonl", 1), {})
+    pair = Preference("ab", ("c", "de"), PAIR, Origin("a.jsonl", 1), {})
     assert show(pair, kind="preference").split("\n\n")[0].splitlines() == [
         "a.jsonl row 1: 7 tokens, 5 of them targets; eos_added",
         "prompt (2)",

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import phi2
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import Columns, PairBatch
 from phi2.losses.bound import bind_loss
+from phi2.losses.properties import made_up_answers
 from phi2.losses.slopes import Slopes, slopes_of
 from phi2.runs.ledger import FIRST_TOKENS, Ledger
 from phi2.training.dpo import train
@@ -65,17 +66,18 @@ def test_margins_of_first_and_last_tokens_by_hand():
     assert FIRST_TOKENS == 5
     chosen, one = torch.arange(1.0, 8.0)[None], torch.ones(1, 1, dtype=torch.bool)
     pairs = PairBatch(chosen, torch.tensor([[10.0]]), chosen > 0, one, torch.zeros(1, 7), torch.zeros(1, 1))
-    loss, slope = torch.tensor([0.5]), torch.tensor([-0.25])
-    found = numbers_of([Found(pairs, Slopes(loss, slope, -3 * slope), torch.tensor([True]))])
+    slopes = Slopes(torch.tensor([0.5]), torch.tensor([-0.25, 0.75]))
+    found = numbers_of([Found(pairs, slopes)], reward_scale=0.1)
     assert (found["margin"], found["margin_first"], found["margin_last"]) == (28 - 10, 15 - 10, 7 - 10)
-    assert (found["n_w"], found["n_l"], found["d_l"], found["weight"]) == (7, 1, 0.75, 1.0)
+    assert (found["n_w"], found["n_l"], found["d_w"], found["d_l"], found["weight"]) == (7, 1, -0.25, 0.75, 1.0)
 
 
 def test_slopes_leave_padding_out():
-    """A loss of sums has its gradient at padding too; d_w is the mean over the two tokens of the answer."""
-    logps, mask = torch.zeros(1, 5), torch.arange(5)[None] < 2
-    pairs = PairBatch(logps, logps, mask, mask, logps, logps)
-    assert slopes_of(bind_loss("sigmoid", {"beta": 1.0}), pairs).d_w.tolist() == [-0.5]
+    """A loss of sums has its gradient at padding too; the derivative is the mean over the tokens of an answer."""
+    answers = made_up_answers([(2, 5)], [(1.0, 0.0)], Columns(), reference_free=False)
+    level = dataclasses.replace(answers, ref_logps=answers.policy_logps)
+    slopes = slopes_of(bind_loss("sigmoid", {"beta": 1.0}), level)
+    assert (slopes.d_w.tolist(), slopes.d_l.tolist()) == ([-0.5], [0.5])
 
 
 def test_a_row_knows_whether_its_pair_was_right_before(dpo_config, pair_data):

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phi2.data.encode import EncodedPair
-from phi2.data.records import Origin
-from phi2.losses.batch import Columns, PairBatch
+from phi2.data.encode import EncodedPreference
+from phi2.data.records import PAIR, Origin
+from phi2.losses.batch import AnswerBatch, Columns, PairBatch
 from phi2.losses.bound import BoundLoss, bind_loss
-from phi2.losses.properties import made_up_pairs, only, require_pure, uses_batch
+from phi2.losses.properties import made_up_answers, require_pure, uses_batch
 from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.training.dpo import train
 from phi2.training.look import look_at_loss, varied
@@ -26,9 +26,16 @@ from phi2.training.look import look_at_loss, varied
 BUILT_IN = sorted(n for n, loss in PREFERENCE_LOSSES.items() if loss.is_own)
 
 
-def pair(row: int, prompt: int = 2, chosen: int = 3, rejected: int = 4, **columns) -> EncodedPair:
-    parts = (np.arange(1, n + 1, dtype=np.int32) for n in (prompt, chosen, rejected))
-    return EncodedPair(*parts, Origin("rows.jsonl", row), columns)
+def made_up(
+    lengths: list[tuple[int, int]], loss: BoundLoss | None = None, columns: Columns | None = None
+) -> AnswerBatch:
+    reference_free, needs = (False, ()) if loss is None else (loss.reference_free, loss.needs)
+    return made_up_answers(lengths, [PAIR] * len(lengths), columns or Columns(), reference_free, needs)
+
+
+def pair(row: int, prompt: int = 2, chosen: int = 3, rejected: int = 4, **columns) -> EncodedPreference:
+    parts = [np.arange(1, n + 1, dtype=np.int32) for n in (prompt, chosen, rejected)]
+    return EncodedPreference(parts[0], (parts[1], parts[2]), PAIR, Origin("rows.jsonl", row), columns)
 
 
 PAIRS = [pair(i + 1, chosen=1 + i % 5, rejected=1 + i % 7, weight=1.0 + i % 3) for i in range(20)]
@@ -48,13 +55,13 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(0, 900)), min_size
 def test_every_built_in_loss_passes_whatever_the_lengths_and_beta(name, lengths, beta):
     loss = bind_loss(name, {"beta": beta} if "beta" in PREFERENCE_LOSSES[name].knobs else {})
     columns = Columns({f"score_{side}": torch.full((len(lengths),), x) for side, x in SCORES.items()})
-    pairs = made_up_pairs(*map(list, zip(*lengths, strict=True)), columns, loss.reference_free)
-    require_pure(loss, pairs)
-    assert loss.scope == "window" or not uses_batch(loss, pairs)
+    answers = made_up(lengths, loss, columns)
+    require_pure(loss, answers)
+    assert loss.scope == "window" or not uses_batch(loss, answers)
 
 
 def test_made_up_pairs_are_log_probabilities_of_a_policy_that_moved():
-    pairs = made_up_pairs([3, 5], [2, 0], Columns(), reference_free=False)
+    pairs = made_up([(3, 2), (5, 0)]).pairs
     assert pairs.chosen_mask.sum(-1).tolist() == [3, 5] and pairs.rejected_mask.sum(-1).tolist() == [2, 0]
     for logps in (pairs.policy_chosen_logps, pairs.ref_chosen_logps):
         assert (logps <= 0).all() and (logps[~pairs.chosen_mask] == 0).all() and logps.dtype == torch.float32
@@ -62,7 +69,7 @@ def test_made_up_pairs_are_log_probabilities_of_a_policy_that_moved():
 
 
 def test_a_pair_alone_has_no_padding():
-    alone = only(made_up_pairs([3, 5], [2, 0], Columns(), reference_free=False), 0)
+    alone = made_up([(3, 2), (5, 0)]).only(0).pairs
     assert alone.chosen_mask.tolist() == [[True] * 3] and alone.rejected_mask.tolist() == [[True] * 2]
 
 

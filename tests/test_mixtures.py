@@ -65,7 +65,7 @@ def test_a_wrong_mixture_says_what_is_wrong(data, message):
 
 
 def test_an_unknown_kind_is_an_error():
-    with pytest.raises(ValueError, match="kind must be one of supervised, preference, unpaired, got 'sft'"):
+    with pytest.raises(ValueError, match="kind must be one of supervised, preference, got 'sft'"):
         load_records(ROWS, "sft")
 
 
@@ -88,7 +88,7 @@ def test_max_tokens_of_pairs_bounds_prompt_and_either_answer():
         for i, (p, c, r) in enumerate(lengths)
     ]
     records = load_records({"source": rows, "max_tokens": 4}, "preference").records
-    assert [record.chosen for record in records] == ["0"]
+    assert [record.answers[0] for record in records] == ["0"]
 
 
 def test_without_a_shuffle_reading_stops_at_the_last_row_taken():
@@ -148,7 +148,7 @@ def test_the_preference_recipe_picks_the_rows_that_datasets_picks():
     random.seed(42)
     theirs = theirs.filter(lambda r: r["source_dataset"] != "ultrafeedback" or random.random() <= 0.67)
     ours = {"source": rows, "max_tokens": 448, "subsample": {"fraction": 0.67, "source_dataset": "ultrafeedback"}}
-    assert [record.chosen for record in load_records(ours, "preference").records] == theirs["chosen"][:]
+    assert [record.answers[0] for record in load_records(ours, "preference").records] == theirs["chosen"][:]
 
 
 @given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(0, 2**32))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi2.losses.batch import Columns, PairBatch
+from phi2.data.records import PAIR
+from phi2.losses.batch import AnswerBatch, Columns, PairBatch
 from phi2.losses.bound import bind_loss
 from phi2.losses.modifiers import MODIFIERS
-from phi2.losses.properties import made_up_pairs, require_pure, uses_batch
+from phi2.losses.properties import made_up_answers, require_pure, uses_batch
 from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.training.look import require_effect
 
@@ -159,10 +160,10 @@ def test_alpha_divergence_stays_finite_far_from_the_reference():
 # ---- around any loss ----
 
 
-def shown(reference_free: bool) -> PairBatch:
+def shown(reference_free: bool) -> AnswerBatch:
     weights = torch.tensor([1.0, 2.0, 0.5])
     columns = Columns({"weight": weights, "score_chosen": 1 + weights, "score_rejected": 0 * weights})
-    return made_up_pairs([5, 2, 3], [2, 4, 0], columns, reference_free)
+    return made_up_answers([(5, 2), (2, 4), (3, 0)], [PAIR] * 3, columns, reference_free)
 
 
 def combinations() -> list[tuple[str, str]]:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phi2.config import Phi2Config
-from phi2.data.encode import EncodedPair, EncodedSequence
-from phi2.data.records import Origin
+from phi2.data.encode import EncodedPreference, EncodedSequence
+from phi2.data.records import PAIR, Origin
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
-from phi2.training.packing import TokenRow, best_fit, row_of_pairs, row_of_sequences, wrapped
+from phi2.training.packing import TokenRow, best_fit, row_of_answers, row_of_sequences, wrapped
 
 VOCABULARY = 50
 ORIGIN = Origin("rows.jsonl", 1)
@@ -35,9 +35,9 @@ def sequences(draw) -> EncodedSequence:
 
 
 @st.composite
-def pairs(draw) -> EncodedPair:
+def pairs(draw) -> EncodedPreference:
     prompt, chosen, rejected = draw(token_ids.filter(len)), draw(token_ids), draw(token_ids)
-    return EncodedPair(array(prompt), array(chosen), array(rejected), ORIGIN, {})
+    return EncodedPreference(array(prompt), (array(chosen), array(rejected)), PAIR, ORIGIN, {})
 
 
 def seen(row: TokenRow) -> set[tuple[int, int]]:
@@ -69,8 +69,8 @@ def test_a_row_of_sequences_is_its_sequences_one_behind_the_other(batch):
 
 @given(st.lists(pairs(), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_a_row_of_pairs_is_both_sequences_of_every_pair_with_one_prompt(batch):
-    row, start = row_of_pairs(batch), 0
+def test_a_row_of_answers_is_both_sequences_of_every_pair_with_one_prompt(batch):
+    row, start = row_of_answers(batch), 0
     ids, positions, targets, connected = [], [], [], set()
     for pair in batch:
         prompt = list(range(start, start + len(pair.prompt)))  # places in the row
@@ -90,7 +90,7 @@ def test_a_row_of_pairs_is_both_sequences_of_every_pair_with_one_prompt(batch):
 
 
 def test_the_tensors_have_the_types_the_model_takes():
-    row = row_of_pairs([EncodedPair(array([1]), array([2]), array([3]), ORIGIN, {})])
+    row = row_of_answers([EncodedPreference(array([1]), (array([2]), array([3])), PAIR, ORIGIN, {})])
     assert (row.input_ids.dtype, row.positions.dtype, row.visible_until.dtype) == (torch.long, torch.long, torch.int32)
     assert row.input_ids.shape == row.positions.shape == row.visible_until.shape == (1, 3)
     moved = row.to(torch.device("meta"))
@@ -202,7 +202,7 @@ def test_prefix_shared_pairs_equal_separate_sequences_in_values_and_gradients(ba
     model = small_model(num_key_value_heads=kv_heads)
     model.model.activation_checkpointing = checkpointing
     answers = [(pair.prompt, answer) for pair in batch for answer in (pair.chosen, pair.rejected)]
-    assert_same_to_the_model(model, row_of_pairs(batch), lambda: [logps_alone(model, *answer) for answer in answers])
+    assert_same_to_the_model(model, row_of_answers(batch), lambda: [logps_alone(model, *answer) for answer in answers])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -220,6 +220,6 @@ def test_packed_sequences_equal_separate_ones_in_values_and_gradients(batch, che
 
 def test_qk_layernorm_models_pack_too():
     model = small_model(qk_layernorm=True)
-    pair = EncodedPair(array([1, 2, 3]), array([4, 5]), array([6, 7, 8]), ORIGIN, {})
+    pair = EncodedPreference(array([1, 2, 3]), (array([4, 5]), array([6, 7, 8])), PAIR, ORIGIN, {})
     alone = [logps_alone(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
-    torch.testing.assert_close(logps_of(model, row_of_pairs([pair])), torch.cat(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logps_of(model, row_of_answers([pair])), torch.cat(alone), rtol=1e-5, atol=1e-5)

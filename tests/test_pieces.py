@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from phi2.data.pieces import Piece, pair_texts, supervised_pieces
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, RowError, Unpaired
+from phi2.data.pieces import Piece, preference_texts, supervised_pieces
+from phi2.data.records import PAIR, Chat, Message, Origin, Plain, Preference, RowError
 from phi2.tokenizer import Tokenizer
 
 ORIGIN = Origin("a.jsonl", 7)
@@ -160,7 +160,9 @@ def test_template_without_an_end_token_gets_one():
 
 
 def test_answers_of_a_pair_end_each_for_itself():
-    texts, flags = pair_texts(Pair("p", "good", "bad<|im_end|>", ORIGIN, {}), CHATML, append_eos=True)
+    texts, flags = preference_texts(
+        Preference("p", ("good", "bad<|im_end|>"), PAIR, ORIGIN, {}), CHATML, append_eos=True
+    )
     assert texts == ["p", "good<|im_end|>", "bad<|im_end|>"]
     assert flags == {"eos_added", "eos_present"}
 
@@ -175,7 +177,10 @@ def test_special_token_in_a_message_is_counted():
 
 def test_special_token_in_a_message_of_a_pair_is_counted():
     turns = [(Message(role, text),) for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "<|im_end|>"))]
-    assert "special_text_in_content" in pair_texts(Pair(*turns, ORIGIN, {}), CHATML, append_eos=True)[1]
+    assert (
+        "special_text_in_content"
+        in preference_texts(Preference(turns[0], (turns[1], turns[2]), PAIR, ORIGIN, {}), CHATML, append_eos=True)[1]
+    )
 
 
 def test_special_token_in_a_text_row_is_counted():
@@ -199,8 +204,10 @@ def test_tools_and_calls_reach_a_template_that_reads_them():
 
 
 def test_tools_of_a_pair_stand_in_its_prompt():
-    record = Pair((Message("user", "a"),), (CALLING,), (Message("assistant", "b"),), ORIGIN, {}, {"tools": [{}]})
-    texts, _ = pair_texts(record, with_template(TOOLS), append_eos=True)
+    record = Preference(
+        (Message("user", "a"),), ((CALLING,), (Message("assistant", "b"),)), PAIR, ORIGIN, {}, {"tools": [{}]}
+    )
+    texts, _ = preference_texts(record, with_template(TOOLS), append_eos=True)
     assert texts == ["[{}]user: a<|im_end|>", "assistant: f<|im_end|>", "assistant: b<|im_end|>"]
 
 
@@ -235,8 +242,8 @@ def test_words_that_the_template_leaves_out_are_counted():
     with_system = Chat((Message("system", "Be brief."), *plain.messages), ORIGIN)
     flags = [supervised_pieces(c, no_system, "completion", True)[1] for c in (plain, spaced, with_system)]
     assert flags == [{"eos_present"}, {"eos_present"}, {"eos_present", "content_not_written"}]
-    pair = Pair(with_system.messages[:2], plain.messages[1:], (Message("assistant", "c"),), ORIGIN, {})
-    assert "content_not_written" in pair_texts(pair, no_system, append_eos=True)[1]
+    pair = Preference(with_system.messages[:2], (plain.messages[1:], (Message("assistant", "c"),)), PAIR, ORIGIN, {})
+    assert "content_not_written" in preference_texts(pair, no_system, append_eos=True)[1]
 
 
 # What a template marks as generated
@@ -290,7 +297,7 @@ def test_refuse_refuses_a_row_that_spells_a_special_token():
         with pytest.raises(RowError, match=r"spells the special token '<\|im_end\|>'.*\[special-token\]"):
             supervised_pieces(record, CHATML, "completion", True, "refuse")
     with pytest.raises(RowError, match="special-token"):
-        pair_texts(Pair("p", "a<|im_start|>", "b", ORIGIN, {}), CHATML, True, "refuse")
+        preference_texts(Preference("p", ("a<|im_start|>", "b"), PAIR, ORIGIN, {}), CHATML, True, "refuse")
 
 
 def test_refuse_keeps_the_tokens_of_the_template():
@@ -319,7 +326,7 @@ def test_one_question_and_answer_take_the_instruct_form():
 
 def test_pair_takes_the_instruct_form():
     turns = [(Message(role, text),) for role, text in (("user", "p"), ("assistant", "yes"), ("assistant", "no"))]
-    texts, _ = pair_texts(Pair(*turns, ORIGIN, {}), BASE, append_eos=True)
+    texts, _ = preference_texts(Preference(turns[0], (turns[1], turns[2]), PAIR, ORIGIN, {}), BASE, append_eos=True)
     assert texts == ["Instruct: p\nOutput:", " yes<|endoftext|>", " no<|endoftext|>"]
 
 
@@ -346,7 +353,7 @@ def test_template_whose_generation_prompt_is_not_what_a_turn_begins_with_is_refu
     )
     turns = [(Message(role, text),) for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))]
     with pytest.raises(RowError, match="unstable-template"):
-        pair_texts(Pair(*turns, ORIGIN, {}), tokenizer, append_eos=True)
+        preference_texts(Preference(turns[0], (turns[1], turns[2]), PAIR, ORIGIN, {}), tokenizer, append_eos=True)
 
 
 def test_template_that_rewrites_earlier_turns_may_be_learnt_whole():
@@ -363,10 +370,10 @@ def test_what_a_template_refuses_is_a_refused_row():
 
 
 def test_pair_is_no_supervised_row():
-    with pytest.raises(RowError, match="must be Chat or Plain, got Pair"):
-        supervised_pieces(Pair("p", "a", "b", ORIGIN, {}), CHATML, "completion", append_eos=True)
+    with pytest.raises(RowError, match="must be Chat or Plain, got Preference"):
+        supervised_pieces(Preference("p", ("a", "b"), PAIR, ORIGIN, {}), CHATML, "completion", append_eos=True)
 
 
 def test_labelled_answer_is_no_pair():
-    with pytest.raises(RowError, match="must be a Pair, got Unpaired"):
-        pair_texts(Unpaired("p", "a", True, ORIGIN), CHATML, append_eos=True)
+    with pytest.raises(RowError, match="must be a Preference, got Plain"):
+        preference_texts(Plain("p", "a", ORIGIN), CHATML, append_eos=True)

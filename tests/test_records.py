@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from phi2.data.columns import REFUSED_COLUMNS, TEMPLATE_KEYS
 from phi2.data.formats import FORMATS, detect_format, parse_row
-from phi2.data.records import KINDS, Chat, Message, Origin, Pair, Plain, RowError, Unpaired
+from phi2.data.records import KINDS, PAIR, Chat, Message, Origin, Plain, Preference, RowError
 
 ORIGIN = Origin("data.jsonl", 17)
 ASK, YES, NO = Message("user", "Is 7 prime?"), Message("assistant", "Yes."), Message("assistant", "No.")
@@ -61,6 +61,13 @@ ONE_ROW_EACH = {
     "sharegpt-kto": {"conversations": sharegpt(ASK, YES), "kto_tag": True},
     "alpaca-kto": {"instruction": ASK.content, "input": "", "output": YES.content, "kto_tag": True},
     "prompt-completion-label": {"prompt": "Is 7 prime?", "completion": " Yes.", "label": False},
+    "gold-pair": {**SAME_PAIR["prompt-pair"], "reference": "Certainly."},
+    "scored-answers": {"prompt": ASK.content, "completions": [NO.content, YES.content], "scores": [1, 4.5]},
+    "ranked-answers": {"prompt": openai(ASK), "completions": [openai(NO), openai(YES)], "ranks": [2, 1]},
+    "rated-answers": {
+        "instruction": ASK.content,
+        "completions": [{"response": NO.content, "overall_score": 2}, {"response": YES.content, "overall_score": 7.5}],
+    },
 }
 
 
@@ -76,7 +83,7 @@ def test_one_conversation_is_the_same_chat_in_every_format(name):
 
 @pytest.mark.parametrize("name", SAME_PAIR)
 def test_one_preference_is_the_same_pair_in_every_format(name):
-    assert parse_row(SAME_PAIR[name], ORIGIN) == Pair((ASK,), (YES,), (NO,), ORIGIN, {})
+    assert parse_row(SAME_PAIR[name], ORIGIN) == Preference((ASK,), ((YES,), (NO,)), PAIR, ORIGIN, {})
 
 
 turn_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
@@ -151,7 +158,7 @@ def test_the_wrong_kind_of_data_is_named():
 
 
 def test_an_unknown_format_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="must be one of prompt-pair, .*got 'json'"):
+    with pytest.raises(ValueError, match="must be one of gold-pair, prompt-pair, .*got 'json'"):
         parse_row({}, ORIGIN, format="json")
 
 
@@ -160,12 +167,12 @@ def test_an_unknown_format_name_lists_the_known_ones():
 
 def test_a_prompt_text_that_the_message_lists_repeat_is_the_prompt_once():
     row = {"prompt": "Is 7 prime?", "chosen": openai(ASK, YES), "rejected": openai(ASK, NO)}
-    assert parse_row(row, ORIGIN) == Pair((ASK,), (YES,), (NO,), ORIGIN, {})
+    assert parse_row(row, ORIGIN) == Preference((ASK,), ((YES,), (NO,)), PAIR, ORIGIN, {})
 
 
 def test_turns_that_both_answers_share_belong_to_the_prompt():
     row = {"prompt": openai(ASK), "chosen": openai(NO, ASK, YES), "rejected": openai(NO, ASK, NO)}
-    assert parse_row(row, ORIGIN) == Pair((ASK, NO, ASK), (YES,), (NO,), ORIGIN, {})
+    assert parse_row(row, ORIGIN) == Preference((ASK, NO, ASK), ((YES,), (NO,)), PAIR, ORIGIN, {})
 
 
 def test_a_system_turn_in_front_of_both_answers_is_part_of_the_prompt():
@@ -181,7 +188,7 @@ def test_templated_texts_stay_as_they_are():
         "<|im_end|>No",
     )
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source_dataset": "orca"}
-    assert parse_row(row, ORIGIN) == Pair(prompt, chosen, rejected, ORIGIN, {"source_dataset": "orca"})
+    assert parse_row(row, ORIGIN) == Preference(prompt, (chosen, rejected), PAIR, ORIGIN, {"source_dataset": "orca"})
 
 
 def test_numbers_and_labels_of_a_pair_reach_its_columns():
@@ -191,22 +198,69 @@ def test_numbers_and_labels_of_a_pair_reach_its_columns():
     assert pair.columns == {"score_chosen": 8.5, "chosen_rating": 4.0, "in_gsm8k_train": 0.0, "source_dataset": "orca"}
 
 
-# --- unpaired
+# --- answers with a label
 
 
 def test_the_last_turn_of_a_labelled_conversation_is_the_completion():
     row = {"messages": openai(ASK, NO, ASK, YES), "label": False}
-    assert parse_row(row, ORIGIN) == Unpaired((ASK, NO, ASK), (YES,), False, ORIGIN)
+    assert parse_row(row, ORIGIN) == Preference((ASK, NO, ASK), ((YES,),), (0.0,), ORIGIN, {})
 
 
 def test_labelled_texts_stay_texts():
     row = {"prompt": "1 + 1 =", "completion": " 2", "label": True}
-    assert parse_row(row, ORIGIN) == Unpaired("1 + 1 =", " 2", True, ORIGIN)
+    assert parse_row(row, ORIGIN) == Preference("1 + 1 =", (" 2",), (1.0,), ORIGIN, {})
+
+
+def test_a_labelled_answer_keeps_the_other_columns():
+    row = {"prompt": "1 + 1 =", "completion": " 2", "label": True, "source": "sums", "weight": 0.5}
+    assert parse_row(row, ORIGIN).columns == {"source": "sums", "weight": 0.5}
+
+
+# --- several answers
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [("scored-answers", (4.5, 1.0)), ("ranked-answers", (-1.0, -2.0)), ("rated-answers", (7.5, 2.0))],
+)
+def test_the_best_of_several_answers_comes_first(name, scores):
+    record = parse_row(ONE_ROW_EACH[name], ORIGIN)
+    words = [answer if isinstance(answer, str) else answer[0].content for answer in record.answers]
+    assert (words, record.scores) == ([YES.content, NO.content], scores)
+
+
+def test_answers_of_equal_score_stay_in_their_order():
+    row = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 2, 1]}
+    assert parse_row(row, ORIGIN).answers == ("c", "b", "d")
+
+
+def test_an_answer_to_imitate_stands_behind_the_pair():
+    record = parse_row(ONE_ROW_EACH["gold-pair"], ORIGIN)
+    assert record.answers == ((YES,), (NO,), (Message("assistant", "Certainly."),)) and record.has_gold
+
+
+def test_what_a_rating_says_besides_its_score_is_counted():
+    rated, status = {"response": "b", "overall_score": 1, "critique": "short"}, {}
+    parse_row({"instruction": "a", "completions": [rated, {**rated, "overall_score": 2}]}, ORIGIN, column_status=status)
+    assert status == {"completions.critique": "not read"}
 
 
 # --- rules
 
 REFUSED = [
+    ("one-answer", {"prompt": "a", "completions": ["b"], "scores": [1]}),
+    ("equal-scores", {"prompt": "a", "completions": ["b", "c"], "scores": [1, 1]}),
+    ("bad-scores", {"prompt": "a", "completions": ["b", "c"], "scores": [1]}),
+    ("bad-scores", {"prompt": "a", "completions": ["b", "c"], "ranks": [1, True]}),
+    ("bad-scores", {"prompt": "a", "completions": ["b", "c"], "scores": [1, float("nan")]}),
+    ("bad-scores", {"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]}),
+    ("not-a-list", {"prompt": "a", "completions": "b", "scores": [1]}),
+    ("not-a-list", {"instruction": "a", "completions": ["b", "c"]}),
+    ("no-prompt", {"prompt": "", "completions": ["b", "c"], "scores": [1, 2]}),
+    (
+        "prompt-mismatch",
+        {"prompt": openai(ASK), "chosen": openai(NO, ASK, YES), "rejected": openai(NO, ASK, NO), "reference": "d"},
+    ),
     ("unknown-format", {"title": "x"}),
     ("not-a-list", {"messages": "hello"}),
     ("no-messages", {"messages": []}),
@@ -294,4 +348,4 @@ def test_any_row_becomes_a_record_or_a_row_error(row, format, kind):
     except RowError as error:
         assert "\n" not in str(error)
     else:
-        assert isinstance(record, Chat | Plain | Pair | Unpaired) and record.origin == ORIGIN
+        assert isinstance(record, Chat | Plain | Preference) and record.origin == ORIGIN

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from phi2.checkpoints.weights import load_model
-from phi2.data.encode import EncodedPair
-from phi2.data.records import Origin
+from phi2.data.encode import EncodedPreference
+from phi2.data.records import PAIR, Origin
 from phi2.lora import attach, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
-from phi2.training.packing import TokenRow, row_of_pairs
+from phi2.training.packing import TokenRow, row_of_answers
 from phi2.training.reference import adapters_off, another_model, frozen_copy, score
-from phi2.training.reference_cache import Reference, fingerprint, pair_key, precomputed
+from phi2.training.reference_cache import Reference, answer_keys, fingerprint, precomputed
 
 CPU = torch.device("cpu")
 
 
-def pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> EncodedPair:
-    parts = (np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected))
-    return EncodedPair(*parts, Origin("rows.jsonl", 1), {})
+def pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> EncodedPreference:
+    parts = [np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)]
+    return EncodedPreference(parts[0], (parts[1], parts[2]), PAIR, Origin("rows.jsonl", 1), {})
 
 
 PAIRS = [pair([1, 2], [3, 4, 5], [6]), pair([7], [8], [9, 10, 11, 12]), pair([1, 2, 3], [4], [5, 6])]
@@ -51,8 +51,8 @@ def move_adapter(model: Phi2ForCausalLM) -> None:
         module.lora_B.weight.add_(0.1)
 
 
-def ask(reference: Reference, pairs: Sequence[EncodedPair] = PAIRS) -> Tensor:
-    return reference(pairs, row_of_pairs(pairs))
+def ask(reference: Reference, pairs: Sequence[EncodedPreference] = PAIRS) -> Tensor:
+    return reference(pairs, row_of_answers(pairs))
 
 
 # ---- the three kinds ----
@@ -60,7 +60,7 @@ def ask(reference: Reference, pairs: Sequence[EncodedPair] = PAIRS) -> Tensor:
 
 def test_the_policy_with_its_adapters_off_is_its_base(tiny_phi, adapted):
     expected = ask(another_model(load_model(tiny_phi)))
-    assert not torch.allclose(score(adapted, row_of_pairs(PAIRS)), expected, atol=1e-3)
+    assert not torch.allclose(score(adapted, row_of_answers(PAIRS)), expected, atol=1e-3)
     assert torch.equal(ask(adapters_off(adapted)), expected)
 
 
@@ -82,10 +82,10 @@ def test_it_has_no_dropout_though_the_policy_trains_with_it(make_phi):
 def test_a_frozen_copy_stays_where_the_policy_began(adapted):
     copy = frozen_copy(adapted)
     expected = ask(another_model(copy))
-    assert torch.equal(expected, score(adapted.eval(), row_of_pairs(PAIRS)))
+    assert torch.equal(expected, score(adapted.eval(), row_of_answers(PAIRS)))
     move_adapter(adapted)
     assert torch.equal(ask(another_model(copy)), expected)
-    assert not torch.allclose(score(adapted, row_of_pairs(PAIRS)), expected, atol=1e-3)
+    assert not torch.allclose(score(adapted, row_of_answers(PAIRS)), expected, atol=1e-3)
 
 
 def test_a_frozen_copy_shares_the_weights_that_do_not_train_and_trains_nothing(adapted):
@@ -101,7 +101,7 @@ def test_a_frozen_copy_of_a_model_that_trains_throughout_shares_nothing(model):
     with torch.no_grad():
         model.lm_head.bias.add_(1.0)
         model.model.embed_tokens.weight.mul_(2.0)
-    assert not torch.allclose(ask(another_model(copy)), score(model, row_of_pairs(PAIRS)), atol=1e-3)
+    assert not torch.allclose(ask(another_model(copy)), score(model, row_of_answers(PAIRS)), atol=1e-3)
 
 
 def test_no_reference_builds_a_graph(adapted):
@@ -113,13 +113,14 @@ def test_no_reference_builds_a_graph(adapted):
 
 
 class Counted:
-    """A reference that knows for how many pairs it was asked."""
+    """A reference that knows for how many rows and answers it was asked."""
 
     def __init__(self, reference: Reference) -> None:
-        self.reference, self.pairs = reference, 0
+        self.reference, self.pairs, self.answers = reference, 0, []
 
-    def __call__(self, pairs: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+    def __call__(self, pairs: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
         self.pairs += len(pairs)
+        self.answers.append(sum(len(each.answers) for each in pairs))
         return self.reference(pairs, row)
 
 
@@ -152,7 +153,7 @@ def test_each_pair_is_scored_once_for_all_runs(live, tmp_path):
 
 
 def test_what_was_scored_before_an_interruption_is_kept(live, tmp_path):
-    def interrupted(pairs: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+    def interrupted(pairs: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
         if live.pairs == 2:
             raise KeyboardInterrupt
         return live(pairs, row)
@@ -165,7 +166,7 @@ def test_what_was_scored_before_an_interruption_is_kept(live, tmp_path):
 
 
 def test_an_interruption_before_the_first_score_leaves_no_file(tmp_path):
-    def interrupted(pairs: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+    def interrupted(pairs: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -179,19 +180,20 @@ def test_another_reference_has_a_cache_of_its_own(live, tmp_path):
     assert live.pairs == 2 * len(PAIRS) and len(list(tmp_path.iterdir())) == 2
 
 
-def test_pairs_differ_by_tokens_and_by_where_their_answers_begin():
-    keys = {
-        pair_key(pair(*parts))
-        for parts in (
-            ([1, 2], [3], [4]),
-            ([1], [2, 3], [4]),
-            ([1, 2, 3], [], [4]),
-            ([1, 2], [4], [3]),
-            ([1, 2], [3], [5]),
-            ([1, 2], [3], [4, 0]),
-        )
-    }
-    assert len(keys) == 6
+def test_answers_differ_by_tokens_and_by_where_they_begin():
+    pairs = [pair([1, 2], [3], [4]), pair([1], [2, 3], [4]), pair([1, 2, 3], [], [4, 0]), pair([1, 2], [3, 0], [5])]
+    assert len(set(answer_keys(pairs))) == 8
+
+
+def test_swapped_pairs_lists_and_answers_alone_share_what_is_known(live, tmp_path):
+    one, other = [1, 2, 3], [4, 5]
+    precomputed(live, "a" * 64, [pair([7, 8], one, other)], 2, tmp_path, CPU)
+    prompt, *answers = (np.array(ids, dtype=np.int32) for ids in ([7, 8], other, one, [6]))
+    alone = EncodedPreference(prompt, (answers[0],), (1.0,), Origin("rows.jsonl", 1), {})
+    ranked = EncodedPreference(prompt, tuple(answers), (3.0, 2.0, 1.0), Origin("rows.jsonl", 2), {})
+    reference = precomputed(live, "a" * 64, [pair([7, 8], other, one), alone, ranked], 2, tmp_path, CPU)
+    assert live.answers == [2, 1]  # the pair at first, then the third answer of the list alone
+    torch.testing.assert_close(ask(reference, [ranked]), ask(live, [ranked]), rtol=0, atol=1e-5)
 
 
 def test_a_write_on_a_full_disk_leaves_the_cache_as_it_was(live, tmp_path, full_disk):

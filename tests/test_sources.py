@@ -15,7 +15,7 @@ from phi2.data import files
 from phi2.data.audit import Audit
 from phi2.data.columns import IGNORED, NOT_READ
 from phi2.data.files import read_rows
-from phi2.data.records import Chat, Origin, Pair, Plain, Unpaired
+from phi2.data.records import Chat, Origin, Plain, Preference
 from phi2.data.sources import SOURCES, DataSpec, load_records, require_ignored
 
 TEXTS = ["one", "zwei\u2028drei", "four"]
@@ -327,7 +327,9 @@ def test_a_named_source_of_another_kind_is_an_error():
             load_records(name, "preference")
 
 
-@pytest.mark.parametrize(("name", "kind", "type_"), [("toy-sft", "supervised", Chat), ("toy-dpo", "preference", Pair)])
+@pytest.mark.parametrize(
+    ("name", "kind", "type_"), [("toy-sft", "supervised", Chat), ("toy-dpo", "preference", Preference)]
+)
 def test_toy_sources_take_rows_and_splits_like_any_other(name, kind, type_):
     train = load_records({"source": name, "rows": 5}, kind).records
     test = load_records({"source": name, "rows": 5, "split": "test", "shuffle_seed": 1}, kind).records
@@ -345,8 +347,8 @@ def test_toy_sources_take_rows_and_splits_like_any_other(name, kind, type_):
         ("sft/alpaca_600.jsonl", "supervised", Chat, 600),
         ("sft/gpteacher_roleplay_800.jsonl", "supervised", Chat, 800),
         ("sft/gsm8k_train_1500.jsonl", "supervised", Chat, 1500),
-        ("preference/dpo_en_200.jsonl", "preference", Pair, 200),
-        ("preference/kto_en_200.jsonl", "unpaired", Unpaired, 200),
+        ("preference/dpo_en_200.jsonl", "preference", Preference, 200),
+        ("preference/kto_en_200.jsonl", "preference", Preference, 200),
     ],
 )
 def test_every_row_of_the_real_files_becomes_a_record(shared, file, kind, type_, count):

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 import phi2
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.lora import lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.losses.batch import PairBatch
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.model import Phi2ForCausalLM
-from phi2.training import dpo, pairs, reference
+from phi2.training import dpo, reference, scoring
 from phi2.training.config import DPOConfig
 from phi2.training.optim import Optimizer
-from phi2.training.pairs import score_pairs
 from phi2.training.precision import autocast
 from phi2.training.reference import make_reference
+from phi2.training.scoring import score_answers
 from phi2.training.session import start
 
 OF_WINDOWS = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and loss.scope == "window"]
@@ -46,7 +46,7 @@ class Start:
     config: DPOConfig
     model: Phi2ForCausalLM
     reference: reference.Reference
-    pairs: list[EncodedPair]
+    pairs: list[EncodedPreference]
 
     def update(self, loss: BoundLoss, sizes: list[int]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """The gradient of a window cut so, its metrics, and the state behind it."""
@@ -61,7 +61,7 @@ class Start:
     def in_one_graph(self, loss: BoundLoss) -> dict[str, Tensor]:
         """The gradient by definition: all six pairs in one row, one loss, one backward pass."""
         ref = None if loss.reference_free else self.reference
-        scored = score_pairs(self.model, [self.pairs], ref, partial(autocast, self.config))
+        scored = score_answers(self.model, [self.pairs], ref, partial(autocast, self.config)).pairs
         value = loss.step(scored, state_of(loss))[0].mean()
         if self.config.nll_weight:
             tokens = sum(len(pair.chosen) for pair in self.pairs)
@@ -155,7 +155,7 @@ def test_both_passes_of_a_micro_batch_see_the_same_dropout(started, checkpointin
     begun = started(lora=lora, disable_dropout=False, gradient_checkpointing=checkpointing, fuse=fuse)
     loss, batches = bind_loss("aot", {"beta": 0.5}), [begun.pairs[:2], begun.pairs[2:5], begun.pairs[5:]]
     torch.manual_seed(5)
-    scored = score_pairs(begun.model, batches, begun.reference, partial(autocast, begun.config))
+    scored = score_answers(begun.model, batches, begun.reference, partial(autocast, begun.config)).pairs
     trained = {name: p for name, p in begun.model.named_parameters() if p.requires_grad}
     expected = dict(zip(trained, torch.autograd.grad(loss(scored).mean(), list(trained.values())), strict=True))
     drawn_after = torch.rand(3)
@@ -169,13 +169,13 @@ def test_both_passes_of_a_micro_batch_see_the_same_dropout(started, checkpointin
 
 def test_a_window_of_n_is_passed_through_n_minus_1_times_more_and_its_reference_once(started, monkeypatch):
     begun, passes = started(), []
-    row_logps = pairs.row_logps
+    row_logps = scoring.row_logps
 
     def counted(model: Phi2ForCausalLM, row) -> Tensor:
         passes.append(next(iter(lora_modules(model).values())).adapter is None)  # the reference: the adapter is off
         return row_logps(model, row)
 
-    for module in (pairs, reference):
+    for module in (scoring, reference):
         monkeypatch.setattr(module, "row_logps", counted)
     for loss, policy in (("sigmoid", 3), ("aot", 3 + 2)):
         passes.clear()
@@ -203,7 +203,7 @@ def test_evaluation_takes_all_pairs_as_one_window_and_moves_no_state(started, na
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
     assert found[2] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
     with torch.no_grad():
-        scored = score_pairs(begun.model.eval(), [held_out], begun.reference, partial(autocast, begun.config))
+        scored = score_answers(begun.model.eval(), [held_out], begun.reference, partial(autocast, begun.config)).pairs
     assert found[0]["eval_loss"] == pytest.approx(loss.step(scored, state)[0].mean().item(), rel=1e-5)
 
 

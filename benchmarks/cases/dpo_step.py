@@ -1,7 +1,7 @@
 """The step of phi-2-instruct's recipe on a GPU: LoRA DPO, reference included, without the optimizer.
 
-Ours packs the pairs into one row in which both answers share a prompt, the library's `score_pairs`; the peer pads twice
-as many sequences to the longest, as trl does.
+Ours packs the pairs into one row in which both answers share a prompt, the library's `score_answers`; the peer pads
+twice as many sequences to the longest, as trl does.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, 
 from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.models import random_model, twin
 from phi2.config import Phi2Config
-from phi2.data.encode import EncodedPair
-from phi2.data.records import Origin
+from phi2.data.encode import EncodedPreference
+from phi2.data.records import PAIR, Origin
 from phi2.fused import fuse
 from phi2.lora import adapter_state, disabled
 from phi2.lora_config import LoraConfig
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
-from phi2.training.pairs import score_pairs
 from phi2.training.reference import adapters_off
+from phi2.training.scoring import score_answers
 
 LORA = LoraConfig(r=16)
 
@@ -75,16 +75,19 @@ def _policy(device: torch.device, shape: Phi2Config, dtype: torch.dtype, fused: 
     return model
 
 
-def _pairs(seed: int, vocabulary: int, count: int, longest: int) -> list[EncodedPair]:
+def _pairs(seed: int, vocabulary: int, count: int, longest: int) -> list[EncodedPreference]:
     """Prompts and answers of a quarter to all of the tokens allowed."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(max(1, longest // 4), longest + 1, size=(count, 3))
     tokens = [[rng.integers(vocabulary, size=length).astype(np.int32) for length in row] for row in lengths]
-    return [EncodedPair(prompt, chosen, rejected, Origin("random", 1), {}) for prompt, chosen, rejected in tokens]
+    return [
+        EncodedPreference(prompt, (chosen, rejected), PAIR, Origin("random", 1), {})
+        for prompt, chosen, rejected in tokens
+    ]
 
 
-def _ours(model: Phi2ForCausalLM, loss: BoundLoss, *pairs: EncodedPair) -> Outputs:
-    losses = loss(score_pairs(model, [pairs], adapters_off(model), nullcontext))
+def _ours(model: Phi2ForCausalLM, loss: BoundLoss, *pairs: EncodedPreference) -> Outputs:
+    losses = loss(score_answers(model, [pairs], adapters_off(model), nullcontext))
     return _with_gradient(model, losses)
 
 
@@ -94,7 +97,7 @@ def _with_gradient(model: nn.Module, losses: Tensor) -> Outputs:
     return {"losses": losses.detach(), "gradient": torch.cat([grad.flatten() for grad in grads])}
 
 
-def _by_definition(model: Phi2ForCausalLM, loss: BoundLoss, *pairs: EncodedPair) -> Outputs:
+def _by_definition(model: Phi2ForCausalLM, loss: BoundLoss, *pairs: EncodedPreference) -> Outputs:
     """Each sequence alone, from whole logits."""
 
     def margins() -> Tensor:
@@ -126,7 +129,7 @@ def _peft_model(ours: Phi2ForCausalLM) -> nn.Module:
     return adapted
 
 
-def _theirs(model: nn.Module, loss: BoundLoss, *pairs: EncodedPair) -> Outputs:
+def _theirs(model: nn.Module, loss: BoundLoss, *pairs: EncodedPreference) -> Outputs:
     """As trl: chosen and rejected answers in one padded batch, whole logits."""
     answers = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     device = next(model.parameters()).device

@@ -20,8 +20,9 @@ from benchmarks.cases import attention, block
 from benchmarks.harness.comparison import Comparison, Implementation, Inputs, Outputs, of_function
 from benchmarks.harness.gpu import gpu_case
 from phi2.config import Phi2Config
-from phi2.data.encode import EncodedPair, EncodedSequence
-from phi2.training.packing import row_of_pairs, row_of_sequences
+from phi2.data.encode import EncodedPreference, EncodedSequence
+from phi2.data.records import PAIR
+from phi2.training.packing import row_of_answers, row_of_sequences
 from phi2_kernels.attention import attention as attend
 from phi2_kernels.visibility import Visibility
 
@@ -75,10 +76,13 @@ class Layout:
 
     def __init__(self, pairs: list[Pair], device: torch.device) -> None:
         parts = [np.arange(a, b) for a, b in pairwise(np.cumsum([0, *chain(*pairs)]))]
-        encoded = [EncodedPair(*parts[i : i + 3], origin=None, columns={}) for i in range(0, len(parts), 3)]
+        encoded = [
+            EncodedPreference(parts[i], (parts[i + 1], parts[i + 2]), PAIR, origin=None, columns={})
+            for i in range(0, len(parts), 3)
+        ]
         sequences = [np.concatenate((p.prompt, answer)) for p in encoded for answer in (p.chosen, p.rejected)]
         whole = [EncodedSequence(ids, np.ones(len(ids), dtype=bool), origin=None) for ids in sequences]
-        self.shared, self.unshared = row_of_pairs(encoded).to(device), row_of_sequences(whole).to(device)
+        self.shared, self.unshared = row_of_answers(encoded).to(device), row_of_sequences(whole).to(device)
         first = np.unique(np.concatenate(sequences), return_index=True)[1]
         self.index, self.first = self.unshared.input_ids[0], torch.from_numpy(first).to(device)
         self.is_first = torch.zeros(len(self.index), dtype=torch.bool, device=device)

@@ -20,7 +20,7 @@ from benchmarks.harness.processes import Timer, compare
 from benchmarks.registry import Report, case, versions
 from phi2.checkpoints.peft_files import save_adapter
 from phi2.data.encode import EncodeConfig, encode_records
-from phi2.data.records import Chat, Pair
+from phi2.data.records import Chat, Preference
 from phi2.data.sources import load_records
 from phi2.lora import attach
 from phi2.lora_config import LoraConfig
@@ -94,12 +94,12 @@ def _prepare(job: Job) -> None:
     (job.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _conversation(record: Chat | Pair) -> dict[str, list[dict]]:
+def _conversation(record: Chat | Preference) -> dict[str, list[dict]]:
     """A record as a row that both libraries read the same way."""
     if isinstance(record, Chat):
         parts = {"prompt": record.messages[:-1], "completion": record.messages[-1:]}
     else:
-        parts = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+        parts = {"prompt": record.prompt, "chosen": record.answers[0], "rejected": record.answers[1]}
     return {name: [{"role": m.role, "content": m.content} for m in messages] for name, messages in parts.items()}
 
 

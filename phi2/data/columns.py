@@ -46,7 +46,7 @@ REFUSED_COLUMNS = {
     **APPROVAL,
     **MASKS,
 }
-LOSS_COLUMNS = ("label", "kto_tag", "weight")  # a number in a pair is kept for the loss, which may look at it
+LOSS_COLUMNS = ("label", "kto_tag", "weight")  # beside answers a number is kept for the loss, which may look at it
 
 CONTENT_KEYS = {"role": "who speaks", "content": "the words", "from": "who speaks", "value": "the words"}
 TRAIN_KEYS = {"weight": "0 keeps the turn out of the loss", "train": "false keeps the turn out of the loss"}
@@ -108,7 +108,7 @@ def check_unread(
 
     Args:
         unread: the columns that the format does not read.
-        kept: columns of a pair that its record keeps for losses and reports.
+        kept: columns that a record of answers keeps for losses and reports.
         prefix: stands before the names, where the row is part of another.
 
     Raises:

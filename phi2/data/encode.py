@@ -10,8 +10,8 @@ trained in several places, a token belongs to where its last character lies. `sp
 as generation meets them.
 
 Truncation. `keep_start` cuts the end off, as trl does since 1.0; a row without any target left is dropped. `keep_end`,
-for pairs, is trl's rule before that: when the prompt with the longer answer exceeds `max_length`, the prompt keeps its
-last `max_prompt_length` tokens; if that is still too long, both answers keep their first
+for preferences, is trl's rule before that: when the prompt with the longest answer exceeds `max_length`, the prompt
+keeps its last `max_prompt_length` tokens; if that is still too long, the answers keep their first
 `max_length - max_prompt_length`. `drop` leaves long rows out.
 """
 
@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from phi2.data.audit import Audit
 from phi2.data.config import Boundary, EncodeConfig
-from phi2.data.pieces import Piece, pair_texts, supervised_pieces
-from phi2.data.records import Origin, Pair, Record, RowError
+from phi2.data.pieces import Piece, preference_texts, supervised_pieces
+from phi2.data.records import Origin, Preference, Record, RowError
 from phi2.text.special_text import MarkedEncoding
 from phi2.tokenizer import Tokenizer
 
@@ -66,28 +66,40 @@ class EncodedSequence:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EncodedPair:
-    """One preference row; every token of the two answers is a target.
+class EncodedPreference:
+    """One preference row: a prompt and k >= 1 answers, every token of which is a target.
 
     Attributes:
         prompt: (prompt tokens,) int32 ids, at least one, up to and with the tokens that open the assistant's turn.
-        chosen: (chosen tokens,) int32 ids that follow the prompt.
-        rejected: (rejected tokens,) int32 ids that follow the prompt.
-        columns: the row's scores, weights and labels.
+        answers: of each, best first, (answer tokens,) int32 ids that follow the prompt.
+        scores: of each a number: 1 and 0 for chosen and rejected, 1 or 0 for one answer with a label.
+        columns: the row's other numbers and labels.
         flags: names in `audit.FLAGS`.
+        has_gold: the last answer, behind a chosen and a rejected one, is to be imitated and not compared.
     """
 
     prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
+    answers: tuple[np.ndarray, ...]
+    scores: tuple[float, ...]
     origin: Origin
     columns: dict[str, float | str]
     flags: frozenset[str] = frozenset()
+    has_gold: bool = False
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """The best answer."""
+        return self.answers[0]
+
+    @property
+    def rejected(self) -> np.ndarray:
+        """The second answer of a pair."""
+        return self.answers[1]
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of the two sequences."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        """Tokens of the longest sequence."""
+        return len(self.prompt) + max(map(len, self.answers))
 
     @property
     def tokens(self) -> int:
@@ -96,13 +108,13 @@ class EncodedPair:
 
     @property
     def target_tokens(self) -> int:
-        return len(self.chosen) + len(self.rejected)
+        return sum(map(len, self.answers))
 
 
-Encoded = EncodedSequence | EncodedPair
+Encoded = EncodedSequence | EncodedPreference
 
 
-Row = TypeVar("Row", EncodedSequence, EncodedPair)
+Row = TypeVar("Row", EncodedSequence, EncodedPreference)
 Encodings = Sequence[Encoding | MarkedEncoding]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -127,19 +139,19 @@ def encode_records(
 @overload
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: Literal["preference"]
-) -> tuple[list[EncodedPair], Audit]: ...
+) -> tuple[list[EncodedPreference], Audit]: ...
 @overload
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
-) -> tuple[list[EncodedSequence] | list[EncodedPair], Audit]: ...
+) -> tuple[list[EncodedSequence] | list[EncodedPreference], Audit]: ...
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, options: EncodeConfig, kind: str
-) -> tuple[list[EncodedSequence] | list[EncodedPair], Audit]:
+) -> tuple[list[EncodedSequence] | list[EncodedPreference], Audit]:
     """Encodes a data set; rows that cannot be used are dropped and counted.
 
     Args:
         records: all of one kind.
-        kind: "supervised" gives `EncodedSequence`s, "preference" gives `EncodedPair`s.
+        kind: "supervised" gives `EncodedSequence`s, "preference" gives `EncodedPreference`s.
 
     Raises:
         ValueError: for options that do not fit the kind, and when no row is left.
@@ -154,7 +166,7 @@ def encode_records(
         )
     if kind == "supervised":
         return _encode_records(records, tokenizer, options, _render_supervised)
-    return _encode_records(records, tokenizer, options, _render_pair)
+    return _encode_records(records, tokenizer, options, _render_preference)
 
 
 def _encode_records(
@@ -286,42 +298,56 @@ def _truncation_flags(tail: np.ndarray, tokenizer: Tokenizer) -> set[str]:
 # ---- preference rows ----
 
 
-def _render_pair(record: Record, tokenizer: Tokenizer, options: EncodeConfig) -> RenderedRecord[EncodedPair]:
-    (prompt, *answers), flags = pair_texts(record, tokenizer, options.append_eos, options.special_tokens_in_text)
-    assert isinstance(record, Pair)  # pair_texts refuses the others
+def _render_preference(
+    record: Record, tokenizer: Tokenizer, options: EncodeConfig
+) -> RenderedRecord[EncodedPreference]:
+    special = options.special_tokens_in_text
+    (prompt, *answers), flags = preference_texts(record, tokenizer, options.append_eos, special)
+    assert isinstance(record, Preference)  # preference_texts refuses the others
     if options.boundary == "joint":
         answers = [prompt + answer for answer in answers]
-    encode = partial(_encode_pair, record, flags, tokenizer, options)
+    encode = partial(_encode_preference, record, flags, tokenizer, options)
     return RenderedRecord(record.origin, [prompt, *answers], "special_text_kept" in flags, encode)
 
 
-def _encode_pair(
-    record: Pair, flags: set[str], tokenizer: Tokenizer, options: EncodeConfig, encodings: Encodings
-) -> EncodedPair:
-    prompt, chosen, rejected = map(_array, encodings)
+def _encode_preference(
+    record: Preference, flags: set[str], tokenizer: Tokenizer, options: EncodeConfig, encodings: Encodings
+) -> EncodedPreference:
+    prompt, *answers = map(_array, encodings)
     if options.boundary == "joint":
-        start = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+        start = min(_common_prefix(prompt, answer) for answer in answers)
         flags = flags | ({"boundary_merged"} if start < len(prompt) else set())
-        prompt, chosen, rejected = prompt[:start], chosen[start:], rejected[start:]
+        prompt, answers = prompt[:start], [answer[start:] for answer in answers]
     if not len(prompt):
         raise RowError(record.origin, "no-prompt", "no token of the prompt stands before the answers")
-    if np.array_equal(chosen, rejected):
-        raise RowError(record.origin, "same-answers", "chosen and rejected are the same tokens")
-    longest, limit = max(len(chosen), len(rejected)), options.max_length
+    compared = len(answers) - record.has_gold  # a gold answer may be one of the others
+    if _any_equal(answers[:compared]):
+        raise RowError(record.origin, "same-answers", f"{_told(compared)} are the same tokens")
+    longest, limit = max(map(len, answers)), options.max_length
     if limit is not None and len(prompt) + longest > limit:
         prompt, room = _truncated(prompt, longest, limit, record.origin, options)
-        flags = flags.union(*(_truncation_flags(answer[room:], tokenizer) for answer in (chosen, rejected)))
-        chosen, rejected = chosen[:room], rejected[:room]
-        if np.array_equal(chosen, rejected):
-            reason = f"chosen and rejected differ only after {limit} tokens"
+        flags = flags.union(*(_truncation_flags(answer[room:], tokenizer) for answer in answers))
+        answers = [answer[:room] for answer in answers]
+        if _any_equal(answers[:compared]):
+            reason = f"{_told(compared)} differ only after {limit} tokens"
             raise RowError(record.origin, "same-answers-cut", reason)
-    return EncodedPair(prompt, chosen, rejected, record.origin, record.columns, frozenset(flags))
+    return EncodedPreference(
+        prompt, tuple(answers), record.scores, record.origin, record.columns, frozenset(flags), record.has_gold
+    )
+
+
+def _any_equal(answers: Sequence[np.ndarray]) -> bool:
+    return len({answer.tobytes() for answer in answers}) < len(answers)
+
+
+def _told(answers: int) -> str:
+    return "chosen and rejected" if answers == 2 else "two of the answers"
 
 
 def _truncated(
     prompt: np.ndarray, longest: int, limit: int, origin: Origin, options: EncodeConfig
 ) -> tuple[np.ndarray, int]:
-    """What stays of a prompt, and how many tokens of each answer; the longer answer has `longest`."""
+    """What stays of a prompt, and how many tokens of each answer; the longest answer has `longest`."""
     if options.truncation_mode == "drop":
         raise RowError(origin, "too-long", f"{len(prompt) + longest} tokens exceed max_length {limit}")
     if options.truncation_mode == "keep_start":

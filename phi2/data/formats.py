@@ -12,7 +12,7 @@ that there is an answer to learn from, and that the assistant gives it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -28,7 +28,7 @@ from phi2.data.records import (
     Message,
     Messages,
     Origin,
-    Pair,
+    Preference,
     Prompt,
     Record,
     Row,
@@ -59,7 +59,7 @@ class Format(NamedTuple):
     conversational: bool | None = True
 
 
-_supervised, _preference, _unpaired = (partial(Format, kind) for kind in KINDS)
+_supervised, _preference = (partial(Format, kind) for kind in KINDS)
 # what was asked, in the order in which it is put together; the first is what the question is about
 _PROMPT, _OPTIONAL = ("context", "instruction", "input"), ("context", "history")
 _OPTIONAL_INPUT = ("input", *_OPTIONAL)
@@ -68,7 +68,11 @@ _alpaca_pair = partial(_pair, prompt=_PROMPT)
 _math_pair = partial(_alpaca_pair, answers=("chosen_response", "rejected_response"))
 _alpaca_kto = partial(readers.read_instruction_label, prompt=_PROMPT, answer="output", label="kto_tag")
 _messages_pair, _messages_label = readers.read_messages_pair, readers.read_messages_label
+_scored, _rated = readers.read_scored_answers, readers.read_rated_answers
 FORMATS = {
+    "gold-pair": _preference(
+        ("prompt", "chosen", "rejected", "reference"), readers.read_gold_pair, conversational=None
+    ),
     "prompt-pair": _preference(("prompt", "chosen", "rejected"), readers.read_prompt_pair, conversational=None),
     "sharegpt-pair": _preference(
         ("conversations", "chosen", "rejected"), partial(_messages_pair, column="conversations")
@@ -82,15 +86,22 @@ FORMATS = {
     "openai-pair": _preference(("input", "preferred_output", "non_preferred_output"), readers.read_openai_pair),
     "messages-pair": _preference(("messages", "chosen", "rejected"), partial(_messages_pair, column="messages")),
     "bare-pair": _preference(("chosen", "rejected"), readers.read_bare_pair),
-    "messages-label": _unpaired(("messages", "label"), partial(_messages_label, column="messages", label="label")),
-    "messages-kto": _unpaired(("messages", "kto_tag"), partial(_messages_label, column="messages", label="kto_tag")),
-    "sharegpt-kto": _unpaired(
+    "messages-label": _preference(("messages", "label"), partial(_messages_label, column="messages", label="label")),
+    "messages-kto": _preference(("messages", "kto_tag"), partial(_messages_label, column="messages", label="kto_tag")),
+    "sharegpt-kto": _preference(
         ("conversations", "kto_tag"), partial(_messages_label, column="conversations", label="kto_tag")
     ),
-    "alpaca-kto": _unpaired(("instruction", "output", "kto_tag"), _alpaca_kto, _OPTIONAL_INPUT),
-    "prompt-completion-label": _unpaired(
+    "alpaca-kto": _preference(("instruction", "output", "kto_tag"), _alpaca_kto, _OPTIONAL_INPUT),
+    "prompt-completion-label": _preference(
         ("prompt", "completion", "label"), readers.read_prompt_completion_label, conversational=None
     ),
+    "scored-answers": _preference(
+        ("prompt", "completions", "scores"), partial(_scored, scores="scores"), conversational=None
+    ),
+    "ranked-answers": _preference(
+        ("prompt", "completions", "ranks"), partial(_scored, scores="ranks", sign=-1), conversational=None
+    ),
+    "rated-answers": _preference(("instruction", "completions"), partial(_rated, prompt=_PROMPT), _OPTIONAL_INPUT),
     "messages": _supervised(("messages",), partial(readers.read_chat, column="messages")),
     "conversations": _supervised(("conversations",), partial(readers.read_chat, column="conversations")),
     "prompt-completion": _supervised(("prompt", "completion"), readers.read_prompt_completion, conversational=None),
@@ -107,8 +118,9 @@ FORMATS = {
 }
 CHAT_COLUMNS = (*SYSTEM, *VARIABLES)
 _CHAT = frozenset(CHAT_COLUMNS)
-# what the pair itself is made of; every other column of a row is about the pair
-_PAIR_TEXTS = {name for f in FORMATS.values() if f.kind == "preference" for name in f.required} | set(CHAT_COLUMNS)
+# what answers are made of in some format; every other column of a row is about them, and so is a judgement
+_JUDGEMENTS = {"label", "kto_tag", "scores", "ranks"}
+_TEXTS = {name for f in FORMATS.values() if f.kind == "preference" for name in f.required} - _JUDGEMENTS
 
 
 def columns_read(name: str, conversational: bool) -> frozenset[str]:
@@ -176,10 +188,11 @@ def parse_row(
     record = FORMATS[name].parse(row, ctx)
     if is_conversational(record) and not _CHAT.isdisjoint(present):
         record = with_chat_columns(record, row, ctx)
-    if isinstance(record, Pair):
-        record.columns.update(_kept_columns(row))
-    kept = record.columns if isinstance(record, Pair) else {}
-    check_unread(row, present - _READ[name, is_conversational(record)], kept, ctx)
+    read, kept = _READ[name, is_conversational(record)], {}
+    if isinstance(record, Preference):
+        record.columns.update(_kept_columns(row, _TEXTS.union(CHAT_COLUMNS, read)))
+        kept = record.columns
+    check_unread(row, present - read, kept, ctx)
     return record
 
 
@@ -208,11 +221,11 @@ def _unknown_format(row: Row, kind: str | None) -> str:
     return f"columns {seen}{hint} fit no {kind or 'known'} format; known are {known}"
 
 
-def _kept_columns(row: Row) -> dict[str, float | str]:
-    """What a pair keeps for losses and reports: its numbers and its short texts."""
+def _kept_columns(row: Row, texts: Collection[str]) -> dict[str, float | str]:
+    """What is kept for losses and reports: numbers and short texts, but of what answers are made."""
     kept: dict[str, float | str] = {}
     for name, value in row.items():
-        if name in _PAIR_TEXTS:
+        if name in texts:
             continue
         if isinstance(value, str) and len(value) <= MAX_LABEL_CHARS:
             kept[name] = value
@@ -257,7 +270,7 @@ def document() -> str:
                 "Written by `python -m phi2.data.formats > docs/formats.md` out of the tables that read the rows.",
                 "A row has the first of these formats, of the kind that is needed, whose columns it has. Null counts"
                 " as absent. A column or a key of a message that stands in none of the tables is counted in the audit;"
-                f" of a pair, numbers and texts of up to {MAX_LABEL_CHARS} characters are kept for losses and reports.",
+                f" of answers, numbers and texts of up to {MAX_LABEL_CHARS} characters are kept for losses, reports.",
                 _table(("format", "kind", "columns it needs", "columns it also reads"), map(_format_line, FORMATS)),
                 "## Columns of conversations",
                 "Read beside messages, in whichever format. openai-pair reads its messages and these in `input` too.",

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 
 from phi2.data.audit import Audit
-from phi2.data.encode import EncodeConfig, Encoded, EncodedSequence, encode_records
-from phi2.data.records import Record
+from phi2.data.encode import EncodeConfig, Encoded, EncodedPreference, EncodedSequence, encode_records
+from phi2.data.records import PAIR, Record
 from phi2.data.sources import Loaded, NoUsableRow, load_records, require_ignored
 from phi2.hub import resolve
 from phi2.text.template_choice import require_template_choice
@@ -122,11 +122,17 @@ def _row(row: Encoded, tokenizer: Tokenizer, ids: bool, color: bool) -> str:
     if isinstance(row, EncodedSequence):
         return "\n".join([header, _tokens(row.ids, row.mask, tokenizer, ids, color)])
     lines = [header]
-    for name in ("prompt", "chosen", "rejected"):
-        part = getattr(row, name)
+    for name, part in zip(("prompt", *_names(row)), (row.prompt, *row.answers), strict=True):
         body = _tokens(part, np.full(len(part), name != "prompt"), tokenizer, ids, color)
         lines += [_styled(f"{name} ({len(part)})", BOLD, color), body]
     return "\n".join(lines)
+
+
+def _names(row: EncodedPreference) -> list[str]:
+    """What its answers are called."""
+    if row.scores[:2] == PAIR and len(row.answers) == 2 + row.has_gold:
+        return ["chosen", "rejected", "gold"][: len(row.answers)]
+    return [f"answer of score {score:g}" for score in row.scores]
 
 
 def _tokens(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, show_ids: bool, color: bool) -> str:

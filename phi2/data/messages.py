@@ -87,7 +87,7 @@ def _part(part: Any, name: str, ctx: RowContext) -> str:
         )
     for key, value in part.items():
         if key not in ("type", "text") and is_set(value):
-            _count_unread(key, f"{name}.content", ctx)
+            count_unread(key, f"{name}.content", ctx)
     return read_text(part.get("text"), f"the content of a turn of {name}", ctx)
 
 
@@ -106,11 +106,12 @@ def _other_keys(
         elif key in TEMPLATE_KEYS:
             extra[key] = _tool_calls(item, ctx) if key == "tool_calls" else require_plain(item, key, ctx)
         else:
-            _count_unread(key, name, ctx)
+            count_unread(key, name, ctx)
     return train, extra or None
 
 
-def _count_unread(key: str, where: str, ctx: RowContext) -> None:
+def count_unread(key: str, where: str, ctx: RowContext) -> None:
+    """Refuses a key that matters, and counts any other; `where` it stands is told."""
     if key in REFUSED_KEYS and key not in ctx.ignore:
         raise ctx.unread_error(key, REFUSED_KEYS[key], f"in {where}")
     ctx.column_status[f"{where}.{key}"] = IGNORED if key in ctx.ignore else NOT_READ

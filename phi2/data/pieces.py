@@ -23,12 +23,24 @@ from typing import Any, NamedTuple, TypeVar
 
 from phi2.data.columns import NAME_KEYS
 from phi2.data.config import SpecialTokens, TrainOn
-from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Prompt, Record, RowError, is_conversational
+from phi2.data.records import (
+    Chat,
+    Conversational,
+    Message,
+    Messages,
+    Origin,
+    Plain,
+    Preference,
+    Prompt,
+    Record,
+    RowError,
+    is_conversational,
+)
 from phi2.tokenizer import Tokenizer
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag by which a template marks the assistant's words
-TEXTS = ("messages", "prompt", "completion", "chosen", "rejected", "variables")  # the fields of records that hold text
-Written = TypeVar("Written", Chat, Plain, Pair[str], Pair[Messages])  # the records that become token ids
+TEXTS = ("messages", "prompt", "completion", "answers", "variables")  # the fields of records that hold text
+Written = TypeVar("Written", Chat, Plain, Preference[str], Preference[Messages])  # the records that become token ids
 
 
 class Piece(NamedTuple):
@@ -71,31 +83,32 @@ def supervised_pieces(
     return _merged([*pieces, Piece(end, last_is_learnt)]), flags | {flag}
 
 
-def pair_texts(
+def preference_texts(
     record: Record, tokenizer: Tokenizer, append_eos: bool, special_tokens: SpecialTokens = "token"
 ) -> tuple[list[str], set[str]]:
-    """The prompt, the chosen and the rejected answer as text.
+    """The prompt and each of its answers as text.
 
     Args:
         append_eos: whether to end an answer with an end token where it has none.
         special_tokens: see `EncodeConfig.special_tokens_in_text`.
     Returns:
-        The three texts, and names in `audit.FLAGS`. With "special_text_kept" the texts are marked, as by
+        The texts, and names in `audit.FLAGS`. With "special_text_kept" the texts are marked, as by
         `SpecialText.mark`.
     Raises:
         RowError: when the row cannot be written out.
     """
-    if not isinstance(record, Pair):
-        raise RowError(record.origin, "wrong-kind", f"a preference row must be a Pair, got {type(record).__name__}")
+    if not isinstance(record, Preference):
+        reason = f"a preference row must be a Preference, got {type(record).__name__}"
+        raise RowError(record.origin, "wrong-kind", reason)
     if is_conversational(record):
         record, flags = _with_special_text(record, tokenizer, special_tokens)
-        parts = record.prompt, record.chosen, record.rejected
+        parts = record.prompt, *record.answers
         flags |= require_template_reads(record, chain(*parts), tokenizer)
-        texts = _rendered_pair(record, tokenizer)
+        texts = _rendered_answers(record, tokenizer)
         flags = flags.union(*(_content_flags(part, text) for part, text in zip(parts, texts, strict=True)))
     else:
         record, flags = _with_special_text(record, tokenizer, special_tokens)
-        texts = [record.prompt, record.chosen, record.rejected]
+        texts = [record.prompt, *record.answers]
     ends, names = zip(*(_end_token(text, tokenizer, append_eos) for text in texts[1:]), strict=True)
     return [texts[0], *(text + end for text, end in zip(texts[1:], ends, strict=True))], flags.union(names)
 
@@ -120,11 +133,11 @@ def _with_special_text(
     return record, set() if tokenizer.special_text.find(inside) is None else {"special_text_in_content"}
 
 
-def _texts(record: Chat | Plain | Pair[str] | Pair[Messages]) -> list[Any]:
+def _texts(record: Record) -> list[Any]:
     """All text of a record that reaches the model; raw texts as they are read, each answer behind its prompt."""
     if is_conversational(record):
         return [getattr(record, field, None) for field in TEXTS]
-    answers = [record.completion] if isinstance(record, Plain) else [record.chosen, record.rejected]
+    answers = (record.completion,) if isinstance(record, Plain) else record.answers
     return [record.prompt + answer for answer in answers]
 
 
@@ -149,18 +162,20 @@ def _marked(record: Written, token: str, tokenizer: Tokenizer) -> Written:
 
 
 def _mark(value: Any, tokenizer: Tokenizer) -> Any:
+    if isinstance(value, Message):
+        return Message(*tokenizer.special_text.mark(value))
     if isinstance(value, tuple):
-        return tuple(Message(*tokenizer.special_text.mark(turn)) for turn in value)
+        return tuple(_mark(part, tokenizer) for part in value)
     return tokenizer.special_text.mark(value)
 
 
-def _rendered(record: Chat | Plain | Pair[str] | Pair[Messages], tokenizer: Tokenizer) -> Iterator[str]:
+def _rendered(record: Record, tokenizer: Tokenizer) -> Iterator[str]:
     """Each conversation that a record holds, whole."""
     if isinstance(record, Chat):
         yield _render(record.messages, tokenizer, record)
     elif is_conversational(record):
-        yield _render(record.prompt + record.chosen, tokenizer, record)
-        yield _render(record.prompt + record.rejected, tokenizer, record)
+        for answer in record.answers:
+            yield _render(record.prompt + answer, tokenizer, record)
 
 
 # ---- how a text ends ----
@@ -198,7 +213,7 @@ def _without_end_token(text: str, tokenizer: Tokenizer) -> str:
 
 
 def require_template_reads(
-    record: Chat | Pair[Messages] | Prompt[Messages], messages: Iterable[Message], tokenizer: Tokenizer
+    record: Conversational | Prompt[Messages], messages: Iterable[Message], tokenizer: Tokenizer
 ) -> set[str]:
     """Refuses what the chat template does not read and should; names and ids of calls are counted by a flag."""
     keys = {key for message in messages if message.extra for key in message.extra if key != "content"}
@@ -259,8 +274,8 @@ def _generation_spans(record: Chat, turns: Sequence[int], tokenizer: Tokenizer) 
     return whole, [(a, b) for a, b in spans if any(start <= a and b <= end for start, end in ranges)]
 
 
-def _rendered_pair(record: Pair[Messages], tokenizer: Tokenizer) -> list[str]:
-    """The rendered prompt, and what each of the two answers adds to it."""
+def _rendered_answers(record: Preference[Messages], tokenizer: Tokenizer) -> list[str]:
+    """The rendered prompt, and what each answer adds to it."""
     prompt = _render(record.prompt, tokenizer, record, add_generation_prompt=True)
     wholes = list(_rendered(record, tokenizer))
     return [prompt, *(whole[_prefix_length(prompt, whole, record.origin) :] for whole in wholes)]
@@ -274,7 +289,7 @@ def _prefix_length(text: str, whole: str, origin: Origin) -> int:
 
 
 def _render(
-    messages: Messages, tokenizer: Tokenizer, record: Chat | Pair[Messages], add_generation_prompt: bool = False
+    messages: Messages, tokenizer: Tokenizer, record: Conversational, add_generation_prompt: bool = False
 ) -> str:
     if tokenizer.chat_template is not None:
         try:

@@ -1,8 +1,7 @@
-"""The canonical rows: whatever columns a data set uses, a row becomes one of four shapes.
+"""The canonical rows: whatever columns a data set uses, a row becomes one of three shapes.
 
-`Chat` is a conversation, `Plain` is text after an optional prompt, `Pair` is a chosen and a rejected answer to one
-prompt, `Unpaired` is one answer with a thumb up or down. `formats.py` makes them of rows. A `Prompt` has no answer yet
-(`prompts.py`).
+`Chat` is a conversation, `Plain` is text after an optional prompt, `Preference` is a prompt with answers that were
+compared or judged. `formats.py` makes them of rows. A `Prompt` has no answer yet (`prompts.py`).
 
 A row that cannot be trained on is refused with a `RowError`. Its `rule` is a short slug, so that a loader can drop the
 row and count it: one bad row in a million is a line of the audit, not the end of the run.
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-KINDS = ("supervised", "preference", "unpaired")
+KINDS = ("supervised", "preference")
+PAIR = (1.0, 0.0)  # the scores of a chosen and a rejected answer
 
 
 class Message(NamedTuple):
@@ -78,30 +78,22 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair(Generic[Text]):
-    """Two answers to one prompt, all three texts or all three messages. The answers hold only what follows the prompt.
+class Preference(Generic[Text]):
+    """Answers to one prompt, best first, all of them texts or all messages. They hold only what follows the prompt.
 
-    `columns` has the row's other numbers as floats (scores, ratings, weights, margins) and its short strings (such as
-    `source_dataset`), for losses and reports. `variables` goes to the chat template beside messages.
+    `scores` has a number for each answer: `PAIR` for a chosen and a rejected one, 1 or 0 for a single answer with a
+    thumb up or down, else what the data set gives. With `has_gold` a third answer stands behind a pair, to be imitated
+    and not compared. `columns` has the row's other numbers as floats (ratings, weights, margins) and its short strings
+    (such as `source_dataset`), for losses and reports. `variables` goes to the chat template beside messages.
     """
 
     prompt: Text
-    chosen: Text
-    rejected: Text
+    answers: tuple[Text, ...]
+    scores: tuple[float, ...]
     origin: Origin
     columns: dict[str, float | str]
     variables: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unpaired(Generic[Text]):
-    """One answer and whether it is a good one: prompt and completion are both texts or both messages."""
-
-    prompt: Text
-    completion: Text
-    label: bool
-    origin: Origin
-    variables: dict[str, Any] | None = None
+    has_gold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +105,8 @@ class Prompt(Generic[Text]):
     variables: dict[str, Any] | None = None
 
 
-Conversational = Chat | Pair[Messages] | Unpaired[Messages]
-Record = Conversational | Plain | Pair[str] | Unpaired[str]
+Conversational = Chat | Preference[Messages]
+Record = Conversational | Plain | Preference[str]
 Row = Mapping[str, Any]
 
 

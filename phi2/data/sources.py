@@ -91,7 +91,6 @@ TOYS = {  # name -> (what phi2.data.toy calls it, the kind of its records)
 }
 TOKEN_COLUMNS = {  # kind -> sums of columns, each of which `max_tokens` bounds
     "supervised": (("phi_token_count",),),
-    "unpaired": (("phi_token_count",),),
     "preference": (("prompt_length", "chosen_length"), ("prompt_length", "rejected_length")),
 }
 
@@ -120,7 +119,7 @@ def load_records(data: str | DataSpec | Iterable[Any], kind: str, ignore_columns
     Args:
         data: sources separated by commas; or a list whose elements are sources, `DataSpec`s or dicts of a DataSpec's
             fields; or any iterable of rows (dicts), such as a `datasets.Dataset`, which may also stand in the list.
-        kind: what the records are for: "supervised" (gives Chat and Plain), "preference" (Pair), "unpaired".
+        kind: what the records are for: "supervised" (gives Chat and Plain), or "preference" (Preference).
         ignore_columns: columns, and keys of messages, that are left out. Whether there were any is for the caller to
             ask (`require_ignored`), who may have several parts that need not all have them.
 

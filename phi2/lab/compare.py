@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.files import read_yaml, write_whole
 from phi2.keywords import config_of, explained
 from phi2.lab.compare_config import CompareConfig
@@ -165,7 +165,7 @@ class Bench:
         return self.references[key]
 
     @cached_property
-    def pairs(self) -> list[EncodedPair]:
+    def pairs(self) -> list[EncodedPreference]:
         """Those that a run with a reference will see, in the order of the data, and the held-out ones."""
         train, held_out, _ = self.session.rows
         seen: set[int] = set()

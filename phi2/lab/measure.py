@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phi2.checkpoints.peft_files import load_adapter
 from phi2.checkpoints.weights import load_model, pick_device
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.evaluation.toy import evaluate
 from phi2.files import read_json_lines, write_whole
 from phi2.hub import resolve
@@ -30,11 +30,11 @@ from phi2.lora import disabled
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
-from phi2.training.packing import TokenRow, row_of_pairs
-from phi2.training.pairs import score_pairs
+from phi2.training.packing import TokenRow, row_of_answers
 from phi2.training.precision import autocast
 from phi2.training.reference import reference_kind
 from phi2.training.reference_cache import Reference
+from phi2.training.scoring import score_answers
 from phi2.training.session import Session
 
 FILE = "measures.jsonl"  # in the folder of a run, a line for each of its evaluations
@@ -55,7 +55,7 @@ class Measure:
 
     def __init__(
         self,
-        session: Session[EncodedPair],
+        session: Session[EncodedPreference],
         config: DPOConfig,
         reference: Reference,
         start: Phi2ForCausalLM | None,
@@ -102,9 +102,9 @@ class Measure:
 
         Source: Amini, Vieira and Cotterell 2025, arXiv:2504.10637, the Rao-Blackwellized estimator.
         """
-        none = np.empty(0, dtype=np.int32)
-        pairs = [EncodedPair(x, y, none, self.pairs[0].origin, {}) for x, y in zip(prompts, answers, strict=True)]
-        row, choices = row_of_pairs(pairs).to(model.device), choices_of(model, self.session.tokenizer)
+        origin = self.pairs[0].origin
+        rows = [EncodedPreference(x, (y,), (1.0,), origin, {}) for x, y in zip(prompts, answers, strict=True)]
+        row, choices = row_of_answers(rows).to(model.device), choices_of(model, self.session.tokenizer)
         with autocast(self.config):
             policy = log_probs(model, row, choices)
             with self.at_start(model) as start:
@@ -128,7 +128,7 @@ class Measure:
             return {}
         size = self.config.per_device_train_batch_size
         batches = [self.scored[i : i + size] for i in range(0, len(self.scored), size)]
-        pairs = score_pairs(model, batches, self.reference, partial(autocast, self.config))
+        pairs = score_answers(model, batches, self.reference, partial(autocast, self.config)).pairs
         of_chosen, of_rejected = pairs.chosen_logratio, pairs.rejected_logratio  # (pairs,)
         return {
             "accuracy": (of_chosen > of_rejected).float().mean().item(),

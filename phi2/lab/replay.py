@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from phi2.lab.statistics import spearman
-from phi2.lab.trajectory import batches_of, pairs_of_arrays, require_known
+from phi2.lab.trajectory import answers_of_arrays, batches_of, require_known
 from phi2.lab.variants import name_of
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.parts import LossSpec
 from phi2.losses.slopes import slopes_of
 from phi2.runs.ledger import FOLDER, Evaluation, Ledger
-from phi2.training.metrics import means, pair_metrics
+from phi2.training.metrics import means, metrics_of
 
 
 @dataclass(frozen=True)
@@ -115,89 +117,79 @@ def replay(
         raise ValueError(f"evaluation is one of a run, and logps are arrays: leave it unset, got {evaluation!r}")
     if loss is None:
         raise ValueError("name a loss: only a run has one of its own")
-    bound = bind_loss(loss, knobs, loss_file)
-    pairs = logps if isinstance(logps, PairBatch) else pairs_of_arrays(logps)
-    require_reference(bound, pairs, "give ref_chosen_logps and ref_rejected_logps")
-    if not isinstance(logps, PairBatch):
-        require_known(bound, pairs, logps)
-    return replay_batches(bound, [pairs], _written(loss, knobs), nll_weight)
+    bound, answers = bind_loss(loss, knobs, loss_file), answers_of_arrays(logps)
+    require_given(bound, answers, "give ref_chosen_logps and ref_rejected_logps")
+    require_known(bound, answers, logps)
+    return replay_batches(bound, [answers], _written(loss, knobs), nll_weight)
 
 
 def replay_own(found: Evaluation) -> Replay:
     """The loss of the run itself, at the state that it had: what the run logged."""
-    loss, told = found.about["loss"], found.about["knobs"]
-    bound = own_loss(found)
-    return replay_evaluation(found, bound, _written(loss, told), found.about["nll_weight"])
+    written = _written(found.about["loss"], found.about["knobs"])
+    return replay_evaluation(found, own_loss(found), written, found.about["nll_weight"])
 
 
 def own_loss(found: Evaluation) -> BoundLoss:
     """The loss of the run that wrote an evaluation; one of a file of its own stands in the run folder."""
-    file = found.path.parent.parent / "loss.py" if found.path.parent.name == FOLDER else None
-    is_there = file is not None and file.is_file()
+    file = found.path.parent.parent / "loss.py"
+    is_there = found.path.parent.name == FOLDER and file.is_file()
     return bind_loss(found.about["loss"], found.about["knobs"], file if is_there else None)
 
 
 def replay_evaluation(found: Evaluation, loss: BoundLoss, written: str, nll_weight: float = 0.0) -> Replay:
-    """A loss on what an evaluation kept."""
+    """A loss on what an evaluation kept; one that keeps a state has it as in a run that begins, or if it is the run's
+    own, as the run had it."""
     batches = batches_of(found, whole=loss.scope == "window")
-    require_reference(loss, batches[0], f"{found.path} is of a run without one")
-    state = found.about["state"] if loss.state and is_own(loss, found) else loss.state
+    require_given(loss, batches[0], f"{found.path} is of a run without one")
+    state = found.about["state"] if loss.state and _is_own(loss, found) else loss.state
     return replace(replay_batches(loss, batches, written, nll_weight, state), evaluation=found)
 
 
-def is_own(loss: BoundLoss, found: Evaluation) -> bool:
+def _is_own(loss: BoundLoss, found: Evaluation) -> bool:
     """Whether it is the loss of the run, knobs and all."""
-    try:
-        own = own_loss(found)
-    except ValueError:  # of a file that is not here
-        return False
-    return (loss.name, loss.knobs, loss.source, _knobs_of_parts(loss)) == (
-        *(own.name, own.knobs, own.source),
-        _knobs_of_parts(own),
-    )
+    known = found.about["loss"]
+    parts = known if isinstance(known, list) else [{"loss": known, "weight": 1.0, "args": found.about["knobs"]}]
+    own = [(part["loss"], part["weight"], part["args"]) for part in parts]
+    return own == [(each.name, weight, each.knobs) for weight, each in loss.parts or [(1.0, loss)]]
 
 
-def _knobs_of_parts(loss: BoundLoss) -> list[dict[str, Any]]:
-    return [part.knobs for _, part in loss.parts]
-
-
-def require_reference(loss: BoundLoss, pairs: PairBatch, remedy: str) -> None:
-    if pairs.ref_chosen_logps is None and not loss.reference_free:
+def require_given(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
+    """Refuses a loss that reads what is not kept: a reference, or answers beside the pairs."""
+    if loss.needs:
+        raise ValueError(f"loss {loss.name!r} needs {' and '.join(loss.needs)} answers beside the pairs: not replayed")
+    if answers.ref_logps is None and not loss.reference_free:
         raise ValueError(f"loss {loss.name!r} needs log-probs of a reference: {remedy}")
 
 
 def replay_batches(
     loss: BoundLoss,
-    batches: list[PairBatch],
+    batches: list[AnswerBatch],
     written: str,
     nll_weight: float = 0.0,
-    state: dict[str, float] | None = None,
+    state: Mapping[str, float] | None = None,
 ) -> Replay:
     """A loss on pairs.
 
     Args:
-        batches: the pairs; all in one for a loss of scope "window".
+        batches: of pairs; all in one for a loss of scope "window".
         state: of the loss; None as it begins with.
     """
-    per_pair = sum(len(b.chosen_mask) for b in batches) / sum(int(b.chosen_mask.sum()) for b in batches)
+    per_pair = sum(batch.count for batch in batches) / sum(sum(batch.lengths[::2]) for batch in batches)
 
-    def losses_of(pairs: PairBatch) -> torch.Tensor:
-        values, _ = loss.step(pairs, loss.state if state is None else state)
-        return values - nll_weight * per_pair * pairs.policy_chosen if nll_weight else values
+    def losses_of(answers: AnswerBatch) -> Tensor:
+        values, _ = loss.step(answers, loss.state if state is None else state)
+        return values - nll_weight * per_pair * answers.chosen if nll_weight else values
 
-    seen = [_without_reference(pairs) if loss.reference_free else pairs for pairs in batches]
-    slopes = [slopes_of(losses_of, pairs) for pairs in seen]
-    found = [pair_metrics(pairs, each.values, loss.reward_scale) for pairs, each in zip(seen, slopes, strict=True)]
-    values, d_w, d_l = (torch.cat(parts).numpy(force=True) for parts in zip(*slopes, strict=True))
-    margin = torch.cat([_margin(pairs) for pairs in batches]).numpy(force=True)
-    return Replay(written, values, d_w, d_l, margin, means(found))
-
-
-def _without_reference(pairs: PairBatch) -> PairBatch:
-    return replace(pairs, ref_chosen_logps=None, ref_rejected_logps=None)
+    seen = [replace(batch, ref_logps=None) if loss.reference_free else batch for batch in batches]
+    slopes = [slopes_of(losses_of, batch) for batch in seen]
+    metrics = means([metrics_of(batch, each.values, loss) for batch, each in zip(seen, slopes, strict=True)])
+    columns = ([each.values, each.d_w, each.d_l, _margin(batch)] for batch, each in zip(batches, slopes, strict=True))
+    values, d_w, d_l, margin = (torch.cat(parts).numpy() for parts in zip(*columns, strict=True))
+    return Replay(written, values, d_w, d_l, margin, metrics)
 
 
-def _margin(pairs: PairBatch) -> torch.Tensor:
+def _margin(answers: AnswerBatch) -> Tensor:
+    pairs = answers.pairs
     return pairs.policy_chosen - pairs.policy_rejected if pairs.ref_chosen_logps is None else pairs.margin
 
 

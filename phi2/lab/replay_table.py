@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +84,24 @@ def _title(replay: Replay) -> str:
 
 
 def _row(replay: Replay) -> list[str]:
-    numbers = (replay.metrics["loss"], replay.metrics["rewards/accuracies"], replay.d_w.mean(), replay.d_l.mean())
-    shares = (f"{share:.1%}" if share == share else "-" for share in (replay.share(0.01), replay.share(0.1)))
-    effective = "-" if math.isnan(replay.effective) else f"{replay.effective:.1f}"
-    return [replay.loss, *(number(float(value)) for value in numbers), *shares, effective]
+    accuracy = replay.metrics.get("rewards/accuracies", math.nan)
+    numbers = (replay.metrics["loss"], accuracy, float(replay.d_w.mean()), float(replay.d_l.mean()))
+    shares = (replay.share(0.01), replay.share(0.1))
+    return [
+        replay.loss,
+        *(_or_dash(value, number) for value in numbers),
+        *(_or_dash(share, "{:.1%}".format) for share in shares),
+        _or_dash(replay.effective, "{:.1f}".format),
+    ]
+
+
+def _or_dash(value: float, shown: Callable[[float], str]) -> str:
+    return "-" if math.isnan(value) else shown(value)
 
 
 def _against(first: Replay, other: Replay) -> list[str]:
     found = disagreement(first, other)
-    ranks = "-" if math.isnan(found.ranks) else f"{found.ranks:.3f}"
-    return [other.loss, ranks, f"{int(found.opposite.sum())} of {len(found.opposite)}"]
+    return [other.loss, _or_dash(found.ranks, "{:.3f}".format), f"{int(found.opposite.sum())} of {len(found.opposite)}"]
 
 
 def heaviest_of(replay: Replay, count: int = HEAVIEST) -> str:

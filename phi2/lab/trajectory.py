@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -11,47 +11,56 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.batch import AnswerBatch, Columns, PairBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import nearest
 from phi2.runs.ledger import COLUMN, SIDES, Evaluation
 
-LENGTHS = tuple(f"{side}_length" for side in SIDES)
-ARRAYS = (*(field.name for field in fields(PairBatch) if field.name != "score"), *LENGTHS)
+PARTS = tuple(f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES)
+MASKS, LENGTHS = (tuple(f"{side}_{what}" for side in SIDES) for what in ("mask", "length"))
+ARRAYS = (*PARTS, *MASKS, *LENGTHS, "columns")
 CLOSE = 1e-4  # by how much of the largest value the rounding of a sum may move a loss
+
+Tokens = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each pair (T,) log-probs without padding
+
+
+def answers_of(tokens: Tokens, columns: Columns) -> AnswerBatch:
+    """Pairs as a loss takes them, padded as a run pads them."""
+    policy, ref = ([*_interleaved(tokens, model)] for model in ("policy", "ref"))
+    count = len(policy) // 2
+    return AnswerBatch(
+        pad_sequence(policy, batch_first=True),
+        lengths=tuple(map(len, policy)),
+        prompts=tuple(prompt for prompt in range(count) for _ in SIDES),
+        scores=(1.0, 0.0) * count,
+        ref_logps=pad_sequence(ref, batch_first=True) if ref else None,
+        columns=columns,
+    )
+
+
+def _interleaved(tokens: Tokens, model: str) -> Iterator[Tensor]:
+    """Chosen, rejected, chosen, rejected, ..."""
+    both = [tokens.get(f"{model}_{side}_logps", ()) for side in SIDES]
+    return (answer for pair in zip(*both, strict=True) for answer in pair)
 
 
 # ---- of a run ----
 
 
-def batches_of(found: Evaluation, whole: bool) -> list[PairBatch]:
+def batches_of(found: Evaluation, whole: bool) -> list[AnswerBatch]:
     """The pairs of an evaluation as its run saw them: in its micro-batches, or all at once.
 
     With their padding, so that sums are rounded as they were.
     """
     size = len(found) if whole else found.about["batch_size"]
-    starts = range(0, len(found), size)
-    tokens = {name: _tokens_of(found, name) for name in _names_of_logps(found)}
-    columns = columns_of(found)
-    return [_batch({k: v[i : i + size] for k, v in tokens.items()}, columns, slice(i, i + size)) for i in starts]
-
-
-def _names_of_logps(found: Evaluation) -> list[str]:
-    names = [f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES]
-    return [name for name in names if name in found]
+    tokens, columns = {name: _tokens_of(found, name) for name in PARTS if name in found}, columns_of(found)
+    batches = [slice(start, start + size) for start in range(0, len(found), size)]
+    return [answers_of({k: v[rows] for k, v in tokens.items()}, columns.each(itemgetter(rows))) for rows in batches]
 
 
 def _tokens_of(found: Evaluation, name: str) -> list[Tensor]:
     values, lengths = found.tokens(name)
     return list(torch.from_numpy(values.copy()).split(lengths.tolist()))
-
-
-def _batch(tokens: Mapping[str, list[Tensor]], columns: Columns, rows: slice) -> PairBatch:
-    parts: dict[str, Any] = {name: pad_sequence(values, batch_first=True) for name, values in tokens.items()}
-    for side in SIDES:
-        ones = [torch.ones(len(values), dtype=torch.bool) for values in tokens[f"policy_{side}_logps"]]
-        parts[f"{side}_mask"] = pad_sequence(ones, batch_first=True)
-    return PairBatch(**parts, columns=columns.each(lambda values: values[rows]))
 
 
 def columns_of(found: Evaluation) -> Columns:
@@ -71,38 +80,41 @@ def columns_of(found: Evaluation) -> Columns:
 # ---- of arrays ----
 
 
-def pairs_of_arrays(given: Any) -> PairBatch:
-    """A PairBatch of numpy or torch arrays by the names of its fields.
+def answers_of_arrays(given: Any) -> AnswerBatch:
+    """Pairs of numpy or torch arrays by the names of a PairBatch.
 
     Args:
-        given: mapping or namespace. Log-probs are (B,) sums, or (B, T) with masks or lengths.
+        given: PairBatch, mapping or namespace. Log-probs are (B,) sums, or (B, T) with masks or lengths. A sum stands
+            at the first token of its answer, which has one token where no length is given.
     Raises:
         ValueError: for what is no such thing, an unknown or missing name, and shapes that do not go together.
     """
     arrays = _named(given)
     size = len(arrays["policy_chosen_logps"]) if arrays["policy_chosen_logps"].ndim else 0
-    parts: dict[str, Any] = {}
-    for side in SIDES:
-        parts |= _side(arrays, side, size)
-    columns = {name: _array(f"columns[{name!r}]", values) for name, values in (arrays.get("columns") or {}).items()}
-    for name, values in columns.items():
-        _require_shape(f"columns[{name!r}]", values, (size,))
-    return PairBatch(**parts, columns=Columns({name: values.float() for name, values in columns.items()}))
+    masks = {side: _mask(arrays, side, size) for side in SIDES}
+    tokens = {name: _tokens(name, arrays, masks) for name in PARTS if name in arrays}
+    columns = {f"columns[{name!r}]": name for name in arrays.get("columns") or ()}
+    found = {name: _array(told, arrays["columns"][name]) for told, name in columns.items()}
+    for told, name in columns.items():
+        _require_shape(told, found[name], (size,))
+    return answers_of(tokens, Columns({name: values.float() for name, values in found.items()}))
 
 
 def _named(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) and not hasattr(given, "__dict__"):
         what = "a PairBatch, a mapping or namespace of arrays, or the path of a run"
         raise ValueError(f"logps must be {what}, got {type(given).__name__}")
-    named = {name: value for name, value in (given if isinstance(given, Mapping) else vars(given)).items()}
-    named = {name: value for name, value in named.items() if value is not None}
+    if isinstance(given, PairBatch):
+        named = {name: getattr(given, name) for name in ARRAYS if name not in LENGTHS}
+    else:
+        named = dict(given if isinstance(given, Mapping) else vars(given))
     for name in named:
         if name not in ARRAYS:
             raise ValueError(f"logps may hold {', '.join(ARRAYS)}, got {name!r}{nearest(str(name), ARRAYS)}")
-    for model in ("policy", "ref"):
-        both = [f"{model}_{side}_logps" for side in SIDES]
+    named = {name: value for name, value in named.items() if value is not None}
+    for both in (PARTS[:2], PARTS[2:]):
         missing = [name for name in both if name not in named]
-        if missing and (model == "policy" or len(missing) == 1):
+        if missing and (both == PARTS[:2] or len(missing) == 1):
             raise ValueError(f"logps needs {' and '.join(missing)}")
     return {name: value if name == "columns" else _array(name, value) for name, value in named.items()}
 
@@ -112,53 +124,44 @@ def _array(name: str, value: Any) -> Tensor:
         tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}") from error
-    if name.endswith("_logps"):
-        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return tensor
+    return tensor.float() if name in PARTS and tensor.dtype != torch.float64 else tensor
 
 
-def _side(arrays: Mapping[str, Any], side: str, size: int) -> dict[str, Tensor]:
-    """The log-probs of one answer of each pair, by both models, and its mask."""
-    policy, ref = arrays[f"policy_{side}_logps"], arrays.get(f"ref_{side}_logps")
+def _mask(arrays: Mapping[str, Any], side: str, size: int) -> Tensor:
+    """(B, T) which tokens belong to the answer; of sums, T is that of the longest answer, or 1."""
+    policy, mask, length = (arrays.get(name) for name in (f"policy_{side}_logps", f"{side}_mask", f"{side}_length"))
+    assert policy is not None
     if policy.ndim not in (1, 2) or len(policy) != size or not size:
         shape = f"({size or 'B'},) or ({size or 'B'}, T)"
         raise ValueError(f"policy_{side}_logps must have shape {shape}, got {tuple(policy.shape)}")
-    if ref is not None:
-        _require_shape(f"ref_{side}_logps", ref, tuple(policy.shape))
-    mask = _mask(arrays, side, policy)
-    logps = {f"policy_{side}_logps": policy} | ({} if ref is None else {f"ref_{side}_logps": ref})
-    return {f"{side}_mask": mask} | {name: _padded(name, values, mask) for name, values in logps.items()}
-
-
-def _mask(arrays: Mapping[str, Any], side: str, policy: Tensor) -> Tensor:
-    """(B, T); of sums, T is the length of the longest answer where lengths are given, else 1."""
-    mask, length = arrays.get(f"{side}_mask"), arrays.get(f"{side}_length")
     if mask is not None and length is not None:
         raise ValueError(f"give {side}_mask or {side}_length, not both")
     if mask is not None:
-        _require_shape(f"{side}_mask", mask, tuple(policy.shape) if policy.ndim == 2 else (len(policy), "T"))
+        _require_shape(f"{side}_mask", mask, tuple(policy.shape) if policy.ndim == 2 else (size, "T"))
         return mask.bool()
+    if length is None and policy.ndim == 2:
+        raise ValueError(f"policy_{side}_logps is token by token: give {side}_mask or {side}_length")
     if length is None:
-        if policy.ndim == 2:
-            raise ValueError(f"policy_{side}_logps is token by token: give {side}_mask or {side}_length")
-        return torch.ones(len(policy), 1, dtype=torch.bool)
-    _require_shape(f"{side}_length", length, (len(policy),))
+        return torch.ones(size, 1, dtype=torch.bool)
+    _require_shape(f"{side}_length", length, (size,))
     longest = policy.shape[1] if policy.ndim == 2 else int(length.max())
     if int(length.min()) < 1 or int(length.max()) > longest:
         raise ValueError(f"{side}_length must be in [1, {longest}], got {int(length.min())} to {int(length.max())}")
     return torch.arange(longest) < length[:, None]
 
 
-def _padded(name: str, values: Tensor, mask: Tensor) -> Tensor:
-    """(B, T), 0 where the mask is False; a sum stands at the first token."""
+def _tokens(name: str, arrays: Mapping[str, Any], masks: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of each pair the log-probs of one of its answers."""
+    side, values = "chosen" if "chosen" in name else "rejected", arrays[name]
+    mask = masks[side]
+    _require_shape(name, values, tuple(arrays[f"policy_{side}_logps"].shape))
     if values.ndim == 1:
-        first = mask & (mask.cumsum(dim=1) == 1)
-        values = values[:, None].expand(mask.shape).where(first, 0.0)
-    values = values.where(mask, 0.0)
-    bad = (~values.isfinite()).any(dim=1).nonzero()
+        first = torch.arange(mask.shape[1]) == mask.int().argmax(dim=1, keepdim=True)
+        values = values[:, None] * first
+    bad = (~values.isfinite() & mask).any(dim=1).nonzero()
     if len(bad):
         raise ValueError(f"{name} must be finite, but row {int(bad[0])} is not (counted from 0)")
-    return values
+    return [row[kept] for row, kept in zip(values, mask, strict=True)]
 
 
 def _require_shape(name: str, values: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -169,43 +172,44 @@ def _require_shape(name: str, values: Tensor, shape: tuple[int | str, ...]) -> N
         raise ValueError(f"{name} must have shape {wanted}, got {found}")
 
 
-def require_known(loss: BoundLoss, pairs: PairBatch, given: Any) -> None:
+def require_known(loss: BoundLoss, answers: AnswerBatch, given: Any) -> None:
     """Refuses a loss that reads more of the pairs than was given: single tokens, or lengths.
 
     Args:
-        given: what `pairs` were made of.
+        given: what `answers` were made of.
     Raises:
         ValueError: naming what it reads.
     """
     arrays = _named(given)
-    for side in SIDES:
+    for place, side in enumerate(SIDES):
         if arrays[f"policy_{side}_logps"].ndim == 2:
             continue
         has_length = f"{side}_mask" in arrays or f"{side}_length" in arrays
-        if not _is_same(loss, pairs, _spread(pairs, side) if has_length else _longer(pairs, side)):
+        other = _changed(answers, place, _spread if has_length else _lengthened)
+        values, others = loss(answers), loss(other)
+        most = CLOSE * float(values.abs().max())
+        if not torch.allclose(values, others, rtol=CLOSE, atol=most, equal_nan=True):
             lacks = f"(B, T) log-probs of {side} answers" if has_length else f"{side}_length"
             raise ValueError(f"loss {loss.name!r} reads more than the sum of an answer: give {lacks}")
 
 
-def _is_same(loss: BoundLoss, pairs: PairBatch, other: PairBatch) -> bool:
-    values, others = loss(pairs), loss(other)
-    return torch.allclose(values, others, rtol=CLOSE, atol=CLOSE * float(values.abs().max()), equal_nan=True)
+def _changed(answers: AnswerBatch, place: int, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
+    """Every second answer with its tokens changed."""
+    models = {"policy": answers.policy_logps} | ({} if answers.ref_logps is None else {"ref": answers.ref_logps})
+    each = {model: [row[:n] for row, n in zip(logps, answers.lengths, strict=True)] for model, logps in models.items()}
+    tokens = {
+        f"{model}_{side}_logps": [change(row) if i == place else row for row in rows[i::2]]
+        for model, rows in each.items()
+        for i, side in enumerate(SIDES)
+    }
+    return answers_of(tokens, answers.columns)
 
 
-def _spread(pairs: PairBatch, side: str) -> PairBatch:
-    """The sum of an answer in equal parts on its tokens."""
-    mask = getattr(pairs, f"{side}_mask")
-    share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    names = [f"{model}_{side}_logps" for model in ("policy", "ref")]
-    values = {name: getattr(pairs, name) for name in names}
-    spread: dict[str, Any] = {k: v.sum(dim=1, keepdim=True) * share for k, v in values.items() if v is not None}
-    return replace(pairs, **spread)
+def _spread(logps: Tensor) -> Tensor:
+    """The same sum in equal parts."""
+    return logps.mean().expand(len(logps))
 
 
-def _longer(pairs: PairBatch, side: str) -> PairBatch:
-    """The same sums of answers of two tokens."""
-    names = [f"{model}_{side}_logps" for model in ("policy", "ref")]
-    values = {name: getattr(pairs, name) for name in names}
-    longer: dict[str, Any] = {k: torch.nn.functional.pad(v, (0, 1)) for k, v in values.items() if v is not None}
-    longer[f"{side}_mask"] = torch.ones(len(pairs.chosen_mask), 2, dtype=torch.bool)
-    return replace(pairs, **longer)
+def _lengthened(logps: Tensor) -> Tensor:
+    """The same sum of twice as many tokens."""
+    return torch.cat((logps, torch.zeros_like(logps)))

@@ -1,13 +1,21 @@
-"""What a preference loss may look at: the log-probabilities of a batch of pairs, token by token, and their columns."""
+"""What a preference loss may look at: log-probabilities token by token, what the data say of them, and their columns.
+
+`AnswerBatch` is the whole of it: prompts, any number of answers to each, a score of each answer. Most losses compare a
+chosen with a rejected answer: they are given its `pairs`, a `PairBatch`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+
+Unit = Literal["pair", "answer", "prompt"]  # what a value of a loss belongs to
 
 
 class Columns(dict[str, Tensor]):
@@ -43,15 +51,17 @@ class Columns(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Everything a preference loss may look at, token by token.
+    """Everything that a loss of pairs may look at, token by token.
 
-    Dims: B pairs, T_w and T_l tokens of the longest chosen and rejected answer.
+    Dims: B pairs, T_w, T_l and T_g tokens of the longest chosen, rejected and gold answer.
 
     Attributes:
         policy_chosen_logps, ref_chosen_logps: (B, T_w) float32 in nats, 0 behind the end of an answer.
         policy_rejected_logps, ref_rejected_logps: (B, T_l) likewise. The ref ones are None in a reference-free run.
         chosen_mask, rejected_mask: bool of the same shapes, True at tokens of the answer.
         columns: (B,) float32 for each numeric column of the data set (score_chosen, weight, ...).
+        gold_logps, gold_mask: (B, T_g) likewise, of a third answer that is to be imitated, by the policy; None unless
+            the loss needs it.
         score: what a log-ratio l counts as, element by element; None is l itself (`modifiers.f_divergence`).
     """
 
@@ -62,6 +72,8 @@ class PairBatch:
     ref_chosen_logps: Tensor | None = None
     ref_rejected_logps: Tensor | None = None
     columns: Columns = field(default_factory=Columns)
+    gold_logps: Tensor | None = None
+    gold_mask: Tensor | None = None
     score: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
@@ -87,12 +99,12 @@ class PairBatch:
     @cached_property
     def ref_chosen(self) -> Tensor:
         """r_w, (B,)."""
-        return self._reference(self.ref_chosen_logps).sum(dim=-1)
+        return _reference(self.ref_chosen_logps).sum(dim=-1)
 
     @cached_property
     def ref_rejected(self) -> Tensor:
         """r_l, (B,)."""
-        return self._reference(self.ref_rejected_logps).sum(dim=-1)
+        return _reference(self.ref_rejected_logps).sum(dim=-1)
 
     @cached_property
     def policy_chosen_per_token(self) -> Tensor:
@@ -127,8 +139,193 @@ class PairBatch:
     def _scored(self, logratio: Tensor) -> Tensor:
         return logratio if self.score is None else self.score(logratio)
 
-    @staticmethod
-    def _reference(logps: Tensor | None) -> Tensor:
-        if logps is None:
-            raise ValueError("this run has no reference: register the loss without reference_free=True to use it")
-        return logps
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Everything that a preference loss may look at, token by token.
+
+    Dims: P prompts, A answers, T tokens of the longest answer. Answers to one prompt stand side by side, best first.
+
+    Attributes:
+        policy_logps, ref_logps: (A, T) float32 in nats, 0 behind the end of an answer; ref is None in a reference-free
+            run.
+        lengths: tokens of each answer.
+        prompts: of each answer which of the P prompts it answers, ascending from 0.
+        scores: of each answer 1 or 0 where it is chosen or rejected, or has a label; else what the data set gives.
+        columns: (P,) float32 for each numeric column of the data set.
+        gold: an answer to each prompt that is to be imitated and compared with nothing; None unless the loss needs it.
+        mismatched: answers to other prompts behind these, without gradient, P prompts of as many answers as those other
+            prompts have; None unless the loss needs them.
+    """
+
+    policy_logps: Tensor
+    lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+    scores: tuple[float, ...]
+    ref_logps: Tensor | None = None
+    columns: Columns = field(default_factory=Columns)
+    gold: AnswerBatch | None = None
+    mismatched: AnswerBatch | None = None
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(A, T) bool, True at tokens of the answer."""
+        places = torch.arange(self.policy_logps.shape[1], device=self.policy_logps.device)
+        return places < self._tensor(self.lengths)[:, None]
+
+    @cached_property
+    def length(self) -> Tensor:
+        """(A,) tokens of each answer, at least 1."""
+        return self._tensor(self.lengths).clamp(min=1)
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """(A,) which prompt each answers."""
+        return self._tensor(self.prompts)
+
+    @cached_property
+    def score(self) -> Tensor:
+        """(A,) float32."""
+        return self._tensor(self.scores, torch.float32)
+
+    @cached_property
+    def is_good(self) -> Tensor:
+        """(A,) bool: the label of each answer, and of a pair True of the chosen one.
+
+        Raises:
+            ValueError: for scores that are neither 1 nor 0.
+        """
+        other = next((score for score in self.scores if score not in (0, 1)), None)
+        if other is not None:
+            raise ValueError(
+                f"the loss needs answers with a label, good or bad, or pairs, and one has a score, {other:g}"
+            )
+        return self.score == 1
+
+    @cached_property
+    def policy(self) -> Tensor:
+        """s, (A,)."""
+        return self.policy_logps.sum(dim=-1)
+
+    @cached_property
+    def ref(self) -> Tensor:
+        """r, (A,)."""
+        return _reference(self.ref_logps).sum(dim=-1)
+
+    @cached_property
+    def logratio(self) -> Tensor:
+        """l = s - r, (A,)."""
+        return self.policy - self.ref
+
+    @cached_property
+    def policy_per_token(self) -> Tensor:
+        """s / n, (A,)."""
+        return self.policy / self.length
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """(P,) s of the best answer to each prompt; 0 where the only one is labelled a bad one."""
+        firsts = self._starts[:-1]
+        alone_and_bad = [end - start == 1 and self.scores[start] <= 0 for start, end in pairwise(self._starts)]
+        return self.policy[self._tensor(firsts)].masked_fill(self._tensor(alone_and_bad, torch.bool), 0.0)
+
+    @property
+    def count(self) -> int:
+        """P."""
+        return self.prompts[-1] + 1
+
+    def grid(self, values: Tensor, fill: float) -> Tensor:
+        """(A,) values as (P, K) for K answers to the prompt that has most; `fill` where another has fewer."""
+        starts = self._starts
+        table = values.new_full((self.count, max(b - a for a, b in pairwise(starts))), fill)
+        places = [i - starts[prompt] for i, prompt in enumerate(self.prompts)]
+        return table.index_put((self.prompt, self._tensor(places)), values)
+
+    def at_reference(self) -> AnswerBatch:
+        """The same answers as if the policy were its reference."""
+        others = None if self.mismatched is None else self.mismatched.at_reference()
+        return replace(self, policy_logps=_reference(self.ref_logps), mismatched=others)
+
+    @cached_property
+    def pairs(self) -> PairBatch:
+        """Every two answers to one prompt of which one is better; of a chosen and a rejected answer, these two."""
+        owners = self._owners("pair")
+        (s_w, s_l), (r_w, r_l), (m_w, m_l) = map(self._sides, (self.policy_logps, self.ref_logps, self.mask))
+        columns, gold = self.columns, self.gold
+        if owners != [*range(self.count)]:
+            prompt = self._tensor(owners)
+            columns = columns.each(lambda values: values[prompt])
+        if gold is None:
+            return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns)
+        return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns, gold.policy_logps, gold.mask)
+
+    def of_prompts(self, losses: Tensor, unit: Unit) -> Tensor:
+        """(P,) for each prompt the mean over its pairs or answers.
+
+        Args:
+            losses: one value a unit.
+        """
+        owners = self._owners(unit)
+        if owners == [*range(self.count)]:
+            return losses
+        index = self._tensor(owners)
+        return losses.new_zeros(self.count).index_add(0, index, losses) / index.bincount(minlength=self.count)
+
+    def only(self, prompt: int) -> AnswerBatch:
+        """One prompt with its answers, without padding."""
+        start, end = self._starts[prompt : prompt + 2]
+        width = max(self.lengths[start:end])
+        ref = None if self.ref_logps is None else self.ref_logps[start:end, :width]
+        return AnswerBatch(
+            policy_logps=self.policy_logps[start:end, :width],
+            ref_logps=ref,
+            lengths=self.lengths[start:end],
+            prompts=(0,) * (end - start),
+            scores=self.scores[start:end],
+            columns=self.columns.each(lambda values: values[prompt : prompt + 1]),
+            gold=None if self.gold is None else self.gold.only(prompt),
+            mismatched=None if self.mismatched is None else self.mismatched.only(prompt),
+        )
+
+    def _owners(self, unit: Unit) -> list[int]:
+        """The prompt of each pair or answer."""
+        if unit == "prompt":
+            return [*range(self.count)]
+        return [*self.prompts] if unit == "answer" else [self.prompts[i] for i, _ in self._better]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where the answers to each prompt begin, and where the last one's end."""
+        firsts = [i for i, prompt in enumerate(self.prompts) if i == 0 or prompt != self.prompts[i - 1]]
+        return [*firsts, len(self.prompts)]
+
+    @cached_property
+    def _better(self) -> list[tuple[int, int]]:
+        """The better and the worse answer of each pair."""
+        return [
+            (i, j)
+            for start, end in pairwise(self._starts)
+            for i in range(start, end)
+            for j in range(i + 1, end)
+            if self.scores[i] > self.scores[j]
+        ]
+
+    def _sides(self, values: Tensor | None) -> tuple[Any, Any]:
+        """(A, T) values as those of the better and of the worse answers."""
+        if values is None:
+            return None, None
+        if not self._better:
+            raise ValueError("the loss compares answers to one prompt, and there are no two of which one is better")
+        sides = zip(*self._better, strict=True)
+        chosen, rejected = (values[self._tensor(side), : max(self.lengths[i] for i in side)] for side in sides)
+        return chosen, rejected
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
+        """On the device, without waiting for what it computes."""
+        return torch.tensor(values, dtype=dtype).to(self.policy_logps.device, non_blocking=True)
+
+
+def _reference(logps: Tensor | None) -> Tensor:
+    if logps is None:
+        raise ValueError("this run has no reference: register the loss without reference_free=True to use it")
+    return logps

@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import AnswerBatch, PairBatch, Unit
 from phi2.losses.knobs import Knob
 from phi2.losses.modifiers import MODIFIERS, Modifier, modifier_of
 from phi2.losses.parts import LossSpec, Part, hint, parts_of
-from phi2.losses.registry import PreferenceLoss, Scope, State, knobs_in, load_loss_file
+from phi2.losses.registry import Need, PreferenceLoss, Scope, State, knobs_in, load_loss_file
 from phi2.losses.source import source_of_loss
 
-Stateful = Callable[[PairBatch, State], tuple[Tensor, State]]
+Batch = PairBatch | AnswerBatch
+Stateful = Callable[[Any, State], tuple[Tensor, State]]  # of the batch that the loss takes
 
 
 @dataclass(frozen=True)
 class BoundLoss:
-    """A loss as a run uses it: called with pairs it returns (B,) nats.
+    """A loss as a run uses it: called with answers to P prompts it returns (P,) nats.
 
     Attributes:
-        function: from pairs and the state of the loss to losses and the state behind them, with its knobs set.
+        function: from a batch and the state of the loss to losses and the state behind them, with its knobs set.
         knobs: all of them, those of modifiers included, with the values of this run; of a mixture, those of its parts.
         reference_free: it reads no ref_* log-probabilities.
         reward_scale: of the reward that it implies; in a mixture, of the first part that has a reference.
@@ -34,6 +35,8 @@ class BoundLoss:
         parts: of a mixture, with their weights.
         scope: "window" if its value depends on other pairs of an update: it must be given all of them at once.
         state: what it starts from of the numbers that it keeps from one update to the next.
+        unit: what a value of it belongs to; of a mixture a prompt, unless all parts are of pairs.
+        needs: what else a batch must have.
     """
 
     name: str
@@ -46,6 +49,8 @@ class BoundLoss:
     parts: tuple[tuple[float, BoundLoss], ...] = ()
     scope: Scope = "pair"
     state: dict[str, float] = field(default_factory=dict)
+    unit: Unit = "pair"
+    needs: tuple[Need, ...] = ()
 
     def number(self, knob: str) -> float | None:
         """The value of a knob that is a number; None for any other."""
@@ -61,29 +66,45 @@ class BoundLoss:
         """The same loss with another value of a knob."""
         return bind_loss(self.name, {**self.knobs, knob: value})
 
-    def __call__(self, pairs: PairBatch) -> Tensor:
-        """(B,) losses in nats, as a run that begins has them; raises what `step` raises."""
-        return self.step(pairs, self.state)[0]
+    def __call__(self, batch: Batch) -> Tensor:
+        """Losses in nats, as a run that begins has them; returns and raises what `step` does."""
+        return self.step(batch, self.state)[0]
 
-    def step(self, pairs: PairBatch, state: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
-        """(B,) losses in nats at a state of the loss, and the state that an update with these pairs leaves.
+    def step(self, batch: Batch, state: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
+        """Losses in nats at a state of the loss, and the state that an update with this batch leaves.
 
+        Args:
+            batch: answers, or where the loss compares pairs, these.
+        Returns:
+            (P,) of answers to P prompts, for each the mean over its pairs or answers; (B,) of B pairs.
         Raises:
-            ValueError: when the function returns anything else, or what has no gradient where one is asked for.
+            ValueError: when the function returns anything else, or what has no gradient where one is asked for; for
+                pairs where the loss needs answers.
         """
-        losses, after = self.function(pairs, dict(state))  # a copy: in-place work on it moves nothing
-        expected = (len(pairs.chosen_mask),)
+        if isinstance(batch, PairBatch) and self.unit != "pair":
+            raise ValueError(f"loss {self.name!r} gives each {self.unit} a value: it takes an AnswerBatch, not pairs")
+        given = batch.pairs if isinstance(batch, AnswerBatch) and self.unit == "pair" else batch
+        losses, after = self.function(given, dict(state))  # a copy: in-place work on it moves nothing
+        self._require_losses(losses, given)
+        if isinstance(batch, AnswerBatch):
+            losses = batch.of_prompts(losses, self.unit)
+        return losses, {name: float(value) for name, value in after.items()}
+
+    def _require_losses(self, losses: Any, given: Batch) -> None:
+        logps = given.policy_logps if isinstance(given, AnswerBatch) else given.policy_chosen_logps
+        expected = (given.count if self.unit == "prompt" and isinstance(given, AnswerBatch) else len(logps),)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"loss {self.name!r} must return a tensor of floats, one value per pair, got {what}")
+            raise ValueError(
+                f"loss {self.name!r} must return a tensor of floats, one value per {self.unit}, got {what}"
+            )
         if losses.shape != expected:
             shape = tuple(losses.shape)
-            raise ValueError(f"loss {self.name!r} must return one value per pair, {expected}, got shape {shape}")
-        if pairs.policy_chosen_logps.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
+            raise ValueError(f"loss {self.name!r} must return one value per {self.unit}, {expected}, got shape {shape}")
+        if logps.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
             raise ValueError(
                 f"loss {self.name!r} must depend on the policy's log-probabilities: what it returned has no gradient"
             )
-        return losses, {name: float(value) for name, value in after.items()}
 
 
 def bind_loss(loss: LossSpec, knobs: Mapping[str, Any] | None = None, loss_file: str | Path | None = None) -> BoundLoss:
@@ -123,17 +144,27 @@ def _bind(part: Part, loss_file: str | Path | None) -> BoundLoss:
     source, modifiers = _joined(sources), tuple(modified)
     start = {name: float(value) for name, value in loss.state.items()}
     return BoundLoss(
-        part.name, function, knobs, loss.reference_free, scale, source, modifiers, scope=loss.scope, state=start
+        part.name,
+        function,
+        knobs,
+        loss.reference_free,
+        scale,
+        source,
+        modifiers,
+        scope=loss.scope,
+        state=start,
+        unit=loss.unit,
+        needs=loss.needs,
     )
 
 
 def _with_knobs(name: str, loss: PreferenceLoss, knobs: Mapping[str, Knob]) -> Stateful:
     """A registered loss; one that keeps a state must give it back whole."""
 
-    def function(pairs: PairBatch, state: State) -> tuple[Tensor, State]:
+    def function(batch: Batch, state: State) -> tuple[Tensor, State]:
         if not loss.state:
-            return loss.function(pairs, **knobs), {}
-        returned = loss.function(pairs, state, **knobs)
+            return loss.function(batch, **knobs), {}
+        returned = loss.function(batch, state, **knobs)
         is_both = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
         if not is_both or returned[1].keys() != loss.state.keys():
             what = f"a state of {', '.join(returned[1]) or 'nothing'}" if is_both else type(returned).__name__
@@ -174,6 +205,8 @@ def _modifiers(part: Part) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{knob} acts on the value of each pair, and the values of loss {part.name!r} belong to its window"
             )
+        if part.loss.unit != "pair":
+            raise ValueError(f"{knob} acts on pairs, and loss {part.name!r} gives each {part.loss.unit} a value")
         if not part.takes(knob):
             raise ValueError(f"loss {part.name!r} has no reference, and {knob} acts on the log-ratio to one")
         MODIFIERS[name].knobs.check(part.name, knob, value)
@@ -184,8 +217,8 @@ def _modifiers(part: Part) -> dict[str, dict[str, Any]]:
 def _mixture(parts: list[tuple[float, BoundLoss]]) -> BoundLoss:
     """The weighted sum of bound losses."""
 
-    def total(pairs: PairBatch, state: State) -> tuple[Tensor, State]:
-        steps = [loss.step(pairs, _of_part(index, state)) for index, (_, loss) in enumerate(parts)]
+    def total(batch: Batch, state: State) -> tuple[Tensor, State]:
+        steps = [loss.step(batch, _of_part(index, state)) for index, (_, loss) in enumerate(parts)]
         losses = [weight * values for (weight, _), (values, _) in zip(parts, steps, strict=True)]
         return torch.stack(losses).sum(dim=0), _joined_states([after for _, after in steps])
 
@@ -204,6 +237,8 @@ def _mixture(parts: list[tuple[float, BoundLoss]]) -> BoundLoss:
         parts=tuple(parts),
         scope=scope,
         state=_joined_states([loss.state for _, loss in parts]),
+        unit="pair" if all(loss.unit == "pair" for _, loss in parts) else "prompt",
+        needs=tuple(dict.fromkeys(need for _, loss in parts for need in loss.needs)),
     )
 
 

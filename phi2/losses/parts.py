@@ -32,7 +32,11 @@ class Part(NamedTuple):
     def takes(self, knob: str) -> bool:
         """Whether a knob means something to this loss, its own or that of a modifier that goes with it."""
         name = modifier_of(knob)
-        goes_with = name is not None and not (MODIFIERS[name].needs_reference and self.loss.reference_free)
+        goes_with = (
+            name is not None
+            and self.loss.unit == "pair"
+            and not (MODIFIERS[name].needs_reference and self.loss.reference_free)
+        )
         return knob in self.loss.knobs or goes_with
 
     def with_knobs(self, knobs: Mapping[str, Any]) -> Part:

@@ -3,6 +3,9 @@
 `@preference_loss("name")` registers a function; its keyword arguments are its knobs (`knobs.py`). `bind_loss`
 (`bound.py`) resolves a name once, and what it returns is all that a run asks about its loss.
 
+A loss is given a `PairBatch` and returns a value of each pair; one whose unit is "answer" or "prompt" is given an
+`AnswerBatch` and returns a value of each of these.
+
 A loss of scope "pair" gives each pair its value whatever stands beside it. One of scope "window" is given all pairs of
 an update at once, and may keep numbers from one update to the next: its state, which it is given and gives back.
 """
@@ -15,12 +18,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from phi2.losses.batch import Unit
 from phi2.losses.knobs import Knob, Knobs, knobs_of, require_choices
 from phi2.losses.source import require_source_file, run_source_file
 
 # (pairs, *, knob=default, ...) -> (B,) nats; with a state, (pairs, state, *, knob=default, ...) -> both
 LossFunction = Callable[..., Any]
 Scope = Literal["pair", "window"]
+Need = Literal["gold", "mismatched"]  # what a batch has only for a loss that asks for it
 State = Mapping[str, float | Tensor]
 REWARD_SCALE = "beta"
 
@@ -34,6 +39,8 @@ class PreferenceLoss(NamedTuple):
         reward_scale: the knob that multiplies the log-ratios in the reward the loss implies; None multiplies by 1.
         scope: what its value depends on, each pair alone or all pairs of an update.
         state: what it starts from of the numbers that it keeps; empty where it keeps none.
+        unit: what each of its values belongs to.
+        needs: what else its batch must have.
     """
 
     function: LossFunction
@@ -43,6 +50,8 @@ class PreferenceLoss(NamedTuple):
     reward_scale: str | None
     scope: Scope
     state: Mapping[str, float]
+    unit: Unit
+    needs: tuple[Need, ...]
 
     @property
     def is_own(self) -> bool:
@@ -61,6 +70,8 @@ def preference_loss(
     reward_scale: str | None = None,
     scope: Scope = "pair",
     state: Mapping[str, float] | None = None,
+    unit: Unit = "pair",
+    needs: tuple[Need, ...] = (),
 ) -> Callable[[LossFunction], LossFunction]:
     """Registers a loss under a name.
 
@@ -73,10 +84,15 @@ def preference_loss(
             however they are cut into micro-batches, and the mean of the (B,) values that it returns is minimised.
         state: numbers that a loss of that scope keeps from one update to the next, as they start. It is then called as
             loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps.
+        unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the
+            answers to a prompt their value together. It is called with an `AnswerBatch`.
+        needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers
+            to other prompts behind each prompt.
     Raises:
         ValueError: when the name is taken by another function or cannot be written in a mixture, or a keyword argument
-            has no default that says what it takes, or reward_scale is no knob that is a number, or a scope is none, or
-            a loss of pairs has a state. The same function may come again, as when a notebook cell is run twice.
+            has no default that says what it takes, or reward_scale is no knob that is a number, or a scope, unit or
+            need is none, or a loss of pairs has a state. The same function may come again, as when a notebook cell is
+            run twice.
     """
 
     def register(function: LossFunction) -> LossFunction:
@@ -86,6 +102,13 @@ def preference_loss(
         if {*name} & {*":,"}:
             raise ValueError(f"the loss name {name!r} has a colon or a comma: they part the losses of a mixture")
         _require_scope(name, scope, state)
+        _require_one_of(name, "unit", get_args(Unit), unit)
+        if "mismatched" in needs and scope == "pair":
+            raise ValueError(
+                f'loss {name!r}: mismatched answers are those of a window, register it with scope="window"'
+            )
+        for need in needs:
+            _require_one_of(name, "needs", get_args(Need), need)
         knobs = knobs_of(name, function, given=1 if state is None else 2)
         require_choices(name, knobs)
         numbers = [knob for knob, default in knobs.defaults.items() if not isinstance(default, bool | str)]
@@ -93,8 +116,9 @@ def preference_loss(
             told = ", ".join(numbers) or "none"
             raise ValueError(f"loss {name!r}: reward_scale must be one of its numbers, {told}, got {reward_scale!r}")
         scale = reward_scale or (REWARD_SCALE if REWARD_SCALE in numbers else None)
+        kept = dict(state or {})
         PREFERENCE_LOSSES[name] = PreferenceLoss(
-            function, reference_free, knobs.defaults, knobs.choices, scale, scope, dict(state or {})
+            function, reference_free, knobs.defaults, knobs.choices, scale, scope, kept, unit, tuple(needs)
         )
         return function
 
@@ -102,12 +126,16 @@ def preference_loss(
 
 
 def _require_scope(name: str, scope: str, state: Mapping[str, float] | None) -> None:
-    if scope not in get_args(Scope):
-        raise ValueError(f"loss {name!r}: scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
+    _require_one_of(name, "scope", get_args(Scope), scope)
     if state is not None and scope == "pair":
         raise ValueError(f'loss {name!r}: a state moves once an update, register it with scope="window"')
     if state is not None and not (state and all(isinstance(value, int | float) for value in state.values())):
         raise ValueError(f"loss {name!r}: state must name numbers, as {{'mean': 0.0}}, got {state!r}")
+
+
+def _require_one_of(name: str, what: str, allowed: tuple[str, ...], value: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"loss {name!r}: {what} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _full_name(function: LossFunction) -> str:

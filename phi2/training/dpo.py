@@ -1,9 +1,10 @@
 """Direct preference optimisation and its family, the whole loop: read it from `train` downwards.
 
-Each update: the policy's and the reference's log-probabilities of both answers of every pair, token by token; a loss
-per pair; the mean over the window. With an exact split: pairs are averaged over the whole window, and the chosen
-answers' likelihood, where asked for, over all their tokens in the window. A loss whose value depends on other pairs
-(`scope="window"`) is given the window whole, in two phases (`two_phases.py`) where it is more than one micro-batch.
+Each update: the policy's and the reference's log-probabilities of the answers of every row, token by token; a loss per
+row, whatever its answers are, a pair, a list or one with a label; the mean over the window. With an exact split: rows
+are averaged over the whole window, and the chosen answers' likelihood, where asked for, over all their tokens in the
+window. A loss whose value depends on other rows (`scope="window"`) is given the window whole, in two phases
+(`two_phases.py`) where it is more than one micro-batch.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.files import write_whole
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.knobs import Knob
 from phi2.losses.properties import require_numbers
@@ -30,18 +31,19 @@ from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
 from phi2.runs.run import Run
 from phi2.training.config import DPOConfig
-from phi2.training.ledger import Found, LedgerWriter
+from phi2.training.ledger import Found, LedgerWriter, ledger_of
 from phi2.training.look import look_at_loss
 from phi2.training.loop import Watch, updates_of
-from phi2.training.metrics import means, pair_metrics
+from phi2.training.metrics import means, metrics_of
+from phi2.training.needs import require_neighbours, rows_for
 from phi2.training.optim import Optimizer
-from phi2.training.pairs import score_pairs
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
+from phi2.training.scoring import mismatched, score_answers, score_mismatched
 from phi2.training.session import Session, require_fit, start
 from phi2.training.two_phases import backward_of_window
 from phi2.training.weights import with_weights
-from phi2.training.window import total_steps, windows_of
+from phi2.training.window import Windows, total_steps, windows_of
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
 STEP_0_TOLERANCE = 1e-3
@@ -54,7 +56,7 @@ def train(config: DPOConfig) -> Run:
     return fit(start(config), config)
 
 
-def fit(session: Session[EncodedPair], config: DPOConfig, watch: Watch | None = None) -> Run:
+def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | None = None) -> Run:
     """Runs, or resumes, a preference run on what the session has loaded.
 
     Args:
@@ -70,36 +72,51 @@ def fit(session: Session[EncodedPair], config: DPOConfig, watch: Watch | None = 
     if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
         raise ValueError(f"loss {loss.name} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer, rows = session.tokenizer, session.rows
-    pairs, eval_pairs = with_weights(config, rows.train, rows.evaluation)
+    tokenizer = session.tokenizer
+    rows, eval_rows = with_weights(config, *(rows_for(loss, each) for each in session.rows[:2]))
     session.keep_audits(run)
-    windows = windows_of(config, len(pairs))
+    windows = windows_of(config, len(rows))
     total = total_steps(config, windows)
-    inputs = inputs_of(config, tokenizer, pairs, eval_pairs, session.dtype) | preference_inputs(config, loss)
+    require_neighbours(loss, windows.size)
+    inputs = inputs_of(config, tokenizer, rows, eval_rows, session.dtype) | preference_inputs(config, loss)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
     keep_loss_file(config, run)
-    look_at_loss(loss, pairs, eval_pairs)
+    look_at_loss(loss, rows, eval_rows)
     with session.policy(config, checkpoint) as model:
-        require_fit(config, model, tokenizer, [*pairs, *eval_pairs])
+        require_fit(config, model, tokenizer, [*rows, *eval_rows])
         require_dropout(config, model)
-        scored = [*(pairs[i] for i in windows.until(total)), *eval_pairs]
+        scored = rows_to_score(loss, windows, total, rows, eval_rows)
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
         title = f"dpo {loss.name}"
         with updates_of(config, model, tokenizer, windows, checkpoint, title, loss.state, watch) as updates:
             model.train(not config.disable_dropout)
             state = updates.loss_state
-            keeps = bool(eval_pairs) and config.ledger
-            ledger = LedgerWriter(config, tokenizer, eval_pairs, updates.done) if keeps else None
-            evaluation = partial(evaluate, config, model, eval_pairs, reference, loss, state, ledger)
+            ledger = ledger_of(config, loss, tokenizer, eval_rows, updates.done)
+            evaluation = partial(evaluate, config, model, eval_rows, reference, loss, state, ledger)
             for step in updates.steps():
-                batches = [[pairs[i] for i in batch] for batch in windows.at(step - 1)]
+                batches = [[rows[i] for i in batch] for batch in windows.at(step - 1)]
                 if step == 1:
                     check_start(config, model, reference, batches, loss)
                 metrics = update(config, model, updates.optimizer, batches, reference, loss, state)
-                tokens = sum(pair.tokens for batch in batches for pair in batch)
-                updates.end(step, tokens, metrics, partial(evaluation, step) if eval_pairs else None)
+                tokens = sum(row.tokens for batch in batches for row in batch)
+                updates.end(step, tokens, metrics, partial(evaluation, step) if eval_rows else None)
     return Run(run)
+
+
+def rows_to_score(
+    loss: BoundLoss,
+    windows: Windows,
+    total: int,
+    rows: Sequence[EncodedPreference],
+    eval_rows: Sequence[EncodedPreference],
+) -> list[EncodedPreference]:
+    """All that a run of so many updates asks its reference for."""
+    asked = [rows[i] for i in windows.until(total)]
+    if "mismatched" in loss.needs:
+        updates = [[rows[i] for i in windows.window(step)] for step in range(total)]
+        asked += [row for window in (*updates, eval_rows) for row in mismatched(window)]
+    return [*asked, *eval_rows]
 
 
 def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
@@ -146,38 +163,34 @@ def check_start(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     reference: Reference | None,
-    batches: Sequence[Sequence[EncodedPair]],
+    batches: Sequence[Sequence[EncodedPreference]],
     loss: BoundLoss,
 ) -> None:
     """Before the first update loss and gradient are numbers; if the policy is the reference then, the loss is known.
 
     Args:
-        batches: the first window; of a loss of pairs its first micro-batch is looked at.
+        batches: the first window; where no loss needs all of it, its first micro-batch is looked at.
     Raises:
         ValueError: when they are not, or policy and reference do not agree: training would start from a wrong reward.
     """
     training = model.training
     model.eval()
     seen = batches if loss.scope == "window" else batches[:1]
-    pairs = score_pairs(model, seen, reference, partial(autocast, config))
+    answers = score_answers(model, seen, reference, partial(autocast, config))
+    answers = replace(answers, mismatched=others_of(config, model, seen, reference, loss))
     model.train(training)
     if reference is not None and starts_at_reference(config):
-        require_agreement(config, pairs, loss)
-    require_numbers(loss, pairs)
+        require_agreement(config, answers, loss)
+    require_numbers(loss, answers)
 
 
-def require_agreement(config: DPOConfig, pairs: PairBatch, loss: BoundLoss) -> None:
+def require_agreement(config: DPOConfig, answers: AnswerBatch, loss: BoundLoss) -> None:
     """Refuses a start at which policy and reference, the same weights, do not give the same log-probabilities."""
     cached = config.precompute_ref_log_probs
     tolerance = CACHED_TOLERANCE[compute_dtype(config)] if cached else STEP_0_TOLERANCE
-    assert pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None
-    chosen = pairs.policy_chosen_logps - pairs.ref_chosen_logps
-    rejected = pairs.policy_rejected_logps - pairs.ref_rejected_logps
-    apart = torch.cat((chosen, rejected), dim=1).abs().max().item()
-    agreeing = replace(
-        pairs, policy_chosen_logps=pairs.ref_chosen_logps, policy_rejected_logps=pairs.ref_rejected_logps
-    )
-    expected, actual = loss(agreeing).mean().item(), loss(pairs).mean().item()
+    agreeing = answers.at_reference()
+    apart = (answers.policy_logps - agreeing.policy_logps).abs().max().item()
+    expected, actual = loss(agreeing).mean().item(), loss(answers).mean().item()
     if not (math.isfinite(expected) and math.isfinite(actual)):
         raise ValueError(f"step 1: loss {loss.name!r} is {actual}, and {expected} where policy and reference agree")
     if not apart <= tolerance or not abs(actual - expected) <= tolerance * max(1.0, abs(expected)):
@@ -191,27 +204,28 @@ def update(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     optimizer: Optimizer,
-    batches: Sequence[Sequence[EncodedPair]],
+    batches: Sequence[Sequence[EncodedPreference]],
     reference: Reference | None,
     loss: BoundLoss,
     state: dict[str, float],
 ) -> dict[str, float]:
-    """One optimizer step over a window of micro-batches; returns the metrics of all its pairs.
+    """One optimizer step over a window of micro-batches; returns the metrics of all its rows.
 
     Args:
         state: of the loss, moved on by the update.
     """
-    losses_of, count = partial(objective, config, loss, state, batches), sum(map(len, batches))
+    others = others_of(config, model, batches, reference, loss)
+    losses_of, count = partial(objective, config, loss, state, batches, others), sum(map(len, batches))
     gathered = []
     if loss.scope == "window" and len(batches) > 1:
-        pairs, losses, after = backward_of_window(config, model, optimizer, batches, reference, losses_of)
-        gathered.append(pair_metrics(pairs, losses, loss.reward_scale))
+        answers, losses, after = backward_of_window(config, model, optimizer, batches, reference, losses_of)
+        gathered.append(metrics_of(answers, losses, loss))
     else:
         for batch in batches:
-            pairs = score_pairs(model, [batch], reference, partial(autocast, config))
-            losses, after = losses_of(pairs)
+            answers = score_answers(model, [batch], reference, partial(autocast, config))
+            losses, after = losses_of(answers)
             optimizer.backward(losses.sum() / count)
-            gathered.append(pair_metrics(pairs, losses, loss.reward_scale))
+            gathered.append(metrics_of(answers, losses, loss))
     state.update(after)
     learning_rate = optimizer.learning_rate
     norm = optimizer.step()
@@ -223,23 +237,37 @@ def objective(
     config: DPOConfig,
     loss: BoundLoss,
     state: Mapping[str, float],
-    batches: Sequence[Sequence[EncodedPair]],
-    pairs: PairBatch,
+    batches: Sequence[Sequence[EncodedPreference]],
+    others: AnswerBatch | None,
+    answers: AnswerBatch,
 ) -> tuple[Tensor, dict[str, float]]:
-    """(B,) values whose mean over all `batches` is the loss plus the weighted NLL per chosen token; its state then."""
-    losses, after = loss.step(pairs, state)
+    """(P,) values whose mean over all `batches` is the loss plus the weighted NLL per chosen token; its state then."""
+    losses, after = loss.step(replace(answers, mismatched=others), state)
     if not config.nll_weight:
         return losses, after
-    window = [pair for batch in batches for pair in batch]
-    per_pair = len(window) / sum(len(pair.chosen) for pair in window)
-    return losses - config.nll_weight * per_pair * pairs.policy_chosen, after
+    window = [row for batch in batches for row in batch]
+    per_row = len(window) / max(1, sum(len(row.chosen) for row in window if row.scores[0] > 0 or len(row.scores) > 1))
+    return losses - config.nll_weight * per_row * answers.chosen, after
+
+
+def others_of(
+    config: DPOConfig,
+    model: Phi2ForCausalLM,
+    batches: Sequence[Sequence[EncodedPreference]],
+    reference: Reference | None,
+    loss: BoundLoss,
+) -> AnswerBatch | None:
+    """The answers of a window behind other prompts, where the loss asks for them."""
+    if "mismatched" not in loss.needs:
+        return None
+    return score_mismatched(model, batches, reference, partial(autocast, config))
 
 
 @torch.no_grad()
 def evaluate(
     config: DPOConfig,
     model: Phi2ForCausalLM,
-    pairs: Sequence[EncodedPair],
+    rows: Sequence[EncodedPreference],
     reference: Reference | None,
     loss: BoundLoss,
     state: Mapping[str, float],
@@ -248,21 +276,23 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of training over a whole data set, names prefixed with eval_.
 
-    A loss of scope "window" is given all pairs of it as one window, so that no batch size changes its value; one with a
+    A loss of scope "window" is given all rows of it as one window, so that no batch size changes its value; one with a
     state has it as training left it, and leaves it so.
 
     Args:
-        ledger: is given what was found of each pair, as that of update `step`.
+        ledger: is told what was found of each pair behind update `step`.
     """
     training, size = model.training, config.per_device_train_batch_size
     model.eval()
-    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    others = others_of(config, model, batches, reference, loss)
     gathered, found = [], []
     for seen in [batches] if loss.scope == "window" else [[batch] for batch in batches]:
-        scored = score_pairs(model, seen, reference, partial(autocast, config))
-        slopes = slopes_of(lambda given: objective(config, loss, state, batches, given)[0], scored)
-        gathered.append(pair_metrics(scored, slopes.values, loss.reward_scale))
-        found.append(Found(scored, slopes, gathered[-1]["rewards/accuracies"] > 0))
+        answers = score_answers(model, seen, reference, partial(autocast, config))
+        slopes = slopes_of(lambda given: objective(config, loss, state, batches, others, given)[0], answers)
+        gathered.append(metrics_of(answers, slopes.values, loss))
+        if ledger is not None:
+            found.append(Found(answers.pairs, slopes))
     if ledger is not None:
         ledger.write(step, found, state)
     model.train(training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,9 @@ import pyarrow
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.losses.batch import PairBatch
+from phi2.losses.bound import BoundLoss
 from phi2.losses.slopes import Slopes
 from phi2.runs.ledger import (
     COLUMN,
@@ -27,17 +29,17 @@ from phi2.runs.ledger import (
 )
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
-from phi2.training.reference_cache import pair_key
+from phi2.training.metrics import pair_metrics
+from phi2.training.reference_cache import answer_keys
 
 NUMBERS = pyarrow.float32()
 
 
 class Found(NamedTuple):
-    """What an evaluation found of B pairs: log-probs, slopes of the loss, and (B,) which of them are ranked right."""
+    """What an evaluation found of B pairs: their log-probs, and values and slopes of the loss."""
 
     pairs: PairBatch
     slopes: Slopes
-    correct: Tensor
 
 
 class LedgerWriter:
@@ -49,8 +51,11 @@ class LedgerWriter:
         done: updates done already.
     """
 
-    def __init__(self, config: DPOConfig, tokenizer: Tokenizer, pairs: Sequence[EncodedPair], done: int) -> None:
-        self.run, self.config, self.tokenizer, self.pairs = Path(config.output), config, tokenizer, pairs
+    def __init__(
+        self, config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, pairs: Sequence[EncodedPreference], done: int
+    ) -> None:
+        self.run, self.config, self.loss = Path(config.output), config, loss
+        self.tokenizer, self.pairs = tokenizer, pairs
         drop_behind(self.run, done)
         before = [*ledger_files(self.run).values()][-1:]
         self.was_correct = [read_table(path, ["correct"])["correct"] for path in before]
@@ -65,7 +70,7 @@ class LedgerWriter:
         config, count = self.config, len(self.pairs)
         about: dict[str, Any] = {"step": step, "loss": config.loss, "knobs": config.knobs, "state": dict(state)}
         about |= {"nll_weight": config.nll_weight, "batch_size": config.per_device_train_batch_size}
-        found_of = numbers_of(found)
+        found_of = numbers_of(found, self.loss.reward_scale)
         (was_correct,) = self.was_correct or [pyarrow.nulls(count, pyarrow.bool_())]
         self.was_correct = [pyarrow.array(found_of["correct"])]
         numbers = {"step": np.full(count, step, dtype=np.int32), **self.names, **found_of, "was_correct": was_correct}
@@ -92,9 +97,23 @@ class LedgerWriter:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def name_of(pair: EncodedPair) -> str:
-    """A pair by its tokens."""
-    return pair_key(pair).hex()[:16]
+def ledger_of(
+    config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, rows: Sequence[EncodedPreference], done: int
+) -> LedgerWriter | None:
+    """What writes the ledger of a run; None where it has none, which is told where one was asked for."""
+    if not rows or not config.ledger:
+        return None
+    other = next((row for row in rows if row.scores[: len(row.scores) - row.has_gold] != (1.0, 0.0)), None)
+    if other is not None:
+        print(f"no ledger is kept: it has a row for each pair, and {other.origin} is none")
+        return None
+    return LedgerWriter(config, loss, tokenizer, rows, done)
+
+
+def name_of(row: EncodedPreference) -> str:
+    """A row by the tokens of its prompt and of the answers that are compared."""
+    compared = answer_keys([row])[: len(row.answers) - row.has_gold]
+    return hashlib.sha256(b"".join(compared)).hexdigest()[:16]
 
 
 def plain(values: list[float | str | None]) -> pyarrow.Array:
@@ -104,9 +123,9 @@ def plain(values: list[float | str | None]) -> pyarrow.Array:
     return pyarrow.array([None if value is None else str(value) for value in values])
 
 
-def numbers_of(found: Sequence[Found]) -> dict[str, Any]:
+def numbers_of(found: Sequence[Found], reward_scale: float) -> dict[str, Any]:
     """(pairs,) of everything that is one number a pair."""
-    parts = [_numbers(each) for each in found]
+    parts = [_numbers(each, reward_scale) for each in found]
     numbers = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
     weight = np.abs(numbers["d_w"]) + np.abs(numbers["d_l"])
     missing = {name: pyarrow.nulls(len(weight), NUMBERS) for name in ("r_w", "r_l") if name not in numbers}
@@ -114,8 +133,8 @@ def numbers_of(found: Sequence[Found]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _numbers(found: Found) -> dict[str, Tensor]:
-    pairs, (losses, d_w, d_l), correct = found
+def _numbers(found: Found, reward_scale: float) -> dict[str, Tensor]:
+    pairs, slopes = found
     chosen, rejected, reference = pairs.policy_chosen_logps, pairs.policy_rejected_logps, {}
     margin = pairs.policy_chosen - pairs.policy_rejected
     if pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None:
@@ -127,7 +146,8 @@ def _numbers(found: Found) -> dict[str, Tensor]:
         "margin": margin,
         "margin_first": chosen[:, :FIRST_TOKENS].sum(dim=-1) - rejected[:, :FIRST_TOKENS].sum(dim=-1),
         "margin_last": last_of(chosen, pairs.chosen_length) - last_of(rejected, pairs.rejected_length),
-        **{"loss": losses, "d_w": d_w, "d_l": d_l, "correct": correct},
+        **{"loss": slopes.values, "d_w": slopes.d_w, "d_l": slopes.d_l},
+        "correct": pair_metrics(pairs, reward_scale)["rewards/accuracies"] > 0,
     }
 
 

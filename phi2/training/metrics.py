@@ -1,4 +1,4 @@
-"""What a preference run reports, over all pairs of a window or data set, not over its last micro-batch."""
+"""What a preference run reports, over all rows of a window or data set, not over its last micro-batch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import AnswerBatch, PairBatch
+from phi2.losses.bound import BoundLoss
 
 
 @torch.no_grad()
-def pair_metrics(pairs: PairBatch, losses: Tensor, reward_scale: float) -> dict[str, Tensor]:
-    """One value per pair, (B,), of everything that is reported.
+def metrics_of(answers: AnswerBatch, losses: Tensor, loss: BoundLoss) -> dict[str, Tensor]:
+    """Of everything that is reported the values whose mean it is, (P,), or fewer of what only some answers have.
+
+    Args:
+        losses: (P,) of these answers.
+    """
+    if loss.unit == "answer":
+        return {"loss": losses, **label_metrics(answers, loss.reward_scale)}
+    metrics = pair_metrics(answers.pairs, loss.reward_scale)
+    return {"loss": losses, **{name: answers.of_prompts(values, "pair") for name, values in metrics.items()}}
+
+
+def label_metrics(answers: AnswerBatch, reward_scale: float) -> dict[str, Tensor]:
+    """Of good answers and of bad ones, under the names of chosen and rejected ones; see `pair_metrics`.
+
+    Source: metric names as in trl's KTO trainer.
+    """
+    has_reference, good = answers.ref_logps is not None, answers.is_good
+    rewards = reward_scale * (answers.logratio if has_reference else answers.policy_per_token)
+    values = {"rewards": rewards, "logps": answers.policy, "length": answers.length.float()}
+    if has_reference:
+        values["ref_logps"] = answers.ref
+    sides = {"chosen": good, "rejected": ~good}
+    split = {f"{name}/{side}": each[mask] for name, each in values.items() for side, mask in sides.items()}
+    return split | ({"kl": (-answers.logratio / answers.length)[good]} if has_reference else {})
+
+
+def pair_metrics(pairs: PairBatch, reward_scale: float) -> dict[str, Tensor]:
+    """One value per pair, (B,).
 
     Rewards are the log-ratio to the reference, times their scale; without one, the log-probability per token. What a
     modifier makes of these for its loss does not count here, as in trl. `kl` estimates KL(reference to policy) per
@@ -20,7 +48,6 @@ def pair_metrics(pairs: PairBatch, losses: Tensor, reward_scale: float) -> dict[
     own samples, and never exploding, as estimators of the other direction do.
 
     Args:
-        losses: (B,) of the same pairs.
         reward_scale: that of the loss (`BoundLoss`).
     Source: metric names as in trl.
     """
@@ -36,7 +63,6 @@ def pair_metrics(pairs: PairBatch, losses: Tensor, reward_scale: float) -> dict[
             "kl": -pairs.chosen_logratio / pairs.chosen_length,
         }
     return {
-        "loss": losses,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
@@ -50,5 +76,9 @@ def pair_metrics(pairs: PairBatch, losses: Tensor, reward_scale: float) -> dict[
 
 
 def means(gathered: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over the pairs of all micro-batches."""
-    return {name: torch.cat([part[name].detach() for part in gathered]).mean().item() for name in gathered[0]}
+    """Mean over the rows of all micro-batches; what none of them has is left out."""
+    joined = {name: torch.cat([part[name].detach() for part in gathered]) for name in gathered[0]}
+    found = {name: values.mean().item() for name, values in joined.items() if len(values)}
+    if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # of answers alone, which no margin is of
+        found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
+    return found

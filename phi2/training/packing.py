@@ -1,9 +1,9 @@
 """From encoded sequences to the tensors of one forward pass: one long row, no padding.
 
 The sequences of a micro-batch stand one behind the other in a single row. `visible_until` keeps them apart, positions
-begin anew in each, and only the hidden states that predict a target are named, by their place in the row. A preference
-pair shares its prompt: the row holds [prompt | chosen | rejected], rejected tokens cannot see chosen ones, and their
-positions go on from the prompt, so the result is that of two separate rows at the price of one prompt.
+begin anew in each, and only the hidden states that predict a target are named, by their place in the row. All answers
+to a prompt share it: the row holds [prompt | answer | answer ...], the tokens of an answer cannot see another one, and
+their positions go on from the prompt, so the result is that of separate rows at the price of one prompt.
 
 Dims: T tokens of the row, N targets.
 Source: prefix sharing, arXiv:2410.20305; best-fit packing, arXiv:2404.10830.
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPair, EncodedSequence
+from phi2.data.encode import EncodedPreference, EncodedSequence
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,22 @@ def row_of_sequences(sequences: Sequence[EncodedSequence]) -> TokenRow:
     )
 
 
-def row_of_pairs(pairs: Sequence[EncodedPair]) -> TokenRow:
-    """[prompt | chosen | rejected] of every pair; targets are each pair's chosen tokens, then its rejected tokens."""
-    ids, positions, until, indices, targets = [], [], [], [], []
-    for start, pair in zip(_starts([p.tokens for p in pairs]), pairs, strict=True):
-        prompt, chosen, rejected = (len(part) for part in (pair.prompt, pair.chosen, pair.rejected))
-        behind_chosen, end = start + prompt + chosen, start + prompt + chosen + rejected
-        ids += [pair.prompt, pair.chosen, pair.rejected]
-        positions += [np.arange(prompt + chosen), np.arange(prompt, prompt + rejected)]
-        until += [np.full(prompt, end), np.full(chosen, behind_chosen), np.full(rejected, end)]
-        last = start + prompt - 1  # the prompt's last token predicts the first token of both answers
-        indices += [last + np.arange(chosen), [last][: min(rejected, 1)], last + chosen + np.arange(1, rejected)]
-        targets += [pair.chosen, pair.rejected]
-    return _row(ids, positions, until, indices, targets)
+def row_of_answers(rows: Sequence[EncodedPreference]) -> TokenRow:
+    """[prompt | answer | answer ...] of every row; targets are the tokens of the answers, in this order."""
+    ids, positions, until, indices = [], [], [], []
+    for start, row in zip(_starts([row.tokens for row in rows]), rows, strict=True):
+        prompt, last = len(row.prompt), start + len(row.prompt) - 1
+        ids += [row.prompt, *row.answers]
+        positions.append(np.arange(prompt))
+        until.append(np.full(prompt, start + row.tokens))
+        begin = last + 1
+        for answer in row.answers:
+            end = begin + len(answer)
+            positions.append(np.arange(prompt, prompt + len(answer)))
+            until.append(np.full(len(answer), end))
+            indices += [[last][: len(answer)], np.arange(begin, end - 1)]  # the prompt predicts the first token
+            begin = end
+    return _row(ids, positions, until, indices, targets=[answer for row in rows for answer in row.answers])
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

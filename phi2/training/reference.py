@@ -17,7 +17,7 @@ from torch import Tensor
 from phi2.checkpoints.peft_files import restore_adapter
 from phi2.checkpoints.weights import load_shape, pick_device
 from phi2.config import Phi2Config
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.hub import resolve
 from phi2.lora import disabled
 from phi2.losses.bound import BoundLoss
@@ -26,9 +26,9 @@ from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
 from phi2.training.packing import TokenRow
-from phi2.training.pairs import row_logps
 from phi2.training.precision import autocast
 from phi2.training.reference_cache import Precomputed, Reference, cache_file, fingerprint, key_of, precomputed
+from phi2.training.scoring import row_logps
 from phi2.training.session import Session
 
 
@@ -37,7 +37,7 @@ def make_reference(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     checkpoint: Path | None,
-    pairs: Sequence[EncodedPair],
+    pairs: Sequence[EncodedPreference],
 ) -> Reference:
     """The reference that `config.reference` names.
 
@@ -57,7 +57,7 @@ def reference_of(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     checkpoint: Path | None,
-    pairs: Sequence[EncodedPair],
+    pairs: Sequence[EncodedPreference],
 ) -> Reference:
     """`make_reference`, of which no run folder is told."""
     kind = reference_kind(config)
@@ -80,7 +80,7 @@ def reference_of(
 
 
 def _precomputed(
-    session: Session, config: DPOConfig, live: Reference, name: str, pairs: Sequence[EncodedPair]
+    session: Session, config: DPOConfig, live: Reference, name: str, pairs: Sequence[EncodedPreference]
 ) -> Precomputed:
     """From its file; where there is none, from an earlier fit that scored all of it in the same way."""
     folder, size = Path(config.reference_cache or Path(config.output) / "reference"), config.per_device_train_batch_size
@@ -107,7 +107,7 @@ def other_reference(config: DPOConfig, loss: BoundLoss) -> Path | None:
     return None if loss.reference_free or kind in ("adapters_off", "frozen_copy") else resolve(kind)
 
 
-def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPair], resumed: bool) -> None:
+def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPreference], resumed: bool) -> None:
     """Refuses a reference cache that has other numbers than it had; what was scored again is the same reference's."""
     cache: Inputs = {"reference cache": reference.digest(pairs)}
     if resumed and reference.complete:
@@ -137,7 +137,7 @@ def frozen_copy(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
 def adapters_off(model: Phi2ForCausalLM) -> Reference:
     """The policy's own base."""
 
-    def logps(pairs: Sequence[EncodedPair], row: TokenRow) -> Tensor:
+    def logps(pairs: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
         training = model.training
         model.eval()
         with disabled(model):
@@ -159,7 +159,7 @@ def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     return row_logps(model, row)
 
 
-def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPair]) -> None:
+def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPreference]) -> None:
     """Refuses a reference that cannot read the pairs: too few vocabulary rows, or too short a context.
 
     Args:
@@ -183,8 +183,8 @@ def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPair]) -> 
         )
 
 
-def _highest_id(pair: EncodedPair) -> int:
-    return max(int(part.max(initial=0)) for part in (pair.prompt, pair.chosen, pair.rejected))
+def _highest_id(row: EncodedPreference) -> int:
+    return max(int(part.max(initial=0)) for part in (row.prompt, *row.answers))
 
 
 def warn_of_another_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:

@@ -1,13 +1,15 @@
-"""Log-probabilities of a reference that were computed once: every pair's, token by token, kept in a file.
+"""Log-probabilities of a reference that were computed once: every answer's, token by token, kept in a file.
 
-The name of the file is a hash of the reference's weights, and its rows are named by a hash of the pair's tokens. Such a
-cache serves every run over the same pairs, whatever its loss, learning rate or batch size, and never a wrong one.
+The name of the file is a hash of the reference's weights, and its rows are named by a hash of the tokens of a prompt
+and an answer. Such a cache serves every run over the same answers, in pairs, swapped pairs, lists or alone, whatever
+its loss, learning rate or batch size, and never a wrong one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,48 +19,48 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.files import write_whole
 from phi2.lora import lora_modules
 from phi2.model import Phi2ForCausalLM
-from phi2.training.packing import TokenRow, row_of_pairs
+from phi2.training.packing import TokenRow, row_of_answers
 
-# The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_pairs`.
-Reference = Callable[[Sequence[EncodedPair], TokenRow], Tensor]
+# The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_answers`.
+Reference = Callable[[Sequence[EncodedPreference], TokenRow], Tensor]
 
 
 class Precomputed:
     """A reference whose log-probabilities are known.
 
     Args:
-        known: those of each pair by its key.
+        known: those of each answer by its key.
         complete: whether none had to be scored for this run.
     """
 
     def __init__(self, known: dict[bytes, np.ndarray], complete: bool, device: torch.device) -> None:
         self.known, self.complete, self.device = known, complete, device
 
-    def __call__(self, batch: Sequence[EncodedPair], row: TokenRow) -> Tensor:
-        return torch.from_numpy(np.concatenate([self.known[pair_key(pair)] for pair in batch])).to(self.device)
+    def __call__(self, batch: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
+        return torch.from_numpy(np.concatenate([self.known[key] for key in answer_keys(batch)])).to(self.device)
 
-    def digest(self, pairs: Sequence[EncodedPair]) -> str:
-        """Of what it says about these pairs."""
+    def digest(self, rows: Sequence[EncodedPreference]) -> str:
+        """Of what it says about these answers."""
         digest = hashlib.sha256()
-        for pair in pairs:
-            digest.update(self.known[pair_key(pair)].tobytes())
+        for key in answer_keys(rows):
+            digest.update(self.known[key].tobytes())
         return digest.hexdigest()
 
 
 def precomputed(
     live: Reference,
     fingerprint: str,
-    pairs: Sequence[EncodedPair],
+    rows: Sequence[EncodedPreference],
     batch_size: int,
     folder: Path,
     device: torch.device,
     known: dict[bytes, np.ndarray] | None = None,
 ) -> Precomputed:
-    """The same reference from a cache file in `folder`, which is completed first with the pairs it lacks.
+    """The same reference from a cache file in `folder`, which is completed first with the answers it lacks.
 
     What was scored before Ctrl-C or a failure is kept.
 
@@ -68,14 +70,13 @@ def precomputed(
     path = cache_file(folder, fingerprint)
     stored = _read_cache(path)
     known = {**(known or {}), **stored}
-    keys = {pair_key(pair): pair for pair in pairs}  # each once
-    missing = [pair for key, pair in keys.items() if key not in known]
+    missing = _unknown(rows, known)
     try:
         for start in tqdm(range(0, len(missing), batch_size), desc="reference", unit="batch", disable=not missing):
             batch = missing[start : start + batch_size]
-            scores = live(batch, row_of_pairs(batch).to(device)).cpu().numpy()
-            ends = np.cumsum([pair.target_tokens for pair in batch])
-            known.update(zip(map(pair_key, batch), np.split(scores, ends[:-1]), strict=True))
+            scores = live(batch, row_of_answers(batch).to(device)).cpu().numpy()
+            ends = np.cumsum([len(answer) for row in batch for answer in row.answers])
+            known.update(zip(answer_keys(batch), np.split(scores, ends[:-1]), strict=True))
     finally:
         if len(known) > len(stored):
             _write_cache(path, known)
@@ -87,17 +88,33 @@ def cache_file(folder: Path, fingerprint: str) -> Path:
     return folder / f"{fingerprint[:16]}.safetensors"
 
 
-def pair_key(pair: EncodedPair) -> bytes:
-    """Names a pair by its tokens and by where its answers begin."""
-    digest = hashlib.sha256()
-    for part in (pair.prompt, pair.chosen, pair.rejected):
-        digest.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
-    return digest.digest()
+def _unknown(rows: Sequence[EncodedPreference], known: Iterable[bytes]) -> list[EncodedPreference]:
+    """The rows with the answers that are not known, each once."""
+    found, seen = [], {*known}
+    for row in rows:
+        missing = [i for i, key in enumerate(answer_keys([row])) if key not in seen]
+        seen.update(answer_keys([row]))
+        if missing:
+            answers, scores = tuple(row.answers[i] for i in missing), tuple(row.scores[i] for i in missing)
+            found.append(replace(row, answers=answers, scores=scores, has_gold=False))
+    return found
 
 
-def key_of(pairs: Sequence[EncodedPair]) -> bytes:
-    """Names pairs in their order."""
-    return hashlib.sha256(b"".join(map(pair_key, pairs))).digest()
+def answer_keys(rows: Iterable[EncodedPreference]) -> list[bytes]:
+    """Names every answer by its tokens and those of the prompt."""
+    keys = []
+    for row in rows:
+        prompt = hashlib.sha256(len(row.prompt).to_bytes(8, "little") + row.prompt.astype("<i4").tobytes())
+        for answer in row.answers:
+            digest = prompt.copy()
+            digest.update(answer.astype("<i4").tobytes())
+            keys.append(digest.digest())
+    return keys
+
+
+def key_of(rows: Sequence[EncodedPreference]) -> bytes:
+    """Names answers in their order."""
+    return hashlib.sha256(b"".join(answer_keys(rows))).digest()
 
 
 @torch.no_grad()

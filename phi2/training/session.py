@@ -25,7 +25,7 @@ from phi2.checkpoints.peft_files import load_adapter
 from phi2.checkpoints.weights import load_config, load_model, load_tokenizer, pick_device
 from phi2.data.audit import Audit
 from phi2.data.config import EncodeConfig
-from phi2.data.encode import Encoded, EncodedPair, EncodedSequence, encode_records
+from phi2.data.encode import Encoded, EncodedPreference, EncodedSequence, encode_records
 from phi2.data.sources import Loaded, load_records, require_ignored, split_records
 from phi2.files import write_whole
 from phi2.fused import fuse
@@ -44,7 +44,7 @@ SHARED = (  # settings that all fits of a session have in common
 )
 
 
-Row = TypeVar("Row", EncodedSequence, EncodedPair)
+Row = TypeVar("Row", EncodedSequence, EncodedPreference)
 
 
 class Rows(NamedTuple, Generic[Row]):
@@ -194,7 +194,7 @@ class Session(Generic[Row]):
 @overload
 def start(config: SFTConfig) -> Session[EncodedSequence]: ...
 @overload
-def start(config: DPOConfig) -> Session[EncodedPair]: ...
+def start(config: DPOConfig) -> Session[EncodedPreference]: ...
 def start(config: TrainingConfig) -> Session:
     """Opens a session for runs with the model, data and encoding of `config`; the rest of it is that of each fit."""
     return Session(config)

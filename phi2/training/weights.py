@@ -8,36 +8,36 @@ from pathlib import Path
 
 import numpy as np
 
-from phi2.data.encode import EncodedPair
+from phi2.data.encode import EncodedPreference
 from phi2.runs.ledger import Ledger, read_table
 from phi2.training.config import WEIGHTS, PreferenceConfig
 from phi2.training.ledger import name_of
 
 
 def with_weights(
-    config: PreferenceConfig, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair]
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    config: PreferenceConfig, rows: Sequence[EncodedPreference], eval_rows: Sequence[EncodedPreference]
+) -> tuple[list[EncodedPreference], list[EncodedPreference]]:
     """Both with the weights that `weights_from` asks for as a column; every held-out pair weighs 1.
 
     Raises:
         ValueError: when a training pair has no weight there.
     """
     if config.weights_from is None:
-        return list(pairs), list(eval_pairs)
-    path, names = Path(config.weights_from), [name_of(pair) for pair in pairs]
+        return list(rows), list(eval_rows)
+    path, names = Path(config.weights_from), [name_of(row) for row in rows]
     known = weights_in(path)
-    missing = [pair for pair, name in zip(pairs, names, strict=True) if name not in known]
+    missing = [row for row, name in zip(rows, names, strict=True) if name not in known]
     if missing:
         raise ValueError(
-            f"weights_from {path} knows {len(pairs) - len(missing)} of the {len(pairs)} training pairs, and not"
+            f"weights_from {path} knows {len(rows) - len(missing)} of the {len(rows)} training pairs, and not"
             f" {missing[0].origin}: is it of other data, or were these tokenised or cut in another way?"
         )
-    weighted = [_with_weight(pair, known[name]) for pair, name in zip(pairs, names, strict=True)]
-    return weighted, [_with_weight(pair, 1.0) for pair in eval_pairs]
+    weighted = [_with_weight(row, known[name]) for row, name in zip(rows, names, strict=True)]
+    return weighted, [_with_weight(row, 1.0) for row in eval_rows]
 
 
-def _with_weight(pair: EncodedPair, weight: float) -> EncodedPair:
-    return replace(pair, columns={**pair.columns, WEIGHTS: weight})
+def _with_weight(row: EncodedPreference, weight: float) -> EncodedPreference:
+    return replace(row, columns={**row.columns, WEIGHTS: weight})
 
 
 def weights_in(path: Path) -> dict[str, float]:

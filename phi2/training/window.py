@@ -23,23 +23,29 @@ class Windows:
         accumulation: micro-batches of a window.
         seed: of the permutations.
         shuffle: False keeps the order of the data.
+
+    Attributes:
+        size: samples of a window.
     """
 
     def __init__(self, samples: int, batch_size: int, accumulation: int, seed: int, shuffle: bool = True) -> None:
-        self.samples, self.batch_size, self.accumulation = samples, batch_size, accumulation
+        self.samples, self.batch_size, self.size = samples, batch_size, batch_size * accumulation
         self.seed, self.shuffle = seed, shuffle
         self._order = functools.lru_cache(maxsize=1)(self._permutation)
 
     @property
     def per_epoch(self) -> int:
         """Optimizer steps of one epoch."""
-        return math.ceil(self.samples / (self.batch_size * self.accumulation))
+        return math.ceil(self.samples / self.size)
+
+    def window(self, step: int) -> list[int]:
+        """The sample indices of optimizer step `step`, counted from 0."""
+        epoch, window = divmod(step, self.per_epoch)
+        return self._order(epoch)[window * self.size : (window + 1) * self.size]
 
     def at(self, step: int) -> list[list[int]]:
         """The sample indices of each micro-batch of optimizer step `step`, counted from 0."""
-        epoch, window = divmod(step, self.per_epoch)
-        size = self.batch_size * self.accumulation
-        chosen = self._order(epoch)[window * size : (window + 1) * size]
+        chosen = self.window(step)
         return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
 
     def until(self, steps: int) -> list[int]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from phi2.data.encode import EncodeConfig, EncodedPair, EncodedSequence, encode_records
+from phi2.data.encode import EncodeConfig, EncodedPreference, EncodedSequence, encode_records
 from phi2.data.formats import parse_row
-from phi2.data.records import Chat, Message, Origin, Pair, Plain, Record
+from phi2.data.records import PAIR, Chat, Message, Origin, Plain, Preference, Record
 from phi2.tokenizer import CHATML_TEMPLATE, Tokenizer
 
 pytest.importorskip("trl")
@@ -62,7 +62,7 @@ def gsm8k(shared: Path) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def pairs(shared: Path) -> list[Pair]:
+def pairs(shared: Path) -> list[Preference]:
     rows = _first_rows(shared / "data" / "preference" / "dpo_en_200.jsonl")
     return [parse_row(row, Origin("dpo_en", number)) for number, row in enumerate(rows, start=1)]
 
@@ -115,7 +115,7 @@ def _assert_same_sequences(ours: list[EncodedSequence], theirs: Rows) -> None:
     assert [_labels(row) for row in ours] == [row["labels"] for row in theirs]
 
 
-def _assert_same_pairs(ours: list[EncodedPair], theirs: Rows, max_length: int) -> None:
+def _assert_same_pairs(ours: list[EncodedPreference], theirs: Rows, max_length: int) -> None:
     """trl prepares whole answers and cuts them when it makes a batch; the cut is repeated here."""
     assert [row.prompt.tolist() for row in ours] == [row["prompt_ids"] for row in theirs]
     for name in ("chosen", "rejected"):
@@ -153,7 +153,7 @@ def test_all_tokens_of_chats_are_trl_messages_rows(tokenizer, gsm8k, prepare):
 
 
 def test_assistant_turns_of_long_chats_are_trl_assistant_only_loss(tokenizer, pairs, prepare):
-    chats = [Chat(pair.prompt + pair.chosen, pair.origin) for pair in pairs]
+    chats = [Chat(pair.prompt + pair.answers[0], pair.origin) for pair in pairs]
     assert max(sum(message.role == "assistant" for message in chat.messages) for chat in chats) > 2
     rows = [{"messages": _dicts(chat.messages)} for chat in chats]
     theirs = prepare("SFT", rows, template=MARKED_CHATML, assistant_only_loss=True)
@@ -164,7 +164,7 @@ def test_assistant_turns_of_long_chats_are_trl_assistant_only_loss(tokenizer, pa
 def test_what_a_template_marks_is_what_trl_learns(shared, pairs, prepare, template):
     tokenizer = Tokenizer.from_folder(shared / "tokenizer" / "phi-2-instruct")
     tokenizer.chat_template = template
-    chats = [Chat(pair.prompt + pair.chosen, pair.origin) for pair in pairs]
+    chats = [Chat(pair.prompt + pair.answers[0], pair.origin) for pair in pairs]
     theirs = prepare("SFT", [{"messages": _dicts(c.messages)} for c in chats], template, assistant_only_loss=True)
     _assert_same_sequences(_encode(chats, tokenizer, "supervised", train_on="assistant"), theirs)
 
@@ -216,14 +216,20 @@ def test_text_pairs_are_trl_text_pairs(tokenizer, alpaca, prepare, end):
         {"prompt": row["instruction"] + "\n", "chosen": good, "rejected": bad}
         for row, good, bad in zip(alpaca, answers, rejected, strict=True)
     ]
-    pairs = [Pair(*row.values(), Origin("alpaca", number), {}) for number, row in enumerate(rows, start=1)]
+    pairs = [
+        Preference(row["prompt"], (row["chosen"], row["rejected"]), PAIR, Origin("alpaca", number), {})
+        for number, row in enumerate(rows, start=1)
+    ]
     _assert_same_pairs(_encode(pairs, tokenizer, "preference"), prepare("DPO", rows, max_length=1024), 1024)
 
 
 def test_pairs_whose_answer_begins_inside_a_token_are_cut_where_trl_cuts_them(tokenizer, alpaca, prepare):
     words = [row["output"].split(" ") for row in alpaca]
     rows = [{"prompt": "Say: " + w[0][:2], "chosen": w[0][2:] + " one", "rejected": " " + w[-1]} for w in words]
-    pairs = [Pair(*row.values(), Origin("alpaca", number), {}) for number, row in enumerate(rows, start=1)]
+    pairs = [
+        Preference(row["prompt"], (row["chosen"], row["rejected"]), PAIR, Origin("alpaca", number), {})
+        for number, row in enumerate(rows, start=1)
+    ]
     ours, audit = encode_records(pairs, tokenizer, EncodeConfig(), "preference")
     assert audit.flags["boundary_merged"] > 20
     _assert_same_pairs(ours, prepare("DPO", rows, max_length=1024), 1024)

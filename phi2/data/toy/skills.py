@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from phi2.data.records import Chat, Message, Messages, Origin, Pair, Plain, Record
+from phi2.data.records import PAIR, Chat, Message, Messages, Origin, Plain, Preference, Record
 from phi2.data.toy.instructions import BY_NAME, Constraint, apply_constraints, ignored_share, words
 from phi2.data.toy.prose import paragraph
 from phi2.data.toy.world import (
@@ -323,7 +323,7 @@ def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     """The rows for one stage of training, in random order, so that a slice keeps the mix.
 
     pretrain: `Plain` paragraphs without a prompt (`prose.py`). sft: `Chat`s of the five skills, plain questions,
-    single sums, follow-up questions and small talk, some with a system message. dpo: `Pair`s, mostly of `follow`; the
+    single sums, follow-up questions and small talk, some with a system message. dpo: pairs, mostly of `follow`; the
     column `source_dataset` holds the skill.
 
     The demonstrations of `follow` are careless on purpose, as people's are: each instruction has a share of them (see
@@ -346,6 +346,6 @@ def records(kind: str, split: str = "train", seed: int = 0) -> list[Record]:
     return [_pair(item, rejected, Origin(file, row)) for row, (item, rejected) in enumerate(pairs, start=1)]
 
 
-def _pair(item: Item, rejected: str, origin: Origin) -> Pair[Messages]:
+def _pair(item: Item, rejected: str, origin: Origin) -> Preference[Messages]:
     chosen, worse = Message("assistant", item.answer), Message("assistant", rejected)
-    return Pair(item.messages, (chosen,), (worse,), origin, {"source_dataset": item.skill})
+    return Preference(item.messages, ((chosen,), (worse,)), PAIR, origin, {"source_dataset": item.skill})
