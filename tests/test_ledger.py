@@ -96,8 +96,17 @@ def test_a_run_without_reference_has_nulls_in_its_place(dpo_config, pair_data):
 
 def test_a_run_without_held_out_pairs_has_no_ledger(dpo_config):
     run = train(dpo_config(max_steps=1))
-    with pytest.raises(ValueError, match="holds no ledger: a preference run writes one at its evaluations"):
+    with pytest.raises(ValueError, match="holds no ledger: a preference run writes one at its evaluations of pairs"):
         Ledger(run)
+
+
+def test_lists_of_answers_have_no_ledger_and_it_is_told(dpo_config, write_rows, capsys):
+    rows = [{"prompt": f"Q{i}", "completions": [" a", " b", f" {i}"], "scores": [3, 2, 1]} for i in range(4)]
+    path = write_rows(rows)
+    run = train(dpo_config(data=path, eval_data=path, max_steps=1))
+    assert "no ledger is kept: it has a row for each pair" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no ledger: .* its evaluations of pairs"):
+        phi2.replay(run)
 
 
 def test_the_ledger_of_a_killed_run_is_that_of_a_whole_one(dpo_config, pair_data, train_and_kill, tmp_path):

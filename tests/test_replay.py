@@ -149,6 +149,34 @@ def test_the_runs_own_loss_gives_what_the_run_logged(dpo_config, pair_data, chan
             assert (found[name] == values).all()
 
 
+def test_a_loss_that_keeps_numbers_has_them_as_the_run_had_if_it_is_its_own(dpo_config, pair_data):
+    run = train(dpo_config(eval_data=pair_data, max_steps=4, loss="bco", beta=0.3))
+    own, named, other = phi2.replay(run), phi2.replay(run, "bco", beta=0.3), phi2.replay(run, "bco", beta=0.30001)
+    assert (own.values == named.values).all() and set(own.evaluation.about["state"].values()) != {0.0}
+    assert np.abs(other.values - own.values).max() > 1e-3
+
+
+def test_a_loss_of_labelled_answers_is_replayed_on_pairs(registry):
+    """-s of a good answer, 3 s of a bad one: each pair has the mean of both, and so have its slopes."""
+
+    @phi2.preference_loss("labels", unit="answer")
+    def labels(answers) -> torch.Tensor:
+        return torch.where(answers.is_good, -1.0, 3.0) * answers.logratio
+
+    replay = phi2.replay(SUMS, "labels")
+    assert replay.values.tolist() == [(-1 - 3) / 2, (1 + 3) / 2, (-0.5 - 9) / 2]
+    assert set(replay.d_w) == {-0.5} and set(replay.d_l) == {1.5} and "labels" in str(replay)
+
+
+def test_a_loss_that_needs_more_than_pairs_is_refused(registry):
+    @phi2.preference_loss("imitating", needs=("gold",))
+    def imitating(pairs: PairBatch) -> torch.Tensor:
+        return -pairs.gold_logps.sum(dim=-1)
+
+    with pytest.raises(ValueError, match="loss 'imitating' needs gold answers beside the pairs: not replayed"):
+        phi2.replay(SUMS, "imitating")
+
+
 def test_another_loss_gives_what_its_own_evaluation_of_that_model_would(dpo_config, pair_data, tmp_path):
     """Two runs that do not move: each loss on the log-probs of the other."""
     still = dict(eval_data=pair_data, max_steps=1, learning_rate=0.0)

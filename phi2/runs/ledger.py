@@ -116,7 +116,7 @@ class Ledger:
             self.files = {read_evaluation(self.path).step: self.path}
         if not self.files:
             raise ValueError(
-                f"{self.path} holds no ledger: a preference run writes one at its evaluations (eval_data or"
+                f"{self.path} holds no ledger: a preference run writes one at its evaluations of pairs (eval_data or"
                 " test_fraction), unless ledger is false"
             )
 
