@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,8 @@ FOLDER, ABOUT = "ledger", b"phi2"  # in the folder of a run; key of the metadata
 SIDES = ("chosen", "rejected")
 COLUMN = "column/"  # before the names of columns of the data
 FIRST_TOKENS = 5  # of an answer: what `margin_first` counts
-REQUIRED = ("pair", "file", "row", "s_w", "s_l", "policy_chosen_logps", "policy_rejected_logps")
+TOKENS = tuple(f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES)
+REQUIRED = ("pair", "file", "row", "s_w", "s_l")
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,14 @@ def write_evaluation(path: Path, about: Mapping[str, Any], columns: Mapping[str,
         pyarrow.parquet.write_table(table, unfinished, compression="zstd")
 
 
-def read_evaluation(path: Path) -> Evaluation:
-    """Reads one.
+def read_evaluation(path: Path, with_tokens: bool = True) -> Evaluation:
+    """Reads one, whole or without what it has token by token.
 
     Raises:
         ValueError: naming the file, when it is damaged or no file of a ledger.
     """
-    table = read_table(path)
-    missing = [name for name in REQUIRED if name not in table.column_names]
+    table = read_table(path, None if with_tokens else [name for name in names_in(path) if name not in TOKENS])
+    missing = [name for name in (*REQUIRED, *TOKENS[: 2 * with_tokens]) if name not in table.column_names]
     about = json.loads((table.schema.metadata or {}).get(ABOUT, b"{}"))
     if missing or "step" not in about:
         raise ValueError(f"{path}: no file of a ledger, it has no {', '.join(missing) or 'account of its run'}")
@@ -190,7 +192,19 @@ def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
     Raises:
         ValueError: naming the file, when it cannot be read.
     """
-    try:
+    with _named(path):
         return pyarrow.parquet.read_table(path, columns=columns, partitioning=None)
+
+
+def names_in(path: Path) -> list[str]:
+    """Names of the columns of a Parquet file; raises what `read_table` raises."""
+    with _named(path):
+        return pyarrow.parquet.read_schema(path).names
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged, or not Parquet ({one_line(error)[:200]})") from error

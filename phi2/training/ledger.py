@@ -21,6 +21,7 @@ from phi2.runs.ledger import (
     COLUMN,
     FIRST_TOKENS,
     SIDES,
+    TOKENS,
     drop_behind,
     file_of,
     ledger_files,
@@ -158,15 +159,18 @@ def last_of(values: Tensor, length: Tensor) -> Tensor:
 
 def tokens_of(found: Sequence[Found]) -> dict[str, pyarrow.Array]:
     """Log-probs token by token: lists without padding, one a pair."""
-    return {f"{model}_{side}_logps": _lists(found, model, side) for model in ("policy", "ref") for side in SIDES}
+    masks = {side: [getattr(each.pairs, f"{side}_mask") for each in found] for side in SIDES}
+    return {
+        name: _lists([getattr(each.pairs, name) for each in found], masks[side])
+        for name, side in zip(TOKENS, 2 * SIDES, strict=True)
+    }
 
 
-def _lists(found: Sequence[Found], model: str, side: str) -> pyarrow.Array:
-    masks = [getattr(each.pairs, f"{side}_mask") for each in found]
-    values = [getattr(each.pairs, f"{model}_{side}_logps") for each in found]
-    if values[0] is None:
+def _lists(values: list[Tensor | None], masks: list[Tensor]) -> pyarrow.Array:
+    known = [value for value in values if value is not None]
+    if not known:
         return pyarrow.nulls(sum(map(len, masks)), pyarrow.list_(NUMBERS))
-    flat = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])  # (N,)
+    flat = torch.cat([value[mask] for value, mask in zip(known, masks, strict=True)])  # (N,)
     ends = torch.cat([mask.sum(dim=-1) for mask in masks]).cumsum(dim=0)
     starts_and_end = np.concatenate(([0], ends.cpu().numpy())).astype(np.int32)
     return pyarrow.ListArray.from_arrays(starts_and_end, flat.cpu().numpy())
