@@ -168,8 +168,11 @@ def write_evaluation(path: Path, about: Mapping[str, Any], columns: Mapping[str,
     """Writes a file of a ledger, whole or not at all."""
     table = pyarrow.table(dict(columns)).replace_schema_metadata({ABOUT: json.dumps(about)})
     path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as unfinished:
-        pyarrow.parquet.write_table(table, unfinished, compression="zstd")
+    others, lists = [name for name in columns if name not in TOKENS], [f"{name}.list.element" for name in TOKENS]
+    with whole_file(path) as unfinished:  # log-probs do not repeat: a dictionary of them would be larger than they are
+        pyarrow.parquet.write_table(
+            table, unfinished, compression="zstd", use_dictionary=others, use_byte_stream_split=lists
+        )
 
 
 def read_evaluation(path: Path, with_tokens: bool = True) -> Evaluation:
