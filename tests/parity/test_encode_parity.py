@@ -201,7 +201,8 @@ def test_tools_of_a_pair_are_written_as_trl_writes_them(shared, prepare):
 
 @pytest.mark.parametrize("max_length", [1024, 256])
 def test_message_pairs_are_trl_conversational_pairs(tokenizer, pairs, prepare, max_length):
-    rows = [{name: _dicts(getattr(pair, name)) for name in ("prompt", "chosen", "rejected")} for pair in pairs]
+    names = "prompt", "chosen", "rejected"
+    rows = [dict(zip(names, map(_dicts, (pair.prompt, *pair.answers)), strict=True)) for pair in pairs]
     theirs = prepare("DPO", rows, max_length=max_length)
     ours = _encode(pairs, tokenizer, "preference", max_length=max_length)
     assert max_length == 1024 or len(ours) < len(pairs)  # the short limit does drop rows
