@@ -130,6 +130,14 @@ def test_evaluations_that_are_not_made_again_are_dropped(dpo_config, pair_data, 
     assert Ledger(run).at(5)["was_correct"].tolist() == Ledger(run).at(2)["correct"].tolist()
 
 
+def test_a_run_that_goes_on_without_ledger_leaves_no_row_of_what_it_makes_again(
+    dpo_config, pair_data, train_and_kill, tmp_path
+):
+    config = dpo_config(eval_data=pair_data, eval_steps=2, save_steps=3, output=str(tmp_path / "killed"))
+    train_and_kill(config, step=5)
+    assert Ledger(train(dataclasses.replace(config, resume=True, ledger=False))).steps == [2]
+
+
 def test_a_ledger_is_found_by_its_run_its_folder_and_its_file(dpo_config, pair_data):
     run = train(dpo_config(eval_data=pair_data, max_steps=1))
     for path in (run, run / "ledger", run / "ledger" / "step-1.parquet"):

@@ -168,6 +168,21 @@ def test_a_loss_of_labelled_answers_is_replayed_on_pairs(registry):
     assert set(replay.d_w) == {-0.5} and set(replay.d_l) == {1.5} and "labels" in str(replay)
 
 
+def test_a_loss_is_tried_before_it_is_replayed(registry):
+    @phi2.preference_loss("beside_others")
+    def beside_others(pairs: PairBatch) -> torch.Tensor:
+        return pairs.margin - pairs.margin.mean()
+
+    @phi2.preference_loss("noisy")
+    def noisy(pairs: PairBatch) -> torch.Tensor:
+        return pairs.margin + torch.rand(len(pairs.margin))
+
+    with pytest.raises(ValueError, match='register it with scope="window"'):
+        phi2.replay(SUMS, "beside_others")
+    with pytest.raises(ValueError, match="draws random numbers"):
+        phi2.replay(SUMS, "noisy")
+
+
 def test_a_loss_that_needs_more_than_pairs_is_refused(registry):
     @phi2.preference_loss("imitating", needs=("gold",))
     def imitating(pairs: PairBatch) -> torch.Tensor:

@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from phi2.lab.statistics import spearman
-from phi2.lab.trajectory import answers_of_arrays, batches_of, require_known
+from phi2.lab.trajectory import answers_of_arrays, batches_of, first_of, require_known
 from phi2.lab.variants import name_of
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.parts import LossSpec
+from phi2.losses.properties import require_pure, require_scope
 from phi2.losses.slopes import slopes_of
 from phi2.runs.ledger import FOLDER, Evaluation, Ledger
 from phi2.training.metrics import means, metrics_of
+
+LOOKED_AT = 8  # pairs on which a loss is tried first
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def replay(
     if loss is None:
         raise ValueError("name a loss: only a run has one of its own")
     bound, answers = bind_loss(loss, knobs, loss_file), answers_of_arrays(logps)
-    require_given(bound, answers, "give ref_chosen_logps and ref_rejected_logps")
+    require_usable(bound, answers, "give ref_chosen_logps and ref_rejected_logps")
     require_known(bound, answers, logps)
     return replay_batches(bound, [answers], _written(loss, knobs), nll_weight)
 
@@ -140,7 +143,7 @@ def replay_evaluation(found: Evaluation, loss: BoundLoss, written: str, nll_weig
     """A loss on what an evaluation kept; one that keeps a state has it as in a run that begins, or if it is the run's
     own, as the run had it."""
     batches = batches_of(found, whole=loss.scope == "window")
-    require_given(loss, batches[0], f"{found.path} is of a run without one")
+    require_usable(loss, batches[0], f"{found.path} is of a run without one")
     state = found.about["state"] if loss.state and _is_own(loss, found) else loss.state
     return replace(replay_batches(loss, batches, written, nll_weight, state), evaluation=found)
 
@@ -153,12 +156,20 @@ def _is_own(loss: BoundLoss, found: Evaluation) -> bool:
     return own == [(each.name, weight, each.knobs) for weight, each in loss.parts or [(1.0, loss)]]
 
 
-def require_given(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
-    """Refuses a loss that reads what is not kept: a reference, or answers beside the pairs."""
+def require_usable(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
+    """Refuses a loss that reads what is not kept, a reference or answers beside the pairs, and tries it on a few pairs.
+
+    Raises:
+        ValueError: for such a loss, and for one that is not pure, or looks at other pairs and does not say so.
+    """
     if loss.needs:
         raise ValueError(f"loss {loss.name!r} needs {' and '.join(loss.needs)} answers beside the pairs: not replayed")
     if answers.ref_logps is None and not loss.reference_free:
         raise ValueError(f"loss {loss.name!r} needs log-probs of a reference: {remedy}")
+    few = first_of(answers, LOOKED_AT)
+    require_pure(loss, few)
+    for part in [part for _, part in loss.parts] or [loss]:
+        require_scope(part, few)
 
 
 def replay_batches(

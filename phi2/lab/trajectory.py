@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -34,6 +35,20 @@ def answers_of(tokens: Tokens, columns: Columns) -> AnswerBatch:
         scores=(1.0, 0.0) * count,
         ref_logps=pad_sequence(ref, batch_first=True) if ref else None,
         columns=columns,
+    )
+
+
+def first_of(answers: AnswerBatch, pairs: int) -> AnswerBatch:
+    """The first few pairs."""
+    count = 2 * pairs
+    return replace(
+        answers,
+        policy_logps=answers.policy_logps[:count],
+        ref_logps=None if answers.ref_logps is None else answers.ref_logps[:count],
+        lengths=answers.lengths[:count],
+        prompts=answers.prompts[:count],
+        scores=answers.scores[:count],
+        columns=answers.columns.each(itemgetter(slice(pairs))),
     )
 
 

@@ -139,6 +139,19 @@ def uses_batch(loss: BoundLoss, answers: AnswerBatch) -> bool:
     return False
 
 
+def require_scope(loss: BoundLoss, answers: AnswerBatch) -> None:
+    """Refuses a loss that looks at other rows and does not say so.
+
+    Raises:
+        ValueError: naming what to register it with.
+    """
+    if loss.scope == "pair" and uses_batch(loss, answers):
+        raise ValueError(
+            f"loss {loss.name!r} gives a {loss.unit} another value when other {loss.unit}s stand beside it:"
+            f' register it with scope="window", and it is given all {loss.unit}s of an update'
+        )
+
+
 def _is_close(part: Tensor, expected: Tensor, whole: Tensor) -> bool:
     """But for rounding, which is that of the largest number of the batch."""
     largest = whole.nan_to_num(0, 0, 0).abs().amax().item() if whole.numel() else 0.0

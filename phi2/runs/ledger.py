@@ -117,10 +117,7 @@ class Ledger:
         else:
             self.files = {read_evaluation(self.path).step: self.path}
         if not self.files:
-            raise ValueError(
-                f"{self.path} holds no ledger: a preference run writes one at its evaluations of pairs (eval_data or"
-                " test_fraction), unless ledger is false"
-            )
+            raise ValueError(f"{self.path} holds no ledger: {_where_one_is(self.path)}")
 
     @property
     def steps(self) -> list[int]:
@@ -141,6 +138,14 @@ class Ledger:
 
     def __repr__(self) -> str:
         return f"Ledger({str(self.path)!r}, steps {_listed(self.steps)})"
+
+
+def _where_one_is(folder: Path) -> str:
+    if (folder / "cells").is_dir():
+        return "those of a comparison are in its runs, cells/VARIANT/SEED"
+    return (
+        "a preference run writes one at its evaluations of pairs (eval_data or test_fraction), unless ledger is false"
+    )
 
 
 def _listed(steps: list[int]) -> str:

@@ -49,15 +49,13 @@ class LedgerWriter:
     Args:
         config: of the run, with all knobs of its loss.
         pairs: that it evaluates.
-        done: updates done already.
     """
 
     def __init__(
-        self, config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, pairs: Sequence[EncodedPreference], done: int
+        self, config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, pairs: Sequence[EncodedPreference]
     ) -> None:
         self.run, self.config, self.loss = Path(config.output), config, loss
         self.tokenizer, self.pairs = tokenizer, pairs
-        drop_behind(self.run, done)
         before = [*ledger_files(self.run).values()][-1:]
         self.was_correct = [read_table(path, ["correct"])["correct"] for path in before]
 
@@ -101,14 +99,19 @@ class LedgerWriter:
 def ledger_of(
     config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, rows: Sequence[EncodedPreference], done: int
 ) -> LedgerWriter | None:
-    """What writes the ledger of a run; None where it has none, which is told where one was asked for."""
+    """What writes the ledger of a run, None where it keeps none: of other rows than pairs, which is told.
+
+    Args:
+        done: updates done already; what was written behind them is dropped.
+    """
+    drop_behind(Path(config.output), done)
     if not rows or not config.ledger:
         return None
     other = next((row for row in rows if row.scores[: len(row.scores) - row.has_gold] != (1.0, 0.0)), None)
     if other is not None:
         print(f"no ledger is kept: it has a row for each pair, and {other.origin} is none")
         return None
-    return LedgerWriter(config, loss, tokenizer, rows, done)
+    return LedgerWriter(config, loss, tokenizer, rows)
 
 
 def name_of(row: EncodedPreference) -> str:
