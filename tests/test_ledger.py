@@ -138,8 +138,9 @@ def test_a_run_that_goes_on_without_ledger_leaves_no_row_of_what_it_makes_again(
     assert Ledger(train(dataclasses.replace(config, resume=True, ledger=False))).steps == [2]
 
 
-def test_a_ledger_is_found_by_its_run_its_folder_and_its_file(dpo_config, pair_data):
-    run = train(dpo_config(eval_data=pair_data, max_steps=1))
+@pytest.mark.parametrize("name", ["run", "ledger"])
+def test_a_ledger_is_found_by_its_run_its_folder_and_its_file(dpo_config, pair_data, tmp_path, name):
+    run = train(dpo_config(eval_data=pair_data, max_steps=1, output=str(tmp_path / name)))
     for path in (run, run / "ledger", run / "ledger" / "step-1.parquet"):
         assert Ledger(path).at("last").step == 1
 

@@ -15,16 +15,16 @@ from torch.nn.utils.rnn import pad_sequence
 from phi2.losses.batch import AnswerBatch, Columns, PairBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import nearest
-from phi2.runs.ledger import COLUMN, SIDES, TOKENS, Evaluation
+from phi2.runs.ledger import COLUMN, LOGPS, SIDES, Evaluation
 
 MASKS, LENGTHS = (tuple(f"{side}_{what}" for side in SIDES) for what in ("mask", "length"))
-ARRAYS = (*TOKENS, *MASKS, *LENGTHS, "columns")
+ARRAYS = (*LOGPS, *MASKS, *LENGTHS, "columns")
 CLOSE = 1e-4  # by how much of the largest value the rounding of a sum may move a loss
 
-Tokens = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each pair (T,) log-probs without padding
+Logps = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each pair (T,) log-probs without padding
 
 
-def answers_of(tokens: Tokens, columns: Columns) -> AnswerBatch:
+def answers_of(tokens: Logps, columns: Columns) -> AnswerBatch:
     """Pairs as a loss takes them, padded as a run pads them."""
     policy, ref = ([*_interleaved(tokens, model)] for model in ("policy", "ref"))
     count = len(policy) // 2
@@ -52,7 +52,7 @@ def first_of(answers: AnswerBatch, pairs: int) -> AnswerBatch:
     )
 
 
-def _interleaved(tokens: Tokens, model: str) -> Iterator[Tensor]:
+def _interleaved(tokens: Logps, model: str) -> Iterator[Tensor]:
     """Chosen, rejected, chosen, rejected, ..."""
     both = [tokens.get(f"{model}_{side}_logps", ()) for side in SIDES]
     return (answer for pair in zip(*both, strict=True) for answer in pair)
@@ -67,7 +67,7 @@ def batches_of(found: Evaluation, whole: bool) -> list[AnswerBatch]:
     With their padding, so that sums are rounded as they were.
     """
     size = len(found) if whole else found.about["batch_size"]
-    tokens, columns = {name: _tokens_of(found, name) for name in TOKENS if name in found}, columns_of(found)
+    tokens, columns = {name: _tokens_of(found, name) for name in LOGPS if name in found}, columns_of(found)
     batches = [slice(start, start + size) for start in range(0, len(found), size)]
     return [answers_of({k: v[rows] for k, v in tokens.items()}, columns.each(itemgetter(rows))) for rows in batches]
 
@@ -106,7 +106,7 @@ def answers_of_arrays(given: Any) -> AnswerBatch:
     arrays = _named(given)
     size = len(arrays["policy_chosen_logps"]) if arrays["policy_chosen_logps"].ndim else 0
     masks = {side: _mask(arrays, side, size) for side in SIDES}
-    tokens = {name: _tokens(name, arrays, masks) for name in TOKENS if name in arrays}
+    tokens = {name: _answers_in(name, arrays, masks) for name in LOGPS if name in arrays}
     columns = {f"columns[{name!r}]": name for name in arrays.get("columns") or ()}
     found = {name: _array(told, arrays["columns"][name]) for told, name in columns.items()}
     for told, name in columns.items():
@@ -126,9 +126,9 @@ def _named(given: Any) -> dict[str, Any]:
         if name not in ARRAYS:
             raise ValueError(f"logps may hold {', '.join(ARRAYS)}, got {name!r}{nearest(str(name), ARRAYS)}")
     named = {name: value for name, value in named.items() if value is not None}
-    for both in (TOKENS[:2], TOKENS[2:]):
+    for both in (LOGPS[:2], LOGPS[2:]):
         missing = [name for name in both if name not in named]
-        if missing and (both == TOKENS[:2] or len(missing) == 1):
+        if missing and (both == LOGPS[:2] or len(missing) == 1):
             raise ValueError(f"logps needs {' and '.join(missing)}")
     return {name: value if name == "columns" else _array(name, value) for name, value in named.items()}
 
@@ -138,7 +138,7 @@ def _array(name: str, value: Any) -> Tensor:
         tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}") from error
-    return tensor.float() if name in TOKENS and tensor.dtype != torch.float64 else tensor
+    return tensor.float() if name in LOGPS and tensor.dtype != torch.float64 else tensor
 
 
 def _mask(arrays: Mapping[str, Any], side: str, size: int) -> Tensor:
@@ -164,7 +164,7 @@ def _mask(arrays: Mapping[str, Any], side: str, size: int) -> Tensor:
     return torch.arange(longest) < length[:, None]
 
 
-def _tokens(name: str, arrays: Mapping[str, Any], masks: Mapping[str, Tensor]) -> list[Tensor]:
+def _answers_in(name: str, arrays: Mapping[str, Any], masks: Mapping[str, Tensor]) -> list[Tensor]:
     """Of each pair the log-probs of one of its answers."""
     side, values = "chosen" if "chosen" in name else "rejected", arrays[name]
     mask = masks[side]

@@ -39,7 +39,7 @@ FOLDER, ABOUT = "ledger", b"phi2"  # in the folder of a run; key of the metadata
 SIDES = ("chosen", "rejected")
 COLUMN = "column/"  # before the names of columns of the data
 FIRST_TOKENS = 5  # of an answer: what `margin_first` counts
-TOKENS = tuple(f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES)
+LOGPS = tuple(f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES)
 REQUIRED = ("pair", "file", "row", "s_w", "s_l")
 
 
@@ -113,7 +113,7 @@ class Ledger:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file or folder")
         if self.path.is_dir():
-            self.files = ledger_files(self.path.parent if self.path.name == FOLDER else self.path)
+            self.files = ledger_files(self.path) or (ledger_files(self.path.parent) if self.path.name == FOLDER else {})
         else:
             self.files = {read_evaluation(self.path).step: self.path}
         if not self.files:
@@ -173,7 +173,7 @@ def write_evaluation(path: Path, about: Mapping[str, Any], columns: Mapping[str,
     """Writes a file of a ledger, whole or not at all."""
     table = pyarrow.table(dict(columns)).replace_schema_metadata({ABOUT: json.dumps(about)})
     path.parent.mkdir(exist_ok=True)
-    others, lists = [name for name in columns if name not in TOKENS], [f"{name}.list.element" for name in TOKENS]
+    others, lists = [name for name in columns if name not in LOGPS], [f"{name}.list.element" for name in LOGPS]
     with whole_file(path) as unfinished:  # log-probs do not repeat: a dictionary of them would be larger than they are
         pyarrow.parquet.write_table(
             table, unfinished, compression="zstd", use_dictionary=others, use_byte_stream_split=lists
@@ -186,8 +186,8 @@ def read_evaluation(path: Path, with_tokens: bool = True) -> Evaluation:
     Raises:
         ValueError: naming the file, when it is damaged or no file of a ledger.
     """
-    table = read_table(path, None if with_tokens else [name for name in names_in(path) if name not in TOKENS])
-    missing = [name for name in (*REQUIRED, *TOKENS[: 2 * with_tokens]) if name not in table.column_names]
+    table = read_table(path, None if with_tokens else [name for name in names_in(path) if name not in LOGPS])
+    missing = [name for name in (*REQUIRED, *LOGPS[: 2 * with_tokens]) if name not in table.column_names]
     about = json.loads((table.schema.metadata or {}).get(ABOUT, b"{}"))
     if missing or "step" not in about:
         raise ValueError(f"{path}: no file of a ledger, it has no {', '.join(missing) or 'account of its run'}")

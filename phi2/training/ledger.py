@@ -20,8 +20,8 @@ from phi2.losses.slopes import Slopes
 from phi2.runs.ledger import (
     COLUMN,
     FIRST_TOKENS,
+    LOGPS,
     SIDES,
-    TOKENS,
     drop_behind,
     file_of,
     ledger_files,
@@ -165,7 +165,7 @@ def tokens_of(found: Sequence[Found]) -> dict[str, pyarrow.Array]:
     masks = {side: [getattr(each.pairs, f"{side}_mask") for each in found] for side in SIDES}
     return {
         name: _lists([getattr(each.pairs, name) for each in found], masks[side])
-        for name, side in zip(TOKENS, 2 * SIDES, strict=True)
+        for name, side in zip(LOGPS, 2 * SIDES, strict=True)
     }
 
 
