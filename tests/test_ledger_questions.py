@@ -125,6 +125,11 @@ def test_pairs_are_shown_with_their_texts_which_stay_text():
     assert {"lost", "learnt", "suspected label noise"} <= set(html.said)
 
 
+def test_the_markers_of_turns_are_not_shown():
+    html = pairs_to_look_at(evaluation(prompt=["<|im_start|>user\nQ <b>?<|im_end|>\n"] * 3, s_w=[-20.0] * 3))
+    assert "user\nQ &lt;b&gt;?<" in html and "im_" not in html
+
+
 def test_long_texts_are_cut_at_the_side_that_matters_less():
     html = pairs_to_look_at(evaluation(prompt=["a" * 999 + "?"] * 3, rejected=["b" * 999, "v", "w"], s_w=[-20.0] * 3))
     assert f"... {'a' * 299}?" in html and f"{'b' * 300} ..." in html and "a" * 300 not in html

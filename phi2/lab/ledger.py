@@ -5,6 +5,7 @@ Every function takes an `Evaluation` (`phi2/runs/ledger.py`) and answers for eac
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -85,6 +86,11 @@ def repeated(found: Evaluation) -> np.ndarray:
 def ties(found: Evaluation) -> np.ndarray:
     """Whether the policy hardly prefers either answer."""
     return np.abs(preference(found)) < TIE
+
+
+def readable(text: str) -> str:
+    """A text without the markers of its turns."""
+    return re.sub(r"<\|\w+\|>\n?", "", text).strip()
 
 
 def _texts(found: Evaluation) -> list[tuple[str, str, str]]:

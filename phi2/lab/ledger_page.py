@@ -21,10 +21,11 @@ from phi2.lab.ledger import (
     length_margin,
     lost,
     preference,
+    readable,
 )
 from phi2.pages.charts import Line, Point, line_chart, number
 from phi2.pages.page import noted, said, table
-from phi2.runs.ledger import FIRST_TOKENS, Evaluation, ledger_files, read_evaluation
+from phi2.runs.ledger import FIRST_TOKENS, SIDES, Evaluation, ledger_files, read_evaluation
 
 SHOWN, TEXT = 3, 300  # pairs of each kind, and characters of a text
 ABOUT = (
@@ -117,7 +118,7 @@ def group_table(found: Evaluation) -> str:
     head[head.index("all")] = "margin"
     rows = [_group_row("all", found, np.ones(len(found), dtype=bool))]
     rows += [_group_row(name, found, mask) for name, mask in groups(found).items()]
-    moved = "s - r" if has_reference(found) else "s"
+    moved = "s \N{MINUS SIGN} r" if has_reference(found) else "s"
     return table(head, rows) + noted(f"Means, in nats; chosen and rejected: {moved}; tokens: of both. {shares(found)}")
 
 
@@ -157,7 +158,8 @@ def _pair_row(found: Evaluation, i: int) -> list[str]:
     models = ("policy", "reference") if has_reference(found) else ("policy",)
     told += [f"{model} {number(float(preference(found, model)[i]), 3)}" for model in models]
     where = f"{escape(found.origins[i])}<br><small>{'<br>'.join(told)}</small>"
-    return [where, said(_end(found["prompt"][i])), said(_start(found["chosen"][i])), said(_start(found["rejected"][i]))]
+    prompt, *answers = (readable(found[part][i]) for part in ("prompt", *SIDES))
+    return [where, said(_end(prompt)), *(said(_start(answer)) for answer in answers)]
 
 
 def _start(text: str) -> str:

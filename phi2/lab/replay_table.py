@@ -12,6 +12,7 @@ import numpy as np
 
 from phi2.files import write_whole
 from phi2.lab.comparison import columns
+from phi2.lab.ledger import readable
 from phi2.lab.replay import Replay, disagreement, replay_evaluation, replay_own
 from phi2.lab.variants import entry_of, name_of, split_texts
 from phi2.losses.bound import bind_loss
@@ -123,7 +124,7 @@ def _lined(rows: Sequence[Sequence[str]]) -> str:
 
 def _answers(found: Evaluation, i: int) -> str:
     """How the answers of a pair begin."""
-    chosen, rejected = (" ".join(found[side][i].split()) for side in SIDES)
+    chosen, rejected = (" ".join(readable(found[side][i]).split()) for side in SIDES)
     return f"{shorten(chosen)} | {shorten(rejected)}"
 
 
