@@ -56,8 +56,9 @@ class LedgerWriter:
     ) -> None:
         self.run, self.config, self.loss = Path(config.output), config, loss
         self.tokenizer, self.pairs = tokenizer, pairs
-        before = [*ledger_files(self.run).values()][-1:]
-        self.was_correct = [read_table(path, ["correct"])["correct"] for path in before]
+        files = [*ledger_files(self.run).values()]
+        first = pyarrow.nulls(len(pairs), pyarrow.bool_())
+        self.was_correct = read_table(files[-1], ["correct"])["correct"] if files else first
 
     def write(self, step: int, found: Sequence[Found], state: Mapping[str, float]) -> None:
         """Adds an evaluation.
@@ -66,14 +67,14 @@ class LedgerWriter:
             found: of the pairs in their order, micro-batch by micro-batch.
             state: of the loss.
         """
-        config, count = self.config, len(self.pairs)
+        config = self.config
         about: dict[str, Any] = {"step": step, "loss": config.loss, "knobs": config.knobs, "state": dict(state)}
         about |= {"nll_weight": config.nll_weight, "batch_size": config.per_device_train_batch_size}
-        found_of = numbers_of(found, self.loss.reward_scale)
-        (was_correct,) = self.was_correct or [pyarrow.nulls(count, pyarrow.bool_())]
-        self.was_correct = [pyarrow.array(found_of["correct"])]
-        numbers = {"step": np.full(count, step, dtype=np.int32), **self.names, **found_of, "was_correct": was_correct}
-        write_evaluation(file_of(self.run, step), about, {**numbers, **self.rows, **tokens_of(found)})
+        steps = np.full(len(self.pairs), step, dtype=np.int32)
+        numbers = {**numbers_of(found, self.loss.reward_scale), "was_correct": self.was_correct}
+        columns = {"step": steps, **self.names, **numbers, **self.rows, **tokens_of(found)}
+        write_evaluation(file_of(self.run, step), about, columns)
+        self.was_correct = numbers["correct"]
 
     @cached_property
     def names(self) -> dict[str, Any]:
