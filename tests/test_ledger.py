@@ -18,7 +18,7 @@ from phi2.losses.properties import made_up_answers
 from phi2.losses.slopes import Slopes, slopes_of
 from phi2.runs.ledger import FIRST_TOKENS, Ledger
 from phi2.training.dpo import train
-from phi2.training.ledger import Found, numbers_of
+from phi2.training.ledger import numbers_of
 
 
 def test_a_run_with_a_ledger_is_bit_for_bit_one_without(
@@ -67,7 +67,7 @@ def test_margins_of_first_and_last_tokens_by_hand():
     chosen, one = torch.arange(1.0, 8.0)[None], torch.ones(1, 1, dtype=torch.bool)
     pairs = PairBatch(chosen, torch.tensor([[10.0]]), chosen > 0, one, torch.zeros(1, 7), torch.zeros(1, 1))
     slopes = Slopes(torch.tensor([0.5]), torch.tensor([-0.25, 0.75]))
-    found = numbers_of([Found(pairs, slopes)], reward_scale=0.1)
+    found = numbers_of(pairs, slopes, reward_scale=0.1)
     assert (found["margin"], found["margin_first"], found["margin_last"]) == (28 - 10, 15 - 10, 7 - 10)
     assert (found["n_w"], found["n_l"], found["d_w"], found["d_l"], found["weight"]) == (7, 1, -0.25, 0.75, 1.0)
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from phi2.lab.statistics import spearman
-from phi2.lab.trajectory import answers_of_arrays, batches_of, first_of, require_known
+from phi2.lab.trajectory import answers_of_arrays, answers_of_evaluation, first_of, require_known
 from phi2.lab.variants import name_of
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss, bind_loss
@@ -123,7 +122,7 @@ def replay(
     bound, answers = bind_loss(loss, knobs, loss_file), answers_of_arrays(logps)
     require_usable(bound, answers, "give ref_chosen_logps and ref_rejected_logps")
     require_known(bound, answers, logps)
-    return replay_batches(bound, [answers], _written(loss, knobs), nll_weight)
+    return replay_answers(bound, answers, _written(loss, knobs), nll_weight)
 
 
 def replay_own(found: Evaluation) -> Replay:
@@ -142,10 +141,10 @@ def own_loss(found: Evaluation) -> BoundLoss:
 def replay_evaluation(found: Evaluation, loss: BoundLoss, written: str, nll_weight: float = 0.0) -> Replay:
     """A loss on what an evaluation kept; one that keeps a state has it as in a run that begins, or if it is the run's
     own, as the run had it."""
-    batches = batches_of(found, whole=loss.scope == "window")
-    require_usable(loss, batches[0], f"{found.path} is of a run without one")
+    answers = answers_of_evaluation(found)
+    require_usable(loss, answers, f"{found.path} is of a run without one")
     state = found.about["state"] if loss.state and _is_own(loss, found) else loss.state
-    return replace(replay_batches(loss, batches, written, nll_weight, state), evaluation=found)
+    return replace(replay_answers(loss, answers, written, nll_weight, state), evaluation=found)
 
 
 def _is_own(loss: BoundLoss, found: Evaluation) -> bool:
@@ -172,9 +171,9 @@ def require_usable(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
         require_scope(part, few)
 
 
-def replay_batches(
+def replay_answers(
     loss: BoundLoss,
-    batches: list[AnswerBatch],
+    answers: AnswerBatch,
     written: str,
     nll_weight: float = 0.0,
     state: Mapping[str, float] | None = None,
@@ -182,20 +181,19 @@ def replay_batches(
     """A loss on pairs.
 
     Args:
-        batches: of pairs; all in one for a loss of scope "window".
+        answers: chosen and rejected of each pair.
         state: of the loss; None as it begins with.
     """
-    per_pair = sum(batch.count for batch in batches) / sum(sum(batch.lengths[::2]) for batch in batches)
+    per_pair = answers.count / sum(answers.lengths[::2])
 
-    def losses_of(answers: AnswerBatch) -> Tensor:
-        values, _ = loss.step(answers, loss.state if state is None else state)
-        return values - nll_weight * per_pair * answers.chosen if nll_weight else values
+    def losses_of(given: AnswerBatch) -> Tensor:
+        values, _ = loss.step(given, loss.state if state is None else state)
+        return values - nll_weight * per_pair * given.chosen if nll_weight else values
 
-    seen = [replace(batch, ref_logps=None) if loss.reference_free else batch for batch in batches]
-    slopes = [slopes_of(losses_of, batch) for batch in seen]
-    metrics = means([metrics_of(batch, each.values, loss) for batch, each in zip(seen, slopes, strict=True)])
-    columns = ([each.values, each.d_w, each.d_l, _margin(batch)] for batch, each in zip(batches, slopes, strict=True))
-    values, d_w, d_l, margin = (torch.cat(parts).numpy() for parts in zip(*columns, strict=True))
+    seen = replace(answers, ref_logps=None) if loss.reference_free else answers
+    slopes = slopes_of(losses_of, seen)
+    metrics = means([metrics_of(seen, slopes.values, loss)])
+    values, d_w, d_l, margin = (each.numpy() for each in (slopes.values, slopes.d_w, slopes.d_l, _margin(answers)))
     return Replay(written, values, d_w, d_l, margin, metrics)
 
 

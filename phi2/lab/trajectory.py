@@ -25,7 +25,7 @@ Logps = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each p
 
 
 def answers_of(tokens: Logps, columns: Columns) -> AnswerBatch:
-    """Pairs as a loss takes them, padded as a run pads them."""
+    """Pairs as a loss takes them, padded as a run pads them, so that sums are rounded alike."""
     policy, ref = ([*_interleaved(tokens, model)] for model in ("policy", "ref"))
     count = len(policy) // 2
     return AnswerBatch(
@@ -61,15 +61,9 @@ def _interleaved(tokens: Logps, model: str) -> Iterator[Tensor]:
 # ---- of a run ----
 
 
-def batches_of(found: Evaluation, whole: bool) -> list[AnswerBatch]:
-    """The pairs of an evaluation as its run saw them: in its micro-batches, or all at once.
-
-    With their padding, so that sums are rounded as they were.
-    """
-    size = len(found) if whole else found.about["batch_size"]
-    tokens, columns = {name: _tokens_of(found, name) for name in LOGPS if name in found}, columns_of(found)
-    batches = [slice(start, start + size) for start in range(0, len(found), size)]
-    return [answers_of({k: v[rows] for k, v in tokens.items()}, columns.each(itemgetter(rows))) for rows in batches]
+def answers_of_evaluation(found: Evaluation) -> AnswerBatch:
+    """The pairs of an evaluation as its run gave them to its loss."""
+    return answers_of({name: _tokens_of(found, name) for name in LOGPS if name in found}, columns_of(found))
 
 
 def _tokens_of(found: Evaluation, name: str) -> list[Tensor]:

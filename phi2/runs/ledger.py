@@ -49,7 +49,7 @@ class Evaluation:
 
     Attributes:
         path: its file.
-        about: its step, and of the run: loss, knobs, the state of the loss, nll_weight, pairs of a micro-batch.
+        about: its step, and of the run: loss, knobs, the state of the loss, nll_weight.
     """
 
     path: Path

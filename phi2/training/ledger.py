@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -36,13 +36,6 @@ from phi2.training.reference_cache import answer_keys
 NUMBERS = pyarrow.float32()
 
 
-class Found(NamedTuple):
-    """What an evaluation found of B pairs: their log-probs, and values and slopes of the loss."""
-
-    pairs: PairBatch
-    slopes: Slopes
-
-
 class LedgerWriter:
     """Writes the ledger of a run.
 
@@ -60,19 +53,20 @@ class LedgerWriter:
         first = pyarrow.nulls(len(pairs), pyarrow.bool_())
         self.was_correct = read_table(files[-1], ["correct"])["correct"] if files else first
 
-    def write(self, step: int, found: Sequence[Found], state: Mapping[str, float]) -> None:
+    def write(self, step: int, pairs: PairBatch, slopes: Slopes, state: Mapping[str, float]) -> None:
         """Adds an evaluation.
 
         Args:
-            found: of the pairs in their order, micro-batch by micro-batch.
+            pairs: what was found of them, in their order.
+            slopes: and what the loss makes of it.
             state: of the loss.
         """
         config = self.config
         about: dict[str, Any] = {"step": step, "loss": config.loss, "knobs": config.knobs, "state": dict(state)}
-        about |= {"nll_weight": config.nll_weight, "batch_size": config.per_device_train_batch_size}
+        about |= {"nll_weight": config.nll_weight}
+        numbers = numbers_of(pairs, slopes, self.loss.reward_scale) | {"was_correct": self.was_correct}
         steps = np.full(len(self.pairs), step, dtype=np.int32)
-        numbers = {**numbers_of(found, self.loss.reward_scale), "was_correct": self.was_correct}
-        columns = {"step": steps, **self.names, **numbers, **self.rows, **tokens_of(found)}
+        columns = {"step": steps, **self.names, **numbers, **self.rows, **tokens_of(pairs)}
         write_evaluation(file_of(self.run, step), about, columns)
         self.was_correct = numbers["correct"]
 
@@ -128,32 +122,26 @@ def plain(values: list[float | str | None]) -> pyarrow.Array:
     return pyarrow.array([None if value is None else str(value) for value in values])
 
 
-def numbers_of(found: Sequence[Found], reward_scale: float) -> dict[str, Any]:
-    """(pairs,) of everything that is one number a pair."""
-    parts = [_numbers(each, reward_scale) for each in found]
-    numbers = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-    weight = np.abs(numbers["d_w"]) + np.abs(numbers["d_l"])
-    missing = {name: pyarrow.nulls(len(weight), NUMBERS) for name in ("r_w", "r_l") if name not in numbers}
-    return numbers | {"weight": weight / (weight.mean() or 1)} | missing
-
-
 @torch.no_grad()
-def _numbers(found: Found, reward_scale: float) -> dict[str, Tensor]:
-    pairs, slopes = found
+def numbers_of(pairs: PairBatch, slopes: Slopes, reward_scale: float) -> dict[str, Any]:
+    """(B,) of everything that is one number a pair."""
     chosen, rejected, reference = pairs.policy_chosen_logps, pairs.policy_rejected_logps, {}
     margin = pairs.policy_chosen - pairs.policy_rejected
     if pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None:
         chosen, rejected = chosen - pairs.ref_chosen_logps, rejected - pairs.ref_rejected_logps
         margin, reference = pairs.margin, {"r_w": pairs.ref_chosen, "r_l": pairs.ref_rejected}
-    return {
+    weight = slopes.d_w.abs() + slopes.d_l.abs()
+    numbers = {
         **{"s_w": pairs.policy_chosen, "s_l": pairs.policy_rejected, **reference},
         **{"n_w": pairs.chosen_mask.sum(dim=-1).int(), "n_l": pairs.rejected_mask.sum(dim=-1).int()},
         "margin": margin,
         "margin_first": chosen[:, :FIRST_TOKENS].sum(dim=-1) - rejected[:, :FIRST_TOKENS].sum(dim=-1),
         "margin_last": last_of(chosen, pairs.chosen_length) - last_of(rejected, pairs.rejected_length),
-        **{"loss": slopes.values, "d_w": slopes.d_w, "d_l": slopes.d_l},
+        **{"loss": slopes.values, "d_w": slopes.d_w, "d_l": slopes.d_l, "weight": weight / (weight.mean().item() or 1)},
         "correct": pair_metrics(pairs, reward_scale)["rewards/accuracies"] > 0,
     }
+    missing = {name: pyarrow.nulls(len(margin), NUMBERS) for name in ("r_w", "r_l") if name not in numbers}
+    return {name: values.cpu().numpy() for name, values in numbers.items()} | missing
 
 
 def last_of(values: Tensor, length: Tensor) -> Tensor:
@@ -161,20 +149,15 @@ def last_of(values: Tensor, length: Tensor) -> Tensor:
     return values.gather(1, length[:, None] - 1)[:, 0]
 
 
-def tokens_of(found: Sequence[Found]) -> dict[str, pyarrow.Array]:
+def tokens_of(pairs: PairBatch) -> dict[str, pyarrow.Array]:
     """Log-probs token by token: lists without padding, one a pair."""
-    masks = {side: [getattr(each.pairs, f"{side}_mask") for each in found] for side in SIDES}
-    return {
-        name: _lists([getattr(each.pairs, name) for each in found], masks[side])
-        for name, side in zip(LOGPS, 2 * SIDES, strict=True)
-    }
+    masks = 2 * (pairs.chosen_mask, pairs.rejected_mask)
+    return {name: _lists(getattr(pairs, name), mask) for name, mask in zip(LOGPS, masks, strict=True)}
 
 
-def _lists(values: list[Tensor | None], masks: list[Tensor]) -> pyarrow.Array:
-    known = [value for value in values if value is not None]
-    if not known:
-        return pyarrow.nulls(sum(map(len, masks)), pyarrow.list_(NUMBERS))
-    flat = torch.cat([value[mask] for value, mask in zip(known, masks, strict=True)])  # (N,)
-    ends = torch.cat([mask.sum(dim=-1) for mask in masks]).cumsum(dim=0)
-    starts_and_end = np.concatenate(([0], ends.cpu().numpy())).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(starts_and_end, flat.cpu().numpy())
+def _lists(values: Tensor | None, mask: Tensor) -> pyarrow.Array:
+    if values is None:
+        return pyarrow.nulls(len(mask), pyarrow.list_(NUMBERS))
+    ends = mask.sum(dim=-1).cumsum(dim=0).cpu().numpy()
+    offsets = np.concatenate(([0], ends)).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(offsets, values[mask].cpu().numpy())
