@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from phi2.inference.logprobs import logprobs
     from phi2.lab.compare import compare
     from phi2.lab.comparison import Comparison
+    from phi2.lab.replay import replay
     from phi2.lab.verify import verify
     from phi2.lora import attach
     from phi2.lora_config import LoraConfig
     from phi2.losses.batch import AnswerBatch, PairBatch
     from phi2.losses.bound import bind_loss
     from phi2.losses.registry import preference_loss
+    from phi2.runs.ledger import Ledger
     from phi2.runs.run import Run
     from phi2.training.api import dpo, sft
     from phi2.training.config import DPOConfig, SFTConfig
@@ -36,6 +38,7 @@ __all__ = [
     "ChatSession",
     "Comparison",
     "DPOConfig",
+    "Ledger",
     "LoraConfig",
     "PairBatch",
     "Run",
@@ -50,6 +53,7 @@ __all__ = [
     "load_data",
     "logprobs",
     "preference_loss",
+    "replay",
     "sample_pairs",
     "save_adapter",
     "save_pretrained",
@@ -65,6 +69,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "ChatSession": "phi2.inference.chat",
     "Comparison": "phi2.lab.comparison",
     "DPOConfig": "phi2.training.config",
+    "Ledger": "phi2.runs.ledger",
     "LoraConfig": "phi2.lora_config",
     "PairBatch": "phi2.losses.batch",
     "Run": "phi2.runs.run",
@@ -79,6 +84,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "load_data": "phi2.data.load",
     "logprobs": "phi2.inference.logprobs",
     "preference_loss": "phi2.losses.registry",
+    "replay": "phi2.lab.replay",
     "sample_pairs": "phi2.answers.pairs",
     "save_adapter": "phi2.checkpoints.peft_files",
     "save_pretrained": "phi2.checkpoints.weights",

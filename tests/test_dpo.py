@@ -190,7 +190,7 @@ def test_a_run_learns_and_leaves_its_folder(dpo_config, pair_data, lora):
     run = train(dataclasses.replace(config, sample_prompts=["Q?"]))
     result = "model" if lora is None else "adapter"
     assert {path.name for path in run.path.iterdir()} == {
-        *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json"),
+        *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json", "ledger"),
         *("metrics.jsonl", "samples.jsonl", "README.md", "checkpoints", result),
     }
     lines = lines_of(run)
