@@ -246,10 +246,10 @@ class AnswerBatch:
         """P."""
         return self.prompts[-1] + 1
 
-    def grid(self, values: Tensor, fill: float) -> Tensor:
-        """(A,) values as (P, K) for K answers to the prompt that has most; `fill` where another has fewer."""
+    def grid(self, values: Tensor) -> Tensor:
+        """(A,) values as (P, K) for K answers to the prompt that has most; 0 where another has fewer."""
         starts = self._starts
-        table = values.new_full((self.count, max(b - a for a, b in pairwise(starts))), fill)
+        table = values.new_zeros((self.count, max(b - a for a, b in pairwise(starts))))
         places = [i - starts[prompt] for i, prompt in enumerate(self.prompts)]
         return table.index_put((self.prompt, self._tensor(places)), values)
 

@@ -34,9 +34,9 @@ class Lists(NamedTuple):
 
 def lists_of(answers: AnswerBatch, values: Tensor) -> Lists:
     """The lists of (A,) values."""
-    scores, here = answers.grid(answers.score, 0), answers.grid(torch.ones_like(answers.score), 0) > 0
+    scores, here = answers.grid(answers.score), answers.grid(torch.ones_like(answers.score)) > 0
     both = here[:, :, None] & here[:, None, :]
-    return Lists(answers.grid(values, 0), scores, here, both & (scores[:, :, None] > scores[:, None, :]))
+    return Lists(answers.grid(values), scores, here, both & (scores[:, :, None] > scores[:, None, :]))
 
 
 @preference_loss("plackett_luce", unit="prompt")
@@ -65,9 +65,8 @@ def softmax_dpo(answers: AnswerBatch, *, beta: float = 0.1) -> Tensor:
 
 def _against_worse(lists: Lists) -> Tensor:
     """(P, K) -log of the share that e^z of each answer has of its own and that of all worse ones; 0 without these."""
-    with_itself = lists.worse | torch.eye(lists.worse.shape[1], dtype=torch.bool, device=lists.worse.device)
-    total = lists.values[:, None, :].masked_fill(~with_itself, -torch.inf).logsumexp(dim=-1)
-    return (total - lists.values).masked_fill(~lists.worse.any(dim=-1), 0)
+    with_itself = lists.worse | torch.ones_like(lists.here).diag_embed()
+    return lists.values[:, None, :].masked_fill(~with_itself, -torch.inf).logsumexp(dim=-1) - lists.values
 
 
 @preference_loss("lipo", unit="prompt")
@@ -82,7 +81,7 @@ def lipo(answers: AnswerBatch, *, beta: float = 0.05) -> Tensor:
     """
     lists = lists_of(answers, beta * answers.logratio)
     gain = 2**lists.scores - 1
-    order = lists.values.detach().masked_fill(~lists.here, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    order = lists.values.masked_fill(~lists.here, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     discount = (2.0 + order.argsort(dim=-1)).log().reciprocal()  # the first is of rank 1
     weight = (_apart(gain) * _apart(discount)).abs()
     return (weight * F.softplus(-_apart(lists.values)) * lists.worse).sum(dim=(1, 2))
@@ -103,8 +102,8 @@ def infonca(answers: AnswerBatch, *, beta: float = 0.01, temperature: float = 1.
     Source: arXiv:2402.05369 Eq. 7; thu-ml/Noise-Contrastive-Alignment reward_trainer.py.
     """
     lists = lists_of(answers, beta * answers.logratio)
-    shares = lists.values.masked_fill(~lists.here, -torch.inf).log_softmax(dim=-1).masked_fill(~lists.here, 0)
-    return -(_soft_labels(lists, temperature) * shares).sum(dim=-1)
+    total = lists.values.masked_fill(~lists.here, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return -(_soft_labels(lists, temperature) * (lists.values - total)).sum(dim=-1)
 
 
 @preference_loss("nca", unit="prompt")
