@@ -20,8 +20,6 @@ from phi2.losses.registry import PREFERENCE_LOSSES
 BUILT_IN = {
     name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and (loss.unit != "pair" or loss.needs)
 }
-
-
 Answer = tuple[float, list[float], list[float]]  # a score, and the log-probabilities of policy and reference
 
 
@@ -45,7 +43,7 @@ A = (1.0, [-1.0, -2.0], [-2.0, -3.0])
 B = (0.0, [-2.0, -1.0, -2.0, -3.0], [-1.0] * 4)
 C = (1.0, [-4.0], [-1.0])
 D = (0.0, [-1.0] * 3, [-2.0] * 3)
-OTHERS = ([(0.0, [-1.0], [-2.0])], [(1.0, [-1.0], [-3.5]), (0.0, [-2.0], [-1.0])], [(1.0, [-2.0], [-1.5])])
+OTHERS = ([(0.0, [-0.5, -0.5], [-1.0, -1.0])], [(1.0, [-1.0], [-3.5]), (0.0, [-2.0], [-1.0])], [(1.0, [-2.0], [-1.5])])
 
 
 def labelled(others: float = 0.0) -> AnswerBatch:
@@ -58,12 +56,12 @@ def labelled(others: float = 0.0) -> AnswerBatch:
 
 
 # Lists: four answers to the first prompt, two of them of the same score, and two to the second, whose order is wrong.
-#   a  score  3  n = 2  s = -3  r = -5  l =  2   s/n = -1.5     e  score 1  n = 3  s = -6  r = -3  l = -3  s/n = -2
-#   b  score  1  n = 4  s = -8  r = -4  l = -4   s/n = -2       f  score 0  n = 2  s = -2  r = -4  l =  2  s/n = -1
+#   a  score  3  n = 2  s = -3  r = -5  l =  2   s/n = -1.5     e  score  1  n = 3  s = -6  r = -3  l = -3  s/n = -2
+#   b  score  1  n = 4  s = -8  r = -4  l = -4   s/n = -2       f  score -1  n = 2  s = -2  r = -4  l =  2  s/n = -1
 #   c  score  1  n = 1  s = -1  r = -2  l =  1   s/n = -1
 #   d  score -1  n = 3  s = -9  r = -9  l =  0   s/n = -3
 LIST = [(3.0, *A[1:]), (1.0, *B[1:]), (1.0, [-1.0], [-2.0]), (-1.0, [-3.0] * 3, [-1.0, -4.0, -4.0])]
-WRONG = [(1.0, [-2.0] * 3, [-1.0] * 3), (0.0, [-1.0] * 2, [-2.0] * 2)]
+WRONG = [(1.0, [-2.0] * 3, [-1.0] * 3), (-1.0, [-1.0] * 2, [-2.0] * 2)]
 Z = {"a": 1.0, "b": -2.0, "c": 0.5, "d": 0.0, "e": -1.5, "f": 1.0}  # l / 2
 
 
@@ -147,15 +145,15 @@ def softmax_dpo_case() -> Case:
 
 
 def lipo_case() -> Case:
-    """Gains 7, 1, 1, -1/2 and 1, 0. By z the order is a c d b and f e, so that D is log 2, log 5, log 3, log 4 and log
-    3, log 2. -log sigma of each better z less a worse one."""
+    """Gains 7, 1, 1, -1/2 and 1, -1/2. By z the order is a c d b and f e, so that D is log 2, log 5, log 3, log 4 and
+    log 3, log 2. -log sigma of each better z less a worse one."""
     weights = {
         "ab": 6 * (1 / log(2) - 1 / log(5)),
         "ac": 6 * (1 / log(2) - 1 / log(3)),
         "ad": 7.5 * (1 / log(2) - 1 / log(4)),
         "bd": 1.5 * (1 / log(4) - 1 / log(5)),
         "cd": 1.5 * (1 / log(3) - 1 / log(4)),
-        "ef": 1 / log(2) - 1 / log(3),
+        "ef": 1.5 * (1 / log(2) - 1 / log(3)),
     }
     values, slopes = [0.0, 0.0], dict.fromkeys(Z, 0.0)
     for (i, j), weight in weights.items():
@@ -167,7 +165,7 @@ def lipo_case() -> Case:
 
 def soft_labels() -> tuple[list[float], list[float]]:
     """e^(score / 2) over their sums."""
-    first, second = [exp(1.5), exp(0.5), exp(0.5), exp(-0.5)], [exp(0.5), 1.0]
+    first, second = [exp(1.5), exp(0.5), exp(0.5), exp(-0.5)], [exp(0.5), exp(-0.5)]
     return [x / sum(first) for x in first], [x / sum(second) for x in second]
 
 
@@ -196,8 +194,8 @@ def sppo_case() -> Case:
         (sigma(-2) + half + half + sigma(2)) / 4,
         (sigma(-2) + half + half + sigma(2)) / 4,
         (sigma(-4) + 2 * sigma(-2) + half) / 4,
-        (half + sigma(1)) / 2,
-        (sigma(-1) + half) / 2,
+        (half + sigma(2)) / 2,
+        (sigma(-2) + half) / 2,
     ]
     apart = [ratio - (p - half) / 0.25 for ratio, p in zip((2, -4, 1, 0, -3, 2), wins, strict=True)]
     squares = [x**2 for x in apart]
@@ -211,9 +209,9 @@ def rrhf_case() -> Case:
     return {"rank_weight": 2.0}, lists(), values, [-1 - 2 / 2, 0.0, 2 / 1, 0.0, -1 - 2 / 3, 2 / 2]
 
 
-# tpo: both pairs of test_losses.py with an answer to imitate, of 2 and of 4 tokens, 3 in the mean.
+# tpo: both pairs of test_losses.py with an answer to imitate, of 1 and of 4 tokens, 2.5 in the mean.
 #   s_w - s_l = 5, -5   s_w/n_w - s_l/n_l = 0.5, -0.5   s of the answer to imitate: -2, -8
-GOLD = ([(1.0, [-1.0] * 2, [0.0] * 2)], [(1.0, [-2.0] * 4, [0.0] * 4)])
+GOLD = ([(1.0, [-2.0], [0.0])], [(1.0, [-2.0] * 4, [0.0] * 4)])
 
 
 def with_gold() -> AnswerBatch:
@@ -222,25 +220,25 @@ def with_gold() -> AnswerBatch:
 
 def tpo_cases() -> list[Case]:
     def case(values: tuple[float, float], slopes: list[float], **knobs) -> Case:
-        imitated = [0.6 * s / 3 for s in (2, 8)]
+        imitated = [0.6 * s / 2.5 for s in (2, 8)]
         return {"tpo_alpha": 0.6, **knobs}, with_gold(), [x + y for x, y in zip(values, imitated, strict=True)], slopes
 
-    smooth = {x: 0.9 * nls(x) + 0.1 * nls(-x) for x in (2.5, -2.5, 0.25, -0.75)}
+    smooth = {x: 0.9 * nls(x) + 0.1 * nls(-x) for x in (2.5, -2.5, 0.125, -0.375)}
     down = {x: 0.9 * sigma(-x) - 0.1 * sigma(x) for x in smooth}  # -slope
     first, second = 0.5 * down[2.5], 0.5 * down[-2.5]
-    near, far = down[0.25], down[-0.75]  # beta 1: 0.5 - 0.25, -0.5 - 0.25
+    near, far = 0.5 * down[0.125], 0.5 * down[-0.375]  # beta 1/2: 0.25 - 0.125, -0.25 - 0.125
     per_token = [-near / 2, near / 4, -far / 4, far / 2]
     return [
         case((smooth[2.5], smooth[-2.5]), [-first, first, -second, second], beta=0.5, label_smoothing=0.1),
         case((0.0, 1 + 2.5), [0.0, 0.0, -0.5, 0.5], beta=0.5, contrast="hinge"),
-        case((0.25, 2.25), [-1 / 2, 1 / 4, -3 / 4, 3 / 2], beta=0.5, contrast="ipo"),  # 1 / (2 beta) = 1
+        case((2.25, 6.25), [-3 / 2, 3 / 4, -5 / 4, 5 / 2], beta=0.25, contrast="ipo"),  # 1 / (2 beta) = 2
         case(
-            (smooth[0.25], smooth[-0.75]),
+            (smooth[0.125], smooth[-0.375]),
             per_token,
-            beta=1.0,
+            beta=0.5,
             label_smoothing=0.1,
             contrast="tpo_l",
-            tpo_l_gamma=0.25,
+            tpo_l_gamma=0.125,
         ),
     ]
 
@@ -316,13 +314,13 @@ def test_the_state_of_a_loss_moves_as_worked_out_by_hand(name):
 
 @pytest.mark.parametrize("name", ["tpo"])
 def test_every_token_to_imitate_pulls_the_same(name):
-    """-tpo_alpha over 3 tokens in the mean, whichever answer a token belongs to."""
+    """-tpo_alpha over 2.5 tokens in the mean, whichever answer a token belongs to."""
     answers = with_gold()
     assert answers.gold is not None
     gold = answers.gold.policy_logps.clone().requires_grad_()
     answers = replace(answers, gold=replace(answers.gold, policy_logps=gold))
     bind_loss(name, {"tpo_alpha": 0.6})(answers).sum().backward()
-    assert gold.grad is not None and gold.grad[answers.gold.mask].tolist() == pytest.approx([-0.2] * 6)
+    assert gold.grad is not None and gold.grad[answers.gold.mask].tolist() == pytest.approx([-0.24] * 5)
 
 
 @pytest.mark.parametrize("name", ["kto"])

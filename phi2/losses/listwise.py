@@ -23,20 +23,21 @@ class Lists(NamedTuple):
         values: (P, K) what was given of each answer, 0 where there is none.
         scores: (P, K) likewise.
         here: (P, K) bool, whether there is one.
-        worse: (P, K, K) bool, [p, i, j] whether answer j to prompt p is worse than answer i.
     """
 
     values: Tensor
     scores: Tensor
     here: Tensor
-    worse: Tensor
 
 
 def lists_of(answers: AnswerBatch, values: Tensor) -> Lists:
     """The lists of (A,) values."""
-    scores, here = answers.grid(answers.score), answers.grid(torch.ones_like(answers.score)) > 0
-    both = here[:, :, None] & here[:, None, :]
-    return Lists(answers.grid(values), scores, here, both & (scores[:, :, None] > scores[:, None, :]))
+    return Lists(answers.grid(values), answers.grid(answers.score), answers.grid(torch.ones_like(answers.score)) > 0)
+
+
+def worse_in(lists: Lists) -> Tensor:
+    """(P, K, K) bool, [p, i, j] whether answer j to prompt p is worse than answer i."""
+    return _apart(lists.scores.masked_fill(~lists.here, torch.nan)) > 0  # nothing is above or below nan
 
 
 @preference_loss("plackett_luce", unit="prompt")
@@ -64,9 +65,8 @@ def softmax_dpo(answers: AnswerBatch, *, beta: float = 0.1) -> Tensor:
 
 
 def _against_worse(lists: Lists) -> Tensor:
-    """(P, K) -log of the share that e^z of each answer has of its own and that of all worse ones; 0 without these."""
-    with_itself = lists.worse | torch.ones_like(lists.here).diag_embed()
-    return lists.values[:, None, :].masked_fill(~with_itself, -torch.inf).logsumexp(dim=-1) - lists.values
+    """(P, K) log(1 + sum over worse j of e^(z_j - z_i)) of each answer i; 0 where there are none."""
+    return F.softplus((-_apart(lists.values)).masked_fill(~worse_in(lists), -torch.inf).logsumexp(dim=-1))
 
 
 @preference_loss("lipo", unit="prompt")
@@ -80,11 +80,10 @@ def lipo(answers: AnswerBatch, *, beta: float = 0.05) -> Tensor:
     Source: arXiv:2402.01878 Eq. 9.
     """
     lists = lists_of(answers, beta * answers.logratio)
-    gain = 2**lists.scores - 1
     order = lists.values.masked_fill(~lists.here, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     discount = (2.0 + order.argsort(dim=-1)).log().reciprocal()  # the first is of rank 1
-    weight = (_apart(gain) * _apart(discount)).abs()
-    return (weight * F.softplus(-_apart(lists.values)) * lists.worse).sum(dim=(1, 2))
+    weight = (_apart(2**lists.scores) * _apart(discount)).abs()  # the -1 of G is in no difference
+    return (weight * F.softplus(-_apart(lists.values)) * worse_in(lists)).sum(dim=(1, 2))
 
 
 def _apart(values: Tensor) -> Tensor:
@@ -148,5 +147,5 @@ def rrhf(answers: AnswerBatch, *, rank_weight: float = 1.0) -> Tensor:
     Source: arXiv:2304.05302 Eq. 2 to 4; its authors' code takes a mean over tokens of the batch for s_w.
     """
     lists = lists_of(answers, answers.policy_per_token)
-    ranking = (torch.relu(-_apart(lists.values)) * lists.worse).sum(dim=(1, 2))
+    ranking = (torch.relu(-_apart(lists.values)) * worse_in(lists)).sum(dim=(1, 2))
     return rank_weight * ranking - answers.chosen
