@@ -104,9 +104,9 @@ step by step, with all f-divergences, KTO and TPO among them, and its CPO and OR
 ## Would they notice?
 
 By `python tests/mutate_losses.py`, which also writes this page: every loss and modifier is broken in one place at a
-time (a sign, an operation, a term dropped, chosen for rejected, good for bad, better for worse, a sum for a mean, policy
-for reference, a number, a function not applied), and the proofs run on what comes out. Of {total} mutants they notice
-{noticed}.
+time (a sign, an operation, a term dropped, chosen for rejected, good for bad, better for worse, a sum for a mean,
+policy for reference, a number, a function not applied), and the proofs run on what comes out. Of {total} mutants they
+notice {noticed}.
 
 | loss or modifier | mutants | noticed |
 |---|---|---|
