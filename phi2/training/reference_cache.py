@@ -25,7 +25,7 @@ from phi2.lora import lora_modules
 from phi2.model import Phi2ForCausalLM
 from phi2.training.packing import TokenRow, row_of_answers
 
-# The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_answers`.
+# The log-probabilities of a pass's targets, (N,), in the order of `row_of_answers`.
 Reference = Callable[[Sequence[EncodedPreference], TokenRow], Tensor]
 
 
