@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from phi2.lab.compare import compare
     from phi2.lab.comparison import Comparison
     from phi2.lora_config import LoraConfig
-    from phi2.losses.batch import PairBatch
+    from phi2.losses.batch import AnswerBatch, PairBatch
     from phi2.losses.registry import preference_loss
     from phi2.runs.run import Run
     from phi2.training.api import dpo, sft
@@ -29,6 +29,7 @@ __all__ = [
     "Comparison",
     "DPOConfig",
     "LoraConfig",
+    "AnswerBatch",
     "PairBatch",
     "Run",
     "SFTConfig",
@@ -50,6 +51,7 @@ _HOMES = {  # where each name lives: it is imported when it is first asked for, 
     "Comparison": "phi2.lab.comparison",
     "DPOConfig": "phi2.training.config",
     "LoraConfig": "phi2.lora_config",
+    "AnswerBatch": "phi2.losses.batch",
     "PairBatch": "phi2.losses.batch",
     "Run": "phi2.runs.run",
     "SFTConfig": "phi2.training.config",

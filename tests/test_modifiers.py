@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phi2.data.records import PAIR
 from phi2.losses.batch import AnswerBatch, Columns, PairBatch
-from phi2.losses.bound import bind_loss
+from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.properties import made_up_answers, require_pure, uses_batch
 from phi2.losses.registry import PREFERENCE_LOSSES
@@ -24,7 +24,7 @@ GIVEN = {  # of each modifier knobs that change something
     "reduction": {"reduction": "mean"},
     "f_divergence": {"f_divergence_type": "js_divergence"},
 }
-BUILT_IN = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own]
+BUILT_IN = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and loss.unit == "pair"]
 
 
 # l_w = 2 in 2 tokens (1 and 1), l_l = -4 in 4 tokens (-1, 0, -1, -2)
@@ -160,10 +160,11 @@ def test_alpha_divergence_stays_finite_far_from_the_reference():
 # ---- around any loss ----
 
 
-def shown(reference_free: bool) -> AnswerBatch:
+def shown(loss: BoundLoss) -> AnswerBatch:
     weights = torch.tensor([1.0, 2.0, 0.5])
     columns = Columns({"weight": weights, "score_chosen": 1 + weights, "score_rejected": 0 * weights})
-    return made_up_answers([(5, 2), (2, 4), (3, 0)], [PAIR] * 3, columns, reference_free)
+    lengths = [(5, 2), (2, 4), (3, 0)]
+    return made_up_answers(lengths, [PAIR] * 3, columns, loss.reference_free, loss.needs)
 
 
 def combinations() -> list[tuple[str, str]]:
@@ -180,7 +181,7 @@ def combinations() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "modifier"), combinations())
 def test_a_modified_loss_is_a_pure_function_of_each_pair(name, modifier):
     loss = bind_loss(name, GIVEN[modifier])
-    pairs = shown(loss.reference_free)
+    pairs = shown(loss)
     require_pure(loss, pairs)
     assert loss.scope == "window" or not uses_batch(loss, pairs)
     assert loss(pairs).isfinite().all()
@@ -200,20 +201,22 @@ def test_a_modifier_that_changes_nothing_in_a_loss_is_refused_by_the_first_look(
     loss = bind_loss(name, GIVEN[modifier])
     if (modifier, name) in MISSES:
         with pytest.raises(ValueError, match=f"changes nothing in loss '{name}'"):
-            require_effect(loss, shown(loss.reference_free))
+            require_effect(loss, shown(loss))
     else:
-        require_effect(loss, shown(loss.reference_free))
+        require_effect(loss, shown(loss))
 
 
 @pytest.mark.parametrize("kind", ["sum", "mean"])
 def test_no_reduction_goes_with_a_loss_that_counts_tokens(kind):
+    loss = bind_loss("rdpo", {"reduction": kind})
     with pytest.raises(ValueError, match=f"alpha of loss 'rdpo' changes nothing beside reduction {kind}"):
-        require_effect(bind_loss("rdpo", {"reduction": kind}), shown(False))
+        require_effect(loss, shown(loss))
 
 
 def test_a_neutral_value_may_be_written_down():
     for knobs in ({"reduction": "sum"}, {"f_divergence_type": "reverse_kl"}):
-        require_effect(bind_loss("hdpo", knobs), shown(False))
+        loss = bind_loss("hdpo", knobs)
+        require_effect(loss, shown(loss))
 
 
 def test_several_modifiers_apply_in_their_order():
@@ -257,6 +260,8 @@ def test_several_modifiers_apply_in_their_order():
             {"weight_column": "weight"},
             "weight_column acts on the value of each pair, and the values of loss 'aot'",
         ),
+        ("kto", {"ld_alpha": 0.5}, "ld_alpha acts on pairs, and loss 'kto' gives each answer a value$"),
+        ("nca", {"weight_column": "w"}, "weight_column acts on pairs, and loss 'nca' gives each prompt a value$"),
         ("sigmoid", {"ld_alfa": 0.5}, "loss 'sigmoid' does not take 'ld_alfa'; did you mean ld_alpha?"),
     ],
 )

@@ -107,6 +107,18 @@ class PairBatch:
         return _reference(self.ref_rejected_logps).sum(dim=-1)
 
     @cached_property
+    def gold(self) -> Tensor:
+        """s of the answer that is to be imitated, (B,)."""
+        assert self.gold_logps is not None, "the loss was registered without needs=('gold',)"
+        return self.gold_logps.sum(dim=-1)
+
+    @cached_property
+    def gold_length(self) -> Tensor:
+        """(B,) its tokens, at least 1."""
+        assert self.gold_mask is not None, "the loss was registered without needs=('gold',)"
+        return self.gold_mask.sum(dim=-1).clamp(min=1)
+
+    @cached_property
     def policy_chosen_per_token(self) -> Tensor:
         """s_w / n_w, (B,)."""
         return self.policy_chosen / self.chosen_length
@@ -234,10 +246,10 @@ class AnswerBatch:
         """P."""
         return self.prompts[-1] + 1
 
-    def grid(self, values: Tensor, fill: float) -> Tensor:
-        """(A,) values as (P, K) for K answers to the prompt that has most; `fill` where another has fewer."""
+    def grid(self, values: Tensor) -> Tensor:
+        """(A,) values as (P, K) for K answers to the prompt that has most; 0 where another has fewer."""
         starts = self._starts
-        table = values.new_full((self.count, max(b - a for a, b in pairwise(starts))), fill)
+        table = values.new_zeros((self.count, max(b - a for a, b in pairwise(starts))))
         places = [i - starts[prompt] for i, prompt in enumerate(self.prompts)]
         return table.index_put((self.prompt, self._tensor(places)), values)
 

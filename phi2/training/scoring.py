@@ -81,7 +81,7 @@ def mismatched(window: Rows) -> list[EncodedPreference]:
 
     Source: arXiv:2402.01306 §4.1, where micro-batches take the place of windows.
     """
-    neighbours = [window[-1], *window[:-1]]
+    neighbours = [*window[-1:], *window[:-1]]
     return [
         replace(row, answers=other.answers, scores=other.scores, has_gold=other.has_gold)
         for row, other in zip(window, neighbours, strict=True)
