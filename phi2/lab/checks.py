@@ -44,7 +44,7 @@ from phi2.training.packing import row_of_answers
 from phi2.training.passes import Cut, Passes
 from phi2.training.precision import autocast
 from phi2.training.reference_cache import Reference
-from phi2.training.scoring import answer_batch, score_answers
+from phi2.training.scoring import Scored, answer_batch, score_answers
 from phi2.training.session import Session
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats a token
@@ -221,7 +221,7 @@ def gradient_of_rows(subject: Subject) -> Tensor:
     optimizer, run, window = _optimizer(subject), _with_nll(subject.run), subject.window
     for row in window:
         ref = subject.reference([row], row_of_answers([row]).to(subject.model.device))
-        answers = answer_batch([row], torch.cat(alone(subject.model, [row])), ref)
+        answers = answer_batch([row], Scored(torch.cat(alone(subject.model, [row])), ref, {}))
         losses, _ = dpo.objective(run, bind_loss(run.loss), {}, window, None, answers)
         optimizer.backward(losses.sum() / len(window))
     optimizer.step()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phi2.losses.batch import AnswerBatch, Columns, PairBatch
 from phi2.losses.bound import BoundLoss
-from phi2.losses.registry import Need
+from phi2.losses.registry import EXTRAS, Need
 
 STEPS = 64  # of the made-up log-probabilities in a nat
 CLOSE = 1e-4  # by how much of the largest number of a batch the rounding of one formula may differ
@@ -52,6 +52,9 @@ def made_up_answers(
     )
     if "mismatched" in needs:
         answers = replace(answers, mismatched=replace(answers, columns=Columns()))
+    spread = -(answers.policy_logps - 1 / STEPS) / 2 * mask  # of an entropy; log sum p^2 is below 0, and above 2 log p
+    extras: dict[str, Tensor] = {name: spread if name == "entropy" else -spread for name in needs if name in EXTRAS}
+    answers = replace(answers, extras=extras)
     if "gold" in needs:
         firsts = [each[:1] for each in lengths]
         answers = replace(answers, gold=made_up_answers(firsts, [(1.0,)] * len(firsts), Columns(), reference_free=True))

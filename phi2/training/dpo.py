@@ -40,7 +40,7 @@ from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
-from phi2.training.scoring import answer_batch, both_logps, mismatched, score_answers
+from phi2.training.scoring import answer_batch, mismatched, score_answers, scored
 from phi2.training.session import Session, require_fit, start
 from phi2.training.two_phases import backward_of_window
 from phi2.training.weights import with_weights
@@ -181,7 +181,7 @@ def check_start(
     model.eval()
     first = [window[i] for i in cut([row.tokens for row in window])[0]]
     seen = window if loss.scope == "window" else first
-    answers = score_answers(model, seen, cut, reference, partial(autocast, config))
+    answers = score_answers(model, seen, cut, reference, partial(autocast, config), loss.needs)
     answers = replace(answers, mismatched=others_of(config, model, seen, cut, reference, loss))
     model.train(training)
     if reference is not None and starts_at_reference(config):
@@ -225,12 +225,14 @@ def update(
     others = others_of(config, model, window, cut, reference, loss)
     losses_of = partial(objective, config, loss, state, window, others)
     if loss.scope == "window" and len(passes) > 1:
-        answers, losses, after = backward_of_window(config, model, optimizer, window, passes, reference, losses_of)
+        answers, losses, after = backward_of_window(
+            config, model, optimizer, window, passes, reference, loss.needs, losses_of
+        )
         gathered.append(metrics_of(answers, losses, loss))
     else:
         for places in passes:
-            policy, ref = both_logps(model, window, places, reference, autocast(config))
-            answers = answer_batch([window[i] for i in places], policy, ref)
+            part = scored(model, window, places, reference, autocast(config), loss.needs)
+            answers = answer_batch([window[i] for i in places], part)
             losses, after = losses_of(answers)
             optimizer.backward(losses.sum() / len(window))
             gathered.append(metrics_of(answers, losses, loss))
@@ -294,7 +296,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    answers = score_answers(model, rows, cut, reference, partial(autocast, config))
+    answers = score_answers(model, rows, cut, reference, partial(autocast, config), loss.needs)
     others = others_of(config, model, rows, cut, reference, loss)
     model.train(training)
     slopes = slopes_of(lambda given: objective(config, loss, state, rows, others, given)[0], answers)
