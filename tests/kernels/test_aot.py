@@ -136,23 +136,21 @@ def test_there_is_no_report_of_a_broken_budget(forward, monkeypatch):
 
 
 LISTING = """
-.L_x_0:
-        /*0000*/                   LDG.E R1, [R2] ;
-.L_x_1:
-        /*0010*/              @!P0 LDSM.16.MT88.4 R4, [R8] ;
-        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
-        /*0030*/               @P1 BRA `(.L_x_1) ;
-        /*0040*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
-        /*0050*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
-        /*0060*/               @P2 BRA `(.L_x_0) ;
-.L_x_2:
-        /*0070*/                   BRA `(.L_x_2);
+	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM80)"
+        /*0100*/                   LDG.E R1, [R2] ;
+        /*0110*/              @!P0 LDSM.16.MT88.4 R4, [R8] ;
+        /*0120*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0130*/               @P1 BRA 0x110 ;
+        /*0140*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0150*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
+        /*0160*/               @P2 BRA 0x100 ;
+        /*0170*/                   BRA 0x170;
 """
 
 
 def test_innermost_loops_are_found_without_traps():
-    instructions, loops = sass.parse(LISTING)
-    assert loops == [instructions[1:4]] and len(instructions) == 8
+    instructions = sass.listed(LISTING)
+    assert sass.loops_of(instructions, start=0x100) == [instructions[1:4]] and len(instructions) == 8
 
 
 MATRIX = "HMMA.16816.F32.BF16 R4, R4, R8, R4"
