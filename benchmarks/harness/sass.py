@@ -1,7 +1,7 @@
 """Machine code of kernels, read without a GPU: what each occupies, and what its loops do.
 
-The tools are those of Triton's own wheel: cuobjdump says what a cubin occupies, nvdisasm prints instructions. The latter
-takes 0.2 s to begin, so that it is given the instructions of many kernels at once, one behind the other.
+The tools are those of Triton's own wheel: cuobjdump says what a cubin occupies, nvdisasm prints instructions. That one
+takes 0.2 s to begin, and is given the instructions of many kernels at once, one behind the other.
 """
 
 from __future__ import annotations

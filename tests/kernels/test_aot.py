@@ -16,8 +16,6 @@ from benchmarks.harness.aot import Row
 from benchmarks.harness.spec import (
     ALSO_SHIPPED,
     ARCHITECTURES,
-    FORMS,
-    OTHER_WIDTHS,
     PADDED,
     SHIPPED,
     UNALIGNED,
@@ -28,27 +26,30 @@ from benchmarks.registry import GateError
 KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
 
 
+# Launches that must not pass, of one architecture: a candidate of the tuner, and strides without divisors.
+SPILLING = {(80, "gelu_forward"): {"BLOCK_N": 8, "BLOCK_F": 1024, "num_warps": 1}}
+ALONE = (*SPILLING, (80, UNALIGNED))
+ON_BOTH = [(arch, form) for form in (SHIPPED, ALSO_SHIPPED, PADDED, UNORDERED) for arch in ARCHITECTURES]
 COMPILED: dict[tuple[int, str], list[Row]] = {}  # by architecture and form: each once, and many in one pool
 
 
-def compiled(architectures: tuple[int, ...], forms: list[str]) -> list[Row]:
-    wanted = [(arch, form) for arch in architectures for form in forms]
+def compiled(*wanted: tuple[int, str]) -> list[Row]:
     missing = [each for each in wanted if each not in COMPILED]
     if missing:
-        COMPILED.update(zip(missing, aot.compiled([(*each, None) for each in missing]), strict=True))
-    return sum((COMPILED[each] for each in wanted), [])
+        COMPILED.update(zip(missing, aot.compiled([(*each, SPILLING.get(each)) for each in missing]), strict=True))
+    return [row for each in wanted for row in COMPILED[each]]
 
 
 @pytest.fixture(params=[80, 90])
 def phi2_rows(request) -> list[Row]:
     """Phi-2's own launches, in half precision, on one architecture."""
-    return compiled((request.param,), [SHIPPED])
+    return compiled((request.param, SHIPPED))
 
 
 @pytest.fixture
 def rows() -> list[Row]:
     """These, those of other heads and of float32, and those that must not pass."""
-    return compiled(ARCHITECTURES, [form for form in FORMS if form != OTHER_WIDTHS])
+    return compiled(*ON_BOTH, *ALONE)
 
 
 def of(rows: list[Row], form: str, arch: int, kernel: str = "attention forward") -> Row:
@@ -94,6 +95,11 @@ def test_padding_80_dims_to_128_breaks_the_budget_of_multiply_adds(rows, arch, k
 def test_strides_that_nothing_is_known_of_lose_the_asynchronous_copies(rows, forward):
     assert "no asynchronous copies" in of(rows, UNALIGNED, 80).violations
     assert forward.copies > 0
+
+
+def test_a_launch_that_spills_breaks_its_budget(rows):
+    spilling = of(rows, "gelu_forward", 80, "gelu forward")
+    assert spilling.launch == "n8 f1024" and re.fullmatch(r"\d+ bytes of stack", *spilling.violations)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
