@@ -93,11 +93,6 @@ class Row:
         return asdict(self) | {"programs": self.programs, "violations": ", ".join(self.violations)}
 
 
-def measure(forms: list[str], architectures: tuple[int, ...] = spec.ARCHITECTURES) -> list[Row]:
-    """All that is launched in these forms, for these architectures."""
-    return sum(compiled([(arch, form, None) for arch in architectures for form in forms]), [])
-
-
 def compiled(jobs: list[tuple[int, str, Launch | None]]) -> list[list[Row]]:
     """What each job compiles to, in processes that are not told to interpret.
 

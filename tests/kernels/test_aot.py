@@ -124,7 +124,7 @@ def test_each_budget_can_be_broken(forward, change, complaint):
 
 
 def test_the_report_shows_our_split_beside_the_padded_form(rows, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(aot, "measure", lambda forms: rows)
+    monkeypatch.setattr(aot, "compiled", lambda jobs: [rows])
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     assert run.main(["--case", "aot_report"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
@@ -136,7 +136,7 @@ def test_the_report_shows_our_split_beside_the_padded_form(rows, monkeypatch, ca
 
 
 def test_there_is_no_report_of_a_broken_budget(forward, monkeypatch):
-    monkeypatch.setattr(aot, "measure", lambda forms: [replace(forward, stack=64)])
+    monkeypatch.setattr(aot, "compiled", lambda jobs: [[replace(forward, stack=64)]])
     with pytest.raises(GateError, match="attention forward d80 m128 n64 for sm_80: 64 bytes of stack"):
         aot_report.aot_report(1)
 
