@@ -52,11 +52,11 @@ takes single answers, good or bad, and of a pair or of a list of labelled answer
 answers takes a list, of which a pair is the shortest. A gold answer is a third one, which is imitated and compared with
 nothing. A mixture takes what all its parts can be given.
 
-A loss that needs the window depends on all rows of an update: it sees them at once, however they are cut into
-micro-batches, in two phases where there are several. Numbers that it keeps from one update to the next are part of
-checkpoints and of `metrics.jsonl`, as `state/NAME`; evaluation takes all its rows as one window and moves no state.
-Answers to other prompts, of which KTO estimates a KL, are those of the row before in the window; they cost a pass more
-of both models, without gradient.
+A loss that needs the window depends on all rows of an update: it sees them at once, however they are cut into passes,
+in two phases where there are several. Numbers that it keeps from one update to the next are part of checkpoints and of
+`metrics.jsonl`, as `state/NAME`; evaluation takes all its rows as one window and moves no state. Answers to other
+prompts, by which KTO estimates a KL, are those of the row before in the window; they cost another pass of both models,
+without gradient.
 
 ## Your own
 
