@@ -44,6 +44,7 @@ from phi2.training.look import look_at_loss
 from phi2.training.reference import reference_kind, reference_of
 from phi2.training.reference_cache import Reference
 from phi2.training.session import start
+from phi2.training.weights import with_weights
 from phi2.training.window import total_steps, windows_of
 
 EVALUATIONS = 4  # of a run, where eval_steps does not say it
@@ -146,7 +147,7 @@ class Bench:
         for variant in self.variants:
             found = dpo.preference_inputs(variant.config, variant.loss)
             inputs |= {f"{what} of {variant.name}": digest for what, digest in found.items()}
-            look_at_loss(variant.loss, rows.train, rows.evaluation)
+            look_at_loss(variant.loss, *with_weights(variant.config, rows.train, rows.evaluation))
         require_same_inputs(Path(self.config.output), inputs, resumed)
 
     def score_references(self) -> None:
@@ -166,13 +167,17 @@ class Bench:
 
     @cached_property
     def pairs(self) -> Sequence[EncodedPreference]:
-        """Those that a run with a reference will see, in the order of the data, and the held-out ones."""
+        """Those that a run with a reference will see, in the order of the data, and the held-out ones; then what such
+        runs set behind other prompts."""
         train, held_out, _ = self.session.rows
         seen: set[int] = set()
+        others: list[EncodedPreference] = []
         for cell in self.cells:
             if cell.config.precompute_ref_log_probs:
-                seen.update(windows_of(cell.config, len(train)).until(cell.total))
-        return Joined(train.take(sorted(seen)), held_out)
+                windows, loss = windows_of(cell.config, len(train)), cell.variant.loss
+                seen.update(windows.until(cell.total))
+                others += dpo.others_to_score(cell.config, loss, windows, cell.total, train, held_out)
+        return Joined(train.take(sorted(seen)), held_out, others)
 
     def run(self, cell: Cell) -> None:
         """Runs a cell, or goes on with it."""
