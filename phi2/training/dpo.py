@@ -37,6 +37,7 @@ from phi2.training.needs import require_neighbours, rows_for
 from phi2.training.optim import Optimizer
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
+from phi2.training.reference_cache import CACHED_TOLERANCE
 from phi2.training.scoring import mismatched, score_answers, score_mismatched
 from phi2.training.session import Session, require_fit, start
 from phi2.training.two_phases import backward_of_window
@@ -44,8 +45,6 @@ from phi2.training.window import Windows, total_steps, windows_of
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
 STEP_0_TOLERANCE = 1e-3
-# A precomputed reference saw the rows in other batches, and half-precision matmuls round each shape in their own way.
-CACHED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def train(config: DPOConfig) -> Run:

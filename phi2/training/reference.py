@@ -27,7 +27,8 @@ from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
 from phi2.training.packing import TokenRow
 from phi2.training.precision import autocast
-from phi2.training.reference_cache import Precomputed, Reference, cache_file, fingerprint, key_of, precomputed
+from phi2.training.reference_cache import Precomputed, Reference, cache_folder, fingerprint, key_of, precomputed
+from phi2.training.reference_shards import shard_files
 from phi2.training.scoring import row_logps
 from phi2.training.session import Session
 
@@ -82,13 +83,15 @@ def reference_of(
 def _precomputed(
     session: Session, config: DPOConfig, live: Reference, name: str, pairs: Sequence[EncodedPreference]
 ) -> Precomputed:
-    """From its file; where there is none, from an earlier fit that scored all of it in the same way."""
+    """From its folder; where there is none, from an earlier fit that scored all of it in the same way."""
     folder, size = Path(config.reference_cache or Path(config.output) / "reference"), config.per_device_train_batch_size
-    key, is_new = (name, size, config.fuse, key_of(pairs)), not cache_file(folder, name).exists()
+    key, is_new = (name, size, config.fuse, key_of(pairs)), not shard_files(cache_folder(folder, name))
     known = session.reference_logps.get(key) if is_new else None
-    cached = precomputed(live, name, pairs, size, folder, pick_device(config.device), known)
+    about = {"reference": reference_kind(config), "model": config.model, "adapter": config.adapter}
+    device = pick_device(config.device)
+    cached = precomputed(live, name, pairs, size, folder, device, session.dtype, about, known)
     if is_new:
-        session.reference_logps[key] = cached.known
+        session.reference_logps[key] = cached.shards
     return cached
 
 

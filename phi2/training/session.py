@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
 
-import numpy as np
 import torch
 
 from phi2.checkpoints.peft_files import load_adapter
@@ -37,6 +36,7 @@ from phi2.runs.checkpoint import last_checkpoint
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig, SFTConfig, TrainingConfig
 from phi2.training.precision import compute_dtype
+from phi2.training.reference_shards import Shards
 
 SHARED = (  # settings that all fits of a session have in common
     *("model", "adapter", "data", "eval_data", "test_fraction", "split_seed", "chat_template", "dtype", "device"),
@@ -67,7 +67,7 @@ class Session(Generic[Row]):
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.others: dict[tuple[Path, torch.dtype], Phi2ForCausalLM] = {}
-        self.reference_logps: dict[tuple[str, int, bool, bytes], dict[bytes, np.ndarray]] = {}
+        self.reference_logps: dict[tuple[str, int, bool, bytes], Shards] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
