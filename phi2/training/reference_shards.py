@@ -13,6 +13,7 @@ for each of its tokens, which are mapped into memory and need not fit.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import time
@@ -40,8 +41,8 @@ class Shard(NamedTuple):
     """One file; its tensors are mapped."""
 
     path: Path
-    keys: Tensor  # (n, 16) uint8
-    ends: Tensor  # (n,) where the tokens of each answer end
+    keys: np.ndarray  # (n,) of KEY
+    ends: np.ndarray  # (n,) where the tokens of each answer end
     logps: Tensor  # (tokens,) float32, nats
 
 
@@ -58,11 +59,10 @@ class Shards:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
         self.shards = [_read(path, fingerprint) for path in shard_files(folder)]
-        keys = [_named(shard.keys) for shard in self.shards]
-        joined = np.concatenate([np.empty(0, KEY), *keys])
+        joined = np.concatenate([np.empty(0, KEY), *(shard.keys for shard in self.shards)])
         self.places = np.argsort(joined, kind="stable")  # the first shard that has a key stands first
         self.keys = joined[self.places]
-        self.firsts = np.cumsum([0, *map(len, keys)])
+        self.firsts = np.cumsum([0, *(len(shard.keys) for shard in self.shards)]).tolist()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,15 +77,15 @@ class Shards:
     def logps(self, place: int) -> Tensor:
         """(tokens,) float32 of the answer there."""
         shard, row = self._shard_of(place)
-        return shard.logps[int(shard.ends[row - 1]) if row else 0 : int(shard.ends[row])]
+        return shard.logps[shard.ends[row - 1] if row else 0 : shard.ends[row]]
 
     def path(self, place: int) -> Path:
         """Of the file that holds the answer there."""
         return self._shard_of(place)[0].path
 
     def _shard_of(self, place: int) -> tuple[Shard, int]:
-        number = int(np.searchsorted(self.firsts, place, side="right")) - 1
-        return self.shards[number], int(place - self.firsts[number])
+        number = bisect.bisect_right(self.firsts, place) - 1
+        return self.shards[number], place - self.firsts[number]
 
 
 class ShardWriter:
@@ -143,13 +143,15 @@ def shard_files(folder: Path) -> list[Path]:
 def _read(path: Path, fingerprint: str) -> Shard:
     try:
         with safe_open(path, framework="pt") as file:
-            shard = Shard(path, *(file.get_tensor(name) for name in ("keys", "ends", "logps")))
+            keys, ends, logps = (file.get_tensor(name) for name in ("keys", "ends", "logps"))
             found = (file.metadata() or {}).get("fingerprint")
-        ends = shard.ends.numpy()
-        if shard.keys.shape != (len(ends), KEY.itemsize) or np.any(np.diff(ends, prepend=0) < 0):
-            raise ValueError("keys and ends of answers do not fit")
-        if len(shard.logps) != (ends[-1] if len(ends) else 0):
-            raise ValueError(f"{len(shard.logps)} log-probabilities, of answers that end at {ends[-1:]}")
+        shard = Shard(path, keys.numpy().view(KEY)[:, 0], ends.numpy(), logps)
+        if (
+            not len(shard.keys) == len(shard.ends) > 0
+            or shard.ends[-1] != len(logps)
+            or np.any(np.diff(shard.ends) < 0)
+        ):
+            raise ValueError("keys, ends and log-probabilities do not fit")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{path}: not a shard of a reference cache ({one_line(error)}); delete it to score its answers again"
@@ -157,11 +159,6 @@ def _read(path: Path, fingerprint: str) -> Shard:
     if found != fingerprint:
         raise ValueError(f"{path}: of the reference {found}, not of {fingerprint}; it does not belong into this folder")
     return shard
-
-
-def _named(keys: Tensor) -> np.ndarray:
-    """(n, 16) bytes as (n,) keys."""
-    return keys.numpy().view(KEY)[:, 0]
 
 
 def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
