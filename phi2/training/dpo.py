@@ -33,6 +33,7 @@ from phi2.training.config import DPOConfig
 from phi2.training.look import look_at_loss
 from phi2.training.loop import Watch, updates_of
 from phi2.training.metrics import means, metrics_of
+from phi2.training.moving_reference import MovingReference
 from phi2.training.needs import require_neighbours, rows_for
 from phi2.training.optim import Optimizer
 from phi2.training.precision import autocast, compute_dtype
@@ -65,13 +66,13 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     session.require_same(config)
     loss = bind_loss(config.loss, config.knobs, config.loss_file)
     config = with_all_knobs(config, loss)
-    if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
-        raise ValueError(f"loss {loss.name} needs no reference: leave reference and precompute_ref_log_probs unset")
+    require_reference(config, loss)
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer, (rows, eval_rows) = session.tokenizer, (rows_for(loss, each) for each in session.rows[:2])
     session.keep_audits(run)
     windows = windows_of(config, len(rows))
     total = total_steps(config, windows)
+    require_moves(config, total)
     require_neighbours(loss, windows.size)
     inputs = inputs_of(config, tokenizer, rows, eval_rows, session.dtype) | preference_inputs(config, loss)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
@@ -83,8 +84,9 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
         require_dropout(config, model)
         scored = rows_to_score(loss, windows, total, rows, eval_rows)
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
-        title = f"dpo {loss.name}"
-        with updates_of(config, model, tokenizer, windows, checkpoint, title, loss.state, watch) as updates:
+        moving = reference if isinstance(reference, MovingReference) else None
+        title, save = f"dpo {loss.name}", moving.save if moving else None
+        with updates_of(config, model, tokenizer, windows, checkpoint, title, loss.state, watch, save) as updates:
             model.train(not config.disable_dropout)
             state = updates.loss_state
             evaluation = partial(evaluate, config, model, eval_rows, reference, loss, state) if eval_rows else None
@@ -93,6 +95,8 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
                 if step == 1:
                     check_start(config, model, reference, batches, loss)
                 metrics = update(config, model, updates.optimizer, batches, reference, loss, state)
+                if moving is not None:
+                    moving.follow(step)
                 updates.end(step, sum(row.tokens for batch in batches for row in batch), metrics, evaluation)
     return Run(run)
 
@@ -110,6 +114,19 @@ def rows_to_score(
         updates = [[rows[i] for i in windows.window(step)] for step in range(total)]
         asked += [row for window in (*updates, eval_rows) for row in mismatched(window)]
     return [*asked, *eval_rows]
+
+
+def require_reference(config: DPOConfig, loss: BoundLoss) -> None:
+    """Refuses settings of a reference for a loss without one."""
+    if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs or config.sync_ref_model):
+        names = "reference, precompute_ref_log_probs and sync_ref_model"
+        raise ValueError(f"loss {loss.name} needs no reference: leave {names} unset")
+
+
+def require_moves(config: DPOConfig, total: int) -> None:
+    """Refuses a reference that is to move, and never would."""
+    if config.sync_ref_model and config.ref_model_sync_steps > total:
+        raise ValueError(f"ref_model_sync_steps {config.ref_model_sync_steps} outlasts the run of {total} updates")
 
 
 def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:

@@ -154,13 +154,14 @@ class Session(Generic[Row]):
 
     @contextmanager
     def policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Iterator[Phi2ForCausalLM]:
-        """The model to train; behind the block the adapter is off, and every number of the base as it was before."""
-        base = self.base if config.lora is not None else None
+        """The model to train; behind the block no adapter is on it, and every number of the base as it was before."""
+        base: Phi2ForCausalLM | None = self.base if config.lora is not None else None
         try:
             yield self.load_policy(config, checkpoint)
         finally:
             if base is not None and base.adapters:
-                detach(base)
+                for name in tuple(base.adapters):
+                    detach(base, name)
                 base.eval()
 
     def load_policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Phi2ForCausalLM:
