@@ -270,7 +270,7 @@ def test_a_damaged_reference_of_a_checkpoint_is_named_in_one_line(dpo_config):
         ({"ref_model_mixup_alpha": 0.5, "bema": BEMA}, "ref_model_mixup_alpha 0.5 needs a reference that moves by mix"),
         (
             {"sync_ref_model": False, "ref_model_mixup_alpha": 0.5},
-            "ref_model_mixup_alpha 0.5 needs sync_ref_model true",
+            "mixup_alpha 0.5 needs sync_ref_model true, got",
         ),
         ({"sync_ref_model": False, "bema": BEMA}, "needs sync_ref_model true, got False"),
     ],

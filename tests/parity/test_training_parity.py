@@ -8,7 +8,7 @@ pair. The learning rates are high, so that every loss moves by far more than the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from phi2.checkpoints.weights import load_model
 from phi2.lora import attach
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
+from phi2.training.config import BemaConfig
 from phi2.training.packing import best_fit
 from phi2.training.window import Windows
 
@@ -130,7 +131,14 @@ def theirs(base: Path, fresh_adapter: Path, rows: list[dict], tmp_path: Path) ->
     A new adapter is trl's own, given our starting weights; `adapter` goes on with one, and `lora=None` has none.
     """
 
-    def run(loop, adapter: Path | None = None, lora: dict | None = LORA, **options: Any) -> Curve:
+    def run(
+        loop,
+        adapter: Path | None = None,
+        lora: dict | None = LORA,
+        callbacks: Sequence[transformers.TrainerCallback] = (),
+        trainer_class: type | None = None,
+        **options: Any,
+    ) -> Curve:
         model, extra = transformers.PhiForCausalLM.from_pretrained(base, dtype=torch.float32), {}
         if adapter is not None:
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
@@ -138,11 +146,12 @@ def theirs(base: Path, fresh_adapter: Path, rows: list[dict], tmp_path: Path) ->
             extra["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
         plain = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
         Config, Trainer = (trl.DPOConfig, trl.DPOTrainer) if loop is dpo else (trl.SFTConfig, trl.SFTTrainer)
-        trainer = Trainer(
+        trainer = (trainer_class or Trainer)(
             model,
             args=Config(str(tmp_path / "theirs"), **{**plain, **SAME, **options}),
             train_dataset=datasets.Dataset.from_list(rows_for(loop, rows)),
             processing_class=transformers.AutoTokenizer.from_pretrained(base),
+            callbacks=[*callbacks],
             **extra,
         )
         if extra:
@@ -270,6 +279,27 @@ def test_sft_of_packed_rows(ours, theirs):
 def test_all_weights_with_weight_decay(ours, theirs, loop):
     """In DPO both keep a second model as the reference."""
     assert_same_losses(ours(loop, lora=None, weight_decay=0.5), theirs(loop, lora=None, weight_decay=0.5))
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_a_reference_that_the_policy_is_mixed_into(ours, theirs, alpha):
+    """TR-DPO, of all weights: trl has no adapters for it."""
+    moves = dict(lora=None, sync_ref_model=True, ref_model_sync_steps=3, ref_model_mixup_alpha=alpha)
+    mine, reference = ours(dpo, **moves), theirs(dpo, **moves)
+    assert_same_losses(mine, reference)
+    assert_same_metrics(mine, reference)
+
+
+def test_a_reference_that_is_a_bias_corrected_average(ours, theirs):
+    bema = pytest.importorskip("trl.experimental.bema_for_ref_model")
+    powers = dict(ema_power=0.4, bias_power=0.3, lag=3, multiplier=0.5)
+    every = dict(update_freq=3, update_ref_model=True, ref_model_update_freq=3)
+    callback = bema.BEMACallback(**every, **powers)
+    reference = theirs(dpo, lora=None, callbacks=[callback], trainer_class=bema.DPOTrainer)
+    moves = dict(lora=None, sync_ref_model=True, ref_model_sync_steps=3, bema=BemaConfig(**powers))
+    mine = ours(dpo, **moves)
+    assert_same_losses(mine, reference)
+    assert_same_metrics(mine, reference)
 
 
 def test_data_comes_in_the_order_of_transformers():
