@@ -268,10 +268,7 @@ def test_a_damaged_reference_of_a_checkpoint_is_named_in_one_line(dpo_config):
         ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha must be in (0, 1], got 1.5"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1, got 0"),
         ({"ref_model_mixup_alpha": 0.5, "bema": BEMA}, "ref_model_mixup_alpha 0.5 needs a reference that moves by mix"),
-        (
-            {"sync_ref_model": False, "ref_model_mixup_alpha": 0.5},
-            "mixup_alpha 0.5 needs sync_ref_model true, got",
-        ),
+        ({"sync_ref_model": False, "ref_model_mixup_alpha": 0.5}, "mixup_alpha 0.5 needs sync_ref_model true, got"),
         ({"sync_ref_model": False, "bema": BEMA}, "needs sync_ref_model true, got False"),
     ],
     ids=str,
@@ -295,5 +292,5 @@ def test_a_loss_without_a_reference_has_none_to_move(dpo_config):
 
 
 def test_a_run_in_which_it_would_never_move_is_refused(dpo_config):
-    with pytest.raises(ValueError, match="^ref_model_sync_steps 512 outlasts the run of 6 updates$"):
+    with pytest.raises(ValueError, match="^sync_ref_model: ref_model_sync_steps 512 outlasts the run of 6 updates$"):
         dpo.train(dpo_config(sync_ref_model=True))

@@ -123,6 +123,7 @@ class Bench:
     def _cell(self, variant: Variant, seed: int) -> Cell:
         config = variant.config
         total = total_steps(config, windows_of(config, len(self.session.rows.train)))
+        dpo.require_moves(config, total)
         config = replace(
             config,
             seed=seed,

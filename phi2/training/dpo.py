@@ -126,7 +126,9 @@ def require_reference(config: DPOConfig, loss: BoundLoss) -> None:
 def require_moves(config: DPOConfig, total: int) -> None:
     """Refuses a reference that is to move, and never would."""
     if config.sync_ref_model and config.ref_model_sync_steps > total:
-        raise ValueError(f"ref_model_sync_steps {config.ref_model_sync_steps} outlasts the run of {total} updates")
+        raise ValueError(
+            f"sync_ref_model: ref_model_sync_steps {config.ref_model_sync_steps} outlasts the run of {total} updates"
+        )
 
 
 def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:
