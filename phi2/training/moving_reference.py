@@ -10,7 +10,7 @@ sum of B's is something else, and would depend on how a change is cut into its f
 low-rank change, with the factors of all of them side by side: exact, and as large as their ranks together. Once that
 is more than 8 times the policy's rank it is cut to the 4 times that fit it best.
 
-Source: TR-DPO, arXiv:2404.09656 Eq. 5 and 6; BEMA, arXiv:2508.00180 Algorithm 1, as trl 1.16 moves a reference by it.
+Source: TR-DPO, arXiv:2404.09656; BEMA, arXiv:2508.00180 Algorithm 1, as trl 1.16 moves a reference by it.
 Dims: r LoRA rank of the policy, k of a sum.
 """
 
