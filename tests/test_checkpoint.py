@@ -14,6 +14,7 @@ from phi2.lora_config import LoraConfig
 from phi2.runs.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from phi2.training import loop, sft
 from phi2.training.optim import Optimizer
+from phi2.training.passes import Passes
 
 
 @pytest.fixture
@@ -53,17 +54,17 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path):
 
 def test_only_the_last_few_are_kept(tmp_path, optimizer):
     for step in (8, 9, 10, 11):
-        save_checkpoint(tmp_path, step, optimizer, write_weights, keep=2, loss_state={})
+        save_checkpoint(tmp_path, step, optimizer, write_weights, keep=2, loss_state={}, passes=Passes(64))
     assert names_in(tmp_path) == {"step-10", "step-11"}
 
 
 def test_step_optimizer_and_random_state_come_back(tmp_path, optimizer, sft_config):
     torch.manual_seed(3)
-    save_checkpoint(tmp_path, 7, optimizer, write_weights, keep=1, loss_state={})
+    save_checkpoint(tmp_path, 7, optimizer, write_weights, keep=1, loss_state={}, passes=Passes(64))
     expected = torch.rand(4)
     fresh = Optimizer(nn.Linear(3, 2), sft_config(), total_steps=10, scale_loss=False)
     torch.manual_seed(99)
-    assert restore_checkpoint(last_checkpoint(tmp_path), fresh, {}) == 7
+    assert restore_checkpoint(last_checkpoint(tmp_path), fresh, {}, Passes(32)) == 7
     assert torch.equal(torch.rand(4), expected)
     assert fresh.updates == 1 and fresh.numbers() == optimizer.numbers()
     before, after = optimizer.tensors(), fresh.tensors()
@@ -73,27 +74,35 @@ def test_step_optimizer_and_random_state_come_back(tmp_path, optimizer, sft_conf
 
 def test_what_the_loss_keeps_comes_back_to_the_last_bit(tmp_path, optimizer):
     kept = {"mean": torch.tensor(0.1).item() / 3, "updates": 4.0}
-    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state=kept)
+    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state=kept, passes=Passes(64))
     state = {"mean": 0.0, "updates": 0.0}
-    restore_checkpoint(last_checkpoint(tmp_path), optimizer, state)
+    restore_checkpoint(last_checkpoint(tmp_path), optimizer, state, Passes(32))
     assert state == kept
 
 
+def test_how_many_tokens_a_pass_holds_comes_back(tmp_path, optimizer):
+    halved, passes = Passes(64), Passes(32)
+    halved.halved = True
+    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state={}, passes=halved)
+    restore_checkpoint(last_checkpoint(tmp_path), optimizer, {}, passes)
+    assert vars(passes) == vars(halved)
+
+
 def test_a_checkpoint_without_what_the_loss_keeps_is_refused(tmp_path, optimizer):
-    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state={})
+    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state={}, passes=Passes(64))
     with pytest.raises(ValueError, match=r"step-1: cannot resume from this checkpoint: KeyError\('mean'\)"):
-        restore_checkpoint(last_checkpoint(tmp_path), optimizer, {"mean": 0.0})
+        restore_checkpoint(last_checkpoint(tmp_path), optimizer, {"mean": 0.0}, Passes(32))
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before_it_and_nothing_else(tmp_path, optimizer):
-    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state={})
+    save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state={}, passes=Passes(64))
 
     def interrupted(folder: Path) -> None:
         write_weights(folder)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, optimizer, interrupted, keep=1, loss_state={})
+        save_checkpoint(tmp_path, 2, optimizer, interrupted, keep=1, loss_state={}, passes=Passes(64))
     assert names_in(tmp_path) == {"step-1"}
 
 
@@ -101,7 +110,7 @@ def test_a_partial_checkpoint_of_a_killed_run_is_written_anew(tmp_path, optimize
     left = tmp_path / "checkpoints" / ".step-2.unfinished" / "model"
     left.mkdir(parents=True)
     (left / "weights").write_text("half")
-    save_checkpoint(tmp_path, 2, optimizer, write_weights, keep=1, loss_state={})
+    save_checkpoint(tmp_path, 2, optimizer, write_weights, keep=1, loss_state={}, passes=Passes(64))
     assert names_in(tmp_path) == {"step-2"}
     assert (last_checkpoint(tmp_path) / "model" / "weights").read_text() == "weights"
 
@@ -125,18 +134,18 @@ def drop_step(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, optimizer, file, damage: Callable[[Path], None]):
-    save_checkpoint(tmp_path, 4, optimizer, write_weights, keep=1, loss_state={})
+    save_checkpoint(tmp_path, 4, optimizer, write_weights, keep=1, loss_state={}, passes=Passes(64))
     damage(last_checkpoint(tmp_path) / file)
     with pytest.raises(ValueError, match="step-4: cannot resume from this checkpoint: ") as caught:
-        restore_checkpoint(last_checkpoint(tmp_path), optimizer, {})
+        restore_checkpoint(last_checkpoint(tmp_path), optimizer, {}, Passes(32))
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path, optimizer, sft_config):
-    save_checkpoint(tmp_path, 4, optimizer, write_weights, keep=1, loss_state={})
+    save_checkpoint(tmp_path, 4, optimizer, write_weights, keep=1, loss_state={}, passes=Passes(64))
     other = Optimizer(nn.Sequential(nn.Linear(3, 2)), sft_config(), total_steps=10, scale_loss=False)
     with pytest.raises(ValueError, match=r"step-4: cannot resume from this checkpoint: KeyError\('0.weight.step'\)"):
-        restore_checkpoint(last_checkpoint(tmp_path), other, {})
+        restore_checkpoint(last_checkpoint(tmp_path), other, {}, Passes(32))
 
 
 def test_a_full_disk_ends_the_run_with_an_oserror_and_leaves_the_checkpoint_before(sft_config, full_disk, monkeypatch):

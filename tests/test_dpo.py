@@ -24,6 +24,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
 from phi2.training.optim import Optimizer
+from phi2.training.passes import Cut, Passes
 from phi2.training.scoring import answer_batch
 from phi2.training.session import start
 
@@ -36,6 +37,15 @@ TRAIN_METRICS = {
     *("logps/chosen", "logps/rejected", "length/chosen", "length/rejected"),
 }
 REFERENCE_METRICS = {"ref_logps/chosen", "ref_logps/rejected", "kl"}
+
+
+def in_parts(*sizes: int) -> Cut:
+    """Cuts a window into passes of so many samples, whatever their tokens."""
+    ends = np.cumsum(sizes).tolist()
+    return lambda tokens: [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+WHOLE = Passes(10**9).cut
 
 
 class Recorder(Optimizer):
@@ -115,22 +125,20 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_pairs(dpo_config, los
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = dict(zip(trained, torch.autograd.grad(expected_loss, list(trained.values())), strict=True))
 
-    ends = np.cumsum(sizes)
-    batches = [pairs[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     recorder = Recorder(model, config, 1, scale_loss=False)
-    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}), {})
+    metrics = dpo.update(config, model, recorder, pairs, in_parts(*sizes), live, bind_loss(loss, {}), {})
     assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-4)
     for name, gradient in recorder.gradients.items():
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 20])
-def test_evaluation_is_the_mean_over_all_pairs_whatever_the_batch_size(dpo_config, batch_size):
-    config = dpo_config(per_device_train_batch_size=batch_size, nll_weight=0.3)
+@pytest.mark.parametrize("max_tokens", [1, 50, 10**6])
+def test_evaluation_is_the_mean_over_all_pairs_whatever_the_passes(dpo_config, max_tokens):
+    config = dpo_config(nll_weight=0.3)
     model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live = make_reference(start(config), config, model, None, pairs)
-    found = evaluate(config, model.train(), pairs, live, bind_loss("sigmoid", {}), {})
+    found = evaluate(config, model.train(), pairs, Passes(max_tokens).cut, live, bind_loss("sigmoid", {}), {})
     expected = by_definition(config, model.eval(), load_model(config.model), pairs)
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     lengths = [len(pair.chosen) for pair in pairs]
@@ -142,8 +150,8 @@ def test_metrics_are_means_over_the_whole_window(dpo_config):
     model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, pairs), bind_loss("sigmoid", {})
     whole, cut = (
-        dpo.update(config, model, Recorder(model, config, 1, False), batches, live, loss, {})
-        for batches in ([pairs], [pairs[:1], pairs[1:4], pairs[4:]])
+        dpo.update(config, model, Recorder(model, config, 1, False), pairs, cut, live, loss, {})
+        for cut in (WHOLE, in_parts(1, 3, len(pairs) - 4))
     )
     assert cut == pytest.approx(whole, rel=1e-4)
 
@@ -152,7 +160,7 @@ def test_metrics_mean_what_they_say(dpo_config):
     config = dpo_config(beta=0.5)
     model, (pair, *_) = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, [pair]), bind_loss("sigmoid", {"beta": 0.5})
-    found = dpo.update(config, model, Recorder(model, config, 1, False), [[pair]], live, loss, {})
+    found = dpo.update(config, model, Recorder(model, config, 1, False), [pair], WHOLE, live, loss, {})
     policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
     with disabled(model), torch.no_grad():
         ref = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
@@ -383,14 +391,14 @@ def test_only_columns_that_are_numbers_in_every_row_become_tensors():
 
 @pytest.mark.parametrize("loss", [*LOSSES, MIXED])
 def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
-    """A whole batch of empty rejected answers, and one of single tokens."""
+    """A whole pass of empty rejected answers, and one of single tokens."""
     config = dpo_config(loss=loss, nll_weight=0.1)
-    batches = [[pair([1, 2], [3, 4], []), pair([1], [5], [])], [pair([1], [2], [3])]]
+    window, cut = [pair([1, 2], [3, 4], []), pair([1], [5], []), pair([1], [2], [3])], in_parts(2, 1)
     model = start(config).load_policy(config)
     live = make_reference(start(config), config, model, None, [])
     if live is not None:
-        dpo.check_start(config, model, live, batches, bind_loss(loss, {}))
+        dpo.check_start(config, model, live, window, WHOLE, bind_loss(loss, {}))
     recorder = Recorder(model, config, 1, False)
-    metrics = dpo.update(config, model, recorder, batches, live, bind_loss(loss, {}), {})
+    metrics = dpo.update(config, model, recorder, window, cut, live, bind_loss(loss, {}), {})
     assert all(np.isfinite(value) for value in metrics.values())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())

@@ -77,7 +77,7 @@ def test_only_pairs_that_the_run_will_see_are_scored_and_a_longer_run_adds_the_o
     cache = dict(precompute_ref_log_probs=True, reference_cache=str(tmp_path / "cache"), eval_data=held_out)
     config = dpo_config(**cache, max_steps=1)
     pairs = pairs_of(dpo_config(output=str(tmp_path / "rows")))
-    seen = {i for batch in windows_of(config, len(pairs)).at(0) for i in batch}
+    seen = set(windows_of(config, len(pairs)).at(0))
     train(config)
     evaluated = pairs_of(dpo_config(data=held_out, output=str(tmp_path / "rows")))[0].target_tokens
     assert len(seen) == 4 and sum(counted) == sum(pairs[i].target_tokens for i in seen) + evaluated

@@ -64,10 +64,10 @@ def unchecked(monkeypatch) -> None:
 
 @pytest.fixture
 def cache(live, tmp_path) -> Callable[..., Precomputed]:
-    """`precomputed` in a folder of the test's own: cache(pairs, batch size)."""
+    """`precomputed` in a folder of the test's own: cache(pairs, tokens of a pass)."""
 
-    def make(pairs: Sequence[EncodedPreference] = PAIRS, size: int = 2, reference: Reference = live, **others):
-        return precomputed(reference, NAME, pairs, size, others.pop("folder", tmp_path), CPU, **others)
+    def make(pairs: Sequence[EncodedPreference] = PAIRS, tokens: int = 12, reference: Reference = live, **others):
+        return precomputed(reference, NAME, pairs, tokens, others.pop("folder", tmp_path), CPU, **others)
 
     return make
 
@@ -110,7 +110,7 @@ def test_they_are_served_for_any_pairs_in_any_order(live, cache):
 @pytest.mark.usefixtures("unchecked")
 def test_each_pair_is_scored_once_for_all_runs(live, cache):
     cache(PAIRS[:2])
-    cache(PAIRS[:2], size=1)
+    cache(PAIRS[:2], tokens=6)
     assert live.answers == [4]
     reference = cache()  # one pair more
     assert torch.equal(ask(cache()), ask(reference))
@@ -134,14 +134,14 @@ def test_an_answer_that_stands_in_many_rows_is_scored_once(live, cache):
     assert live.answers == [2]
 
 
-def test_the_longest_rows_are_scored_first(live, cache):
-    cache(size=1)
-    assert live.tokens == sorted((row.tokens for row in PAIRS), reverse=True)
+def test_a_pass_holds_so_many_tokens_and_the_longest_rows_go_first(live, cache):
+    cache([pair([i], [i + 1] * length, [3]) for i, length in enumerate((1, 7, 2, 20, 3))], tokens=14)
+    assert live.tokens == [22, 9 + 5, 4 + 3]
 
 
 def test_another_reference_has_a_folder_of_its_own(live, tmp_path):
     for name in ("a" * 64, "b" * 64):
-        precomputed(live, name, PAIRS, 2, tmp_path, CPU)
+        precomputed(live, name, PAIRS, 12, tmp_path, CPU)
     assert sum(live.answers) == 2 * 6 and len(list(tmp_path.iterdir())) == 2
 
 
@@ -159,7 +159,7 @@ def test_what_another_fit_scored_is_written_and_not_scored(live, cache, tmp_path
 
 def test_shards_are_written_while_rows_are_scored(cache, folder, monkeypatch):
     monkeypatch.setattr(reference_shards, "TOKENS", 1)
-    reference = cache(size=1)
+    reference = cache(tokens=6)
     assert len(shard_files(folder)) == 3
     monkeypatch.undo()
     assert torch.equal(ask(cache()), ask(reference))
@@ -167,13 +167,13 @@ def test_shards_are_written_while_rows_are_scored(cache, folder, monkeypatch):
 
 def test_after_some_time_a_shard_is_written_however_small(cache, folder, monkeypatch):
     monkeypatch.setattr(reference_shards, "SECONDS", 0.0)
-    cache(size=2)
+    cache()
     assert len(shard_files(folder)) == 2
 
 
 def test_a_person_can_read_what_is_in_the_folder(cache, folder, monkeypatch):
     monkeypatch.setattr(reference_shards, "TOKENS", 1)
-    cache(size=2, dtype=torch.bfloat16, about={"reference": "adapters_off", "model": "microsoft/phi-2"})
+    cache(dtype=torch.bfloat16, about={"reference": "adapters_off", "model": "microsoft/phi-2"})
     told = json.loads((folder / "reference.json").read_text())
     assert (told["reference"], told["model"]) == ("adapters_off", "microsoft/phi-2")
     assert (told["dtype"], told["fingerprint"]) == ("torch.bfloat16", NAME)
@@ -211,7 +211,7 @@ def reference(pairs, row):
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.full(row.targets.shape, -1.0)
 
-precomputed(reference, NAME, PAIRS, 1, Path({folder!r}), CPU)
+precomputed(reference, NAME, PAIRS, 6, Path({folder!r}), CPU)
 """
 
 
@@ -230,7 +230,7 @@ def test_side_by_side_two_writers_spoil_nothing(live, cache, folder, monkeypatch
     monkeypatch.setattr(reference_shards, "TOKENS", 1)
     monkeypatch.setattr(os, "getpid", iter(range(10**6)).__next__)  # two processes have two ids
     with ThreadPoolExecutor(2) as pool:
-        references = [*pool.map(lambda _: cache(size=1), range(2))]
+        references = [*pool.map(lambda _: cache(tokens=6), range(2))]
     assert torch.equal(ask(references[0]), ask(cache()))
     told = json.loads((folder / "reference.json").read_text())
     assert [*told["shards"]] == [path.name for path in shard_files(folder)]
@@ -308,7 +308,7 @@ def test_a_shard_of_another_reference_is_refused(live, cache, folder, tmp_path):
     cache()
     folder.rename(tmp_path / ("b" * 16))
     with pytest.raises(ValueError, match=f"of the reference {NAME}, not of {'b' * 64}; it does not belong"):
-        precomputed(live, "b" * 64, PAIRS, 2, tmp_path, CPU)
+        precomputed(live, "b" * 64, PAIRS, 12, tmp_path, CPU)
 
 
 # ---- a folder that cannot be written ----

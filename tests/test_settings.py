@@ -26,6 +26,7 @@ WITHOUT_EFFECT = {  # field -> why it may leave everything computed as it was
     "gradient_checkpointing": "memory for time, with the same numbers",
     "fuse": "another form of the same computation",
     "reference_cache": "where a reference is kept",
+    "max_tokens_per_pass": "how an update is computed, with the same numbers",
 }
 ENCODE = {  # field -> (another value, what it needs to matter)
     "max_length": (8, {}),

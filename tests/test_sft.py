@@ -19,6 +19,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import sft
 from phi2.training.optim import Optimizer
+from phi2.training.passes import Passes
 from phi2.training.session import start
 from phi2.training.sft import SFTConfig, evaluate, neftune, train
 
@@ -61,11 +62,11 @@ def mean_over_tokens(model: Phi2ForCausalLM, rows: list) -> Tensor:
     return torch.cat(losses).mean()
 
 
-SPLITS = {  # rows -> micro-batches of blocks
-    "one batch": lambda rows: [[[row] for row in rows]],
-    "two batches": lambda rows: [[[row] for row in rows[:7]], [[row] for row in rows[7:]]],
-    "one row a batch": lambda rows: [[[row]] for row in rows],
-    "packed": lambda rows: [[rows[:4], rows[4:5]], [rows[5:9]], [rows[9:]]],
+SPLITS = {  # of rows the samples, and how many tokens a pass holds
+    "one pass": (lambda rows: [[row] for row in rows], 10**6),
+    "some passes": (lambda rows: [[row] for row in rows], 60),
+    "one row a pass": (lambda rows: [[row] for row in rows], 1),
+    "packed": (lambda rows: [rows[:4], rows[4:5], rows[5:9], rows[9:]], 100),
 }
 
 
@@ -79,7 +80,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_target_tokens(sft_con
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
     recorder = Recorder(model, config, 1, scale_loss=False)
-    metrics = sft.update(config, model.train(), recorder, SPLITS[split](rows))
+    samples, max_tokens = SPLITS[split]
+    metrics = sft.update(config, model.train(), recorder, samples(rows), Passes(max_tokens).cut)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["target_tokens"] == sum(int(row.mask[1:].sum()) for row in rows)
     for name, gradient in recorder.gradients.items():
@@ -88,22 +90,24 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_target_tokens(sft_con
 
 
 def test_rows_with_more_targets_count_more(sft_config):
-    """What a mean of the micro-batches' means would get wrong."""
+    """What a mean of the passes' means would get wrong."""
     config = sft_config()
     rows = sorted(rows_of(config), key=lambda row: row.target_tokens)
     window, model = [rows[0], rows[-1]], policy_of(config)
     alone = [mean_over_tokens(model, [row]).item() for row in window]
     tokens = [row.target_tokens for row in window]
-    loss = sft.update(config, model, Recorder(model, config, 1, False), [[[row]] for row in window])["loss"]
+    loss = sft.update(config, model, Recorder(model, config, 1, False), [[row] for row in window], Passes(1).cut)[
+        "loss"
+    ]
     weighted = sum(n * loss for n, loss in zip(tokens, alone, strict=True)) / sum(tokens)
     assert loss == pytest.approx(weighted, rel=1e-5) and abs(loss - sum(alone) / 2) > 1e-3
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 20])
-def test_evaluation_is_the_mean_over_all_target_tokens_whatever_the_batch_size(sft_config, batch_size):
-    config = sft_config(per_device_train_batch_size=batch_size)
+@pytest.mark.parametrize("max_tokens", [1, 50, 10**6])
+def test_evaluation_is_the_mean_over_all_target_tokens_whatever_the_passes(sft_config, max_tokens):
+    config = sft_config()
     model, rows = policy_of(config), rows_of(config)
-    found = evaluate(config, model.train(), rows)
+    found = evaluate(config, model.train(), rows, Passes(max_tokens).cut)
     assert found["eval_loss"] == pytest.approx(mean_over_tokens(model, rows).item(), rel=1e-5)
     assert found["target_tokens"] == sum(row.target_tokens for row in rows)
     assert model.training
@@ -112,7 +116,8 @@ def test_evaluation_is_the_mean_over_all_target_tokens_whatever_the_batch_size(s
 def test_evaluation_has_no_dropout(sft_config, tiny_phi_with_dropout):
     config = sft_config(model=str(tiny_phi_with_dropout))
     model, rows = policy_of(config), rows_of(config)
-    assert evaluate(config, model.train(), rows) == evaluate(config, model, rows)
+    cut = Passes(50).cut
+    assert evaluate(config, model.train(), rows, cut) == evaluate(config, model, rows, cut)
 
 
 # ---- whole runs ----
@@ -372,8 +377,8 @@ def test_neftune_is_for_training_and_only_where_it_is_asked_for(sft_config):
     for alpha in (0.0, 20.0):
         config = sft_config(neftune_noise_alpha=alpha)
         model, rows = policy_of(config), rows_of(config)
-        losses.append(sft.update(config, model, Recorder(model, config, 1, False), [[rows]])["loss"])
-        losses.append(evaluate(config, model, rows)["eval_loss"])
+        losses.append(sft.update(config, model, Recorder(model, config, 1, False), [rows], Passes(1).cut)["loss"])
+        losses.append(evaluate(config, model, rows, Passes(10**6).cut)["eval_loss"])
     plain, plain_eval, noisy, noisy_eval = losses
     assert plain == pytest.approx(plain_eval, rel=1e-5) and noisy_eval == plain_eval and abs(noisy - plain) > 1e-3
 

@@ -1,10 +1,11 @@
-"""A loss of windows has one gradient, one value and one state, however its window is cut into micro-batches."""
+"""A loss of windows has one gradient, one value and one state, however its window is cut into passes."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,13 +21,23 @@ from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference, scoring
 from phi2.training.config import DPOConfig
 from phi2.training.optim import Optimizer
+from phi2.training.passes import Cut, Passes
 from phi2.training.precision import autocast
 from phi2.training.reference import make_reference
 from phi2.training.scoring import score_answers
 from phi2.training.session import start
 
 OF_WINDOWS = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and loss.scope == "window"]
-SPLITS = [[6], [3, 3], [2, 2, 2], [1] * 6]  # six pairs, one micro-batch to six
+SPLITS = [[6], [3, 3], [2, 2, 2], [1] * 6]  # six pairs, one pass to six
+
+
+def in_parts(*sizes: int) -> Cut:
+    """Cuts a window into passes of so many samples, whatever their tokens."""
+    ends = np.cumsum(sizes).tolist()
+    return lambda tokens: [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+WHOLE = Passes(10**9).cut
 AT = {"mean": 0.3, "deviation": 0.7, "updates": 3, "answers": 20}  # a state in the middle of a run
 
 
@@ -50,22 +61,20 @@ class Start:
 
     def update(self, loss: BoundLoss, sizes: list[int]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """The gradient of a window cut so, its metrics, and the state behind it."""
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        batches = [self.pairs[end - size : end] for size, end in zip(sizes, ends, strict=True)]
         recorder = Recorder(self.model, self.config, 1, scale_loss=False)
         state = state_of(loss)
         ref = None if loss.reference_free else self.reference
-        metrics = dpo.update(self.config, self.model, recorder, batches, ref, loss, state)
+        metrics = dpo.update(self.config, self.model, recorder, self.pairs, in_parts(*sizes), ref, loss, state)
         return recorder.gradients, metrics, state
 
     def in_one_graph(self, loss: BoundLoss) -> dict[str, Tensor]:
         """The gradient by definition: all six pairs in one row, one loss, one backward pass."""
         ref = None if loss.reference_free else self.reference
-        scored = score_answers(self.model, [self.pairs], ref, partial(autocast, self.config)).pairs
+        scored = score_answers(self.model, self.pairs, WHOLE, ref, partial(autocast, self.config))
         value = loss.step(scored, state_of(loss))[0].mean()
         if self.config.nll_weight:
             tokens = sum(len(pair.chosen) for pair in self.pairs)
-            value = value - self.config.nll_weight * scored.policy_chosen.sum() / tokens
+            value = value - self.config.nll_weight * scored.chosen.sum() / tokens
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return dict(zip(trained, torch.autograd.grad(value, list(trained.values())), strict=True))
 
@@ -149,13 +158,13 @@ def test_micro_batches_by_themselves_would_have_another_gradient(started, name):
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_both_passes_of_a_micro_batch_see_the_same_dropout(started, checkpointing, fuse):
-    """The gradient is that of one graph over the micro-batches, which draws each micro-batch's dropout once."""
+def test_both_times_a_pass_sees_the_same_dropout(started, checkpointing, fuse):
+    """The gradient is that of one graph over the passes, which draws each one's dropout once."""
     lora = LoraConfig(r=4, target_modules=("q_proj", "fc1", "lm_head"), lora_dropout=0.3)
     begun = started(lora=lora, disable_dropout=False, gradient_checkpointing=checkpointing, fuse=fuse)
-    loss, batches = bind_loss("aot", {"beta": 0.5}), [begun.pairs[:2], begun.pairs[2:5], begun.pairs[5:]]
+    loss, cut = bind_loss("aot", {"beta": 0.5}), in_parts(2, 3, 1)
     torch.manual_seed(5)
-    scored = score_answers(begun.model, batches, begun.reference, partial(autocast, begun.config)).pairs
+    scored = score_answers(begun.model, begun.pairs, cut, begun.reference, partial(autocast, begun.config))
     trained = {name: p for name, p in begun.model.named_parameters() if p.requires_grad}
     expected = dict(zip(trained, torch.autograd.grad(loss(scored).mean(), list(trained.values())), strict=True))
     drawn_after = torch.rand(3)
@@ -183,7 +192,7 @@ def test_a_window_of_n_is_passed_through_n_minus_1_times_more_and_its_reference_
         assert (passes.count(True), passes.count(False)) == (3, policy)
 
 
-def test_a_window_of_one_micro_batch_is_passed_through_once(started, monkeypatch):
+def test_a_window_of_one_pass_is_passed_through_once(started, monkeypatch):
     monkeypatch.setattr(dpo, "backward_of_window", None)
     begun, loss = started(), bind_loss("aot")
     assert_close(begun.update(loss, [6])[0], begun.in_one_graph(loss))
@@ -195,15 +204,15 @@ def test_a_window_of_one_micro_batch_is_passed_through_once(started, monkeypatch
 @pytest.mark.parametrize("name", OF_WINDOWS)
 def test_evaluation_takes_all_pairs_as_one_window_and_moves_no_state(started, name):
     found = []
-    for batch_size in (1, 4, 11):
-        begun, loss = started(per_device_train_batch_size=batch_size), bind_loss(name)
-        state, held_out = state_of(loss), start(begun.config).rows.train
-        found.append(dpo.evaluate(begun.config, begun.model, held_out, begun.reference, loss, state))
+    for max_tokens in (1, 40, 10**6):
+        begun, loss = started(), bind_loss(name)
+        state, held_out, cut = state_of(loss), start(begun.config).rows.train, Passes(max_tokens).cut
+        found.append(dpo.evaluate(begun.config, begun.model, held_out, cut, begun.reference, loss, state))
         assert state == state_of(loss)
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
     assert found[2] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
     with torch.no_grad():
-        scored = score_answers(begun.model.eval(), [held_out], begun.reference, partial(autocast, begun.config)).pairs
+        scored = score_answers(begun.model.eval(), held_out, WHOLE, begun.reference, partial(autocast, begun.config))
     assert found[0]["eval_loss"] == pytest.approx(loss.step(scored, state)[0].mean().item(), rel=1e-5)
 
 

@@ -25,6 +25,7 @@ from phi2.lora import adapter_state, disabled
 from phi2.lora_config import LoraConfig
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.model import Phi2ForCausalLM
+from phi2.training.passes import Passes
 from phi2.training.reference import adapters_off
 from phi2.training.scoring import score_answers
 
@@ -87,7 +88,7 @@ def _pairs(seed: int, vocabulary: int, count: int, longest: int) -> list[Encoded
 
 
 def _ours(model: Phi2ForCausalLM, loss: BoundLoss, *pairs: EncodedPreference) -> Outputs:
-    losses = loss(score_answers(model, [pairs], adapters_off(model), nullcontext))
+    losses = loss(score_answers(model, pairs, Passes(10**9).cut, adapters_off(model), nullcontext))
     return _with_gradient(model, losses)
 
 

@@ -31,6 +31,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
 from phi2.training.packing import TokenRow, row_of_answers
+from phi2.training.passes import passes_of
 from phi2.training.precision import autocast
 from phi2.training.reference import reference_kind
 from phi2.training.reference_cache import Reference
@@ -126,9 +127,8 @@ class Measure:
         """What evaluations tell of a run with a reference that stays, for the others: of each pair its log-ratios."""
         if not self.scored:
             return {}
-        size = self.config.per_device_train_batch_size
-        batches = [self.scored[i : i + size] for i in range(0, len(self.scored), size)]
-        pairs = score_answers(model, batches, self.reference, partial(autocast, self.config)).pairs
+        cut = passes_of(self.config, model, self.scored).cut
+        pairs = score_answers(model, self.scored, cut, self.reference, partial(autocast, self.config)).pairs
         of_chosen, of_rejected = pairs.chosen_logratio, pairs.rejected_logratio  # (pairs,)
         return {
             "accuracy": (of_chosen > of_rejected).float().mean().item(),

@@ -81,7 +81,7 @@ def preference_loss(
         reward_scale: the knob that multiplies the log-ratio of an answer (reference-free: its log-probability a token)
             in the reward that the loss implies; unset, beta where that is one, else 1.
         scope: "window" for a loss whose value depends on other pairs. It is called once an update with all its pairs,
-            however they are cut into micro-batches, and the mean of the (B,) values that it returns is minimised.
+            however they are cut into passes, and the mean of the (B,) values that it returns is minimised.
         state: numbers that a loss of that scope keeps from one update to the next, as they start. It is then called as
             loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps.
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the

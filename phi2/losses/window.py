@@ -1,6 +1,6 @@
 """Losses of a whole window: what a pair is worth depends on the other pairs of the update, or on the updates before.
 
-Each is given all pairs of an update at once, whatever the micro-batches (`training/two_phases.py`), and returns a value
+Each is given all pairs of an update at once, whatever the passes (`training/two_phases.py`), and returns a value
 for each, whose mean is minimised. Running numbers move by M <- 0.9 M + 0.1 m before they are used; as in the authors'
 code they start at 0, without a correction for that.
 

@@ -4,7 +4,8 @@
       adapter/ or model/       the trained weights, in the layout of the final result
       state.safetensors        AdamW's moments and the random generators' states
       reference.safetensors    where the reference moves: its weights, and what it is averaged from
-      state.json               the step, counters, the loss scaler, and what the loss keeps between updates
+      state.json               the step, counters, the loss scaler, what the loss keeps between updates, and how many
+                               tokens a pass may hold
 
 A checkpoint is written under another name and renamed when complete, so a folder called step-N is always whole.
 """
@@ -32,6 +33,13 @@ class OptimizerState(Protocol):
     def restore(self, tensors: dict[str, Tensor], numbers: dict) -> None: ...
 
 
+class PassState(Protocol):
+    """What a checkpoint keeps of the passes."""
+
+    max_tokens: int
+    halved: bool
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
     found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
@@ -49,6 +57,7 @@ def save_checkpoint(
     save_weights: Callable[[Path], None],
     keep: int,
     loss_state: Mapping[str, float],
+    passes: PassState,
 ) -> None:
     """Writes checkpoints/step-N, then deletes all but the last `keep`.
 
@@ -64,16 +73,17 @@ def save_checkpoint(
         save_weights(unfinished)
         save_tensors({**optimizer.tensors(), **_random_state()}, unfinished / "state.safetensors")
         numbers = {"step": step, "optimizer": optimizer.numbers(), "loss": dict(loss_state)}
+        numbers["passes"] = {"max_tokens": passes.max_tokens, "halved": passes.halved}
         (unfinished / "state.json").write_text(json.dumps(numbers, indent=1))
     for old in sorted(folder.parent.glob("step-*"), key=_step_of)[:-keep]:
         shutil.rmtree(old)
 
 
-def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict[str, float]) -> int:
+def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict[str, float], passes: PassState) -> int:
     """Puts the optimizer and the random generators back and returns the step; the weights are loaded with the model.
 
     Args:
-        loss_state: numbers that the loss keeps, set to what they were.
+        loss_state, passes: set to what they were.
     Raises:
         ValueError: naming the file that cannot be read.
     """
@@ -85,6 +95,7 @@ def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         loss_state.update({name: state["loss"][name] for name in loss_state})
+        passes.max_tokens, passes.halved = state["passes"]["max_tokens"], state["passes"]["halved"]
         return state["step"]
     except (OSError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: cannot resume from this checkpoint: {error!r}") from error

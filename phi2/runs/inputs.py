@@ -11,14 +11,12 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from phi2.data.encode import Encoded
+from phi2.data.encode import Encoded, EncodedSequence
 from phi2.files import one_line, read_json, write_whole
 from phi2.hub import resolve
 from phi2.inference.config import ModelConfig
@@ -115,15 +113,15 @@ def digest_of_rows(rows: Sequence[Encoded]) -> str:
     """Of the token ids and masks of every row, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        for value in (getattr(row, field.name) for field in fields(row)):
-            if isinstance(value, np.ndarray):
-                digest.update(len(value).to_bytes(8, "little") + value.tobytes())
+        for value in (row.ids, row.mask) if isinstance(row, EncodedSequence) else (row.prompt, *row.answers):
+            digest.update(len(value).to_bytes(8, "little") + value.tobytes())
     return digest.hexdigest()
 
 
 def digest_of_columns(rows: Sequence[Encoded]) -> str:
-    """Of the scores, weights and labels of every row, in order."""
-    return digest_of_texts(json.dumps(getattr(row, "columns", {}), sort_keys=True) for row in rows)
+    """Of what the data say of the answers of every row, in order: scores, weights, labels."""
+    said = ([row.scores, row.columns] for row in rows if not isinstance(row, EncodedSequence))
+    return digest_of_texts(json.dumps(each, sort_keys=True) for each in said)
 
 
 def digest_of_tokenizer(config: RunConfig | ModelConfig, tokenizer: Tokenizer) -> str:

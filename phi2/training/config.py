@@ -27,9 +27,11 @@ class UpdateConfig:
     num_train_epochs: float = 1.0
     """Passes over the data."""
     per_device_train_batch_size: int = 4
-    """Samples of a micro-batch."""
+    """Samples of an optimizer step, times gradient_accumulation_steps."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches of an optimizer step."""
+    """Samples of an optimizer step, times per_device_train_batch_size. How they are computed is max_tokens_per_pass."""
+    max_tokens_per_pass: int | Literal["auto"] = "auto"
+    """Tokens that go through the model at a time; auto is what the GPU's memory holds, on a CPU 2048."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -56,6 +58,8 @@ class UpdateConfig:
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             require_at_least(self, name, 1)
+        if self.max_tokens_per_pass != "auto":
+            require_at_least(self, "max_tokens_per_pass", 1)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             require_not_negative(self, name)
         if self.max_steps == 0 or self.max_steps < -1 or self.num_train_epochs <= 0:
@@ -86,6 +90,8 @@ class SFTConfig(UpdateConfig, EncodeConfig, RunConfig):
         if self.from_scratch and self.lora is not None:
             raise ValueError("from_scratch trains every weight: it needs lora: null")
         require_effect(self, "packing_length", "packing best_fit or wrapped", self.packing, self.packing != "none")
+        if self.packing != "none" and self.max_tokens_per_pass != "auto":
+            require_at_least(self, "max_tokens_per_pass", self.packing_length)
         if self.packing != "none" and self.packing_length < 2:
             raise ValueError(f"packing_length must be at least 2, got {self.packing_length}")
 

@@ -4,7 +4,7 @@ Each update: the policy's and the reference's log-probabilities of the answers o
 row, whatever its answers are, a pair, a list or one with a label; the mean over the window. With an exact split: rows
 are averaged over the whole window, and the chosen answers' likelihood, where asked for, over all their tokens in the
 window. A loss whose value depends on other rows (`scope="window"`) is given the window whole, in two phases
-(`two_phases.py`) where it is more than one micro-batch.
+(`two_phases.py`) where it is more than one pass.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from phi2.training.metrics import means, metrics_of
 from phi2.training.moving_reference import MovingReference
 from phi2.training.needs import require_neighbours, rows_for
 from phi2.training.optim import Optimizer
+from phi2.training.passes import Cut
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
 from phi2.training.reference_cache import CACHED_TOLERANCE
-from phi2.training.scoring import mismatched, score_answers, score_mismatched
+from phi2.training.scoring import answer_batch, both_logps, mismatched, score_answers
 from phi2.training.session import Session, require_fit, start
 from phi2.training.two_phases import backward_of_window
 from phi2.training.window import Windows, total_steps, windows_of
@@ -80,24 +81,27 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     keep_loss_file(config, run)
     look_at_loss(loss, rows, eval_rows)
     with session.policy(config, checkpoint) as model:
-        require_fit(config, model, tokenizer, [*rows, *eval_rows])
+        seen = [*rows, *eval_rows]
+        require_fit(config, model, tokenizer, seen)
         require_dropout(config, model)
         scored = rows_to_score(loss, windows, total, rows, eval_rows)
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
         moving = reference if isinstance(reference, MovingReference) else None
         title, save = f"dpo {loss.name}", moving.save if moving else None
-        with updates_of(config, model, tokenizer, windows, checkpoint, title, loss.state, watch, save) as updates:
+        with updates_of(config, model, tokenizer, windows, seen, checkpoint, title, loss.state, watch, save) as updates:
             model.train(not config.disable_dropout)
             state = updates.loss_state
-            evaluation = partial(evaluate, config, model, eval_rows, reference, loss, state) if eval_rows else None
+            cut = updates.passes.cut
+            evaluation = partial(evaluate, config, model, eval_rows, cut, reference, loss, state) if eval_rows else None
             for step in updates.steps():
-                batches = [[rows[i] for i in batch] for batch in windows.at(step - 1)]
+                window = [rows[i] for i in windows.at(step - 1)]
                 if step == 1:
-                    check_start(config, model, reference, batches, loss)
-                metrics = update(config, model, updates.optimizer, batches, reference, loss, state)
+                    check_start(config, model, reference, window, cut, loss)
+                attempt = partial(update, config, model, updates.optimizer, window, cut, reference, loss, state)
+                metrics = updates.attempt(attempt)
                 if moving is not None:
                     moving.follow(step)
-                updates.end(step, sum(row.tokens for batch in batches for row in batch), metrics, evaluation)
+                updates.end(step, sum(row.tokens for row in window), metrics, evaluation)
     return Run(run)
 
 
@@ -111,8 +115,8 @@ def rows_to_score(
     """All that a run of so many updates asks its reference for."""
     asked = [rows[i] for i in windows.until(total)]
     if "mismatched" in loss.needs:
-        updates = [[rows[i] for i in windows.window(step)] for step in range(total)]
-        asked += [row for window in (*updates, eval_rows) for row in mismatched(window)]
+        updates = [[rows[i] for i in windows.at(step)] for step in range(total)]
+        asked += [row for window in (*updates, eval_rows) if window for row in mismatched(window)]
     return [*asked, *eval_rows]
 
 
@@ -175,21 +179,23 @@ def check_start(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     reference: Reference | None,
-    batches: Sequence[Sequence[EncodedPreference]],
+    window: Sequence[EncodedPreference],
+    cut: Cut,
     loss: BoundLoss,
 ) -> None:
     """Before the first update loss and gradient are numbers; if the policy is the reference then, the loss is known.
 
     Args:
-        batches: the first window; where no loss needs all of it, its first micro-batch is looked at.
+        window: the first one; where no loss needs all of it, its first pass is looked at.
     Raises:
         ValueError: when they are not, or policy and reference do not agree: training would start from a wrong reward.
     """
     training = model.training
     model.eval()
-    seen = batches if loss.scope == "window" else batches[:1]
-    answers = score_answers(model, seen, reference, partial(autocast, config))
-    answers = replace(answers, mismatched=others_of(config, model, seen, reference, loss))
+    first = [window[i] for i in cut([row.tokens for row in window])[0]]
+    seen = window if loss.scope == "window" else first
+    answers = score_answers(model, seen, cut, reference, partial(autocast, config))
+    answers = replace(answers, mismatched=others_of(config, model, seen, cut, reference, loss))
     model.train(training)
     if reference is not None and starts_at_reference(config):
         require_agreement(config, answers, loss)
@@ -216,27 +222,30 @@ def update(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     optimizer: Optimizer,
-    batches: Sequence[Sequence[EncodedPreference]],
+    window: Sequence[EncodedPreference],
+    cut: Cut,
     reference: Reference | None,
     loss: BoundLoss,
     state: dict[str, float],
 ) -> dict[str, float]:
-    """One optimizer step over a window of micro-batches; returns the metrics of all its rows.
+    """One optimizer step over a window of rows; returns the metrics of them all.
 
     Args:
+        cut: into passes.
         state: of the loss, moved on by the update.
     """
-    others = others_of(config, model, batches, reference, loss)
-    losses_of, count = partial(objective, config, loss, state, batches, others), sum(map(len, batches))
-    gathered = []
-    if loss.scope == "window" and len(batches) > 1:
-        answers, losses, after = backward_of_window(config, model, optimizer, batches, reference, losses_of)
+    passes, gathered = cut([row.tokens for row in window]), []
+    others = others_of(config, model, window, cut, reference, loss)
+    losses_of = partial(objective, config, loss, state, window, others)
+    if loss.scope == "window" and len(passes) > 1:
+        answers, losses, after = backward_of_window(config, model, optimizer, window, passes, reference, losses_of)
         gathered.append(metrics_of(answers, losses, loss))
     else:
-        for batch in batches:
-            answers = score_answers(model, [batch], reference, partial(autocast, config))
+        for places in passes:
+            policy, ref = both_logps(model, window, places, reference, autocast(config))
+            answers = answer_batch([window[i] for i in places], policy, ref)
             losses, after = losses_of(answers)
-            optimizer.backward(losses.sum() / count)
+            optimizer.backward(losses.sum() / len(window))
             gathered.append(metrics_of(answers, losses, loss))
     state.update(after)
     learning_rate = optimizer.learning_rate
@@ -249,15 +258,14 @@ def objective(
     config: DPOConfig,
     loss: BoundLoss,
     state: Mapping[str, float],
-    batches: Sequence[Sequence[EncodedPreference]],
+    window: Sequence[EncodedPreference],
     others: AnswerBatch | None,
     answers: AnswerBatch,
 ) -> tuple[Tensor, dict[str, float]]:
-    """(P,) values whose mean over all `batches` is the loss plus the weighted NLL per chosen token; its state then."""
+    """(P,) values whose mean over the window is the loss plus the weighted NLL per chosen token; its state then."""
     losses, after = loss.step(replace(answers, mismatched=others), state)
     if not config.nll_weight:
         return losses, after
-    window = [row for batch in batches for row in batch]
     per_row = len(window) / max(1, sum(len(row.chosen) for row in window if row.scores[0] > 0 or len(row.scores) > 1))
     return losses - config.nll_weight * per_row * answers.chosen, after
 
@@ -265,14 +273,16 @@ def objective(
 def others_of(
     config: DPOConfig,
     model: Phi2ForCausalLM,
-    batches: Sequence[Sequence[EncodedPreference]],
+    window: Sequence[EncodedPreference],
+    cut: Cut,
     reference: Reference | None,
     loss: BoundLoss,
 ) -> AnswerBatch | None:
-    """The answers of a window behind other prompts, where the loss asks for them."""
+    """The answers of a window behind other prompts, without gradient, where the loss asks for them."""
     if "mismatched" not in loss.needs:
         return None
-    return score_mismatched(model, batches, reference, partial(autocast, config))
+    with torch.no_grad():
+        return score_answers(model, mismatched(window), cut, reference, partial(autocast, config))
 
 
 @torch.no_grad()
@@ -280,23 +290,20 @@ def evaluate(
     config: DPOConfig,
     model: Phi2ForCausalLM,
     rows: Sequence[EncodedPreference],
+    cut: Cut,
     reference: Reference | None,
     loss: BoundLoss,
     state: Mapping[str, float],
 ) -> dict[str, float]:
     """The metrics of training over a whole data set, names prefixed with eval_.
 
-    A loss of scope "window" is given all rows of it as one window, so that no batch size changes its value; one with a
+    A loss of scope "window" is given all rows of it as one window, so that no cut changes its value; one with a
     state has it as training left it, and leaves it so.
     """
-    training, size = model.training, config.per_device_train_batch_size
+    training = model.training
     model.eval()
-    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    others = others_of(config, model, batches, reference, loss)
-    gathered = []
-    for seen in [batches] if loss.scope == "window" else [[batch] for batch in batches]:
-        answers = score_answers(model, seen, reference, partial(autocast, config))
-        losses, _ = objective(config, loss, state, batches, others, answers)
-        gathered.append(metrics_of(answers, losses, loss))
+    answers = score_answers(model, rows, cut, reference, partial(autocast, config))
+    others = others_of(config, model, rows, cut, reference, loss)
+    losses, _ = objective(config, loss, state, rows, others, answers)
     model.train(training)
-    return {f"eval_{name}": value for name, value in means(gathered).items()}
+    return {f"eval_{name}": value for name, value in means([metrics_of(answers, losses, loss)]).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from phi2.checkpoints.peft_files import save_adapter
 from phi2.checkpoints.weights import save_pretrained
+from phi2.data.encode import Encoded
 from phi2.inference.generate import generate_batch
 from phi2.inference.kept_engine import release_engine
 from phi2.lora import has_adapter
@@ -24,9 +25,11 @@ from phi2.runs.log import Interrupted, Log, delayed_interrupt, last_metrics
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
 from phi2.training.optim import Optimizer
-from phi2.training.precision import compute_dtype
+from phi2.training.passes import Passes, passes_of, rewind_of
+from phi2.training.precision import autocast, compute_dtype
 from phi2.training.window import Windows, total_steps
 
+Metrics = dict[str, float]
 Watch = Callable[[int, Phi2ForCausalLM], None]  # is shown the update and the model behind every evaluation
 
 
@@ -37,6 +40,7 @@ class Updates:
     Attributes:
         interrupted: not empty once Ctrl-C has come.
         loss_state: numbers that the loss keeps from one update to the next.
+        passes: how a window goes through the model.
         save_more: writes what else the run goes on from into the folder of a checkpoint.
     """
 
@@ -48,12 +52,23 @@ class Updates:
     log: Log
     interrupted: list[int]
     loss_state: dict[str, float]
+    passes: Passes
     watch: Watch | None = None
     save_more: Callable[[Path], None] | None = None
 
     def steps(self) -> Iterator[int]:
         """Their numbers, counted from 1."""
         return self.log.steps()
+
+    def attempt(self, update: Callable[[], Metrics]) -> Metrics:
+        """The metrics of an update; where memory does not hold its passes, of the same one in smaller passes."""
+        rewind = rewind_of(self.model.device)
+
+        def again() -> None:
+            self.optimizer.clear()
+            rewind()
+
+        return self.passes.attempt(update, again)
 
     def end(
         self, step: int, tokens: int, metrics: Mapping[str, float], evaluate: Callable[[], Mapping[str, float]] | None
@@ -79,7 +94,7 @@ class Updates:
         saves = config.save_strategy == "steps" and _is_due(config.save_steps, step, total)
         if self.interrupted or saves:
             keep = config.save_total_limit
-            save_checkpoint(Path(config.output), step, self.optimizer, self._save, keep, self.loss_state)
+            save_checkpoint(Path(config.output), step, self.optimizer, self._save, keep, self.loss_state, self.passes)
         if self.interrupted and step < total:
             raise Interrupted(f"stopped after step {step}; go on with resume: true")
 
@@ -105,6 +120,7 @@ def updates_of(
     model: Phi2ForCausalLM,
     tokenizer: Tokenizer,
     windows: Windows,
+    rows: Sequence[Encoded],
     checkpoint: Path | None,
     title: str,
     loss_state: Mapping[str, float] | None = None,
@@ -114,15 +130,18 @@ def updates_of(
     """The updates of a run from its start or from a checkpoint; behind the block its result and card are written.
 
     Args:
+        rows: all that go through the model.
         title: of the progress bar.
         loss_state: what the loss starts from of the numbers that it keeps; None where it keeps none.
         save_more: writes what else the run goes on from into the folder of a checkpoint.
     """
     run, total, kept = Path(config.output), total_steps(config, windows), dict(loss_state or {})
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
-    done = restore_checkpoint(checkpoint, optimizer, kept) if checkpoint else 0
+    with autocast(config):
+        passes = passes_of(config, model, rows)
+    done = restore_checkpoint(checkpoint, optimizer, kept, passes) if checkpoint else 0
     with closing(Log(run, done, total, title)) as log, delayed_interrupt() as interrupted:
-        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, watch, save_more)
+        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, passes, watch, save_more)
     weights_saver(config, model, tokenizer, compute_dtype(config))(run)
     write_card(run, to_plain(config), last_metrics(run), tokenizer.template_origin)
 

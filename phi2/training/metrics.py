@@ -1,4 +1,4 @@
-"""What a preference run reports, over all rows of a window or data set, not over its last micro-batch."""
+"""What a preference run reports, over all rows of a window or data set, not over its last pass."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def pair_metrics(pairs: PairBatch, reward_scale: float) -> dict[str, Tensor]:
 
 
 def means(gathered: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over the rows of all micro-batches; what none of them has is left out."""
+    """Mean over the rows of all passes; what none of them has is left out."""
     joined = {name: torch.cat([part[name].detach() for part in gathered]) for name in gathered[0]}
     found = {name: values.mean().item() for name, values in joined.items() if len(values)}
     if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # of answers alone, which no margin is of

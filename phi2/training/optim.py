@@ -45,7 +45,7 @@ def warmup_updates(config: UpdateConfig, total_steps: int) -> int:
 
 
 class Optimizer:
-    """One update at a time: `backward` for each micro-batch, then `step`.
+    """One update at a time: `backward` for each pass, then `step`.
 
     Args:
         model: its trainable parameters are float32.
@@ -69,6 +69,10 @@ class Optimizer:
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
+
+    def clear(self) -> None:
+        """Forgets the gradients of an update that was not finished."""
+        self.adamw.zero_grad(set_to_none=True)
 
     @property
     def learning_rate(self) -> float:
@@ -95,7 +99,7 @@ class Optimizer:
         scale = self.scaler.get_scale()
         self.scaler.step(self.adamw)
         self.scaler.update()
-        self.adamw.zero_grad(set_to_none=True)
+        self.clear()
         self.updates += self.scaler.get_scale() >= scale
         return norm
 

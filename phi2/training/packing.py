@@ -1,6 +1,6 @@
 """From encoded sequences to the tensors of one forward pass: one long row, no padding.
 
-The sequences of a micro-batch stand one behind the other in a single row. `visible_until` keeps them apart, positions
+The sequences of a pass stand one behind the other in a single row. `visible_until` keeps them apart, positions
 begin anew in each, and only the hidden states that predict a target are named, by their place in the row. All answers
 to a prompt share it: the row holds [prompt | answer | answer ...], the tokens of an answer cannot see another one, and
 their positions go on from the prompt, so the result is that of separate rows at the price of one prompt.

@@ -28,6 +28,7 @@ from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
 from phi2.training.moving_reference import ADAPTER, AdapterCopy, ModelCopy, MovingReference
 from phi2.training.packing import TokenRow
+from phi2.training.passes import passes_of
 from phi2.training.precision import autocast
 from phi2.training.reference_cache import Precomputed, Reference, cache_folder, fingerprint, key_of, precomputed
 from phi2.training.reference_shards import shard_files
@@ -79,7 +80,8 @@ def reference_of(
     if not config.precompute_ref_log_probs:
         return live
     with autocast(config):
-        cached = _precomputed(session, config, live, fingerprint(scorer, kind != "adapters_off", session.dtype), pairs)
+        name = fingerprint(scorer, kind != "adapters_off", session.dtype)
+        cached = _precomputed(session, config, live, name, pairs, passes_of(config, model, pairs).max_tokens)
     session.others.clear()  # it is asked no more
     return cached
 
@@ -93,15 +95,21 @@ def moving(config: DPOConfig, model: Phi2ForCausalLM, checkpoint: Path | None) -
 
 
 def _precomputed(
-    session: Session, config: DPOConfig, live: Reference, name: str, pairs: Sequence[EncodedPreference]
+    session: Session,
+    config: DPOConfig,
+    live: Reference,
+    name: str,
+    pairs: Sequence[EncodedPreference],
+    max_tokens: int,
 ) -> Precomputed:
     """From its folder; where there is none, from an earlier fit that scored all of it in the same way."""
-    folder, size = Path(config.reference_cache or Path(config.output) / "reference"), config.per_device_train_batch_size
-    key, is_new = (name, size, config.fuse, key_of(pairs)), not shard_files(cache_folder(folder, name))
+    folder = Path(config.reference_cache or Path(config.output) / "reference")
+    key = (name, config.max_tokens_per_pass, config.fuse, key_of(pairs))
+    is_new = not shard_files(cache_folder(folder, name))
     known = session.reference_logps.get(key) if is_new else None
     about = {"reference": reference_kind(config), "model": config.model, "adapter": config.adapter}
     device = pick_device(config.device)
-    cached = precomputed(live, name, pairs, size, folder, device, session.dtype, about, known)
+    cached = precomputed(live, name, pairs, max_tokens, folder, device, session.dtype, about, known)
     if is_new:
         session.reference_logps[key] = cached.shards
     return cached

@@ -25,7 +25,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.training.packing import TokenRow, row_of_answers
 from phi2.training.reference_shards import KEY, Shards, ShardWriter
 
-# The log-probabilities of a micro-batch's targets, (N,), in the order of `row_of_answers`.
+# The log-probabilities of a pass's targets, (N,), in the order of `row_of_answers`.
 Reference = Callable[[Sequence[EncodedPreference], TokenRow], Tensor]
 
 # How far apart, in nats per token, what is cached and what the same model says now may be: they saw the rows in other
@@ -65,7 +65,7 @@ def precomputed(
     live: Reference,
     fingerprint: str,
     rows: Sequence[EncodedPreference],
-    batch_size: int,
+    max_tokens: int,
     folder: Path,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -77,6 +77,7 @@ def precomputed(
     What was scored before Ctrl-C or a failure is kept, and before a kill all but the last minute.
 
     Args:
+        max_tokens: of a pass; a row with more has one to itself.
         dtype: that the reference computes in.
         about: told in the cache's `reference.json`.
         known: log-probabilities that need not be scored.
@@ -86,7 +87,7 @@ def precomputed(
     """
     place, keys = cache_folder(folder, fingerprint), answer_keys(rows)
     shards = Shards(place, fingerprint)
-    require_agreement(live, rows, shards, batch_size, device, CACHED_TOLERANCE[dtype])
+    require_agreement(live, rows, shards, max_tokens, device, CACHED_TOLERANCE[dtype])
     lacking = _lacking(keys, shards)
     if not len(lacking):
         return Precomputed(shards, True, device)
@@ -95,7 +96,7 @@ def precomputed(
             lacking = _take_over(known, keys, lacking, writer)
         longest_first = sorted(_with_answers(rows, lacking), key=lambda row: -row.tokens)
         with tqdm(total=sum(row.tokens for row in longest_first), desc="reference", unit="tok", unit_scale=True) as bar:
-            for batch, logps in _scored(live, longest_first, batch_size, device):
+            for batch, logps in _scored(live, longest_first, max_tokens, device):
                 writer.add(answer_keys(batch), logps)
                 bar.update(sum(row.tokens for row in batch))
     return Precomputed(Shards(place, fingerprint), not len(lacking), device)
@@ -110,7 +111,7 @@ def require_agreement(
     live: Reference,
     rows: Sequence[EncodedPreference],
     shards: Shards,
-    batch_size: int,
+    max_tokens: int,
     device: torch.device,
     tolerance: float,
 ) -> None:
@@ -128,7 +129,7 @@ def require_agreement(
         return
     again = [rows[known[i]] for i in np.unique(np.linspace(0, len(known) - 1, CHECKED_ROWS).astype(int))]
     places = shards.find(answer_keys(again))
-    scored = torch.cat([values for _, logps in _scored(live, again, batch_size, device) for values in logps])
+    scored = torch.cat([values for _, logps in _scored(live, again, max_tokens, device) for values in logps])
     apart = (scored - torch.cat([shards.logps(place) for place in places])).abs()
     worst = int(apart.argmax())
     if not apart[worst] <= tolerance:
@@ -141,13 +142,24 @@ def require_agreement(
 
 
 def _scored(
-    live: Reference, rows: Sequence[EncodedPreference], batch_size: int, device: torch.device
+    live: Reference, rows: Sequence[EncodedPreference], max_tokens: int, device: torch.device
 ) -> Iterator[tuple[Sequence[EncodedPreference], Sequence[Tensor]]]:
-    """Batches of the rows, and of each answer its (tokens,) log-probabilities."""
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    """The rows of each pass, in their order, and of each answer its (tokens,) log-probabilities."""
+    for batch in _passes(rows, max_tokens):
         scores = live(batch, row_of_answers(batch).to(device)).cpu()
         yield batch, scores.split([len(answer) for row in batch for answer in row.answers])
+
+
+def _passes(rows: Sequence[EncodedPreference], max_tokens: int) -> Iterator[list[EncodedPreference]]:
+    """The rows, as many as a pass holds at a time."""
+    batch: list[EncodedPreference] = []
+    for row in rows:
+        if batch and sum(each.tokens for each in batch) + row.tokens > max_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _lacking(keys: np.ndarray, shards: Shards) -> np.ndarray:

@@ -15,6 +15,7 @@ from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.training.packing import TokenRow, row_of_answers
+from phi2.training.passes import Cut
 from phi2.training.reference_cache import Reference
 
 Rows = Sequence[EncodedPreference]
@@ -22,21 +23,45 @@ Rows = Sequence[EncodedPreference]
 
 def score_answers(
     model: Phi2ForCausalLM,
-    batches: Sequence[Rows],
+    rows: Rows,
+    cut: Cut,
     reference: Reference | None,
     precision: Callable[[], AbstractContextManager],
 ) -> AnswerBatch:
-    """Both models' log-probabilities of all answers of some micro-batches, as a loss takes them."""
-    scored = [both_logps(model, batch, reference, precision()) for batch in batches]
-    ref = [logps for _, logps in scored if logps is not None]
-    policy = torch.cat([logps for logps, _ in scored])
-    return answer_batch([row for batch in batches for row in batch], policy, torch.cat(ref) if ref else None)
+    """Both models' log-probabilities of all answers of some rows, as a loss takes them."""
+    passes = cut([row.tokens for row in rows])
+    policies, refs = zip(*(both_logps(model, rows, each, reference, precision()) for each in passes), strict=True)
+    ref = None if reference is None else joined(rows, passes, refs)
+    return answer_batch(rows, joined(rows, passes, policies), ref)
+
+
+def joined(rows: Rows, passes: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> Tensor:
+    """(N,) values of the rows in their order, out of those of each pass."""
+    found: dict[int, Tensor] = {}
+    for each, part in zip(passes, parts, strict=True):
+        found.update(zip(each, part.split([rows[i].target_tokens for i in each]), strict=True))
+    return torch.cat([found[i] for i in range(len(rows))])
+
+
+def apart(rows: Rows, passes: Sequence[Sequence[int]], values: Tensor) -> list[Tensor]:
+    """What `joined` makes (N,) values of."""
+    found = values.split([row.target_tokens for row in rows])
+    return [torch.cat([found[i] for i in each]) for each in passes]
 
 
 def both_logps(
-    model: Phi2ForCausalLM, batch: Rows, reference: Reference | None, precision: AbstractContextManager
+    model: Phi2ForCausalLM,
+    rows: Rows,
+    places: Sequence[int],
+    reference: Reference | None,
+    precision: AbstractContextManager,
 ) -> tuple[Tensor, Tensor | None]:
-    """(N,) log-probabilities of a micro-batch's tokens by the policy, and by the reference where there is one."""
+    """(N,) log-probabilities of a pass's tokens by the policy, and by the reference where there is one.
+
+    Args:
+        places: of the rows that the pass holds.
+    """
+    batch = [rows[i] for i in places]
     row = row_of_answers(batch).to(model.device)
     with precision:
         ref = None if reference is None else reference(batch, row)
@@ -47,18 +72,6 @@ def row_logps(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     """(N,) log-probabilities of a row's targets."""
     hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
     return target_logps(model, hidden, row.logits_indices, row.targets)[0]
-
-
-@torch.no_grad()
-def score_mismatched(
-    model: Phi2ForCausalLM,
-    batches: Sequence[Rows],
-    reference: Reference | None,
-    precision: Callable[[], AbstractContextManager],
-) -> AnswerBatch:
-    """`score_answers` of the answers of each row's neighbour in the window, without gradient."""
-    others = iter(mismatched([row for batch in batches for row in batch]))
-    return score_answers(model, [[next(others) for _ in batch] for batch in batches], reference, precision)
 
 
 def mismatched(window: Rows) -> list[EncodedPreference]:

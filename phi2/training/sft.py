@@ -1,7 +1,7 @@
 """Supervised fine-tuning, the whole loop: read it from `train` downwards.
 
 The loss of an update is the mean over the target tokens of its whole window, so the gradient does not depend on how the
-window is split into micro-batches, nor on packing.
+window is cut into passes, nor on packing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from phi2.training.config import SFTConfig
 from phi2.training.loop import updates_of
 from phi2.training.optim import Optimizer
 from phi2.training.packing import TokenRow, best_fit, row_of_sequences, wrapped
+from phi2.training.passes import Cut
 from phi2.training.precision import autocast
 from phi2.training.session import Session, require_fit, start
 from phi2.training.window import total_steps, windows_of
 
-Sample = list[EncodedSequence]  # of a micro-batch: one sequence, or those packed together
+Sample = list[EncodedSequence]  # one sequence, or those packed together
 
 
 def train(config: SFTConfig) -> Run:
@@ -53,15 +54,16 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Run:
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
     write_settings(run, config)
     with session.policy(config, checkpoint) as model:
-        require_fit(config, model, tokenizer, [*(row for sample in samples for row in sample), *eval_rows])
-        with updates_of(config, model, tokenizer, windows, checkpoint, "sft") as updates:
+        seen = [*(row for sample in samples for row in sample), *eval_rows]
+        require_fit(config, model, tokenizer, seen)
+        with updates_of(config, model, tokenizer, windows, seen, checkpoint, "sft") as updates:
             model.train()
-            evaluation = partial(evaluate, config, model, eval_rows) if eval_rows else None
+            cut = updates.passes.cut
+            evaluation = partial(evaluate, config, model, eval_rows, cut) if eval_rows else None
             for step in updates.steps():
-                batches = [[samples[i] for i in batch] for batch in windows.at(step - 1)]
-                metrics = update(config, model, updates.optimizer, batches)
-                tokens = sum(len(s.ids) for batch in batches for sample in batch for s in sample)
-                updates.end(step, tokens, metrics, evaluation)
+                window = [samples[i] for i in windows.at(step - 1)]
+                metrics = updates.attempt(partial(update, config, model, updates.optimizer, window, cut))
+                updates.end(step, sum(map(tokens_of, window)), metrics, evaluation)
     return Run(run)
 
 
@@ -79,15 +81,24 @@ def pack(rows: list[EncodedSequence], config: SFTConfig, separator: int) -> list
     return [[rows[i] for i in block] for block in best_fit([len(r.ids) for r in rows], config.packing_length)]
 
 
+def tokens_of(sample: Sample) -> int:
+    return sum(sequence.tokens for sequence in sample)
+
+
 def update(
-    config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, batches: list[list[Sample]]
+    config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, window: Sequence[Sample], cut: Cut
 ) -> dict[str, float]:
-    """One optimizer step over a window of micro-batches; returns its metrics."""
-    tokens = sum(s.target_tokens for batch in batches for sample in batch for s in sample)
+    """One optimizer step over a window of samples; returns its metrics.
+
+    Args:
+        cut: into passes.
+    """
+    tokens = sum(sequence.target_tokens for sample in window for sequence in sample)
     noise, loss = config.neftune_noise_alpha, torch.zeros((), device=model.device)
-    for batch in batches:
-        row = row_of_sequences([s for sample in batch for s in sample]).to(model.device)
-        add_noise = neftune(noise, [sum(len(s.ids) for s in sample) for sample in batch]) if noise else None
+    for places in cut([tokens_of(sample) for sample in window]):
+        samples = [window[i] for i in places]
+        row = row_of_sequences([sequence for sample in samples for sequence in sample]).to(model.device)
+        add_noise = neftune(noise, [tokens_of(sample) for sample in samples]) if noise else None
         with autocast(config):
             logps = forward(model, row, add_noise)
         micro_loss = -logps.sum() / tokens
@@ -124,12 +135,12 @@ def neftune(alpha: float, lengths: list[int]) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def evaluate(config: SFTConfig, model: Phi2ForCausalLM, rows: Sequence[EncodedSequence]) -> dict[str, float]:
-    """Mean loss per target token over all rows, whatever the batch size."""
+def evaluate(config: SFTConfig, model: Phi2ForCausalLM, rows: Sequence[EncodedSequence], cut: Cut) -> dict[str, float]:
+    """Mean loss per target token over all rows, whatever the passes."""
     model.eval()
-    batch_size, total, tokens = config.per_device_train_batch_size, 0.0, 0
-    for begin in range(0, len(rows), batch_size):
-        row = row_of_sequences(rows[begin : begin + batch_size]).to(model.device)
+    total, tokens = 0.0, 0
+    for places in cut([row.tokens for row in rows]):
+        row = row_of_sequences([rows[i] for i in places]).to(model.device)
         with autocast(config):
             total -= forward(model, row).sum().item()
         tokens += len(row.targets)

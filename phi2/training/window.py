@@ -1,4 +1,7 @@
-"""The order in which a run sees its data: a function of the seed and the step, so resuming needs no saved state."""
+"""The order in which a run sees its data: a function of the seed and the step, so resuming needs no saved state.
+
+How the samples of an update go through the model is another matter (`passes.py`).
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,19 @@ from phi2.training.optim import warmup_updates
 
 
 class Windows:
-    """One optimizer step consumes one window: `accumulation` micro-batches of `batch_size` samples.
+    """One optimizer step consumes one window of samples.
 
-    Every epoch is a permutation of the data of its own; its last window, and the last micro-batch of that window, hold
-    what is left.
+    Every epoch is a permutation of the data of its own; its last window holds what is left.
 
     Args:
         samples: number of samples.
-        batch_size: samples of a micro-batch.
-        accumulation: micro-batches of a window.
+        size: samples of a window.
         seed: of the permutations.
         shuffle: False keeps the order of the data.
-
-    Attributes:
-        size: samples of a window.
     """
 
-    def __init__(self, samples: int, batch_size: int, accumulation: int, seed: int, shuffle: bool = True) -> None:
-        self.samples, self.batch_size, self.size = samples, batch_size, batch_size * accumulation
-        self.seed, self.shuffle = seed, shuffle
+    def __init__(self, samples: int, size: int, seed: int, shuffle: bool = True) -> None:
+        self.samples, self.size, self.seed, self.shuffle = samples, size, seed, shuffle
         self._order = functools.lru_cache(maxsize=1)(self._permutation)
 
     @property
@@ -38,21 +35,16 @@ class Windows:
         """Optimizer steps of one epoch."""
         return math.ceil(self.samples / self.size)
 
-    def window(self, step: int) -> list[int]:
+    def at(self, step: int) -> list[int]:
         """The sample indices of optimizer step `step`, counted from 0."""
         epoch, window = divmod(step, self.per_epoch)
         return self._order(epoch)[window * self.size : (window + 1) * self.size]
-
-    def at(self, step: int) -> list[list[int]]:
-        """The sample indices of each micro-batch of optimizer step `step`, counted from 0."""
-        chosen = self.window(step)
-        return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
 
     def until(self, steps: int) -> list[int]:
         """The samples that the first `steps` optimizer steps see, each once, in the order of the data."""
         if steps >= self.per_epoch:
             return list(range(self.samples))
-        return sorted(index for step in range(steps) for batch in self.at(step) for index in batch)
+        return sorted(index for step in range(steps) for index in self.at(step))
 
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -63,9 +55,8 @@ class Windows:
 
 def windows_of(config: TrainingConfig, samples: int) -> Windows:
     """Those of a run over so many samples."""
-    return Windows(
-        samples, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.seed, config.shuffle
-    )
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return Windows(samples, size, config.seed, config.shuffle)
 
 
 def total_steps(config: UpdateConfig, windows: Windows) -> int:

@@ -1,0 +1,168 @@
+"""How an update is computed: its window cut into forward passes by their tokens.
+
+The settings say what an update is, per_device_train_batch_size times gradient_accumulation_steps samples; how many of
+them go through the model at a time changes no gradient, only time and memory. A pass holds up to `max_tokens_per_pass`
+tokens, a shared prompt counted once. Unless that is set, it is what a GPU's memory holds, by the bytes that a token
+needs, and on a CPU what is fastest there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from phi2.data.encode import Encoded
+from phi2.model import Phi2ForCausalLM
+from phi2.training.config import TrainingConfig
+from phi2.training.packing import best_fit
+
+Cut = Callable[[Sequence[int]], list[list[int]]]  # of the tokens of each sample: the samples of each pass
+Result = TypeVar("Result")
+AUTO = "auto"
+CPU_TOKENS = 2048  # of a pass: shorter ones cost more, longer ones gain nothing
+PROBES = (64, 128)  # tokens of the passes on which memory is counted
+SHARE = 0.9  # of a GPU's free memory; allocators leave gaps
+HEAD_BYTES = 2**30  # of logits and their gradient, which the head has some rows at a time
+
+
+class Passes:
+    """The passes of a run.
+
+    Attributes:
+        max_tokens: of a pass; a sample with more has one to itself. A checkpoint keeps it.
+        halved: whether the device's memory has not held one before.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens, self.halved = max_tokens, False
+
+    def cut(self, tokens: Sequence[int]) -> list[list[int]]:
+        """The samples of each pass, in their order: as few passes as hold them, and these about even.
+
+        Args:
+            tokens: of each sample.
+        """
+        whole = best_fit(tokens, max(self.max_tokens, *tokens))
+        even = _evenly(tokens, len(whole))
+        fits = all(sum(tokens[i] for i in each) <= self.max_tokens for each in even)
+        return [sorted(each) for each in (even if fits else whole)]
+
+    def attempt(self, compute: Callable[[], Result], again: Callable[[], None]) -> Result:
+        """The result of `compute`; where memory does not hold it, once more with passes of half as many tokens.
+
+        Args:
+            again: undoes what a failure has left.
+        Raises:
+            ValueError: when half is too much as well.
+        """
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            if self.halved:
+                raise ValueError(
+                    f"max_tokens_per_pass {self.max_tokens}: the device's memory does not hold such a pass; set fewer,"
+                    " a lower max_length, or gradient_checkpointing: true"
+                ) from error
+        self.max_tokens, self.halved = self.max_tokens // 2, True
+        print(f"out of memory: going on with max_tokens_per_pass {self.max_tokens}")
+        again()
+        torch.cuda.empty_cache()
+        return self.attempt(compute, again)
+
+
+def _evenly(tokens: Sequence[int], passes: int) -> list[list[int]]:
+    """The samples in so many passes, longest first, each to the pass that has fewest tokens."""
+    parts: list[list[int]] = [[] for _ in range(passes)]
+    sums = [0] * passes
+    for index in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
+        least = sums.index(min(sums))
+        parts[least].append(index)
+        sums[least] += tokens[index]
+    return parts
+
+
+def passes_of(config: TrainingConfig, model: Phi2ForCausalLM, rows: Sequence[Encoded]) -> Passes:
+    """Those of a run with these rows.
+
+    Raises:
+        ValueError: for a number of tokens that does not hold the longest row.
+    """
+    if config.max_tokens_per_pass == AUTO:
+        return Passes(fitting_tokens(model) if model.device.type == "cuda" else CPU_TOKENS)
+    longest = max(rows, key=lambda row: row.tokens)
+    if longest.tokens > int(config.max_tokens_per_pass):
+        raise ValueError(
+            f"max_tokens_per_pass {config.max_tokens_per_pass}: {longest.origin} has {longest.tokens} tokens"
+        )
+    return Passes(int(config.max_tokens_per_pass))
+
+
+def rewind_of(device: torch.device) -> Callable[[], None]:
+    """What puts torch's random generators, the CPU's and the device's, back to where they are now."""
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return rewind
+
+
+# ---- what a GPU holds ----
+
+
+def fitting_tokens(model: Phi2ForCausalLM) -> int:
+    """How many tokens of a pass the free memory of the model's GPU holds beside what training adds to it."""
+    free, _ = torch.cuda.mem_get_info(model.device)
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    left = SHARE * (free + unused) - 12 * trained - HEAD_BYTES  # a gradient and AdamW's two moments, in float32
+    return max(1, int(left / bytes_of_token(model)))
+
+
+def bytes_of_token(model: Phi2ForCausalLM) -> float:
+    """Memory of one more token of a pass: what is kept of it for the backward pass, and what one block works with.
+
+        kept + 2 kept / L without activation checkpointing; with it, L inputs of blocks and 3 / L of kept without it
+
+    What is kept is counted on the model, since it depends on its adapters, dropout, dtype and kernels. Gradients of
+    what a block has kept stand beside its own working memory.
+
+    Args:
+        model: in training mode, as it will be trained.
+    """
+    blocks, checkpointing = model.config.num_hidden_layers, model.model.activation_checkpointing
+    model.model.activation_checkpointing = False
+    kept = kept_bytes_of_token(model)
+    model.model.activation_checkpointing = checkpointing
+    if not checkpointing:
+        return kept * (1 + 2 / blocks)
+    return blocks * model.config.hidden_size * model.dtype.itemsize + kept * 3 / blocks
+
+
+def kept_bytes_of_token(model: Phi2ForCausalLM) -> float:
+    """Bytes that are kept for the backward pass of one more token: the difference of two short passes."""
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        short, longer = (_kept_bytes(model, tokens) for tokens in PROBES)
+    return (longer - short) / (PROBES[1] - PROBES[0])
+
+
+def _kept_bytes(model: Phi2ForCausalLM, tokens: int) -> int:
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        hidden = model.model(torch.zeros((1, tokens), dtype=torch.long, device=model.device))
+        total = sum(kept.values())
+    del hidden  # until here all that is kept is alive, so no two tensors are at one address
+    return total

@@ -1,0 +1,177 @@
+"""How a window goes through the model: its passes by tokens, their memory, and what comes when memory is short."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi2.lora_config import LoraConfig
+from phi2.training import dpo, scoring, sft, two_phases
+from phi2.training.passes import Passes, bytes_of_token
+from phi2.training.session import start
+
+windows = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+
+@given(windows, st.integers(1, 200))
+def test_every_sample_is_in_one_pass_and_only_one_that_is_too_long_exceeds_it(tokens, most):
+    passes = Passes(most).cut(tokens)
+    assert sorted(index for each in passes for index in each) == list(range(len(tokens)))
+    assert all(each == sorted(each) for each in passes)
+    assert all(sum(tokens[i] for i in each) <= max(most, *tokens) for each in passes)
+
+
+@given(windows, st.integers(60, 200))
+def test_there_are_no_more_passes_than_twice_what_the_tokens_need(tokens, most):
+    assert len(Passes(most).cut(tokens)) <= 2 * -(-sum(tokens) // most)
+
+
+def test_passes_are_about_even():
+    assert Passes(100).cut([10] * 11) == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
+
+
+def test_what_does_not_fit_evenly_is_packed_as_it_fits():
+    tokens = [7, 5, 5, 4, 3]  # evenly 7 + 4 and 5 + 5 + 3, which are 13
+    assert Passes(12).cut(tokens) == [[0, 1], [2, 3, 4]]
+
+
+# ---- memory ----
+
+
+class Short:
+    """Memory that holds passes of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.tried = tokens, []
+
+    def __call__(self, passes: Passes) -> int:
+        self.tried.append(passes.max_tokens)
+        if passes.max_tokens > self.tokens:
+            raise torch.OutOfMemoryError("too much")
+        return passes.max_tokens
+
+
+def test_a_pass_that_memory_does_not_hold_is_halved_once_and_said(capsys):
+    passes, memory, undone = Passes(1000), Short(600), []
+    assert passes.attempt(lambda: memory(passes), lambda: undone.append(None)) == 500
+    assert memory.tried == [1000, 500] and undone == [None]
+    assert capsys.readouterr().out == "out of memory: going on with max_tokens_per_pass 500\n"
+
+
+def test_where_half_is_too_much_the_run_ends_with_one_line():
+    passes, memory = Passes(1000), Short(100)
+    with pytest.raises(ValueError, match="^max_tokens_per_pass 500: the device's memory does not hold") as caught:
+        passes.attempt(lambda: memory(passes), lambda: None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "aot"])
+def test_an_update_that_ran_out_of_memory_half_way_is_made_again_from_its_start(
+    dpo_config, write_rows, monkeypatch, metrics_of, assert_same_weights, tmp_path, loss
+):
+    """No gradient of its first passes is left, and dropout is drawn as it was: each row has a pass to itself."""
+    data = write_rows([{"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(4)])
+    lora = LoraConfig(r=4, target_modules=("q_proj", "fc1"), lora_dropout=0.2)
+    settings = dict(loss=loss, data=data, max_steps=2, disable_dropout=False, lora=lora)
+    longest = max(row.tokens for row in start(dpo_config(**settings)).rows.train)
+    settings |= dict(max_tokens_per_pass=longest)
+    whole = dpo.train(dpo_config(**settings, output=str(tmp_path / "whole")))
+    both_logps, calls = dpo.both_logps, []
+
+    def runs_out(*arguments, **keywords):
+        calls.append(None)
+        if len(calls) == 7:  # behind the look before the first update, in the second half of a window
+            raise torch.OutOfMemoryError("too much")
+        return both_logps(*arguments, **keywords)
+
+    for module in (dpo, scoring, two_phases):
+        monkeypatch.setattr(module, "both_logps", runs_out)
+    again = dpo.train(dpo_config(**settings, output=str(tmp_path / "again")))
+    assert len(calls) > 7 and metrics_of(again) == metrics_of(whole)
+    assert_same_weights(again, whole)
+
+
+def test_a_resumed_run_has_the_passes_of_the_run_it_goes_on_with(dpo_config, monkeypatch, tmp_path):
+    config = dpo_config(max_steps=2, save_strategy="steps", save_steps=1)
+    run = dpo.train(config)
+    state = json.loads((run / "checkpoints" / "step-2" / "state.json").read_text())
+    assert state["passes"] == {"max_tokens": 2048, "halved": False}
+
+
+@pytest.mark.parametrize("loop", [dpo, sft])
+def test_a_row_longer_than_a_pass_is_refused_with_its_tokens(loop, dpo_config, sft_config):
+    config = (dpo_config if loop is dpo else sft_config)(max_tokens_per_pass=3)
+    with pytest.raises(ValueError, match=r"max_tokens_per_pass 3: .* row \d+ has \d+ tokens"):
+        loop.train(config)
+
+
+def test_a_pass_must_hold_a_packed_sample(sft_config):
+    with pytest.raises(ValueError, match="max_tokens_per_pass must be at least 64, got 32"):
+        sft_config(packing="best_fit", packing_length=64, max_tokens_per_pass=32)
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_a_pass_must_hold_a_token(dpo_config, bad):
+    with pytest.raises(ValueError, match=f"max_tokens_per_pass must be at least 1, got {bad}"):
+        dpo_config(max_tokens_per_pass=bad)
+
+
+# ---- what a token costs ----
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, target_modules=("q_proj", "fc1")), None], ids=["lora", "full"])
+def test_the_bytes_of_a_token_are_those_of_a_longer_pass(dpo_config, lora, fuse):
+    """Counted on short passes, checked on one of 200 tokens and one of 100; a block works with a part more."""
+    config = dpo_config(lora=lora, fuse=fuse)
+    with start(config).policy(config) as model:
+        model.train()
+        per_token = (kept(model, 200) - kept(model, 100)) / 100
+        assert per_token == pytest.approx(bytes_of_token(model) / (1 + 2 / model.config.num_hidden_layers))
+
+
+def kept(model, tokens: int) -> int:
+    """Bytes of all storages that autograd holds, found by walking what it saved."""
+    found = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: found.setdefault(id(x), x), lambda x: x):
+        hidden = model.model(torch.ones((1, tokens), dtype=torch.long))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found.values()}
+    assert hidden.requires_grad
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
+def test_with_activation_checkpointing_a_token_costs_less(dpo_config):
+    config = dpo_config()
+    with start(config).policy(config) as model:
+        whole = bytes_of_token(model)
+        model.model.activation_checkpointing = True
+        assert bytes_of_token(model) < whole and model.model.activation_checkpointing
+
+
+def test_counting_leaves_torchs_random_state_alone(dpo_config):
+    config = dpo_config(lora=LoraConfig(r=4, target_modules=("q_proj",), lora_dropout=0.3), disable_dropout=False)
+    with start(config).policy(config) as model:
+        before = torch.get_rng_state()
+        bytes_of_token(model.train())
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_of_a_pass_on_a_gpu_is_what_was_said(dpo_config, checkpointing):
+    config = dpo_config(device="cuda", dtype="bfloat16", gradient_checkpointing=checkpointing)
+    with start(config).policy(config) as model:
+        model.train()
+        said, peaks = bytes_of_token(model), []
+        for tokens in (512, 1024):
+            torch.cuda.reset_peak_memory_stats()
+            model.model(torch.ones((4, tokens // 4), dtype=torch.long, device="cuda")).sum().backward()
+            peaks.append(torch.cuda.max_memory_allocated())
+        measured = (peaks[1] - peaks[0]) / 512
+        assert 0.7 * said < measured < 1.1 * said
