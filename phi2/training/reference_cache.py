@@ -95,10 +95,11 @@ def precomputed(
         if known is not None:
             lacking = _take_over(known, keys, lacking, writer)
         longest_first = sorted(_with_answers(rows, lacking), key=lambda row: -row.tokens)
-        with tqdm(total=sum(row.tokens for row in longest_first), desc="reference", unit="tok", unit_scale=True) as bar:
+        total = sum(row.tokens for row in longest_first)
+        with tqdm(total=total, desc="reference", unit="tok", unit_scale=True, disable=not total) as progress:
             for batch, logps in _scored(live, longest_first, max_tokens, device):
                 writer.add(answer_keys(batch), logps)
-                bar.update(sum(row.tokens for row in batch))
+                progress.update(sum(row.tokens for row in batch))
     return Precomputed(Shards(place, fingerprint), not len(lacking), device)
 
 
@@ -153,11 +154,13 @@ def _scored(
 def _passes(rows: Sequence[EncodedPreference], max_tokens: int) -> Iterator[list[EncodedPreference]]:
     """The rows, as many as a pass holds at a time."""
     batch: list[EncodedPreference] = []
+    tokens = 0
     for row in rows:
-        if batch and sum(each.tokens for each in batch) + row.tokens > max_tokens:
+        if batch and tokens + row.tokens > max_tokens:
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(row)
+        tokens += row.tokens
     if batch:
         yield batch
 
