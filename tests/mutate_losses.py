@@ -3,10 +3,10 @@
 `python tests/mutate_losses.py > docs/losses_checks.md`; tests/test_mutants.py does the same, in seconds.
 
 A mutant is a function whose source differs in one place: a sign, an operation, a term that is gone, an answer taken for
-the other, a sum for a mean, policy for reference, a number, a function that is not applied. It takes the place of the
-loss in the registry, and the proofs of test_losses.py, test_loss_invariances.py and test_window_losses.py that are
-about this loss run on it, in this process; of a modifier those of test_modifiers.py. One of them must fail. A copy in
-which nothing was changed must pass them all.
+the other, good for bad, better for worse, a sum for a mean, policy for reference, a number, a function that is not
+applied. It takes the place of the loss in the registry, and the proofs of the files in PROOFS that are about this loss
+run on it, in this process; of a modifier those of test_modifiers.py. One of them must fail. A copy in which nothing was
+changed must pass them all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ from phi2.losses.registry import PREFERENCE_LOSSES
 
 HERE = Path(__file__).parent
 Proof = Callable[[], None]
-PROOFS = ("test_losses.py", "test_loss_invariances.py", "test_window_losses.py")
+PROOFS = (
+    "test_losses.py",
+    "test_loss_invariances.py",
+    "test_window_losses.py",
+    "test_answer_losses.py",
+    "test_answer_invariances.py",
+)
 OTHER_OPERATION = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 OPPOSITES = ((ast.Eq, ast.NotEq), (ast.Lt, ast.GtE), (ast.Gt, ast.LtE), (ast.Is, ast.IsNot))
 OTHER_COMPARISON = {one: other for pair in OPPOSITES for one, other in (pair, pair[::-1])}
@@ -41,12 +47,21 @@ OTHER_SUM = {  # a sum for a mean, a mean for a sum
     "policy_rejected": "policy_rejected_per_token",
     "policy_chosen_per_token": "policy_chosen",
     "policy_rejected_per_token": "policy_rejected",
+    "policy": "policy_per_token",
+    "policy_per_token": "policy",
+    "sum": "mean",
+    "mean": "sum",
 }
 OTHER_MODEL = {  # policy for reference
     "policy_chosen": "ref_chosen",
     "policy_rejected": "ref_rejected",
     "ref_chosen": "policy_chosen",
     "ref_rejected": "policy_rejected",
+    "logratio": "policy",
+}
+OTHER_ANSWER = {  # one that is imitated for one that is chosen
+    "gold": "policy_chosen",
+    "gold_length": "chosen_length",
 }
 
 
@@ -80,16 +95,18 @@ TEXT = """# How the losses are checked
 formula, in plain floats; value and both slopes where policy and reference agree; its gradient against finite
 differences in float64; a finite loss and gradient far from the reference and without tokens. Of a loss of
 windows `tests/test_window_losses.py` has values, slopes and state by hand on two pairs, and `tests/test_two_phases.py`
-its gradient for every split of a window.
-`tests/test_loss_invariances.py` holds each to what it must not depend on, and to depending on all else. `tests/parity`
-has the losses that trl 1.16 has too: runs of both trainers from the same weights, step by step, with all f-divergences,
-and its CPO and ORPO functions.
+its gradient for every split of a window. `tests/test_answer_losses.py` has values and slopes of the losses of labelled
+answers, of lists and with an answer to imitate, on two to four answers to a prompt.
+`tests/test_loss_invariances.py` and `tests/test_answer_invariances.py` hold each to what it must not depend on, and to
+depending on all else. `tests/parity` has the losses that trl 1.16 has too: runs of both trainers from the same weights,
+step by step, with all f-divergences, KTO and TPO among them, and its CPO and ORPO functions.
 
 ## Would they notice?
 
 By `python tests/mutate_losses.py`, which also writes this page: every loss and modifier is broken in one place at a
-time (a sign, an operation, a term dropped, chosen for rejected, a sum for a mean, policy for reference, a number, a
-function not applied), and the proofs run on what comes out. Of {total} mutants they notice {noticed}.
+time (a sign, an operation, a term dropped, chosen for rejected, good for bad, better for worse, a sum for a mean,
+policy for reference, a number, a function not applied), and the proofs run on what comes out. Of {total} mutants they
+notice {noticed}.
 
 | loss or modifier | mutants | noticed |
 |---|---|---|
@@ -218,18 +235,19 @@ def mutations(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
 
 
 def places(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function's body, but for what is no formula: docstring, types, dimensions, devices."""
+    """The nodes of a function's body, but for what is no formula: docstring, types, dimensions, assertions."""
     if isinstance(node, ast.FunctionDef):
         yield from (place for statement in node.body[bool(ast.get_docstring(node)) :] for place in places(statement))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+        yield from places(node.func.value)
     elif isinstance(node, ast.Module) or not is_no_formula(node):
         yield from [] if isinstance(node, ast.Module) else [node]
         yield from (place for child in ast.iter_child_nodes(node) for place in places(child))
 
 
 def is_no_formula(node: ast.AST) -> bool:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return node.func.attr == "to"
-    return isinstance(node, ast.keyword) and node.arg in ("dim", "keepdim", "dtype", "strict")
+    dimensions = isinstance(node, ast.keyword) and node.arg in ("dim", "keepdim", "dtype", "strict")
+    return dimensions or isinstance(node, ast.Assert)
 
 
 class Replace(ast.NodeTransformer):
@@ -259,6 +277,8 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.Constant(node.value + 1)
     elif isinstance(node, ast.Call):
         yield from unapplied(node)
+        if ast.unparse(node.func) == "torch.where":  # good for bad
+            yield ast.Call(node.func, [node.args[0], *reversed(node.args[1:])], [])
     elif isinstance(node, ast.Attribute):
         yield from other_attributes(node)
 
@@ -276,12 +296,14 @@ def other_attributes(node: ast.Attribute) -> Iterator[ast.AST]:
     name = node.attr
     sides = {"chosen": "rejected", "rejected": "chosen"}
     other_answer = next((name.replace(side, other) for side, other in sides.items() if side in name), None)
-    for other in (other_answer, OTHER_SUM.get(name), OTHER_MODEL.get(name)):
+    for other in (other_answer, OTHER_SUM.get(name), OTHER_MODEL.get(name), OTHER_ANSWER.get(name)):
         if other is not None:
             yield ast.Attribute(node.value, other, ast.Load())
-    if name in ("chosen_logratio", "rejected_logratio"):
+    if name.endswith("logratio"):
         length = ast.Attribute(node.value, name.replace("logratio", "length"), ast.Load())
         yield ast.BinOp(node, ast.Div(), length)
+    if name == "mismatched":  # the answers to the prompt itself
+        yield node.value
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import Columns, PairBatch
 from phi2.losses.bound import bind_loss
 from phi2.losses.presets import PRESETS
+from phi2.losses.properties import made_up_answers
 from phi2.losses.registry import preference_loss
 
 
@@ -154,7 +155,8 @@ def test_a_knob_of_ones_own_that_is_named_like_a_modifiers_stays_the_losss(regis
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_can_be_used_and_says_what_sets_it_apart(name):
     loss = bind_loss(name)
-    assert loss(pair()).isfinite().all() and len(PRESETS[name].note) > 5
+    answers = made_up_answers([(2, 4)], [(1.0, 0.0)], Columns(), loss.reference_free, loss.needs)
+    assert loss(answers).isfinite().all() and len(PRESETS[name].note) > 5
 
 
 @pytest.mark.parametrize("name", PRESETS)

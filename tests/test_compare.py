@@ -27,7 +27,7 @@ from phi2.training import dpo
 from phi2.training.config import DPOConfig
 from phi2.training.packing import row_of_answers
 from phi2.training.reference import score
-from phi2.training.scoring import answer_batch
+from phi2.training.scoring import Scored, answer_batch
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 
@@ -146,7 +146,7 @@ def drifts_of(comparison: Comparison, variant: str) -> tuple[torch.Tensor, torch
     config = DPOConfig(**{k: comparison.config[k] for k in ("model", "data", "output")})
     pairs = phi2.start(config).rows.train
     tokens = row_of_answers(pairs)
-    batch = answer_batch(pairs, *(score(each, tokens) for each in (model, base))).pairs
+    batch = answer_batch(pairs, Scored(score(model, tokens), score(base, tokens), {})).pairs
     return batch.chosen_logratio, batch.rejected_logratio
 
 

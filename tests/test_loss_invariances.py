@@ -1,4 +1,4 @@
-"""What every registered loss must not depend on, and that it does depend on all else.
+"""What every registered loss of pairs must not depend on, and that it does depend on all else.
 
 `tests/mutate_losses.py` breaks each loss in many ways and runs these on it too.
 """
@@ -17,7 +17,9 @@ from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.properties import made_up_pairs
 from phi2.losses.registry import PREFERENCE_LOSSES
 
-BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
+BUILT_IN = {  # of pairs alone; test_answer_losses.py has the others
+    name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and loss.unit == "pair" and not loss.needs
+}
 OF_PAIRS = [name for name, loss in BUILT_IN.items() if loss.scope == "pair"]
 OF_WINDOWS = [name for name, loss in BUILT_IN.items() if loss.scope == "window"]  # of them the mean is what counts
 LENGTHS = ([2, 5, 1, 4, 3, 6], [1, 4, 3, 2, 6, 1])

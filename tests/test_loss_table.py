@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 
 from phi2.cli.commands import main
 from phi2.losses.batch import Columns
 from phi2.losses.bound import bind_loss
 from phi2.losses.modifiers import MODIFIERS
-from phi2.losses.plot import HEIGHT, plots
+from phi2.losses.plot import HEIGHT, UNDRAWN, WIDTH, plots
 from phi2.losses.presets import PRESETS
+from phi2.losses.properties import made_up_answers, uses_batch
 from phi2.losses.registry import PREFERENCE_LOSSES
-from phi2.losses.table import AnyColumn, about, columns_of, document, own_losses
+from phi2.losses.table import AnyColumn, about, columns_of, document, needs, own_losses
 
 ROOT = Path(__file__).parents[1]
 OWN = list(own_losses())
@@ -30,7 +32,7 @@ def test_the_committed_table_of_losses_is_the_registry():
 
 
 def test_the_readme_counts_the_losses():
-    assert f"[docs/losses.md](docs/losses.md)): {len(OWN)} on pairs" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[docs/losses.md](docs/losses.md)): {len(OWN)}, from" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_markdown_is_the_page_and_nothing_else(capsys):
@@ -73,7 +75,21 @@ def test_what_a_loss_of_windows_needs_is_told(capsys):
     assert "needs reference, window, state (mean, answers)" in printed(capsys)
     text = printed(capsys, "bco")
     assert "Needs: reference, window, state (mean, answers)" in text
-    assert text.endswith("Not drawn: the value of a pair depends on the other pairs of its window.\n")
+    assert text.endswith("Not drawn: a value depends on the others of its window.\n")
+
+
+NEEDS = {
+    "kto": "reference, labels, answers to other prompts, window",
+    "bco_unpaired": "reference, labels, window, state (mean, answers)",
+    "plackett_luce": "reference, several answers",
+    "rrhf": "several answers",
+    "tpo": "gold answer (column reference), window",
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_which_answers_a_loss_needs_is_told(name):
+    assert needs(PREFERENCE_LOSSES[name]) == NEEDS[name]
 
 
 def test_a_loss_of_ones_own_has_a_page_too(capsys, tmp_path, registry):
@@ -111,9 +127,50 @@ def test_the_drawing_has_the_values_at_its_ends():
     assert weight[0] == "*" * 38 and weight[-1] == " " * 38 + "*" * 23  # a margin of 10 is at 37.5 of 60
 
 
-def test_every_margin_has_one_mark_in_each_drawing():
-    for name in (name for name in OWN if PREFERENCE_LOSSES[name].scope == "pair"):
-        drawing = plots(bind_loss(name), AnyColumn())
-        for title in ("loss", "weight, -dL/ds_w"):
-            marks = torch.tensor([[c == "*" for c in row.ljust(61)] for row in rows_of(drawing, title)])
-            assert (marks.sum(dim=0) == 1).all(), (name, title)
+TITLES = {
+    "pair": ["loss", "weight, -dL/ds_w"],
+    "prompt": ["loss", "weight, -dL/ds_1"],
+    "answer": ["loss of a good answer", "weight, -dL/ds", "loss of a bad answer", "weight, dL/ds"],
+}
+OF_OTHERS = ("aot", "aot_unpaired", "dr_dpo", "beta_dpo", "alphadpo", "amapo", "bco", "bco_unpaired")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_margin_has_one_mark_in_each_drawing(name):
+    drawing = plots(bind_loss(name), AnyColumn(WIDTH))
+    assert (drawing == UNDRAWN) == (name in OF_OTHERS)
+    for title in TITLES[PREFERENCE_LOSSES[name].unit] if drawing != UNDRAWN else []:
+        marks = torch.tensor([[c == "*" for c in row.ljust(61)] for row in rows_of(drawing, title)])
+        assert (marks.sum(dim=0) == 1).all(), title
+
+
+def test_a_loss_of_labels_is_drawn_for_a_good_and_for_a_bad_answer():
+    # kto, beta 0.1, z = 0: 1 - sigma(-4) of a good answer at l = -40, and mirrored of a bad one
+    drawing = plots(bind_loss("kto"), AnyColumn(WIDTH))
+    good, bad = (rows_of(drawing, f"loss of a {kind} answer") for kind in ("good", "bad"))
+    assert "    0.982 |*" in drawing and good[0].startswith("*") and bad[0].endswith("*")
+    assert [row.ljust(61)[::-1] for row in good] == [row.ljust(61) for row in bad]
+    assert drawing.count("l, in nats") == 2
+
+
+def test_a_loss_of_lists_is_drawn_as_the_pair_that_is_its_shortest():
+    assert (
+        plots(bind_loss("plackett_luce"), Columns()).splitlines()[1:13]
+        == (plots(bind_loss("sigmoid"), Columns()).splitlines()[1:13])
+    )
+    assert "margin l_1 - l_2 of two answers, in nats" in plots(bind_loss("plackett_luce"), Columns())
+
+
+# ---- a loss of one's own ----
+
+
+def test_the_loss_in_the_introduction_works(registry, tmp_path):
+    code = document().partition("```python\n")[2].partition("```")[0]
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    loss = bind_loss("margin_to_best", {"beta": 2.0}, path)
+    answers = made_up_answers([(2, 3, 1), (4, 2)], [(3.0, 2.0, 1.0), (1.0, 0.0)], Columns(), False)
+    first, second = answers.logratio[:3], answers.logratio[3:]
+    gaps = torch.stack([first[0] - first.mean(), second[0] - second.mean()])
+    torch.testing.assert_close(loss(answers), -logsigmoid(2 * gaps))
+    assert not uses_batch(loss, answers)

@@ -1,4 +1,4 @@
-"""The proofs of every registered loss: numbers worked out by hand, its slopes, and that it holds at the edge.
+"""The proofs of every registered loss of pairs: numbers worked out by hand, its slopes, and that it holds at the edge.
 
 `tests/mutate_losses.py` breaks each loss in many ways and runs these on it: one of them must fail every time.
 """
@@ -16,7 +16,9 @@ from phi2.losses.batch import Columns, PairBatch
 from phi2.losses.bound import bind_loss
 from phi2.losses.registry import PREFERENCE_LOSSES
 
-BUILT_IN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
+BUILT_IN = {  # of pairs alone; test_answer_losses.py has the others
+    name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and loss.unit == "pair" and not loss.needs
+}
 OF_PAIRS = {name: loss for name, loss in BUILT_IN.items() if loss.scope == "pair"}  # test_window_losses.py: the others
 WITH_REFERENCE = [name for name, loss in BUILT_IN.items() if not loss.reference_free]
 REFERENCE_FREE = [name for name, loss in BUILT_IN.items() if loss.reference_free]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from phi2.data.records import PAIR
 from phi2.losses.batch import AnswerBatch, Columns, PairBatch
-from phi2.losses.bound import bind_loss
+from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.properties import made_up_answers, require_pure, uses_batch
 from phi2.losses.registry import PREFERENCE_LOSSES
@@ -18,13 +19,14 @@ from phi2.training.look import require_effect
 
 GIVEN = {  # of each modifier knobs that change something
     "weight": {"weight_column": "weight"},
+    "wpo": {"use_weighting": True},
     "sampo": {"sampo_seed": 3},
     "ld": {"ld_alpha": 0.25},
     "humanline": {"humanline_min": -0.25, "humanline_max": 0.25},
     "reduction": {"reduction": "mean"},
     "f_divergence": {"f_divergence_type": "js_divergence"},
 }
-BUILT_IN = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own]
+BUILT_IN = [name for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and loss.unit == "pair"]
 
 
 # l_w = 2 in 2 tokens (1 and 1), l_l = -4 in 4 tokens (-1, 0, -1, -2)
@@ -50,6 +52,29 @@ def test_every_modifier_is_tried_here():
 
 def test_a_weight_multiplies_the_loss_of_its_pair():
     assert value("hinge", beta=0.1, weight_column="weight") == pytest.approx(3 * 0.4)
+
+
+def weighed(**knobs) -> float:
+    """log p - log sum p^2 of SHORT and LONG, policy: -1 + 2, -2 + 2; -2 + 2, -1 + 1, -2 + 2.5, -3 + 2.5."""
+    sums = [torch.tensor([each], dtype=torch.float64) for each in ([-2.0, -2.0], [-2.0, -1.0, -2.5, -2.5])]
+    pairs = replace(pair(), extras={"log_sum_square": tuple(sums)})
+    return bind_loss("hinge", {"beta": 0.1, **knobs})(pairs).item()
+
+
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_say_it():
+    assert weighed(use_weighting=True) == pytest.approx(0.4 * exp(1 / 2 + 0 / 4))
+    assert weighed(use_weighting=True, weighting_max=1.0) == pytest.approx(0.4)
+    assert weighed(use_weighting=True, weighting_max=1.2) == pytest.approx(0.4 * 1.2)
+    assert weighed(use_weighting=False) == pytest.approx(0.4)
+
+
+def test_the_weight_of_wpo_has_no_gradient():
+    pairs = replace(pair(), extras={"log_sum_square": (torch.full((1, 2), -2.0), torch.full((1, 4), -2.0))})
+    chosen = pairs.policy_chosen_logps.requires_grad_()
+    losses = [bind_loss("hinge", {"beta": 0.1, "use_weighting": on})(pairs).sum() for on in (True, False)]
+    with_weight, plain = (torch.autograd.grad(loss, chosen) for loss in losses)
+    weight = exp((-1 + 2 - 2 + 2) / 2 + (-2 + 2 - 1 + 2 - 2 + 2 - 3 + 2) / 4)
+    torch.testing.assert_close(with_weight[0], weight * plain[0])
 
 
 def test_ld_counts_the_tail_of_the_longer_answer_less():
@@ -160,10 +185,11 @@ def test_alpha_divergence_stays_finite_far_from_the_reference():
 # ---- around any loss ----
 
 
-def shown(reference_free: bool) -> AnswerBatch:
+def shown(loss: BoundLoss) -> AnswerBatch:
     weights = torch.tensor([1.0, 2.0, 0.5])
     columns = Columns({"weight": weights, "score_chosen": 1 + weights, "score_rejected": 0 * weights})
-    return made_up_answers([(5, 2), (2, 4), (3, 0)], [PAIR] * 3, columns, reference_free)
+    lengths = [(5, 2), (2, 4), (3, 0)]
+    return made_up_answers(lengths, [PAIR] * 3, columns, loss.reference_free, loss.needs)
 
 
 def combinations() -> list[tuple[str, str]]:
@@ -180,7 +206,7 @@ def combinations() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "modifier"), combinations())
 def test_a_modified_loss_is_a_pure_function_of_each_pair(name, modifier):
     loss = bind_loss(name, GIVEN[modifier])
-    pairs = shown(loss.reference_free)
+    pairs = shown(loss)
     require_pure(loss, pairs)
     assert loss.scope == "window" or not uses_batch(loss, pairs)
     assert loss(pairs).isfinite().all()
@@ -200,20 +226,22 @@ def test_a_modifier_that_changes_nothing_in_a_loss_is_refused_by_the_first_look(
     loss = bind_loss(name, GIVEN[modifier])
     if (modifier, name) in MISSES:
         with pytest.raises(ValueError, match=f"changes nothing in loss '{name}'"):
-            require_effect(loss, shown(loss.reference_free))
+            require_effect(loss, shown(loss))
     else:
-        require_effect(loss, shown(loss.reference_free))
+        require_effect(loss, shown(loss))
 
 
 @pytest.mark.parametrize("kind", ["sum", "mean"])
 def test_no_reduction_goes_with_a_loss_that_counts_tokens(kind):
+    loss = bind_loss("rdpo", {"reduction": kind})
     with pytest.raises(ValueError, match=f"alpha of loss 'rdpo' changes nothing beside reduction {kind}"):
-        require_effect(bind_loss("rdpo", {"reduction": kind}), shown(False))
+        require_effect(loss, shown(loss))
 
 
 def test_a_neutral_value_may_be_written_down():
     for knobs in ({"reduction": "sum"}, {"f_divergence_type": "reverse_kl"}):
-        require_effect(bind_loss("hdpo", knobs), shown(False))
+        loss = bind_loss("hdpo", knobs)
+        require_effect(loss, shown(loss))
 
 
 def test_several_modifiers_apply_in_their_order():
@@ -247,6 +275,7 @@ def test_several_modifiers_apply_in_their_order():
             {"f_alpha_divergence_coef": 0.7},
             "f_alpha_divergence_coef 0.7 needs f_divergence_type alpha_",
         ),
+        ("sigmoid", {"weighting_max": 1.0}, "weighting_max 1.0 needs use_weighting true, got false"),
         ("sigmoid", {"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], got 1.5"),
         ("sigmoid", {"sampo_seed": 0.5}, "sampo_seed must be a whole number from 0 on, got 0.5"),
         ("sigmoid", {"reduction": "median"}, "reduction must be one of sum, mean, got 'median'"),
@@ -257,6 +286,8 @@ def test_several_modifiers_apply_in_their_order():
             {"weight_column": "weight"},
             "weight_column acts on the value of each pair, and the values of loss 'aot'",
         ),
+        ("kto", {"ld_alpha": 0.5}, "ld_alpha acts on pairs, and loss 'kto' gives each answer a value$"),
+        ("nca", {"weight_column": "w"}, "weight_column acts on pairs, and loss 'nca' gives each prompt a value$"),
         ("sigmoid", {"ld_alfa": 0.5}, "loss 'sigmoid' does not take 'ld_alfa'; did you mean ld_alpha?"),
     ],
 )

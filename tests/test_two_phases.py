@@ -14,7 +14,7 @@ import phi2
 from phi2.data.encode import EncodedPreference
 from phi2.lora import lora_modules
 from phi2.lora_config import LoraConfig
-from phi2.losses.batch import PairBatch
+from phi2.losses.batch import AnswerBatch, PairBatch
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.model import Phi2ForCausalLM
@@ -52,7 +52,7 @@ class Recorder(Optimizer):
 
 @dataclasses.dataclass
 class Start:
-    """A policy that has learned something, its reference, and six pairs."""
+    """A policy that has learned something, its reference, and six rows."""
 
     config: DPOConfig
     model: Phi2ForCausalLM
@@ -68,15 +68,20 @@ class Start:
         return recorder.gradients, metrics, state
 
     def in_one_graph(self, loss: BoundLoss) -> dict[str, Tensor]:
-        """The gradient by definition: all six pairs in one row, one loss, one backward pass."""
-        ref = None if loss.reference_free else self.reference
-        scored = score_answers(self.model, self.pairs, WHOLE, ref, partial(autocast, self.config))
+        """The gradient by definition: all six rows in one pass, one loss, one backward pass."""
+        scored = self.scored(loss, self.pairs)
         value = loss.step(scored, state_of(loss))[0].mean()
         if self.config.nll_weight:
             tokens = sum(len(pair.chosen) for pair in self.pairs)
-            value = value - self.config.nll_weight * scored.chosen.sum() / tokens
+            value = value - self.config.nll_weight * scored.pairs.policy_chosen.sum() / tokens
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return dict(zip(trained, torch.autograd.grad(value, list(trained.values())), strict=True))
+
+    def scored(self, loss: BoundLoss, rows: list[EncodedPreference]) -> AnswerBatch:
+        """All that the loss is given of a window, in one pass of each model."""
+        ref = None if loss.reference_free else self.reference
+        answers = score_answers(self.model, rows, WHOLE, ref, partial(autocast, self.config))
+        return dataclasses.replace(answers, mismatched=dpo.others_of(self.config, self.model, rows, WHOLE, ref, loss))
 
 
 def state_of(loss: BoundLoss) -> dict[str, float]:
@@ -84,17 +89,17 @@ def state_of(loss: BoundLoss) -> dict[str, float]:
 
 
 @pytest.fixture
-def started(dpo_config):
-    """started(**changes of the config) -> Start."""
+def started(dpo_config, write_rows):
+    """started(**changes of the config) -> Start; of data, `labels` or `gold` in the place of pairs."""
 
-    def make(**changes) -> Start:
-        config = dpo_config(**changes)
+    def make(data: str | None = None, **changes) -> Start:
+        config = dpo_config(**changes, **({"data": write_rows(ROWS[data])} if data else {}))
         session = start(config)
         model = session.load_policy(config)
         live = make_reference(session, config, model, None, [])
         with torch.no_grad():
             for module in lora_modules(model).values():
-                module.lora_B.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+                module.lora_B.weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
             if config.lora is None:
                 model.lm_head.bias.add_(torch.linspace(-1, 1, model.config.vocab_size))
         model.train(not config.disable_dropout)
@@ -110,10 +115,24 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+QUESTIONS, ANSWERS = [f"Q{'?' * (i % 5)}" for i in range(11)], [f" the {i}" * (1 + i % 3) for i in range(11)]
+ROWS = {
+    "labels": [
+        {"prompt": prompt, "completion": answer, "label": i % 3 > 0}
+        for i, (prompt, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    ],
+    "gold": [
+        {"prompt": prompt, "chosen": answer, "rejected": f" then {i}", "reference": " sea" * (1 + i % 4)}
+        for i, (prompt, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    ],
+}
+OF_ROWS = {"kto": {"data": "labels"}, "bco_unpaired": {"data": "labels"}, "tpo": {"data": "gold"}}
 MIXED = "sigmoid:0.5,aot:0.3,bco:0.2,sft_tokens:0.1"
 CASES = {  # of the loss its name and knobs, and what differs in the config
-    **{name: (name, {"beta": 0.5} if name != "sft_tokens" else {}, {}) for name in OF_WINDOWS},
+    **{name: (name, {"beta": 0.5} if name != "sft_tokens" else {}, OF_ROWS.get(name, {})) for name in OF_WINDOWS},
     "a mixture": (MIXED, {"beta": 0.5}, {}),
+    "labels of pairs": ("kto", {"beta": 0.5}, {}),
+    "a mixture of units": ("sigmoid:0.5,kto:0.3,plackett_luce:0.2,bco_unpaired:1", {"beta": 0.5}, {}),
     "a modifier": ("aot", {"beta": 0.5, "ld_alpha": 0.3}, {}),
     "a likelihood term": ("bco", {"beta": 0.5}, {"nll_weight": 0.7}),
     "activation checkpointing": ("aot", {"beta": 0.5}, {"gradient_checkpointing": True}),
@@ -143,10 +162,18 @@ def test_every_split_has_the_same_metrics_and_the_same_state(started, case):
     assert not loss.state or expected_state != state_of(loss)
 
 
-@pytest.mark.parametrize("name", OF_WINDOWS)
+@pytest.mark.parametrize("data", ["labels", None])
+def test_z_of_kto_is_above_0_here(started, data):
+    """At 0, where it is clamped, every split would have it."""
+    begun = started(data=data)
+    others = begun.scored(bind_loss("kto"), begun.pairs).mismatched
+    assert others is not None and others.logratio.mean() > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in OF_WINDOWS if name != "kto"])  # z has its own pass over the window
 def test_micro_batches_by_themselves_would_have_another_gradient(started, name):
     """What these losses are where each micro-batch is taken for a window: the tests above would notice."""
-    begun = started()
+    begun = started(**OF_ROWS.get(name, {}))
     loss = dataclasses.replace(bind_loss(name, {} if name == "sft_tokens" else {"beta": 0.5}), scope="pair")
     whole, cut = begun.in_one_graph(loss), begun.update(loss, [2, 2, 2])[0]
     largest = max((whole[key] - cut[key]).abs().max() / whole[key].abs().max() for key in whole)
@@ -178,14 +205,13 @@ def test_both_times_a_pass_sees_the_same_dropout(started, checkpointing, fuse):
 
 def test_a_window_of_n_is_passed_through_n_minus_1_times_more_and_its_reference_once(started, monkeypatch):
     begun, passes = started(), []
-    row_logps = scoring.row_logps
+    hidden_states = scoring.hidden_states
 
     def counted(model: Phi2ForCausalLM, row) -> Tensor:
         passes.append(next(iter(lora_modules(model).values())).adapter is None)  # the reference: the adapter is off
-        return row_logps(model, row)
+        return hidden_states(model, row)
 
-    for module in (scoring, reference):
-        monkeypatch.setattr(module, "row_logps", counted)
+    monkeypatch.setattr(scoring, "hidden_states", counted)
     for loss, policy in (("sigmoid", 3), ("aot", 3 + 2)):
         passes.clear()
         begun.update(bind_loss(loss), [2, 2, 2])
@@ -202,18 +228,19 @@ def test_a_window_of_one_pass_is_passed_through_once(started, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OF_WINDOWS)
-def test_evaluation_takes_all_pairs_as_one_window_and_moves_no_state(started, name):
+def test_evaluation_takes_all_rows_as_one_window_and_moves_no_state(started, name):
     found = []
     for max_tokens in (1, 40, 10**6):
-        begun, loss = started(), bind_loss(name)
+        begun, loss = started(**OF_ROWS.get(name, {})), bind_loss(name)
         state, held_out, cut = state_of(loss), start(begun.config).rows.train, Passes(max_tokens).cut
         found.append(dpo.evaluate(begun.config, begun.model, held_out, cut, begun.reference, loss, state))
         assert state == state_of(loss)
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
     assert found[2] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
     with torch.no_grad():
-        scored = score_answers(begun.model.eval(), held_out, WHOLE, begun.reference, partial(autocast, begun.config))
-    assert found[0]["eval_loss"] == pytest.approx(loss.step(scored, state)[0].mean().item(), rel=1e-5)
+        begun.model.eval()
+        expected = loss.step(begun.scored(loss, held_out), state)[0].mean().item()
+    assert found[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 # ---- a loss of one's own ----

@@ -43,6 +43,7 @@ from phi2.training.look import look_at_loss
 from phi2.training.reference import reference_kind, reference_of
 from phi2.training.reference_cache import Reference
 from phi2.training.session import start
+from phi2.training.weights import with_weights
 from phi2.training.window import total_steps, windows_of
 
 EVALUATIONS = 4  # of a run, where eval_steps does not say it
@@ -146,7 +147,7 @@ class Bench:
         for variant in self.variants:
             found = dpo.preference_inputs(variant.config, variant.loss)
             inputs |= {f"{what} of {variant.name}": digest for what, digest in found.items()}
-            look_at_loss(variant.loss, rows.train, rows.evaluation)
+            look_at_loss(variant.loss, *with_weights(variant.config, rows.train, rows.evaluation))
         require_same_inputs(Path(self.config.output), inputs, resumed)
 
     def score_references(self) -> None:

@@ -27,6 +27,9 @@ RANGES = {  # of numbers; those of a single loss stand behind its name
     "drop_seed": (lambda value: value >= 0 and value == int(value), "a whole number from 0 on"),
     "drop": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "beta_prime": (lambda value: 0 < value < math.inf, "above 0"),
+    "temperature": (lambda value: 0 < value < math.inf, "above 0"),
+    "desirable_weight": (lambda value: 0 <= value < math.inf, "from 0 on"),
+    "undesirable_weight": (lambda value: 0 <= value < math.inf, "from 0 on"),
 }
 
 

@@ -42,7 +42,9 @@ PRESETS = {
         "orpo", {"beta": 0.25}, "lambda of its Phi-2 runs; trl has 0.1, and the prompt in the likelihood term"
     ),
     "trl:tpo_l": Preset(
-        "simpo", {"beta": 0.01, "gamma": 0.5}, "the contrast alone; the likelihood of a third answer is not there"
+        "tpo",
+        {"beta": 0.01, "contrast": "tpo_l", "tpo_l_gamma": 0.5},
+        "trl's defaults; the contrast is `simpo`, the likelihood of a third answer is beside it",
     ),
     "halos:slic": Preset("slic", {"delta": 1.0, "slic_lambda": 0.1}, "HALOs weighs the likelihood token by token"),
     "paper:rso": Preset("hinge", {"beta": 0.05}, "trl's `hinge` with another beta"),
@@ -58,6 +60,16 @@ PRESETS = {
     "paper:bco": Preset("bco", {"beta": 0.01}, "with the shift by a running mean; trl's `bco_pair` leaves it out"),
     "trl:bco_pair": Preset("bco_pair", {"beta": 0.1}, "trl's default beta"),
     "trl:nca_pair": Preset("nca_pair", {"beta": 0.1}, "trl's default beta; the paper has 0.01"),
+    "paper:kto": Preset(
+        "kto", {"beta": 0.1}, "z is estimated over the update, where paper and trl take it over a micro-batch"
+    ),
+    "paper:infonca": Preset(
+        "infonca", {"beta": 0.01, "temperature": 1e-4}, "its authors' knobs: all weight on the best answer"
+    ),
+    "paper:nca": Preset(
+        "nca", {"beta": 0.01, "temperature": 1e-4}, "its authors' knobs; of two answers, what trl calls `nca_pair`"
+    ),
+    "paper:sppo": Preset("sppo", {"beta": 0.001}, "wins by the scores of k answers; trl has certain ones, of pairs"),
     "trl:sppo_hard": Preset("sppo_hard", {"beta": 0.1}, "trl's default beta; the paper has 0.001"),
     "trl:discopop": Preset("discopop", {"beta": 0.1, "discopop_tau": 0.05}, "trl's default beta; the paper has 0.05"),
     "trl:mpo": Preset(

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from textwrap import fill
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from phi2.losses.batch import Columns
+from phi2.losses.batch import Columns, Unit
 from phi2.losses.bound import bind_loss
 from phi2.losses.knobs import told
 from phi2.losses.modifiers import MODIFIERS
+from phi2.losses.plot import WIDTH as POINTS
 from phi2.losses.plot import plots
 from phi2.losses.presets import PRESETS, Preset
-from phi2.losses.properties import made_up_pairs
-from phi2.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
+from phi2.losses.properties import made_up_answers
+from phi2.losses.registry import PREFERENCE_LOSSES, Need, PreferenceLoss
 
 WIDTH = 118
+ANSWERS: dict[Unit, str] = {"answer": "labels", "prompt": "several answers"}
+OTHER_ANSWERS: dict[Need, str] = {
+    "gold": "gold answer (column reference)",
+    "mismatched": "answers to other prompts",
+}
 LEFT_OUT = {  # of those a survey names
-    "KTO": "needs answers to other prompts, scored by both models",
     "TDPO, BNF, WPO": "need the whole distribution of each token: its KL, entropy, or sum of squares",
-    "TPO, QRPO, DDO-RM, Plackett-Luce": "need more answers than two, or more rewards than two scores",
-    "SPPO with soft labels": "needs a judge's probability that each answer beats the policy",
+    "QRPO": "needs rewards of the reference's own samples beside those of the answers",
     "FocalPO": "the constant of its factor was not found: the authors' repository has no code",
     "SPO (SiLU)": "oxRL's -z sigma(z) falls without end, its own text tells of a minimum; no other source was found",
     "SquaredPO": "e^-l of a whole answer overflows, and how the paper normalises it was not found",
     "RC (disentanglement band)": "needs gradients of the run",
     "TR-DPO, BEMA": "move the reference of any loss: `--sync_ref_model`, docs/references.md",
     "D2PO, TIS-DPO, ConfPO, TGDPO, MaPPO, xi-DPO, SA-DPO, ASFT": "no formula was found in code or could be checked",
+    "DDO-RM": "no code was found, and how it centres its rewards could not be checked",
 }
 INTRO = """# Preference losses
 
@@ -40,11 +44,40 @@ it. How each is checked: [losses_checks.md](losses_checks.md).
 
 s = sum of log pi(y|x) over the answer, r = the same under the reference, l = s - r, n = tokens of the answer, w =
 chosen, l as index = rejected, sigma = logistic function, sg = a number without gradient. Families:
-`phi2/losses/logistic.py`, `links.py`, `pointwise.py`, `reference_free.py`, `scored.py`, `window.py`.
+`phi2/losses/logistic.py`, `links.py`, `pointwise.py`, `reference_free.py`, `scored.py`, `window.py`, `unpaired.py`,
+`listwise.py`.
 
-A loss that needs the window depends on all pairs of an update: it sees them at once, however they are cut into
+Most losses compare a chosen with a rejected answer. Given k answers to a prompt with a score each
+([formats.md](formats.md)), such a loss is the mean over all pairs of which one is better. A loss that needs labels
+takes single answers, good or bad, and of a pair or of a list of labelled answers each one. A loss that needs several
+answers takes a list, of which a pair is the shortest. A gold answer is a third one, which is imitated and compared with
+nothing. A mixture takes what all its parts can be given.
+
+A loss that needs the window depends on all rows of an update: it sees them at once, however they are cut into
 micro-batches, in two phases where there are several. Numbers that it keeps from one update to the next are part of
-checkpoints and of `metrics.jsonl`, as `state/NAME`; evaluation takes all its pairs as one window and moves no state.
+checkpoints and of `metrics.jsonl`, as `state/NAME`; evaluation takes all its rows as one window and moves no state.
+Answers to other prompts, of which KTO estimates a KL, are those of the row before in the window; they cost a pass more
+of both models, without gradient.
+
+## Your own
+
+One function in a file of yours, `phi2 dpo --loss_file mine.py --loss margin_to_best`. Of pairs it is given a
+`phi2.PairBatch` and returns a value of each pair; with `unit="answer"` or `unit="prompt"` it is given a
+`phi2.AnswerBatch` and returns a value of each answer, or of each prompt:
+
+```python
+import phi2
+import torch.nn.functional as F
+
+@phi2.preference_loss("margin_to_best", unit="prompt")
+def margin_to_best(answers: phi2.AnswerBatch, *, beta: float = 0.1):
+    # The best answer to each prompt against the mean of all: -log sigma(beta (l_w - mean(l)))
+    ratios = answers.grid(answers.logratio)  # (P, K), 0 where a prompt has fewer answers than K
+    count = answers.prompt.bincount()  # (P,) answers to each prompt
+    return -F.logsigmoid(beta * (ratios[:, 0] - ratios.sum(dim=-1) / count))  # best first
+```
+
+## Losses
 """
 ON_MODIFIERS = """## Modifiers
 
@@ -74,30 +107,33 @@ def _line(text: str) -> str:
 
 
 def needs(loss: PreferenceLoss) -> str:
-    """The reference, the whole window, what it keeps from one update to the next, and the columns that it asks for."""
+    """The reference, what answers, the whole window, what it keeps from one update to the next, and its columns."""
     reference = [] if loss.reference_free else ["reference"]
+    answers = [ANSWERS[loss.unit]] if loss.unit in ANSWERS else []
+    others = [OTHER_ANSWERS[need] for need in loss.needs]
     window = ["window"] if loss.scope == "window" else []
     state = [f"state ({', '.join(loss.state)})"] if loss.state else []
-    return ", ".join(reference + window + state + columns_of(loss)) or "nothing"
+    return ", ".join(reference + answers + others + window + state + columns_of(loss)) or "nothing"
 
 
 def columns_of(loss: PreferenceLoss) -> list[str]:
     """Names of the columns that a loss asks for, found out by calling it."""
-    columns = AnyColumn()
-    pairs = replace(made_up_pairs([2, 3], [3, 1], Columns(), loss.reference_free), columns=columns)
-    loss.function(*([pairs, loss.state] if loss.state else [pairs]))
+    columns = AnyColumn(2)
+    answers = made_up_answers([(2, 3), (3, 1)], [(1.0, 0.0)] * 2, columns, loss.reference_free, loss.needs)
+    batch = answers.pairs if loss.unit == "pair" else answers
+    loss.function(*([batch, loss.state] if loss.state else [batch]))
     return list(columns.asked)
 
 
 class AnyColumn(Columns):
-    """Has whatever column is asked for, the same number for every pair: 0 for the rejected answer, 1 for all else."""
+    """Has whatever column is asked for, the same number for every prompt: 0 for the rejected answer, 1 for all else."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.asked: dict[str, Tensor] = {}
+        self.count, self.asked = count, dict[str, Tensor]()
 
     def __missing__(self, name: str) -> Tensor:
-        return self.asked.setdefault(name, torch.tensor(0.0 if name.endswith("rejected") else 1.0))
+        return self.asked.setdefault(name, torch.full((self.count,), 0.0 if name.endswith("rejected") else 1.0))
 
 
 def own_losses() -> dict[str, PreferenceLoss]:
@@ -154,8 +190,7 @@ def page(name: str, loss_file: str | None = None) -> str:
         registered = PREFERENCE_LOSSES[part.name]
         doc = inspect.getdoc(registered.function) or "It has no docstring."
         texts.append(f"{part.name}\n\n{doc}\n\nKnobs: {told(part.knobs) or 'none'}\nNeeds: {needs(registered)}")
-    undrawn = "Not drawn: the value of a pair depends on the other pairs of its window."
-    return "\n\n".join([*texts, plots(loss, AnyColumn()) if loss.scope == "pair" else undrawn])
+    return "\n\n".join([*texts, plots(loss, AnyColumn(POINTS))])
 
 
 def document() -> str:

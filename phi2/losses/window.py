@@ -10,6 +10,7 @@ Symbols are those of `logistic.py`; B = pairs of the window, sg = a number witho
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,35 @@ def sft_tokens(pairs: PairBatch) -> Tensor:
     Source: arXiv:2404.19733 (its likelihood term), as in trl.
     """
     return -pairs.policy_chosen / pairs.chosen_length.to(pairs.policy_chosen.dtype).mean()
+
+
+@preference_loss("tpo", reference_free=True, scope="window", needs=("gold",))
+def tpo(
+    pairs: PairBatch,
+    *,
+    beta: float = 0.01,
+    label_smoothing: float = 0.0,
+    tpo_alpha: float = 1.0,
+    contrast: Literal["sigmoid", "hinge", "ipo", "tpo_l"] = "sigmoid",
+    tpo_l_gamma: float = 0.5,
+) -> Tensor:
+    """TPO: contrast(s_w, s_l) - tpo_alpha s_g / mean(n_g), g = an answer to be imitated, column `reference`.
+
+    sigmoid: -(1-e) log sigma(z) - e log sigma(-z), z = beta (s_w - s_l), e = label_smoothing; hinge: max(0, 1 - z);
+    ipo: (s_w/n_w - s_l/n_l - 1/(2 beta))^2; tpo_l: as sigmoid, z = beta (s_w/n_w - s_l/n_l) - tpo_l_gamma. The mean of
+    the likelihood is that over all gold tokens of the window, in trl over those of a micro-batch.
+
+    Source: arXiv:2405.16681, as in trl.
+    """
+    sums = pairs.policy_chosen - pairs.policy_rejected
+    per_token = pairs.policy_chosen_per_token - pairs.policy_rejected_per_token
+    values = {
+        "sigmoid": lambda: smoothed(beta * sums, label_smoothing),
+        "hinge": lambda: torch.relu(1 - beta * sums),
+        "ipo": lambda: (per_token - 1 / (2 * beta)) ** 2,
+        "tpo_l": lambda: smoothed(beta * per_token - tpo_l_gamma, label_smoothing),
+    }[contrast]()
+    return values - tpo_alpha * pairs.gold / pairs.gold_length.to(pairs.gold.dtype).mean()
 
 
 def running(before: float | Tensor, value: Tensor) -> Tensor:

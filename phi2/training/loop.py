@@ -56,6 +56,11 @@ class Updates:
     watch: Watch | None = None
     save_more: Callable[[Path], None] | None = None
 
+    @property
+    def done(self) -> int:
+        """Updates that were made before."""
+        return self.log.first
+
     def steps(self) -> Iterator[int]:
         """Their numbers, counted from 1."""
         return self.log.steps()

@@ -56,7 +56,7 @@ class Precomputed:
         return digest.hexdigest()
 
     def _places(self, rows: Sequence[EncodedPreference]) -> np.ndarray:
-        places = self.shards.find(answer_keys(rows))
+        places = self.shards.find(_keys(rows))
         assert (places >= 0).all(), "an answer that no run had asked for"
         return places
 
@@ -85,7 +85,7 @@ def precomputed(
         ValueError: one line, for a shard that is damaged, and when the reference says something else than its cache.
         OSError: one line, when the cache lacks answers and cannot be written.
     """
-    place, keys = cache_folder(folder, fingerprint), answer_keys(rows)
+    place, keys = cache_folder(folder, fingerprint), _keys(rows)
     shards = Shards(place, fingerprint)
     require_agreement(live, rows, shards, max_tokens, device, CACHED_TOLERANCE[dtype])
     lacking = _lacking(keys, shards)
@@ -98,7 +98,7 @@ def precomputed(
         total = sum(row.tokens for row in longest_first)
         with tqdm(total=total, desc="reference", unit="tok", unit_scale=True, disable=not total) as progress:
             for batch, logps in _scored(live, longest_first, max_tokens, device):
-                writer.add(answer_keys(batch), logps)
+                writer.add(_keys(batch), logps)
                 progress.update(sum(row.tokens for row in batch))
     return Precomputed(Shards(place, fingerprint), not len(lacking), device)
 
@@ -123,13 +123,13 @@ def require_agreement(
     Raises:
         ValueError: naming the shard with the largest difference.
     """
-    places = shards.find(answer_keys(rows))
+    places = shards.find(_keys(rows))
     unknown = np.cumsum(places < 0)[_ends(rows) - 1]  # answers up to each row
     known = np.flatnonzero(np.diff(unknown, prepend=0) == 0)
     if not len(known):
         return
     again = [rows[known[i]] for i in np.unique(np.linspace(0, len(known) - 1, CHECKED_ROWS).astype(int))]
-    places = shards.find(answer_keys(again))
+    places = shards.find(_keys(again))
     scored = torch.cat([values for _, logps in _scored(live, again, max_tokens, device) for values in logps])
     apart = (scored - torch.cat([shards.logps(place) for place in places])).abs()
     worst = int(apart.argmax())
@@ -196,8 +196,8 @@ def _ends(rows: Sequence[EncodedPreference]) -> np.ndarray:
     return np.cumsum([len(row.answers) for row in rows], dtype=np.int64)
 
 
-def answer_keys(rows: Iterable[EncodedPreference]) -> np.ndarray:
-    """(answers,) names of 16 bytes: every answer by its tokens and those of the prompt."""
+def answer_keys(rows: Iterable[EncodedPreference]) -> list[bytes]:
+    """Names of 16 bytes: every answer by its tokens and those of the prompt."""
     keys = []
     for row in rows:
         prompt = hashlib.blake2b(len(row.prompt).to_bytes(8, "little"), digest_size=KEY.itemsize)
@@ -206,12 +206,17 @@ def answer_keys(rows: Iterable[EncodedPreference]) -> np.ndarray:
             digest = prompt.copy()
             digest.update(answer.astype("<i4").tobytes())
             keys.append(digest.digest())
-    return np.frombuffer(b"".join(keys), KEY)
+    return keys
+
+
+def _keys(rows: Iterable[EncodedPreference]) -> np.ndarray:
+    """(answers,) of KEY. An array keeps zeros at the end of a name, which its elements, taken out, do not."""
+    return np.frombuffer(b"".join(answer_keys(rows)), KEY)
 
 
 def key_of(rows: Sequence[EncodedPreference]) -> bytes:
     """Names answers in their order."""
-    return hashlib.sha256(answer_keys(rows).tobytes()).digest()
+    return hashlib.sha256(b"".join(answer_keys(rows))).digest()
 
 
 @torch.no_grad()

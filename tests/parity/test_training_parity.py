@@ -8,8 +8,7 @@ pair. The learning rates are high, so that every loss moves by far more than the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ import torch
 
 from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.checkpoints.weights import load_model
-from phi2.lora import attach
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
 from phi2.training.config import BemaConfig
@@ -32,8 +30,6 @@ transformers = pytest.importorskip("transformers")
 
 STEPS, SEED = 20, 11
 TOLERANCE = 1e-4  # nats
-LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"])
-SAME = dict(max_steps=STEPS, seed=SEED, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1)
 FIVE = dict(max_steps=5)  # for what differs in its loss alone
 LOSSES = {
     "sigmoid": dict(beta=0.2),
@@ -84,96 +80,25 @@ def rows() -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="module")
-def base(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Phi of transformers, biases and LayerNorms included."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_tokenizer.save(folder)
-    shape = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    eos = tiny_tokenizer.eos_id
-    torch.manual_seed(0)
-    model = transformers.PhiForCausalLM(transformers.PhiConfig(**shape, bos_token_id=eos, eos_token_id=eos))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fresh_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What our loop starts a new adapter from, as peft reads it."""
-    folder = tmp_path_factory.mktemp("fresh")
-    model = load_model(base, torch.device("cpu"), torch.float32)
-    attach(model, LoraConfig(**LORA), SEED)
-    save_adapter(model, folder, "base")
-    return folder
+@pytest.fixture
+def ours(run_ours, rows: list[dict]) -> Callable[..., Curve]:
+    """ours(dpo, **what differs from the common settings)."""
+    return lambda loop, **options: run_ours(loop, rows_for(loop, rows), **options)
 
 
 @pytest.fixture
-def ours(base: Path, rows: list[dict], write_rows, metrics_of, tmp_path: Path) -> Callable[..., Curve]:
-    """Runs our loop and returns its metrics: ours(dpo, **what differs from the common settings)."""
+def theirs(run_theirs, rows: list[dict]) -> Callable[..., Curve]:
+    """theirs(dpo, **what differs)."""
 
-    def run(loop, **options: Any) -> Curve:
-        where = dict(
-            model=str(base), data=write_rows(rows_for(loop, rows)), output=str(tmp_path / "ours"), device="cpu"
-        )
-        config = dpo.DPOConfig if loop is dpo else sft.SFTConfig
-        return metrics_of(loop.train(config(**{**where, "lora": LoraConfig(**LORA), **SAME, **options})))
-
-    return run
-
-
-@pytest.fixture
-def theirs(base: Path, fresh_adapter: Path, rows: list[dict], tmp_path: Path) -> Callable[..., Curve]:
-    """Runs trl's trainer and returns its logs: theirs(dpo, **what differs).
-
-    A new adapter is trl's own, given our starting weights; `adapter` goes on with one, and `lora=None` has none.
-    """
-
-    def run(
-        loop,
-        adapter: Path | None = None,
-        lora: dict | None = LORA,
-        callbacks: Sequence[transformers.TrainerCallback] = (),
-        trainer_class: type | None = None,
-        **options: Any,
-    ) -> Curve:
-        model, extra = transformers.PhiForCausalLM.from_pretrained(base, dtype=torch.float32), {}
-        if adapter is not None:
-            model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        elif lora is not None:
-            extra["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
-        plain = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
-        Config, Trainer = (trl.DPOConfig, trl.DPOTrainer) if loop is dpo else (trl.SFTConfig, trl.SFTTrainer)
-        trainer = (trainer_class or Trainer)(
-            model,
-            args=Config(str(tmp_path / "theirs"), **{**plain, **SAME, **options}),
-            train_dataset=datasets.Dataset.from_list(rows_for(loop, rows)),
-            processing_class=transformers.AutoTokenizer.from_pretrained(base),
-            callbacks=[*callbacks],
-            **extra,
-        )
-        if extra:
-            start = peft.load_peft_weights(fresh_adapter, device="cpu")
-            assert not peft.set_peft_model_state_dict(trainer.model, start).unexpected_keys
-        trainer.train()
-        return [line for line in trainer.state.log_history if "loss" in line]
+    def run(loop, trainer: type | None = None, **options: Any) -> Curve:
+        kind = (trl.DPOConfig, trainer or trl.DPOTrainer) if loop is dpo else (trl.SFTConfig, trl.SFTTrainer)
+        return run_theirs(*kind, rows_for(loop, rows), **options)
 
     return run
 
 
 def rows_for(loop, rows: list[dict]) -> list[dict]:
     return rows if loop is dpo else [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-
-
-def assert_same_losses(ours: Curve, theirs: Curve) -> None:
-    assert len(ours) == len(theirs) >= 5
-    mine, reference = ([step["loss"] for step in curve] for curve in (ours, theirs))
-    assert max(reference) - min(reference) > 1000 * TOLERANCE, "the loss hardly moves: this comparison shows nothing"
-    torch.testing.assert_close(mine, reference, rtol=0, atol=TOLERANCE)
-    for name in ("learning_rate", "grad_norm"):
-        assert [step[name] for step in ours] == pytest.approx([step[name] for step in theirs], rel=1e-3)
 
 
 def assert_same_metrics(ours: Curve, theirs: Curve) -> None:
@@ -185,7 +110,7 @@ def assert_same_metrics(ours: Curve, theirs: Curve) -> None:
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-def test_dpo_over_more_than_one_epoch(ours, theirs, loss):
+def test_dpo_over_more_than_one_epoch(ours, theirs, assert_same_losses, loss):
     mine, reference = ours(dpo, loss=loss, **LOSSES[loss]), theirs(dpo, loss_type=[loss], **LOSSES[loss])
     assert len(mine) == STEPS
     assert_same_losses(mine, reference)
@@ -193,7 +118,7 @@ def test_dpo_over_more_than_one_epoch(ours, theirs, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_dpo_with_every_loss_of_both(ours, theirs, loss):
+def test_dpo_with_every_loss_of_both(ours, theirs, assert_same_losses, loss):
     knobs = LOSSES[loss]
     mine, reference = ours(dpo, loss=loss, **knobs, **FIVE), theirs(dpo, loss_type=[loss], **knobs, **FIVE)
     assert_same_losses(mine, reference)
@@ -201,14 +126,14 @@ def test_dpo_with_every_loss_of_both(ours, theirs, loss):
 
 
 @pytest.mark.parametrize("loss", WINDOWS)
-def test_dpo_with_every_loss_of_windows_of_both(ours, theirs, loss):
+def test_dpo_with_every_loss_of_windows_of_both(ours, theirs, assert_same_losses, loss):
     name, knobs = {"sft": "sft_tokens"}.get(loss, loss), WINDOWS[loss]
     reference = theirs(dpo, loss_type=[loss], **knobs, **FIVE)
     assert_same_losses(ours(dpo, loss=name, **knobs, **FIVE), reference)
 
 
 @pytest.mark.parametrize("loss", WINDOWS)
-def test_a_window_of_two_micro_batches_is_trls_batch(ours, theirs, loss, tmp_path):
+def test_a_window_of_two_micro_batches_is_trls_batch(ours, theirs, assert_same_losses, loss, tmp_path):
     """What trl has no setting for: its batch of four in two passes."""
     name, knobs = {"sft": "sft_tokens"}.get(loss, loss), WINDOWS[loss]
     cut = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -219,26 +144,32 @@ def test_a_window_of_two_micro_batches_is_trls_batch(ours, theirs, loss, tmp_pat
     ("divergence", "loss"),
     [*((name, "sigmoid") for name in DIVERGENCES), ("forward_kl", "ipo"), ("js_divergence", "hinge")],
 )
-def test_dpo_with_every_divergence_of_both(ours, theirs, divergence, loss):
+def test_dpo_with_every_divergence_of_both(ours, theirs, assert_same_losses, divergence, loss):
     knobs = dict(f_divergence_type=divergence, **DIVERGENCES[divergence])
     mine = ours(dpo, loss=loss, beta=0.2, loss_args=knobs, **FIVE)
     assert_same_losses(mine, theirs(dpo, loss_type=[loss], beta=0.2, **knobs, **FIVE))
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-def test_dpo_that_counts_the_longer_tail_less(ours, theirs, loss):
+def test_dpo_that_counts_the_longer_tail_less(ours, theirs, assert_same_losses, loss):
     mine = ours(dpo, loss=loss, beta=0.2, loss_args={"ld_alpha": 0.3}, **FIVE)
     assert_same_losses(mine, theirs(dpo, loss_type=[loss], beta=0.2, ld_alpha=0.3, **FIVE))
 
 
-def test_dpo_with_a_mixture_and_a_likelihood_per_token(ours, theirs):
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo_that_weighs_pairs_by_how_likely_they_are(ours, theirs, assert_same_losses, loss):
+    mine = ours(dpo, loss=loss, beta=0.2, loss_args={"use_weighting": True}, **FIVE)
+    assert_same_losses(mine, theirs(dpo, loss_type=[loss], beta=0.2, use_weighting=True, **FIVE))
+
+
+def test_dpo_with_a_mixture_and_a_likelihood_per_token(ours, theirs, assert_same_losses):
     """trl's MPO: its `sft` is a mean over the tokens of a micro-batch, which here is the whole update."""
     mixed = dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
     mine = ours(dpo, loss="trl:mpo", beta=0.2, nll_weight=1.0, **FIVE)
     assert_same_losses(mine, theirs(dpo, beta=0.2, **mixed, **FIVE))
 
 
-def test_dpo_that_goes_on_with_a_trained_adapter(ours, theirs, base, fresh_adapter, tmp_path):
+def test_dpo_that_goes_on_with_a_trained_adapter(ours, theirs, assert_same_losses, base, fresh_adapter, tmp_path):
     """The reference is the adapter as it was, not the base: trl keeps a second adapter, we a frozen copy."""
     trained = tmp_path / "trained"
     model = load_model(base, torch.device("cpu"), torch.float32)
@@ -254,35 +185,35 @@ def test_dpo_that_goes_on_with_a_trained_adapter(ours, theirs, base, fresh_adapt
 
 
 @pytest.mark.parametrize("loop", [dpo, sft])
-def test_accumulated_micro_batches(ours, theirs, loop):
+def test_accumulated_micro_batches(ours, theirs, assert_same_losses, loop):
     split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert_same_losses(ours(loop, **split), theirs(loop, **split))
 
 
 @pytest.mark.parametrize("loop", [dpo, sft])
-def test_rows_cut_at_max_length(ours, theirs, loop):
+def test_rows_cut_at_max_length(ours, theirs, assert_same_losses, loop):
     assert_same_losses(ours(loop, max_length=80), theirs(loop, max_length=80))
 
 
-def test_sft_with_a_warmed_up_cosine_schedule(ours, theirs):
+def test_sft_with_a_warmed_up_cosine_schedule(ours, theirs, assert_same_losses):
     schedule = dict(lr_scheduler_type="cosine", warmup_steps=4)
     assert_same_losses(ours(sft, **schedule), theirs(sft, **schedule))
 
 
-def test_sft_of_packed_rows(ours, theirs):
+def test_sft_of_packed_rows(ours, theirs, assert_same_losses):
     size = dict(per_device_train_batch_size=2)
     mine = ours(sft, packing="best_fit", packing_length=256, **size)
     assert_same_losses(mine, theirs(sft, packing=True, max_length=256, **size))
 
 
 @pytest.mark.parametrize("loop", [dpo, sft])
-def test_all_weights_with_weight_decay(ours, theirs, loop):
+def test_all_weights_with_weight_decay(ours, theirs, assert_same_losses, loop):
     """In DPO both keep a second model as the reference."""
     assert_same_losses(ours(loop, lora=None, weight_decay=0.5), theirs(loop, lora=None, weight_decay=0.5))
 
 
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
-def test_a_reference_that_the_policy_is_mixed_into(ours, theirs, alpha):
+def test_a_reference_that_the_policy_is_mixed_into(ours, theirs, assert_same_losses, alpha):
     """TR-DPO, of all weights: trl has no adapters for it."""
     moves = dict(lora=None, sync_ref_model=True, ref_model_sync_steps=3, ref_model_mixup_alpha=alpha)
     mine, reference = ours(dpo, **moves), theirs(dpo, **moves)
@@ -290,12 +221,12 @@ def test_a_reference_that_the_policy_is_mixed_into(ours, theirs, alpha):
     assert_same_metrics(mine, reference)
 
 
-def test_a_reference_that_is_a_bias_corrected_average(ours, theirs):
+def test_a_reference_that_is_a_bias_corrected_average(ours, theirs, assert_same_losses):
     bema = pytest.importorskip("trl.experimental.bema_for_ref_model")
     powers = dict(ema_power=0.4, bias_power=0.3, lag=3, multiplier=0.5)
     every = dict(update_freq=3, update_ref_model=True, ref_model_update_freq=3)
     callback = bema.BEMACallback(**every, **powers)
-    reference = theirs(dpo, lora=None, callbacks=[callback], trainer_class=bema.DPOTrainer)
+    reference = theirs(dpo, lora=None, callbacks=(callback,), trainer=bema.DPOTrainer)
     moves = dict(lora=None, sync_ref_model=True, ref_model_sync_steps=3, bema=BemaConfig(**powers))
     mine = ours(dpo, **moves)
     assert_same_losses(mine, reference)
