@@ -167,13 +167,17 @@ class Bench:
 
     @cached_property
     def pairs(self) -> list[EncodedPreference]:
-        """Those that a run with a reference will see, in the order of the data, and the held-out ones."""
+        """Those that a run with a reference will see, in the order of the data, and the held-out ones; then what such
+        runs set behind other prompts."""
         train, held_out, _ = self.session.rows
         seen: set[int] = set()
+        others: list[EncodedPreference] = []
         for cell in self.cells:
             if cell.config.precompute_ref_log_probs:
-                seen.update(windows_of(cell.config, len(train)).until(cell.total))
-        return [*(train[i] for i in sorted(seen)), *held_out]
+                windows, loss = windows_of(cell.config, len(train)), cell.variant.loss
+                seen.update(windows.until(cell.total))
+                others += dpo.others_to_score(cell.config, loss, windows, cell.total, train, held_out)
+        return [*(train[i] for i in sorted(seen)), *held_out, *others]
 
     def run(self, cell: Cell) -> None:
         """Runs a cell, or goes on with it."""

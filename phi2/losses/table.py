@@ -27,7 +27,7 @@ OTHER_ANSWERS: dict[Need, str] = {
     "mismatched": "answers to other prompts",
 }
 LEFT_OUT = {  # of those a survey names
-    "TDPO, BNF, WPO": "need the whole distribution of each token: its KL, entropy, or sum of squares",
+    "TDPO, BNF": "need the reference's whole distribution at each token",
     "QRPO": "needs rewards of the reference's own samples beside those of the answers",
     "FocalPO": "the constant of its factor was not found: the authors' repository has no code",
     "SPO (SiLU)": "oxRL's -z sigma(z) falls without end, its own text tells of a minimum; no other source was found",
@@ -53,11 +53,11 @@ takes single answers, good or bad, and of a pair or of a list of labelled answer
 answers takes a list, of which a pair is the shortest. A gold answer is a third one, which is imitated and compared with
 nothing. A mixture takes what all its parts can be given.
 
-A loss that needs the window depends on all rows of an update: it sees them at once, however they are cut into
-micro-batches, in two phases where there are several. Numbers that it keeps from one update to the next are part of
-checkpoints and of `metrics.jsonl`, as `state/NAME`; evaluation takes all its rows as one window and moves no state.
-Answers to other prompts, of which KTO estimates a KL, are those of the row before in the window; they cost a pass more
-of both models, without gradient.
+A loss that needs the window depends on all rows of an update: it sees them at once, however they are cut into passes,
+in two phases where there are several. Numbers that it keeps from one update to the next are part of checkpoints and of
+`metrics.jsonl`, as `state/NAME`; evaluation takes all its rows as one window and moves no state. Answers to other
+prompts, by which KTO estimates a KL, are those of the row before in the window; they cost another pass of both models,
+without gradient.
 
 ## Your own
 
@@ -68,6 +68,7 @@ One function in a file of yours, `phi2 dpo --loss_file mine.py --loss margin_to_
 ```python
 import phi2
 import torch.nn.functional as F
+
 
 @phi2.preference_loss("margin_to_best", unit="prompt")
 def margin_to_best(answers: phi2.AnswerBatch, *, beta: float = 0.1):

@@ -85,10 +85,11 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     keep_loss_file(config, run)
     look_at_loss(loss, rows, eval_rows)
     with session.policy(config, checkpoint) as model:
-        seen = [*rows, *eval_rows]
+        others = others_to_score(config, loss, windows, total, rows, eval_rows)
+        seen = [*rows, *eval_rows, *others]
         require_fit(config, model, tokenizer, seen)
         require_dropout(config, model)
-        scored = rows_to_score(loss, windows, total, rows, eval_rows)
+        scored = [*(rows[i] for i in windows.until(total)), *eval_rows, *others]
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
         moving = reference if isinstance(reference, MovingReference) else None
         title, save = f"dpo {loss.name}", moving.save if moving else None
@@ -110,19 +111,19 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     return Run(run)
 
 
-def rows_to_score(
+def others_to_score(
+    config: DPOConfig,
     loss: BoundLoss,
     windows: Windows,
     total: int,
     rows: Sequence[EncodedPreference],
     eval_rows: Sequence[EncodedPreference],
 ) -> list[EncodedPreference]:
-    """All that a run of so many updates asks its reference for."""
-    asked = [rows[i] for i in windows.until(total)]
-    if "mismatched" in loss.needs:
-        updates = [[rows[i] for i in windows.at(step)] for step in range(total)]
-        asked += [row for window in (*updates, eval_rows) if window for row in mismatched(window)]
-    return [*asked, *eval_rows]
+    """The answers that a run of so many updates sets behind other prompts."""
+    if "mismatched" not in loss.needs:
+        return []
+    updates = ([rows[i] for i in windows.at(step)] for step in range(total))
+    return [row for window in (*updates, eval_rows) for row in mismatched(window, config.max_length)]
 
 
 def require_reference(config: DPOConfig, loss: BoundLoss) -> None:
@@ -289,7 +290,7 @@ def others_of(
     if "mismatched" not in loss.needs:
         return None
     with torch.no_grad():
-        return score_answers(model, mismatched(window), cut, reference, partial(autocast, config))
+        return score_answers(model, mismatched(window, config.max_length), cut, reference, partial(autocast, config))
 
 
 @torch.no_grad()

@@ -110,18 +110,24 @@ def logps_of(model: Phi2ForCausalLM, hidden: Tensor, row: TokenRow) -> Tensor:
     return target_logps(model, hidden, row.logits_indices, row.targets)[0]
 
 
-def mismatched(window: Rows) -> list[EncodedPreference]:
+def mismatched(window: Rows, max_length: int | None) -> list[EncodedPreference]:
     """Each prompt of a window with the answers of the row before it; the first has those of the last.
 
     A window of one row, the rest of an epoch, has nothing else than its own answers.
 
+    Args:
+        max_length: tokens of a prompt with an answer, which is cut to it.
     Source: arXiv:2402.01306 §4.1, where micro-batches take the place of windows.
     """
     neighbours = [*window[-1:], *window[:-1]]
-    return [
-        replace(row, answers=other.answers, scores=other.scores, has_gold=other.has_gold)
-        for row, other in zip(window, neighbours, strict=True)
-    ]
+    return [_behind(row, other, max_length) for row, other in zip(window, neighbours, strict=True)]
+
+
+def _behind(row: EncodedPreference, other: EncodedPreference, max_length: int | None) -> EncodedPreference:
+    """A prompt with the answers of another row."""
+    room = None if max_length is None else max_length - len(row.prompt)
+    answers = tuple(answer[:room] for answer in other.answers)
+    return replace(row, answers=answers, scores=other.scores, has_gold=other.has_gold)
 
 
 def answer_batch(rows: Rows, scores: Scored) -> AnswerBatch:

@@ -67,6 +67,7 @@ def run_theirs(base: Path, fresh_adapter: Path, tmp_path: Path) -> Callable[...,
     """Runs a trainer of trl and returns its logs: run_theirs(Config, Trainer, rows, **what differs).
 
     A new adapter is trl's own, given our starting weights; `adapter` goes on with one, and `lora=None` has none.
+    `where` is another model than `base`.
     """
     datasets, peft = pytest.importorskip("datasets"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -77,10 +78,11 @@ def run_theirs(base: Path, fresh_adapter: Path, tmp_path: Path) -> Callable[...,
         rows: list[dict],
         adapter: Path | None = None,
         lora: dict | None = LORA,
+        where=base,
         callbacks: tuple = (),
         **options: Any,
     ) -> Curve:
-        model, extra = transformers.PhiForCausalLM.from_pretrained(base, dtype=torch.float32), {}
+        model, extra = transformers.PhiForCausalLM.from_pretrained(where, dtype=torch.float32), {}
         if adapter is not None:
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
         elif lora is not None:
@@ -90,7 +92,7 @@ def run_theirs(base: Path, fresh_adapter: Path, tmp_path: Path) -> Callable[...,
             model,
             args=Config(str(tmp_path / "theirs"), **{**plain, **SAME, **options}),
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=transformers.AutoTokenizer.from_pretrained(base),
+            processing_class=transformers.AutoTokenizer.from_pretrained(where),
             callbacks=[*callbacks],
             **extra,
         )

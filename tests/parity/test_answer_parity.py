@@ -16,12 +16,7 @@ trl = pytest.importorskip("trl")
 
 WORDS = "a small red boat went out to sea and came home by nine for one cat".split()
 FIVE = dict(max_steps=5)
-TWO_BY_TWO = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-SPLITS = {  # of an update of four rows
-    "whole": {},
-    "2 + 2": TWO_BY_TWO,
-    "1 + 1 + 1 + 1": dict(per_device_train_batch_size=1, gradient_accumulation_steps=4),
-}
+CUT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_tokens_per_pass=300)  # two passes or more
 
 
 def turn(draw: random.Random, role: str, longest: int) -> list[dict[str, str]]:
@@ -70,10 +65,10 @@ def test_kto_with_what_it_tells(run_ours, run_theirs, assert_same_losses, labell
     assert case != "kto" or sum(step["kl"] > 0 for step in reference) >= 2  # z counts
 
 
-@pytest.mark.parametrize("split", ["2 + 2", "1 + 1 + 1 + 1"])
-def test_kto_in_every_split_of_what_is_trls_batch(run_ours, run_theirs, assert_same_losses, labelled, split):
+def test_kto_in_several_passes_of_what_is_trls_batch(run_ours, run_theirs, assert_same_losses, labelled):
     """trl sets answers behind other prompts within its batch, here within an update, however that is cut."""
-    mine = run_ours(dpo, labelled, loss="kto", **as_ours(KTO["kto"]), shuffle=False, **FIVE, **SPLITS[split])
+    cut = {**CUT, "max_tokens_per_pass": 160}
+    mine = run_ours(dpo, labelled, loss="kto", **as_ours(KTO["kto"]), shuffle=False, **FIVE, **cut)
     assert_same_losses(mine, run_theirs(trl.KTOConfig, trl.KTOTrainer, labelled, **KTO["kto"], **FIVE))
 
 
@@ -95,11 +90,11 @@ TPO = {  # by their loss types, in which tpo_l has another hyphen
 
 @pytest.mark.parametrize("contrast", TPO)
 def test_tpo(run_ours, run_theirs, assert_same_losses, triples, contrast):
-    """Its likelihood is a mean over the tokens of trl's batch, which is an update here, in two micro-batches."""
+    """Its likelihood is a mean over the tokens of trl's batch, which is an update here, in two passes or more."""
     tpo = pytest.importorskip("trl.experimental.tpo")
     knobs = TPO[contrast]
     given = as_ours({**knobs, "contrast": contrast.replace("-", "_")})
-    mine = run_ours(dpo, triples, loss="tpo", **given, **FIVE, **TWO_BY_TWO)
+    mine = run_ours(dpo, triples, loss="tpo", **given, **FIVE, **CUT)
     assert_same_losses(mine, run_theirs(tpo.TPOConfig, tpo.TPOTrainer, triples, loss_type=contrast, **knobs, **FIVE))
 
 
@@ -130,7 +125,7 @@ def test_cpo(run_ours, run_theirs, assert_same_losses, case):
     knobs, name, own = CPO[case]
     both = {key: knobs[key] for key in ("beta", "label_smoothing") if key in knobs}
     rows, kind = texts("a small red boat"), case.partition(" ")[0]
-    mine = run_ours(dpo, rows, loss=name, **both, loss_args=own, **FIVE, **TWO_BY_TWO)
+    mine = run_ours(dpo, rows, loss=name, **both, loss_args=own, **FIVE, **CUT)
     assert_same_losses(mine, run_theirs(cpo.CPOConfig, cpo.CPOTrainer, rows, loss_type=kind, **knobs, **FIVE))
 
 
@@ -139,5 +134,5 @@ def test_orpo(run_ours, run_theirs, assert_same_losses):
     a mean over the tokens of its batch, ours per sequence: the same for chosen answers of one length."""
     orpo = pytest.importorskip("trl.experimental.orpo")
     rows = [{**row, "chosen": f" {row['chosen']:.<24}"[:24]} for row in texts("")]
-    mine = run_ours(dpo, rows, loss="orpo", beta=0.4, **FIVE, **TWO_BY_TWO)
+    mine = run_ours(dpo, rows, loss="orpo", beta=0.4, **FIVE, **CUT)
     assert_same_losses(mine, run_theirs(orpo.ORPOConfig, orpo.ORPOTrainer, rows, beta=0.4, **FIVE))

@@ -1,7 +1,8 @@
-"""A whole run on real rows with the real tokenizer, and its results in the hands of transformers and peft."""
+"""Runs on real rows with the real tokenizer: results in the hands of transformers and peft, and KTO beside trl's."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForC
 
 import phi2
 from phi2.cli.commands import main
+from phi2.training import dpo
 
 pytestmark = pytest.mark.real_data
 IDS = torch.arange(100, 140)[None]
@@ -61,3 +63,23 @@ def test_the_tokenizer_of_the_run_is_transformers_chatml_tokenizer(runs):
     theirs = AutoTokenizer.from_pretrained(runs / "merged")
     assert ours.encode(TEXT) == theirs(TEXT)["input_ids"]
     assert theirs.eos_token_id == ours.eos_id == 50296
+
+
+# ---- labelled answers ----
+
+
+def test_kto_on_real_rows_has_the_losses_of_trls_trainer(
+    shared, runs, run_ours, run_theirs, assert_same_losses, tmp_path
+):
+    """Of ours the rows as they are, conversations with a label; trl wants prompts and completions in columns. Rows are
+    short: of a cut answer trl sets more tokens behind another, shorter prompt than are left of it here."""
+    trl, model = pytest.importorskip("trl"), shutil.copytree(runs / "base", tmp_path / "base")
+    shutil.copytree(shared / "tokenizer" / "phi-2-instruct", model, dirs_exist_ok=True)
+    lines = (shared / "data/preference/kto_en_200.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if sum(len(turn["content"]) for turn in row["messages"]) < 500][:10]
+    apart = [{"prompt": (x := row["messages"])[:-1], "completion": x[-1:], "label": row["label"]} for row in rows]
+    same = dict(max_steps=5, per_device_train_batch_size=2, learning_rate=1e-3, beta=0.5, lora=None)
+    mine = run_ours(dpo, rows, loss="kto", shuffle=False, max_tokens_per_pass=200, model=str(model), **same)
+    reference = run_theirs(trl.KTOConfig, trl.KTOTrainer, apart, where=model, **same)
+    assert_same_losses(mine, reference)
+    assert any(step["kl"] > 0 for step in reference)  # z counts
