@@ -169,8 +169,9 @@ def test_a_run_moves_it_when_it_is_due(dpo_config, metrics_of, lora, rule):
     assert [abs(b - a) > 1e-3 for a, b in zip(said, said[1:], strict=False)] == [False, True, False, True, False]
 
 
-def test_a_hard_update_behind_every_update_leaves_the_loss_where_it_begins(dpo_config, metrics_of):
-    lines = metrics_of(dpo.train(dpo_config(**MOVING, ref_model_mixup_alpha=1.0)))
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"lora": None}], ids=str)
+def test_a_hard_update_behind_every_update_leaves_the_loss_where_it_begins(dpo_config, metrics_of, changes):
+    lines = metrics_of(dpo.train(dpo_config(**MOVING, ref_model_mixup_alpha=1.0, **changes)))
     assert [line["loss"] for line in lines] == pytest.approx([math.log(2)] * 6, abs=1e-6)
     assert lines[0]["logps/chosen"] != pytest.approx(lines[-1]["logps/chosen"], rel=1e-3)
 
@@ -208,9 +209,8 @@ def test_a_fit_leaves_the_base_of_its_session_as_it_was(dpo_config, tmp_path, me
 # ---- kill and resume ----
 
 
-@pytest.mark.parametrize(
-    ("rule", "lora"), [("mixing", LORA), ("bema", LORA), ("mixing", None), ("bema", None)], ids=str
-)
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_stopped_run_resumes_bit_for_bit(
     dpo_config, metrics_of, monkeypatch, tmp_path, rule, lora, assert_same_weights
 ):
