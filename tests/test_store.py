@@ -256,6 +256,18 @@ def test_a_damaged_entry_is_told_and_made_anew(told, sft_config, entries, reads,
     assert kept.startswith(f"encoded rows kept in {entry}: ") and entry.read_bytes() == whole
 
 
+def test_an_entry_that_can_be_neither_read_nor_written_is_told_and_the_rows_are_there(sft_config, entries, capsys):
+    start(sft_config()).rows  # noqa: B018
+    (entry,) = entries()
+    entry.unlink()
+    entry.mkdir()
+    capsys.readouterr()
+    assert len(start(sft_config()).rows.train) == 11
+    read, written = lines_about_rows(capsys.readouterr().out)
+    assert read.startswith(f"{entry}: cannot be read (") and read.endswith("; the rows are encoded anew")
+    assert written.startswith(f"encoded rows are not kept: {entry.parent} cannot be written (")
+
+
 def keep_often(name: str, kept: store.Kept) -> None:
     for _ in range(20):
         store.keep(name, kept)

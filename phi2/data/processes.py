@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+MAX_PROCESSES = 16  # more of them make rows faster than one process can gather them
 _function: Callable[[Any], Any]  # of this process
 
 
@@ -27,7 +28,8 @@ def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) 
     Raises:
         OSError: when a process was killed.
     """
-    processes = min(len(items), len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    processes = min(len(items), processors, MAX_PROCESSES)
     if processes < 2:
         yield from map(function, items)
         return

@@ -141,11 +141,13 @@ def _digest(path: Path) -> str:
 
 def find(name: str) -> Kept | None:
     """The rows of this name, mapped; None where there are none."""
-    path = folder() / f"{name}.arrow"
-    if not name or not path.exists():
+    if not name:
         return None
+    path = folder() / f"{name}.arrow"
     try:
         kept = _read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         print(f"{path}: cannot be read ({one_line(error)}); the rows are encoded anew")
         return None
