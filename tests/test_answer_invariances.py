@@ -19,7 +19,7 @@ from phi2.losses.properties import made_up_answers
 from phi2.losses.registry import PREFERENCE_LOSSES
 
 OWN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
-BUILT_IN = {name: loss for name, loss in OWN.items() if loss.unit != "pair" or loss.needs}
+BUILT_IN = {name: loss for name, loss in OWN.items() if (loss.unit != "pair" or loss.needs) and "kl" not in loss.needs}
 ALONE = [name for name, loss in BUILT_IN.items() if loss.scope == "pair"]
 OF_WINDOWS = [name for name, loss in BUILT_IN.items() if loss.scope == "window"]
 OF_LISTS = [name for name, loss in BUILT_IN.items() if loss.unit == "prompt"]

@@ -25,8 +25,8 @@ from phi2.losses.source import require_source_file, run_source_file
 # (pairs, *, knob=default, ...) -> (B,) nats; with a state, (pairs, state, *, knob=default, ...) -> both
 LossFunction = Callable[..., Any]
 Scope = Literal["pair", "window"]
-Need = Literal["gold", "mismatched", "entropy", "log_sum_square"]  # what a batch has only for a loss that asks for it
-EXTRAS = ("entropy", "log_sum_square")  # those of each token
+Need = Literal["gold", "mismatched", "entropy", "log_sum_square", "kl"]  # what a batch has only for a loss that asks
+EXTRAS = ("entropy", "log_sum_square", "kl")  # those of each token
 State = Mapping[str, float | Tensor]
 REWARD_SCALE = "beta"
 
@@ -89,7 +89,8 @@ def preference_loss(
             answers to a prompt their value together. It is called with an `AnswerBatch`.
         needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers
             to other prompts behind each prompt; "entropy" and "log_sum_square", log sum p^2, of the policy's
-            distribution at each token, in `extras`, without gradient.
+            distribution at each token, in `extras`, without gradient; "kl", KL(reference to policy) over all ids at
+            each token, in `extras`, with its gradient.
     Raises:
         ValueError: when the name is taken by another function or cannot be written in a mixture, or a keyword argument
             has no default that says what it takes, or reward_scale is no knob that is a number, or a scope, unit or
@@ -109,6 +110,8 @@ def preference_loss(
             raise ValueError(
                 f'loss {name!r}: mismatched answers are those of a window, register it with scope="window"'
             )
+        if "kl" in needs and (scope == "window" or reference_free):
+            raise ValueError(f'loss {name!r}: a KL needs a reference, and its gradient needs scope="pair"')
         for need in needs:
             _require_one_of(name, "needs", get_args(Need), need)
         knobs = knobs_of(name, function, given=1 if state is None else 2)
