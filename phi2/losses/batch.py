@@ -271,6 +271,11 @@ class AnswerBatch:
             return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns)
         return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns, gold.policy_logps, gold.mask)
 
+    def gaps(self, values: Tensor) -> Tensor:
+        """(B,) of (A,) values, the better answer's less the worse one's, of each of `pairs`; there may be none."""
+        better, worse = zip(*self._better, strict=True) if self._better else ((), ())
+        return values[self._tensor(better)] - values[self._tensor(worse)]
+
     def of_prompts(self, losses: Tensor, unit: Unit) -> Tensor:
         """(P,) for each prompt the mean over its pairs or answers.
 
