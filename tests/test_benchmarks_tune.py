@@ -23,13 +23,8 @@ from phi2_kernels import gelu_triton
 KERNELS = Path(gelu_triton.__file__).parent
 GELU = ENTRIES["gelu_forward"]
 SHIPPED = GELU.shipped(80)
-SPILLING, SMALLER = GELU.launch(80, (8, 1024, 1)), GELU.launch(80, (1, 1024, 4))
+SMALLER = GELU.launch(80, (1, 1024, 4))
 SHAPES = Shapes(B=2, H=3, S=5, D=4, C=64)
-
-
-def test_a_launch_that_spills_breaks_its_budget():
-    ((dropped,),) = aot.compiled([(80, "gelu_forward", SPILLING)])
-    assert dropped.launch == "n8 f1024" and re.fullmatch(r"\d+ bytes of stack", *dropped.violations)
 
 
 @pytest.mark.parametrize(

@@ -12,21 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import phi2
 from phi2.cli.commands import main
 from phi2.data.config import DataSpec
+from phi2.inference.generate import choices_of
 from phi2.lab.compare import run
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.comparison import Comparison, at_kl, farthest_common_kl
+from phi2.lab.measure import Measure
 from phi2.lab.variants import entry_of, split_texts, variants_of
+from phi2.lora import disabled
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo
 from phi2.training.config import DPOConfig
 from phi2.training.packing import row_of_answers
 from phi2.training.reference import score
-from phi2.training.scoring import answer_batch
+from phi2.training.scoring import Scored, answer_batch
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
 
@@ -145,11 +149,28 @@ def test_a_loss_without_reference_is_measured_like_the_others(comparison):
     config = DPOConfig(**{k: comparison.config[k] for k in ("model", "data", "output")})
     pairs = phi2.start(config).rows.train
     tokens = row_of_answers(pairs)
-    batch = answer_batch(pairs, *(score(each, tokens) for each in (model, base))).pairs
+    batch = answer_batch(pairs, Scored(score(model, tokens), score(base, tokens), {})).pairs
     chosen, rejected = batch.chosen_logratio, batch.rejected_logratio
     row = next(row for row in comparison.rows if (row["variant"], row["seed"]) == ("simpo(beta=2.0)", 42))
     assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), abs=1e-4)
     assert row["metrics"]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+
+
+def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
+    config = dpo_config(test_fraction=0.3)
+    session = phi2.start(config)
+    with session.policy(config) as model, torch.no_grad():
+        model.lm_head.adapter.lora_B.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        prompt, answer = np.array([5, 9, 7], dtype=np.int32), np.array([8, 6], dtype=np.int32)
+        measure = Measure(session, config, None, None, reference_free=True, last=None)
+        kl, entropy = measure.kl_and_entropy(model.eval(), [prompt], [answer])
+        ids = torch.from_numpy(np.concatenate((prompt, answer)).astype(np.int64))[None]
+        policy = model(ids)[0, 2:4, : choices_of(model, session.tokenizer)].double().log_softmax(dim=-1)
+        with disabled(model):
+            base = model(ids)[0, 2:4, : choices_of(model, session.tokenizer)].double().log_softmax(dim=-1)
+    assert (kl > 1e-3).all()
+    torch.testing.assert_close(kl.double(), (policy.exp() * (policy - base)).sum(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(policy.exp() * policy).sum(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_the_page_is_one_file_with_the_command_that_makes_it_again(comparison):

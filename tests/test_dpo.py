@@ -25,7 +25,7 @@ from phi2.training import dpo, reference
 from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut, Passes
-from phi2.training.scoring import answer_batch
+from phi2.training.scoring import Scored, answer_batch
 from phi2.training.session import start
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -190,7 +190,7 @@ def test_a_run_learns_and_leaves_its_folder(dpo_config, pair_data, lora):
     run = train(dataclasses.replace(config, sample_prompts=["Q?"]))
     result = "model" if lora is None else "adapter"
     assert {path.name for path in run.path.iterdir()} == {
-        *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json"),
+        *("config.yaml", "environment.json", "inputs.json", "data_audit.json", "eval_audit.json", "ledger"),
         *("metrics.jsonl", "samples.jsonl", "README.md", "checkpoints", result),
     }
     lines = lines_of(run)
@@ -385,7 +385,7 @@ def pair(prompt: list[int], chosen: list[int], rejected: list[int], **columns) -
 def test_only_columns_that_are_numbers_in_every_row_become_tensors():
     rows = [pair([1], [2], [3], a=1, b=2.5, c="x", d=1), pair([1], [2], [3], a=4, b=0.5, c=3)]
     logps = torch.zeros(4)
-    columns = answer_batch(rows, logps, logps).columns
+    columns = answer_batch(rows, Scored(logps, logps, {})).columns
     assert {name: values.tolist() for name, values in columns.items()} == {"a": [1.0, 4.0], "b": [2.5, 0.5]}
 
 

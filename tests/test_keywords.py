@@ -68,7 +68,9 @@ def test_a_mistake_is_told_in_one_line(settings, told):
 
 
 def test_a_name_like_no_other_is_told_all_there_are():
-    with pytest.raises(ValueError, match=r"no setting 'zzz'; there are model, data, output, .*disable_dropout, loss$"):
+    with pytest.raises(
+        ValueError, match=r"no setting 'zzz'; there are model, data, output, .*disable_dropout, ledger, loss$"
+    ):
         checked(DPOConfig, {"zzz": 1})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -18,6 +19,7 @@ from phi2.training.look import require_effect
 
 GIVEN = {  # of each modifier knobs that change something
     "weight": {"weight_column": "weight"},
+    "wpo": {"use_weighting": True},
     "sampo": {"sampo_seed": 3},
     "ld": {"ld_alpha": 0.25},
     "humanline": {"humanline_min": -0.25, "humanline_max": 0.25},
@@ -50,6 +52,29 @@ def test_every_modifier_is_tried_here():
 
 def test_a_weight_multiplies_the_loss_of_its_pair():
     assert value("hinge", beta=0.1, weight_column="weight") == pytest.approx(3 * 0.4)
+
+
+def weighed(**knobs) -> float:
+    """log p - log sum p^2 of SHORT and LONG, policy: -1 + 2, -2 + 2; -2 + 2, -1 + 1, -2 + 2.5, -3 + 2.5."""
+    sums = [torch.tensor([each], dtype=torch.float64) for each in ([-2.0, -2.0], [-2.0, -1.0, -2.5, -2.5])]
+    pairs = replace(pair(), extras={"log_sum_square": tuple(sums)})
+    return bind_loss("hinge", {"beta": 0.1, **knobs})(pairs).item()
+
+
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_say_it():
+    assert weighed(use_weighting=True) == pytest.approx(0.4 * exp(1 / 2 + 0 / 4))
+    assert weighed(use_weighting=True, weighting_max=1.0) == pytest.approx(0.4)
+    assert weighed(use_weighting=True, weighting_max=1.2) == pytest.approx(0.4 * 1.2)
+    assert weighed(use_weighting=False) == pytest.approx(0.4)
+
+
+def test_the_weight_of_wpo_has_no_gradient():
+    pairs = replace(pair(), extras={"log_sum_square": (torch.full((1, 2), -2.0), torch.full((1, 4), -2.0))})
+    chosen = pairs.policy_chosen_logps.requires_grad_()
+    losses = [bind_loss("hinge", {"beta": 0.1, "use_weighting": on})(pairs).sum() for on in (True, False)]
+    with_weight, plain = (torch.autograd.grad(loss, chosen) for loss in losses)
+    weight = exp((-1 + 2 - 2 + 2) / 2 + (-2 + 2 - 1 + 2 - 2 + 2 - 3 + 2) / 4)
+    torch.testing.assert_close(with_weight[0], weight * plain[0])
 
 
 def test_ld_counts_the_tail_of_the_longer_answer_less():
@@ -250,6 +275,7 @@ def test_several_modifiers_apply_in_their_order():
             {"f_alpha_divergence_coef": 0.7},
             "f_alpha_divergence_coef 0.7 needs f_divergence_type alpha_",
         ),
+        ("sigmoid", {"weighting_max": 1.0}, "weighting_max 1.0 needs use_weighting true, got false"),
         ("sigmoid", {"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], got 1.5"),
         ("sigmoid", {"sampo_seed": 0.5}, "sampo_seed must be a whole number from 0 on, got 0.5"),
         ("sigmoid", {"reduction": "median"}, "reduction must be one of sum, mean, got 'median'"),

@@ -80,16 +80,16 @@ def test_an_update_that_ran_out_of_memory_half_way_is_made_again_from_its_start(
     longest = max(row.tokens for row in start(dpo_config(**settings)).rows.train)
     settings |= dict(max_tokens_per_pass=longest)
     whole = dpo.train(dpo_config(**settings, output=str(tmp_path / "whole")))
-    both_logps, calls = dpo.both_logps, []
+    scored, calls = dpo.scored, []
 
     def runs_out(*arguments, **keywords):
         calls.append(None)
         if len(calls) == 7:  # behind the look before the first update, in the second half of a window
             raise torch.OutOfMemoryError("too much")
-        return both_logps(*arguments, **keywords)
+        return scored(*arguments, **keywords)
 
     for module in (dpo, scoring, two_phases):
-        monkeypatch.setattr(module, "both_logps", runs_out)
+        monkeypatch.setattr(module, "scored", runs_out)
     again = dpo.train(dpo_config(**settings, output=str(tmp_path / "again")))
     assert len(calls) > 7 and metrics_of(again) == metrics_of(whole)
     assert_same_weights(again, whole)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 
 from phi2.checkpoints.weights import load
 from phi2.demo.quickstart import Budget, quickstart
+from phi2.lab.comparison import Comparison
 
-TINY = Budget(sft_steps=2, dpo_steps=2, questions=2, held_out_rows=16)
+TINY = Budget(sft_steps=2, dpo_steps=2, questions=2, held_out_rows=16, compare_steps=1)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    return folder, quickstart(str(folder), seed=0, budget=TINY)
+    with mock.patch("phi2.demo.quickstart.SEEDS", 1):
+        return folder, quickstart(str(folder), seed=0, budget=TINY)
 
 
 def test_it_leaves_two_runs_and_a_report(done):
@@ -44,6 +47,13 @@ def test_the_report_compares_the_three_models_on_every_skill(done):
     text = report.read_text(encoding="utf-8")
     for told in ("base", "SFT", "DPO", "follow", "arithmetic", "quiz", "truthful", "coreference", "among 2,"):
         assert told in text
+
+
+def test_it_compares_losses_from_the_model_that_sft_left(done):
+    folder, _ = done
+    comparison = Comparison(folder / "compare")
+    assert comparison.variants == ["sigmoid", "ipo", "simpo"] and comparison.metrics["accuracy"].shape == (3, 1)
+    assert (comparison / "report.html").is_file()
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):

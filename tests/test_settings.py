@@ -88,6 +88,8 @@ DPO = {
     "reference": ("another model", {}),
     "precompute_ref_log_probs": (True, {}),
     "disable_dropout": (False, {"model": "with dropout"}),
+    "ledger": (False, {"test_fraction": 0.3}),
+    "weights_from": ("a run that evaluated the pairs", {}),
 }
 INSPECT = {
     **{name: entry for name, entry in SFT.items() if name in ("data", "chat_template", *ENCODE)},
@@ -110,7 +112,7 @@ SAMPLING = {
 
 
 @pytest.fixture(scope="module")
-def things(make_phi, write_rows, tiny_phi_with_dropout, tmp_path_factory):
+def things(make_phi, write_rows, pair_data, tiny_phi_with_dropout, tmp_path_factory):
     """What the tables above name in words."""
     turns = [{"role": "user", "content": "a <|im_end|> b"}, {"role": "assistant", "content": "the boat"}]
     chats = [{"messages": turns}, {"messages": [turns[0] | {"content": "hi"}, turns[1]]}]
@@ -122,7 +124,9 @@ def things(make_phi, write_rows, tiny_phi_with_dropout, tmp_path_factory):
     )
     start = dict(data=write_rows(rows), device="cpu", lora=LORA, max_steps=1, learning_rate=1e-2, max_length=64)
     adapter = sft.train(SFTConfig(model=str(make_phi()), output=str(tmp_path_factory.mktemp("start") / "run"), **start))
+    judge = dict(start, data=pair_data, eval_data=pair_data, output=str(tmp_path_factory.mktemp("judge") / "run"))
     return {
+        "a run that evaluated the pairs": str(dpo.train(DPOConfig(model=str(make_phi()), **judge))),
         "rows": write_rows(rows),
         "with images": write_rows([*rows, {**chats[1], "images": ["x.png"]}]),
         "other rows": write_rows(rows[2:]),

@@ -205,14 +205,13 @@ def test_both_times_a_pass_sees_the_same_dropout(started, checkpointing, fuse):
 
 def test_a_window_of_n_is_passed_through_n_minus_1_times_more_and_its_reference_once(started, monkeypatch):
     begun, passes = started(), []
-    row_logps = scoring.row_logps
+    hidden_states = scoring.hidden_states
 
     def counted(model: Phi2ForCausalLM, row) -> Tensor:
         passes.append(next(iter(lora_modules(model).values())).adapter is None)  # the reference: the adapter is off
-        return row_logps(model, row)
+        return hidden_states(model, row)
 
-    for module in (scoring, reference):
-        monkeypatch.setattr(module, "row_logps", counted)
+    monkeypatch.setattr(scoring, "hidden_states", counted)
     for loss, policy in (("sigmoid", 3), ("aot", 3 + 2)):
         passes.clear()
         begun.update(bind_loss(loss), [2, 2, 2])

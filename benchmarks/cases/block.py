@@ -101,11 +101,7 @@ def new_layer(device: torch.device, dtype: torch.dtype, config: Phi2Config, rank
 def our_layer(
     layer: Block, config: Phi2Config, positions: Tensor, until: Tensor | None, fused: bool, impl: str = "triton"
 ) -> Implementation:
-    """A layer of ours.
-
-    Args:
-        until: see `phi2_kernels.visibility`.
-    """
+    """A layer of ours; positions and until as in `compare_block`."""
     T = positions.shape[1]
     angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
     visibility = Visibility(T, T, until, positions.device)

@@ -25,6 +25,7 @@ from phi2.inference.generate import choices_of, replies_to
 from phi2.serve.config import EndpointConfig
 from phi2.serve.models import Served
 from phi2.serve.server import listen, make_server, url
+from phi2.tokenizer import Tokenizer
 
 CLIENTS, NEW_TOKENS = 32, 32
 TURNS = 8  # with prompts of their own, which no slot holds any more when they come again
@@ -65,7 +66,7 @@ def endpoint(timer: Timer, job: None) -> None:
         return await asyncio.gather(*(ask(prompt, start) for prompt in prompts))
 
     with asyncio.Runner() as runner:
-        _take_turns(timer, lambda prompts: runner.run(ask_all(prompts)))
+        _take_turns(timer, tokenizer, lambda prompts: runner.run(ask_all(prompts)))
 
 
 def engine_alone(timer: Timer, job: None) -> None:
@@ -81,11 +82,10 @@ def engine_alone(timer: Timer, job: None) -> None:
         return list(zip(texts, ends, strict=True))
 
     with ThreadPoolExecutor(1) as thread:  # as the worker is one: what OpenMP's threads cost depends on who asks them
-        _take_turns(timer, lambda prompts: thread.submit(answer_all, prompts).result())
+        _take_turns(timer, tokenizer, lambda prompts: thread.submit(answer_all, prompts).result())
 
 
-def _take_turns(timer: Timer, answer_all: Callable[[list[str]], list[tuple[str, float]]]) -> None:
-    _, tokenizer = nano()
+def _take_turns(timer: Timer, tokenizer: Tokenizer, answer_all: Callable[[list[str]], list[tuple[str, float]]]) -> None:
     prompts = mixed_prompts(tokenizer, TURNS * CLIENTS)
     for start in cycle(range(0, len(prompts), CLIENTS)):
         timer.start()

@@ -84,12 +84,10 @@ def rounded(model: Phi2ForCausalLM, format: str | None) -> Phi2ForCausalLM:
     """With its linears as a format rounds them."""
     linears = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)} if format else {}
     for name, weight in linears.items():
-        weight.data = _rounded(weight.data, "int8" if name == "lm_head" else format).to(weight.dtype)
+        is_int8 = format == "int8" or name == "lm_head"
+        form = quantize_int8(weight.data) if is_int8 else quantize_int4(weight.data, GROUP)
+        weight.data = form.dense().to(weight.dtype)
     return model
-
-
-def _rounded(weight: Tensor, format: str) -> Tensor:
-    return (quantize_int8(weight) if format == "int8" else quantize_int4(weight, GROUP)).dense()
 
 
 def random_cache(

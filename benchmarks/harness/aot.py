@@ -93,11 +93,6 @@ class Row:
         return asdict(self) | {"programs": self.programs, "violations": ", ".join(self.violations)}
 
 
-def measure(forms: list[str], architectures: tuple[int, ...] = spec.ARCHITECTURES) -> list[Row]:
-    """All that is launched in these forms, for these architectures."""
-    return sum(compiled([(arch, form, None) for arch in architectures for form in forms]), [])
-
-
 def compiled(jobs: list[tuple[int, str, Launch | None]]) -> list[list[Row]]:
     """What each job compiles to, in processes that are not told to interpret.
 
@@ -119,8 +114,9 @@ def _rows(arch: int, name: str, launch: Launch | None) -> list[Row]:
         entry = spec.ENTRIES[name]
         with compile_only(arch, entry.kernel) as found, entry.launched_as(arch, launch):
             entry.compile()
-    different = {code.hash: (kernel, code, constants) for kernel, code, constants in found}
-    return [_row(*each, name, arch) for each in different.values()]
+    different = list({compiled.hash: (kernel, compiled, constants) for kernel, compiled, constants in found}.values())
+    codes = sass.read([compiled.asm["cubin"] for _, compiled, _ in different], arch)
+    return [_row(*each, code, name, arch) for each, code in zip(different, codes, strict=True)]
 
 
 class _OnGPU(Tensor):
@@ -173,8 +169,8 @@ def name_of(kernel) -> str:
     return f"{op} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
 
 
-def _row(kernel, compiled, constants: dict, form: str, arch: int) -> Row:
-    name, code, warps = name_of(kernel), Code.read(compiled.asm["cubin"]), compiled.metadata.num_warps
+def _row(kernel, compiled, constants: dict, code: Code, form: str, arch: int) -> Row:
+    name, warps = name_of(kernel), compiled.metadata.num_warps
     types = {argument.removesuffix("_ptr"): _first(type_) for argument, type_ in compiled.src.signature.items()}
     constants = constants | ({"PIECES": (spec.PHI2.D,)} if form == spec.PADDED else {})  # what is useful of the tiles
     useful = spec.USEFUL.get(name, lambda **_: 0)

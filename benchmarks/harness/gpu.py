@@ -134,7 +134,9 @@ def report(comparisons: list[Comparison], turns: int, facts: Cells | None = None
         peaks = {name: peak_memory(one, each.inputs(0)) for name, one in passed.implementations.items()}
         times = bench(each, passed.implementations, turns)
         torch.cuda.empty_cache()
-        measures += [*_speeds(each, times), *_peaks(each, peaks)]
+        measures += _speeds(each, times)
+        if limit := each.peak_limit:
+            measures.append(Measure.of(f"{each.name}: peak, allowed", "GB", [peaks[OURS]], [limit], target=1.0))
         rows = [_row(each, name, times[name], peaks[name], passed.errors[name], rates) for name in times]
         stream.task_measured(rows, passed.absent)
         table += rows
@@ -160,12 +162,6 @@ def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measu
         )
         for label, (peer, target) in peers.items()
     ]
-
-
-def _peaks(comparison: Comparison, peaks: dict[str, float]) -> list[Measure]:
-    if comparison.peak_limit is None:
-        return []
-    return [Measure.of(f"{comparison.name}: peak, allowed", "GB", [peaks[OURS]], [comparison.peak_limit], target=1.0)]
 
 
 def _row(comparison: Comparison, name: str, times: list[float], peak: float, error: float, rates: Rates) -> Cells:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phi2.evaluation.config import EvaluateConfig
     from phi2.inference.config import ReplyConfig
     from phi2.lab.compare_config import CompareConfig
+    from phi2.lab.verify_config import VerifyConfig
     from phi2.runs.run import Run
     from phi2.serve.config import DemoConfig, ServeConfig
     from phi2.training.config import DPOConfig, SFTConfig
@@ -103,6 +104,41 @@ def compare(config: CompareConfig) -> None:
 
     comparison = run(config)
     print(f"\n{comparison}\nwrote {comparison / 'report.html'}, results.jsonl and cells/ beside it")
+
+
+def verify(config: VerifyConfig) -> None:
+    """Hold a model's numbers to what this project promises of them: green or red, line by line."""
+    from phi2.lab.verify import run
+
+    verification = run(config)
+    print(verification.shown(color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if verification.red:
+        raise ValueError(f"{len(verification.red)} of {len(verification.lines)} lines are red")
+
+
+def replay(
+    run: str,
+    losses: str | list[str | dict[str, Any]] | None = None,
+    loss_file: str | None = None,
+    evaluation: str = "last",
+    output: str | None = None,
+) -> None:
+    """Any loss on the log-probs that a run kept: values, weights, dominant pairs, disagreements; no model needed.
+
+    Args:
+        run: Folder of a preference run or of its ledger; it may also stand first, without the flag.
+        losses: As in phi2 compare, with commas between: sigmoid,ipo(beta=0.3),simpo(gamma=1.0); unset, the run's own.
+        loss_file: Python file of yours that registers losses.
+        evaluation: Step of one of the run's evaluations, last, or all.
+        output: File for a line of JSON for each evaluation, loss and pair.
+    """
+    from phi2.lab.replay_table import replay_run, report_of, write_lines
+
+    evaluations = replay_run(run, losses, loss_file, evaluation)
+    print(report_of(evaluations))
+    if output is not None:
+        write_lines(output, evaluations)
+        print(f"\nwrote {output}")
 
 
 def _announce(run: Run, *files: Path) -> None:
@@ -268,6 +304,8 @@ COMMANDS = {
         "phi2.lab.compare_config:CompareConfig",
         {"data": named_sources, "losses": registered_losses, "loss_args": registered_modifiers},
     ),
+    "verify": Command(verify, "phi2.lab.verify_config:VerifyConfig", {"data": named_sources}),
+    "replay": Command(replay, choices={"losses": registered_losses}, first="run"),
     "losses": Command(losses, first="name"),
     "sample_pairs": Command(
         sample_pairs, "phi2.answers.config:SamplePairsConfig", {"prompts": named_prompts, "score": named_scores}

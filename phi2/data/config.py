@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from phi2.text.template_choice import require_template_choice
+
 Boundary = Literal["joint", "split"]
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
 TrainOn = Literal["completion", "assistant", "all"]
@@ -56,6 +58,20 @@ class EncodeConfig:
                 raise ValueError(
                     f"max_prompt_length must be in [1, {self.max_length - 1}], got {self.max_prompt_length}"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig(EncodeConfig):
+    """What the rows of a data set are for, and, inherited, how they become token ids."""
+
+    kind: Literal["auto", "supervised", "preference"] = "auto"
+    """What the rows are for; auto takes pairs for preference data."""
+    chat_template: str = "auto"
+    """As in `phi2 sft`, for supervised rows: auto, chatml, none or a FILE.jinja."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_template_choice(self.chat_template)
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,15 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from phi2.data.audit import Audit
-from phi2.data.encode import EncodeConfig, Encoded, EncodedPreference, EncodedSequence, encode_records
+from phi2.data.config import EncodeConfig, RowsConfig
+from phi2.data.encode import Encoded, EncodedPreference, EncodedSequence, encode_records
+from phi2.data.load import load_kind, with_template
 from phi2.data.records import PAIR, Record
-from phi2.data.sources import Loaded, NoUsableRow, load_records, require_ignored
 from phi2.hub import resolve
-from phi2.text.template_choice import require_template_choice
 from phi2.tokenizer import Tokenizer
 
 RESET, BOLD = "\x1b[0m", "\x1b[1m"
@@ -30,25 +29,20 @@ VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(EncodeConfig):
+class InspectConfig(RowsConfig):
     """Which rows to show, and, inherited, how they become tokens."""
 
     data: str
     """Files, hub data sets or named sources, separated by commas."""
     model: str
     """Folder, hub id, "nano" or "nano-instruct" whose tokenizer is used."""
-    kind: Literal["auto", "supervised", "preference"] = "auto"
-    """What the rows are for; auto takes pairs for preference data."""
     rows: int = 3
     """How many rows to show."""
     ids: bool = False
     """Show token ids too."""
-    chat_template: str = "auto"
-    """As in `phi2 sft`, for supervised rows: auto, chatml, none or a FILE.jinja."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_template_choice(self.chat_template)
         if self.rows < 0:
             raise ValueError(f"rows must not be negative, got {self.rows}")
         if self.ids and not self.rows:
@@ -61,28 +55,9 @@ def inspect_data(config: InspectConfig) -> str:
     Raises:
         FileNotFoundError, ValueError: when the data or the tokenizer cannot be read, or no row is usable.
     """
-    loaded, kind = _load(config)
-    require_ignored(config.ignore_columns, loaded.dropped)
-    tokenizer = Tokenizer.from_folder(resolve(config.model))
-    if kind == "supervised":
-        tokenizer = tokenizer.with_chat_template(config.chat_template)
-    elif config.chat_template != "auto":
-        raise ValueError(f"chat_template is for supervised rows, and these are pairs, got {config.chat_template!r}")
-    return inspect_rows(loaded.records, tokenizer, config, kind, config.rows, config.ids, dropped=loaded.dropped)
-
-
-def _load(config: InspectConfig) -> tuple[Loaded, str]:
-    data, kind, ignore = config.data, config.kind, config.ignore_columns
-    if kind == "auto":
-        try:
-            return load_records(data, "preference", ignore), "preference"
-        except NoUsableRow as error:
-            if error.rules - {"unknown-format"}:  # they are pairs, and something is wrong with all of them
-                raise
-        except ValueError:  # a source of another kind, or one that cannot be read: the next line says which
-            pass
-        kind = "supervised"
-    return load_records(data, kind, ignore), kind
+    (records, dropped), kind = load_kind(config.data, config)
+    tokenizer = with_template(Tokenizer.from_folder(resolve(config.model)), config, kind)
+    return inspect_rows(records, tokenizer, config, kind, config.rows, config.ids, dropped=dropped)
 
 
 def inspect_rows(

@@ -1,6 +1,7 @@
 """The whole recipe in miniature: what was done to Phi-2, done to the tiny model of this package, in minutes on a CPU.
 
     base -> SFT of all weights -> DPO with LoRA -> merge -> grades of all three -> a chat -> report.html
+                                  and other losses beside it, each with two seeds -> compare/report.html
 
 Every step is what a user would write for the large model: the same configs, the same functions, other numbers. SFT
 trains all weights here because the base has never seen a chat, and a model of 5 million weights has no rank to spare.
@@ -19,12 +20,16 @@ from phi2.checkpoints.weights import load
 from phi2.data.sources import DataSpec
 from phi2.evaluation.toy import Score, evaluate
 from phi2.inference.chat import ChatSession
+from phi2.lab import compare
+from phi2.lab.compare_config import CompareConfig
+from phi2.lab.comparison import Comparison
 from phi2.lab.report import write_comparison, write_report
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
 
 BASE = "nano"
 LORA = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"))
+LOSSES, SEEDS = ("sigmoid", "ipo", "simpo"), 2
 SMALL_TALK = ("Where does the owl live?", "And what does it eat?")  # no longer than the chats it was trained on
 SAMPLE_PROMPTS = [
     "What colour is the cat? Use three words.",
@@ -35,7 +40,7 @@ SAMPLE_PROMPTS = [
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent; the defaults take two and a half minutes on two free cores."""
+    """How much is spent; the defaults take MINUTES on two free cores."""
 
     sft_steps: int = 240
     """Updates of supervised fine-tuning, of 32 conversations each."""
@@ -45,9 +50,11 @@ class Budget:
     """Held-out questions of each skill, asked to every model."""
     held_out_rows: int = 200
     """Rows that a run is evaluated on."""
+    compare_steps: int = 30
+    """Updates of each run of the comparison of losses, of 8 pairs each."""
 
     def __post_init__(self) -> None:
-        for name in ("sft_steps", "dpo_steps", "questions", "held_out_rows"):
+        for name in ("sft_steps", "dpo_steps", "questions", "held_out_rows", "compare_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -76,12 +83,16 @@ def quickstart(output: str = "runs/quickstart", seed: int = 0, budget: Budget | 
         _say(f"Grading {name}: {budget.questions} held-out questions of each skill")
         scores[name] = evaluate(*load(model), budget.questions, seed)
     conversation = talk(models["DPO"])
+    _say(f"Comparing {', '.join(LOSSES)}: {SEEDS} runs each from the SFT model")
+    comparison = compare_losses(folder / "compare", models["SFT"], seed, budget)
     runs = {"The SFT run": folder / "sft", "The DPO run": folder / "dpo"}
     report = write_comparison(folder / "report.html", "Phi-2's recipe in miniature", scores, runs, conversation)
     _say(f"Done in {perf_counter() - start:.0f} s. Right answers, with 95 % intervals:")
     print(score_table(scores))
     print("\n" + "\n".join(f"{message['role']:>9}: {message['content']}" for message in conversation))
-    print(f"\nreport    {report}\nchat      phi2 chat --model {models['DPO']}")
+    print(f"\n{comparison}")
+    print(f"\nreport    {report}\nlosses    {comparison.path / 'report.html'}")
+    print(f"chat      phi2 chat --model {models['DPO']}")
     return report
 
 
@@ -135,6 +146,26 @@ def align(run: Path, model: str, seed: int, budget: Budget) -> Path:
     dpo.train(config)
     write_report(run)
     return merge_adapter(model, str(run / "adapter"), str(run / "model"))
+
+
+def compare_losses(folder: Path, model: str, seed: int, budget: Budget) -> Comparison:
+    """Which loss is better beyond noise: a small `phi2 compare`, from the model that SFT left."""
+    config = CompareConfig(
+        model=model,
+        data="toy-dpo",
+        eval_data=[DataSpec("toy-dpo", split="test", rows=budget.held_out_rows)],
+        losses=[*LOSSES],
+        seeds=SEEDS,
+        seed=seed,
+        eval_steps=budget.compare_steps,
+        output=str(folder),
+        lora=LoraConfig(r=8, target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
+        max_length=256,
+        max_steps=budget.compare_steps,
+        per_device_train_batch_size=8,
+        learning_rate=2e-4,
+    )
+    return compare.run(config)
 
 
 def talk(model: str) -> Sequence[Mapping[str, str]]:

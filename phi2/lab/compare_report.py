@@ -18,6 +18,7 @@ CURVES = {
     "margin": "Margin, nats",
     "kl": "KL to the reference, nats per answer",
     "length": "Tokens of an answer",
+    "entropy": "Entropy, nats per token",
     "chosen_drift": "Drift of chosen answers, nats",
     "rejected_drift": "Drift of rejected answers, nats",
 }
@@ -26,7 +27,7 @@ HOW = (
     " rejected one. Drift: the mean of what answers gained, s - r, in nats; margin: chosen minus rejected drift, not"
     " times beta.",
     "KL: of the policy to the reference, in nats per answer, on the policy's own answers to 32 held-out prompts (64"
-    " tokens at most), token by token over all ids. Length: tokens of these answers.",
+    " tokens at most), token by token over all ids. Length: tokens of these answers. Entropy: of the policy at them.",
     "Loss: of the run on held-out pairs; losses of other variants are other functions, and not compared.",
 )
 TOY = "Toy skills: share of right answers, the mean over the skills of 20 held-out questions each."

@@ -30,6 +30,7 @@ LABELS = {  # metric -> head of its column
     "rejected_drift": "rejected drift",
     "kl": "KL",
     "length": "length",
+    "entropy": "entropy",
     "loss": "loss",
 }
 COMPARED = tuple(LABELS)[:-1]  # a loss says nothing beside another one

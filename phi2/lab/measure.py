@@ -82,24 +82,29 @@ class Measure:
         write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines.values()))
 
     def distance(self, model: Phi2ForCausalLM) -> dict[str, float]:
-        """`kl`, nats per answer, and the mean `length` of the answers, tokens."""
+        """`kl`, nats per answer, the mean `length` of the answers, tokens, and `entropy`, nats per token of them."""
         prompts = [pair.prompt for pair in self.pairs[:PROMPTS]]
         answers = sample_answers(model, self.session.tokenizer, prompts)
-        kls = [
-            kl
-            for i in range(0, len(prompts), ROWS)
-            for kl in self.kl(model, prompts[i : i + ROWS], answers[i : i + ROWS])
-        ]
-        return {"kl": float(np.mean(kls)), "length": float(np.mean([len(answer) for answer in answers]))}
+        parts = [slice(i, i + ROWS) for i in range(0, len(prompts), ROWS)]
+        of_tokens = [self.kl_and_entropy(model, prompts[part], answers[part]) for part in parts]
+        kls, entropies = torch.cat(of_tokens, dim=1)  # (tokens,) each
+        lengths = [len(answer) for answer in answers]
+        return {
+            "kl": kls.sum().item() / len(answers),
+            "length": float(np.mean(lengths)),
+            "entropy": entropies.mean().item(),
+        }
 
     @torch.no_grad()
-    def kl(self, model: Phi2ForCausalLM, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[float]:
-        """KL(policy to reference) of each answer y to its prompt x, summed over its tokens.
+    def kl_and_entropy(
+        self, model: Phi2ForCausalLM, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+    ) -> Tensor:
+        """(2, tokens) at each token of answers y to prompts x: KL(policy to reference), and the policy's entropy.
 
-            sum_t KL(policy(. | x, y_<t) to reference(. | x, y_<t)),  y from the policy
+            KL(policy(. | x, y_<t) to reference(. | x, y_<t)),  y from the policy
 
-        In expectation that is the KL of whole answers, by the chain rule; unlike log policy(y|x) - log reference(y|x)
-        it is never negative, and its spread is smaller.
+        Summed over t it is in expectation the KL of whole answers, by the chain rule; unlike log policy(y|x) - log
+        reference(y|x) it is never negative, and its spread is smaller.
 
         Source: Amini, Vieira and Cotterell 2025, arXiv:2504.10637, the Rao-Blackwellized estimator.
         """
@@ -110,8 +115,8 @@ class Measure:
             policy = log_probs(model, row, choices)
             with self.at_start(model) as start:
                 reference = log_probs(start, row, choices)
-        of_token = (policy.exp() * (policy - reference)).sum(dim=-1)  # (N,)
-        return [float(part.sum()) for part in of_token.split([len(answer) for answer in answers])]
+        share = policy.exp()
+        return torch.stack(((share * (policy - reference)).sum(dim=-1), -(share * policy).sum(dim=-1)))
 
     @contextmanager
     def at_start(self, model: Phi2ForCausalLM) -> Iterator[Phi2ForCausalLM]:

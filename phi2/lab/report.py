@@ -15,6 +15,7 @@ from typing import Any
 from phi2.data.audit import FLAGS
 from phi2.evaluation.toy import Score
 from phi2.files import read_json, read_json_lines, read_yaml, write_whole
+from phi2.lab.ledger_page import ledger_sections
 from phi2.pages.charts import interval_chart, number
 from phi2.pages.page import chat, noted, page, said, settings, table
 from phi2.runs.shown import curves, summary, title_of
@@ -37,6 +38,7 @@ def write_report(run_folder: str | PathLike[str]) -> Path:
     config, metrics = _yaml(run / "config.yaml"), _json_lines(run / "metrics.jsonl")
     sections = {
         "Curves": curves(metrics),
+        **ledger_sections(run),
         **_audits(run),
         "Samples": _samples(_json_lines(run / "samples.jsonl")),
         "Settings": settings(config),

@@ -112,3 +112,16 @@ def t_quantile(df: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_inside(middle, df) < LEVEL else (low, middle)
     return (low + high) / 2
+
+
+def spearman(values: np.ndarray, others: np.ndarray) -> float:
+    """Rank correlation of (n,) values and others, equal ones at their mean rank; NaN where all of one are equal."""
+    one, other = (ranks - ranks.mean() for ranks in (mean_ranks(values), mean_ranks(others)))
+    spread = math.sqrt(float((one**2).sum() * (other**2).sum()))
+    return float((one * other).sum()) / spread if spread else math.nan
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """(n,) ranks from 0 on; equal values share the mean of theirs."""
+    _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[groups]

@@ -62,6 +62,7 @@ class PairBatch:
         columns: (B,) float32 for each numeric column of the data set (score_chosen, weight, ...).
         gold_logps, gold_mask: (B, T_g) likewise, of a third answer that is to be imitated, by the policy; None unless
             the loss needs it.
+        extras: by name (B, T_w) and (B, T_l) float32 of what the loss needs besides of each token, 0 behind the end.
         score: what a log-ratio l counts as, element by element; None is l itself (`modifiers.f_divergence`).
     """
 
@@ -74,6 +75,7 @@ class PairBatch:
     columns: Columns = field(default_factory=Columns)
     gold_logps: Tensor | None = None
     gold_mask: Tensor | None = None
+    extras: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     score: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
@@ -166,6 +168,7 @@ class AnswerBatch:
         scores: of each answer 1 or 0 where it is chosen or rejected, or has a label; else what the data set gives.
         columns: (P,) float32 for each numeric column of the data set.
         gold: an answer to each prompt that is to be imitated and compared with nothing; None unless the loss needs it.
+        extras: by name (A, T) float32 of what the loss needs besides of each token, 0 behind the end.
         mismatched: answers to other prompts behind these, without gradient, P prompts of as many answers as those other
             prompts have; None unless the loss needs them.
     """
@@ -177,6 +180,7 @@ class AnswerBatch:
     ref_logps: Tensor | None = None
     columns: Columns = field(default_factory=Columns)
     gold: AnswerBatch | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
     mismatched: AnswerBatch | None = None
 
     @cached_property
@@ -263,13 +267,12 @@ class AnswerBatch:
         """Every two answers to one prompt of which one is better; of a chosen and a rejected answer, these two."""
         owners = self._owners("pair")
         (s_w, s_l), (r_w, r_l), (m_w, m_l) = map(self._sides, (self.policy_logps, self.ref_logps, self.mask))
-        columns, gold = self.columns, self.gold
+        columns, gold, extras = self.columns, self.gold, {name: self._sides(x) for name, x in self.extras.items()}
         if owners != [*range(self.count)]:
             prompt = self._tensor(owners)
             columns = columns.each(lambda values: values[prompt])
-        if gold is None:
-            return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns)
-        return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns, gold.policy_logps, gold.mask)
+        s_g, m_g = (None, None) if gold is None else (gold.policy_logps, gold.mask)
+        return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns, s_g, m_g, extras)
 
     def gaps(self, values: Tensor) -> Tensor:
         """(B,) of (A,) values, the better answer's less the worse one's, of each of `pairs`; there may be none."""
@@ -301,6 +304,7 @@ class AnswerBatch:
             scores=self.scores[start:end],
             columns=self.columns.each(lambda values: values[prompt : prompt + 1]),
             gold=None if self.gold is None else self.gold.only(prompt),
+            extras={name: values[start:end, :width] for name, values in self.extras.items()},
             mismatched=None if self.mismatched is None else self.mismatched.only(prompt),
         )
 
@@ -344,5 +348,8 @@ class AnswerBatch:
 
 def _reference(logps: Tensor | None) -> Tensor:
     if logps is None:
-        raise ValueError("this run has no reference: register the loss without reference_free=True to use it")
+        raise ValueError(
+            "this run has no reference: register the loss without reference_free=True to use it (in a loop of your own,"
+            " give score_rows one)"
+        )
     return logps

@@ -154,7 +154,7 @@ def _bind(part: Part, loss_file: str | Path | None) -> BoundLoss:
         scope=loss.scope,
         state=start,
         unit=loss.unit,
-        needs=loss.needs,
+        needs=tuple(dict.fromkeys([*loss.needs, *(need for name in modified for need in MODIFIERS[name].needs)])),
     )
 
 

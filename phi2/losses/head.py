@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
 from phi2.model import Phi2ForCausalLM
 from phi2_kernels.linear_logprob import linear_logprob
@@ -26,9 +27,14 @@ def target_logps(
     Returns:
         (N,) float32 in nats, and (N,) entropies in nats or None.
     """
-    picked = hidden.flatten(0, 1).index_select(0, logits_indices)  # (N, C)
-    head = model.lm_head
-    device, weight, adapter = hidden.device.type, head.weight, (None, None)
+    return head_logps(model.lm_head, hidden.flatten(0, 1).index_select(0, logits_indices), targets, entropy=entropy)
+
+
+def head_logps(
+    head: PhiLinear, picked: Tensor, targets: Tensor, *, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`target_logps` of hidden states that were picked already, (N, C)."""
+    device, weight, adapter = picked.device.type, head.weight, (None, None)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         picked, weight = picked.to(dtype), weight.to(dtype)

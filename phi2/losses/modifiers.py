@@ -20,6 +20,7 @@ from torch import Tensor
 
 from phi2.losses.batch import PairBatch
 from phi2.losses.knobs import Knobs, knobs_of
+from phi2.losses.registry import Need
 
 Loss = Callable[[PairBatch], Tensor]  # a loss whose knobs are set
 EXPONENT_CAP = 80.0  # of f-divergences, as in trl
@@ -33,6 +34,7 @@ class Modifier(NamedTuple):
         needs_reference: without one it has nothing to act on.
         may_miss: a loss may not read what it changes.
         needs_values_of_pairs: it acts on what the loss returns, one value of each pair.
+        needs: what a batch must have for it.
     """
 
     function: Callable[..., Loss]
@@ -40,20 +42,25 @@ class Modifier(NamedTuple):
     needs_reference: bool
     may_miss: bool
     needs_values_of_pairs: bool
+    needs: tuple[Need, ...]
 
 
 MODIFIERS: dict[str, Modifier] = {}  # in the order in which they are applied
 
 
 def modifier(
-    *, needs_reference: bool = False, may_miss: bool = False, needs_values_of_pairs: bool = False
+    *,
+    needs_reference: bool = False,
+    may_miss: bool = False,
+    needs_values_of_pairs: bool = False,
+    needs: tuple[Need, ...] = (),
 ) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
     """Registers a modifier under the name of its function."""
 
     def register(function: Callable[..., Loss]) -> Callable[..., Loss]:
         name = function.__name__
         knobs = knobs_of(name, function)
-        MODIFIERS[name] = Modifier(function, knobs, needs_reference, may_miss, needs_values_of_pairs)
+        MODIFIERS[name] = Modifier(function, knobs, needs_reference, may_miss, needs_values_of_pairs, needs)
         return function
 
     return register
@@ -73,6 +80,29 @@ def weight(loss: Loss, *, weight_column: str = "weight") -> Loss:
     Source: huggingface/trl issue 5613, where it is asked for.
     """
     return lambda pairs: pairs.columns[weight_column] * loss(pairs)
+
+
+@modifier(needs_values_of_pairs=True, needs=("log_sum_square",))
+def wpo(loss: Loss, *, use_weighting: bool = False, weighting_max: float = 0.0) -> Loss:
+    """WPO: each pair's loss times w_w w_l, w = e^(mean over tokens of log p - log sum p^2), sg, p the policy's.
+
+    A pair counts the more the likelier the policy is to say it. The authors take at most 1 for the product,
+    `weighting_max: 1`; trl takes it as it is, and so does 0.
+
+    Source: arXiv:2406.11827, as in trl; wzhouad/WPO scripts/wpo_trainer.py.
+    """
+
+    if weighting_max and not use_weighting:
+        raise ValueError(f"weighting_max {weighting_max} needs use_weighting true, got false")
+
+    def weighted(pairs: PairBatch) -> Tensor:
+        chosen, rejected = pairs.extras["log_sum_square"]
+        logs = (pairs.policy_chosen_logps - chosen).sum(dim=-1) / pairs.chosen_length
+        logs = logs + (pairs.policy_rejected_logps - rejected).sum(dim=-1) / pairs.rejected_length
+        weights = logs.detach().exp()
+        return (weights.clamp(max=weighting_max) if weighting_max else weights) * loss(pairs)
+
+    return weighted if use_weighting else loss
 
 
 @modifier()

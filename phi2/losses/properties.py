@@ -7,7 +7,7 @@ difference is the loss's own. Everything runs on the CPU and leaves torch's rand
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phi2.losses.batch import AnswerBatch, Columns, PairBatch
 from phi2.losses.bound import BoundLoss
-from phi2.losses.registry import Need
+from phi2.losses.registry import EXTRAS, Need
 
 STEPS = 64  # of the made-up log-probabilities in a nat
 CLOSE = 1e-4  # by how much of the largest number of a batch the rounding of one formula may differ
@@ -52,6 +52,9 @@ def made_up_answers(
     )
     if "mismatched" in needs:
         answers = replace(answers, mismatched=replace(answers, columns=Columns()))
+    spread = -(answers.policy_logps - 1 / STEPS) / 2 * mask  # of an entropy; log sum p^2 is below 0, and above 2 log p
+    extras: dict[str, Tensor] = {name: spread if name == "entropy" else -spread for name in needs if name in EXTRAS}
+    answers = replace(answers, extras=extras)
     if "gold" in needs:
         firsts = [each[:1] for each in lengths]
         answers = replace(answers, gold=made_up_answers(firsts, [(1.0,)] * len(firsts), Columns(), reference_free=True))
@@ -114,7 +117,7 @@ def require_numbers(loss: BoundLoss, answers: AnswerBatch) -> None:
     Raises:
         ValueError: with its value.
     """
-    values, gradient = _outcome(loss, answers)
+    values, gradient = outcome(loss, answers)
     if not values.isfinite().all():
         raise ValueError(f"step 1: loss {loss.name!r} is {values[~values.isfinite()][0].item()} for a {loss.unit}")
     if not gradient.isfinite().all():
@@ -123,12 +126,12 @@ def require_numbers(loss: BoundLoss, answers: AnswerBatch) -> None:
 
 def uses_batch(loss: BoundLoss, answers: AnswerBatch) -> bool:
     """Whether the value or gradient of a prompt's answers differs when they stand alone."""
-    whole, end = _outcome(loss, answers), 0
+    whole, end = outcome(loss, answers), 0
     for index in range(answers.count):
         one = answers.only(index)
         start, end = end, end + len(one.lengths)
         try:
-            alone = _outcome(loss, one)
+            alone = outcome(loss, one)
         except (RuntimeError, IndexError, ValueError):  # it cannot do with one prompt
             return True
         together = whole.gradient[start:end, : alone.gradient.shape[1]]
@@ -139,13 +142,27 @@ def uses_batch(loss: BoundLoss, answers: AnswerBatch) -> bool:
     return False
 
 
+def require_scope(loss: BoundLoss, answers: AnswerBatch) -> None:
+    """Refuses a loss that looks at other rows and does not say so.
+
+    Raises:
+        ValueError: naming what to register it with.
+    """
+    if loss.scope == "pair" and uses_batch(loss, answers):
+        raise ValueError(
+            f"loss {loss.name!r} gives a {loss.unit} another value when other {loss.unit}s stand beside it:"
+            f' register it with scope="window", and it is given all {loss.unit}s of an update'
+        )
+
+
 def _is_close(part: Tensor, expected: Tensor, whole: Tensor) -> bool:
     """But for rounding, which is that of the largest number of the batch."""
     largest = whole.nan_to_num(0, 0, 0).abs().amax().item() if whole.numel() else 0.0
     return torch.allclose(part, expected, rtol=CLOSE, atol=CLOSE * largest, equal_nan=True)
 
 
-def _outcome(loss: BoundLoss, answers: AnswerBatch) -> Outcome:
+def outcome(loss: Callable[[AnswerBatch], Tensor], answers: AnswerBatch) -> Outcome:
+    """What a loss makes of answers, and how it would have every token's log-probability move."""
     policy = answers.policy_logps.detach().requires_grad_()
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of statistics over a single prompt

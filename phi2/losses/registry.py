@@ -25,7 +25,8 @@ from phi2.losses.source import require_source_file, run_source_file
 # (pairs, *, knob=default, ...) -> (B,) nats; with a state, (pairs, state, *, knob=default, ...) -> both
 LossFunction = Callable[..., Any]
 Scope = Literal["pair", "window"]
-Need = Literal["gold", "mismatched"]  # what a batch has only for a loss that asks for it
+Need = Literal["gold", "mismatched", "entropy", "log_sum_square"]  # what a batch has only for a loss that asks for it
+EXTRAS = ("entropy", "log_sum_square")  # those of each token
 State = Mapping[str, float | Tensor]
 REWARD_SCALE = "beta"
 
@@ -87,7 +88,8 @@ def preference_loss(
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the
             answers to a prompt their value together. It is called with an `AnswerBatch`.
         needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers
-            to other prompts behind each prompt.
+            to other prompts behind each prompt; "entropy" and "log_sum_square", log sum p^2, of the policy's
+            distribution at each token, in `extras`, without gradient.
     Raises:
         ValueError: when the name is taken by another function or cannot be written in a mixture, or a keyword argument
             has no default that says what it takes, or reward_scale is no knob that is a number, or a scope, unit or

@@ -27,7 +27,7 @@ OTHER_ANSWERS: dict[Need, str] = {
     "mismatched": "answers to other prompts",
 }
 LEFT_OUT = {  # of those a survey names
-    "TDPO, BNF, WPO": "need the whole distribution of each token: its KL, entropy, or sum of squares",
+    "TDPO, BNF": "need the reference's whole distribution at each token",
     "QRPO": "needs rewards of the reference's own samples beside those of the answers",
     "FocalPO": "the constant of its factor was not found: the authors' repository has no code",
     "SPO (SiLU)": "oxRL's -z sigma(z) falls without end, its own text tells of a minimum; no other source was found",
@@ -67,6 +67,7 @@ One function in a file of yours, `phi2 dpo --loss_file mine.py --loss margin_to_
 ```python
 import phi2
 import torch.nn.functional as F
+
 
 @phi2.preference_loss("margin_to_best", unit="prompt")
 def margin_to_best(answers: phi2.AnswerBatch, *, beta: float = 0.1):

@@ -22,7 +22,7 @@ from phi2.runs.log import whole_lines
 
 FREE_TO_CHANGE = frozenset(
     "output resume device logging_steps eval_steps save_strategy save_steps save_total_limit sample_prompts"
-    " loss_file".split()  # what stands in that file may not change: inputs.json
+    " ledger loss_file".split()  # what stands in that file may not change: inputs.json
 )
 
 

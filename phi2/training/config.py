@@ -13,6 +13,8 @@ from phi2.data.config import EncodeConfig
 from phi2.runs.config import RunConfig, require_at_least, require_effect, require_not_negative
 from phi2.text.template_choice import require_template_choice
 
+WEIGHTS = "weights_from"  # the column in which a run keeps the weights that this setting brings
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
@@ -114,6 +116,9 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
     """Python file of yours that registers losses with @phi2.preference_loss; it is run, and kept as loss.py."""
     nll_weight: float = 0.0
     """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss (trl's rpo_alpha)."""
+    weights_from: str | None = None
+    """Weights of the training pairs: a run or its ledger, or a Parquet file with the columns pair and weight
+    (docs/ledger.md); each pair's loss is multiplied by its own."""
     reference: str = "auto"
     """adapters_off, frozen_copy, or another checkpoint by folder or hub id; auto is adapters_off for a new adapter,
     else frozen_copy."""
@@ -123,9 +128,13 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
     """Folder of precomputed reference log-probabilities, shared between runs; unset, inside the run folder."""
     disable_dropout: bool = True
     """Train without dropout, as the reference is without it."""
+    ledger: bool = True
+    """Keep what each evaluation finds of each held-out pair, in ledger/ (docs/ledger.md)."""
 
     def __post_init__(self) -> None:
         _check_parts(self)
+        evaluates = self.eval_data is not None or self.test_fraction > 0
+        require_effect(self, "ledger", "eval_data or test_fraction", "neither", evaluates)
         if self.nll_weight < 0:
             raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}")
         twice = [
@@ -133,6 +142,8 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
         ]
         if twice:
             raise ValueError(f"{', '.join(twice)} is given twice, also in loss_args {self.loss_args}")
+        if self.weights_from is not None and self.loss_args.get("weight_column", WEIGHTS) != WEIGHTS:
+            raise ValueError(f"give weights_from or weight_column {self.loss_args['weight_column']}, not both")
         if self.reference == "adapters_off" and (self.lora is None or self.adapter is not None):
             raise ValueError("reference adapters_off is the start of a new adapter only; use frozen_copy")
         if self.reference_cache is not None and not self.precompute_ref_log_probs:
@@ -143,7 +154,8 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
     @property
     def knobs(self) -> dict[str, float | bool | str | None]:
         """What was set of the loss's own arguments."""
-        named = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        column = None if self.weights_from is None else WEIGHTS
+        named = {"beta": self.beta, "label_smoothing": self.label_smoothing, "weight_column": column}
         return {**{name: value for name, value in named.items() if value is not None}, **self.loss_args}
 
 

@@ -25,11 +25,13 @@ from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.knobs import Knob
 from phi2.losses.properties import require_numbers
+from phi2.losses.slopes import slopes_of
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
 from phi2.runs.inputs import Inputs, digest_of_model, digest_of_texts, inputs_of, require_same_inputs
 from phi2.runs.run import Run
 from phi2.training.config import DPOConfig
+from phi2.training.ledger import LedgerWriter, ledger_of
 from phi2.training.look import look_at_loss
 from phi2.training.loop import Watch, updates_of
 from phi2.training.metrics import means, metrics_of
@@ -38,9 +40,10 @@ from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
-from phi2.training.scoring import answer_batch, both_logps, mismatched, score_answers
+from phi2.training.scoring import answer_batch, mismatched, score_answers, scored
 from phi2.training.session import Session, require_fit, start
 from phi2.training.two_phases import backward_of_window
+from phi2.training.weights import with_weights
 from phi2.training.window import Windows, total_steps, windows_of
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
@@ -70,7 +73,8 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
         raise ValueError(f"loss {loss.name} needs no reference: leave reference and precompute_ref_log_probs unset")
     checkpoint, run = open_run(config), Path(config.output)
-    tokenizer, (rows, eval_rows) = session.tokenizer, (rows_for(loss, each) for each in session.rows[:2])
+    tokenizer = session.tokenizer
+    rows, eval_rows = with_weights(config, *(rows_for(loss, each) for each in session.rows[:2]))
     require_both_labels(loss, rows)
     tell_unused(loss, [*session.rows.train, *session.rows.evaluation])
     session.keep_audits(run)
@@ -94,13 +98,15 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
             model.train(not config.disable_dropout)
             state = updates.loss_state
             cut = updates.passes.cut
-            evaluation = partial(evaluate, config, model, eval_rows, cut, reference, loss, state) if eval_rows else None
+            ledger = ledger_of(config, loss, tokenizer, eval_rows, updates.done)
+            evaluation = partial(evaluate, config, model, eval_rows, cut, reference, loss, state, ledger)
             for step in updates.steps():
                 window = [rows[i] for i in windows.at(step - 1)]
                 if step == 1:
                     check_start(config, model, reference, window, cut, loss)
                 attempt = partial(update, config, model, updates.optimizer, window, cut, reference, loss, state)
-                updates.end(step, sum(row.tokens for row in window), updates.attempt(attempt), evaluation)
+                metrics, tokens = updates.attempt(attempt), sum(row.tokens for row in window)
+                updates.end(step, tokens, metrics, partial(evaluation, step) if eval_rows else None)
     return Run(run)
 
 
@@ -178,7 +184,7 @@ def check_start(
     model.eval()
     first = [window[i] for i in cut([row.tokens for row in window])[0]]
     seen = window if loss.scope == "window" else first
-    answers = score_answers(model, seen, cut, reference, partial(autocast, config))
+    answers = score_answers(model, seen, cut, reference, partial(autocast, config), loss.needs)
     answers = replace(answers, mismatched=others_of(config, model, seen, cut, reference, loss))
     model.train(training)
     if reference is not None and starts_at_reference(config):
@@ -222,12 +228,14 @@ def update(
     others = others_of(config, model, window, cut, reference, loss)
     losses_of = partial(objective, config, loss, state, window, others)
     if loss.scope == "window" and len(passes) > 1:
-        answers, losses, after = backward_of_window(config, model, optimizer, window, passes, reference, losses_of)
+        answers, losses, after = backward_of_window(
+            config, model, optimizer, window, passes, reference, loss.needs, losses_of
+        )
         gathered.append(metrics_of(answers, losses, loss))
     else:
         for places in passes:
-            policy, ref = both_logps(model, window, places, reference, autocast(config))
-            answers = answer_batch([window[i] for i in places], policy, ref)
+            part = scored(model, window, places, reference, autocast(config), loss.needs)
+            answers = answer_batch([window[i] for i in places], part)
             losses, after = losses_of(answers)
             optimizer.backward(losses.sum() / len(window))
             gathered.append(metrics_of(answers, losses, loss))
@@ -278,16 +286,24 @@ def evaluate(
     reference: Reference | None,
     loss: BoundLoss,
     state: Mapping[str, float],
+    ledger: LedgerWriter | None = None,
+    step: int = 0,
 ) -> dict[str, float]:
     """The metrics of training over a whole data set, names prefixed with eval_.
 
     A loss of scope "window" is given all rows of it as one window, so that no cut changes its value; one with a
     state has it as training left it, and leaves it so.
+
+    Args:
+        ledger: is told what was found of each pair behind update `step`.
     """
     training = model.training
     model.eval()
-    answers = score_answers(model, rows, cut, reference, partial(autocast, config))
+    answers = score_answers(model, rows, cut, reference, partial(autocast, config), loss.needs)
     others = others_of(config, model, rows, cut, reference, loss)
-    losses, _ = objective(config, loss, state, rows, others, answers)
     model.train(training)
-    return {f"eval_{name}": value for name, value in means([metrics_of(answers, losses, loss)]).items()}
+    slopes = slopes_of(lambda given: objective(config, loss, state, rows, others, given)[0], answers)
+    if ledger is not None:
+        ledger.write(step, answers.pairs, slopes, state)
+    metrics = means([metrics_of(answers, slopes.values, loss)])
+    return {f"eval_{name}": value for name, value in metrics.items()}

@@ -16,7 +16,7 @@ from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import told
 from phi2.losses.modifiers import MODIFIERS
-from phi2.losses.properties import made_up_answers, require_pure, uses_batch
+from phi2.losses.properties import made_up_answers, require_pure, require_scope
 from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.training.needs import parts_of
 from phi2.training.scoring import column_gaps, numeric_columns
@@ -37,11 +37,7 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
     for part in parts_of(loss):
         require_effect(part, shown)
         require_use(part, shown)
-        if part.scope == "pair" and uses_batch(part, shown):
-            raise ValueError(
-                f"loss {part.name!r} gives a {part.unit} another value when other {part.unit}s stand beside it:"
-                f' register it with scope="window", and it is given all {part.unit}s of an update'
-            )
+        require_scope(part, shown)
 
 
 def require_effect(loss: BoundLoss, answers: AnswerBatch) -> None:

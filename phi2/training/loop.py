@@ -54,6 +54,11 @@ class Updates:
     passes: Passes
     watch: Watch | None = None
 
+    @property
+    def done(self) -> int:
+        """Updates that were made before."""
+        return self.log.first
+
     def steps(self) -> Iterator[int]:
         """Their numbers, counted from 1."""
         return self.log.steps()

@@ -68,7 +68,7 @@ def reference_of(
         live = another_model(scorer)
     else:
         warn_of_another_vocabulary(resolve(kind), session.tokenizer)
-        require_fit(kind, load_shape(resolve(kind)), pairs)
+        require_fit(f"reference {kind}", load_shape(resolve(kind)), pairs)
         scorer = session.other(resolve(kind), model.dtype)
         live = another_model(scorer)
     if not config.precompute_ref_log_probs:
@@ -160,11 +160,11 @@ def score(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
 
 
 def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPreference]) -> None:
-    """Refuses a reference that cannot read the pairs: too few vocabulary rows, or too short a context.
+    """Refuses a model that cannot read the pairs: too few vocabulary rows, or too short a context.
 
     Args:
-        name: of the reference, for the error.
-        config: of the reference.
+        name: of the model, for the error.
+        config: of the model.
     Raises:
         ValueError: naming both numbers and a row.
     """
@@ -173,12 +173,12 @@ def require_fit(name: str, config: Phi2Config, pairs: Sequence[EncodedPreference
     longest, highest = max(pairs, key=lambda pair: pair.length), max(pairs, key=_highest_id)
     if _highest_id(highest) >= config.vocab_size:
         raise ValueError(
-            f"reference {name} has {config.vocab_size} vocabulary rows, but {highest.origin} holds the token id"
-            f" {_highest_id(highest)}: it must know the tokens of the policy"
+            f"{name} has {config.vocab_size} vocabulary rows, but {highest.origin} holds the token id"
+            f" {_highest_id(highest)}: it must know the tokens of the rows"
         )
     if longest.length > config.max_position_embeddings:
         raise ValueError(
-            f"reference {name} has a context of {config.max_position_embeddings}, but {longest.origin} has"
+            f"{name} has a context of {config.max_position_embeddings}, but {longest.origin} has"
             f" {longest.length} tokens: give a max_length of {config.max_position_embeddings} at most"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,27 @@ from torch.nn.utils.rnn import pad_sequence
 from phi2.data.encode import EncodedPreference
 from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.head import target_logps
+from phi2.losses.registry import Need
 from phi2.model import Phi2ForCausalLM
+from phi2.training.extras import token_statistics
 from phi2.training.packing import TokenRow, row_of_answers
 from phi2.training.passes import Cut
 from phi2.training.reference_cache import Reference
 
 Rows = Sequence[EncodedPreference]
+
+
+class Scored(NamedTuple):
+    """What one pass gives for its N tokens of answers.
+
+    Attributes:
+        policy, ref: (N,) float32 log-probabilities; ref is None without a reference.
+        extras: by name (N,) float32 of what the loss needs besides, without gradient.
+    """
+
+    policy: Tensor
+    ref: Tensor | None
+    extras: dict[str, Tensor]
 
 
 def score_answers(
@@ -27,36 +43,47 @@ def score_answers(
     cut: Cut,
     reference: Reference | None,
     precision: Callable[[], AbstractContextManager],
+    needs: Sequence[Need] = (),
 ) -> AnswerBatch:
-    """Both models' log-probabilities of all answers of some rows, as a loss takes them."""
+    """Both models' log-probabilities of all answers of some rows, as a loss takes them, with what else it needs."""
     passes = cut([row.tokens for row in rows])
-    policies, refs = zip(*(both_logps(model, rows, each, reference, precision()) for each in passes), strict=True)
-    ref = None if reference is None else joined(rows, passes, refs)
-    return answer_batch(rows, joined(rows, passes, policies), ref)
+    return answer_batch(
+        rows, joined(rows, passes, [scored(model, rows, p, reference, precision(), needs) for p in passes])
+    )
 
 
-def joined(rows: Rows, passes: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> Tensor:
-    """(N,) values of the rows in their order, out of those of each pass."""
+def joined(rows: Rows, passes: Sequence[Sequence[int]], parts: Sequence[Scored]) -> Scored:
+    """What the passes give, (N,) values of all rows in their order."""
+    refs = [part.ref for part in parts if part.ref is not None]
+    return Scored(
+        _in_order(rows, passes, [part.policy for part in parts]),
+        _in_order(rows, passes, refs) if refs else None,
+        {name: _in_order(rows, passes, [part.extras[name] for part in parts]) for name in parts[0].extras},
+    )
+
+
+def _in_order(rows: Rows, passes: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> Tensor:
     found: dict[int, Tensor] = {}
-    for each, part in zip(passes, parts, strict=True):
-        found.update(zip(each, part.split([rows[i].target_tokens for i in each]), strict=True))
+    for places, part in zip(passes, parts, strict=True):
+        found.update(zip(places, part.split([rows[i].target_tokens for i in places]), strict=True))
     return torch.cat([found[i] for i in range(len(rows))])
 
 
 def apart(rows: Rows, passes: Sequence[Sequence[int]], values: Tensor) -> list[Tensor]:
-    """What `joined` makes (N,) values of."""
+    """(N,) values of all rows, pass by pass."""
     found = values.split([row.target_tokens for row in rows])
     return [torch.cat([found[i] for i in each]) for each in passes]
 
 
-def both_logps(
+def scored(
     model: Phi2ForCausalLM,
     rows: Rows,
     places: Sequence[int],
     reference: Reference | None,
     precision: AbstractContextManager,
-) -> tuple[Tensor, Tensor | None]:
-    """(N,) log-probabilities of a pass's tokens by the policy, and by the reference where there is one.
+    needs: Sequence[Need] = (),
+) -> Scored:
+    """One pass of the policy, and one of the reference where there is one.
 
     Args:
         places: of the rows that the pass holds.
@@ -65,12 +92,21 @@ def both_logps(
     row = row_of_answers(batch).to(model.device)
     with precision:
         ref = None if reference is None else reference(batch, row)
-        return row_logps(model, row), ref
+        hidden = hidden_states(model, row)
+        return Scored(logps_of(model, hidden, row), ref, token_statistics(model, hidden, row, needs))
 
 
 def row_logps(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
     """(N,) log-probabilities of a row's targets."""
-    hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
+    return logps_of(model, hidden_states(model, row), row)
+
+
+def hidden_states(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
+    """(1, T, C)."""
+    return model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
+
+
+def logps_of(model: Phi2ForCausalLM, hidden: Tensor, row: TokenRow) -> Tensor:
     return target_logps(model, hidden, row.logits_indices, row.targets)[0]
 
 
@@ -94,27 +130,27 @@ def _behind(row: EncodedPreference, other: EncodedPreference, max_length: int | 
     return replace(row, answers=answers, scores=other.scores, has_gold=other.has_gold)
 
 
-def answer_batch(rows: Rows, policy: Tensor, ref: Tensor | None) -> AnswerBatch:
-    """The (N,) log-probabilities of `row_of_answers`, answer by answer, padded with zeros.
+def answer_batch(rows: Rows, scores: Scored) -> AnswerBatch:
+    """The (N,) values of `row_of_answers`, answer by answer, padded with zeros.
 
     Args:
         rows: P prompts with their answers.
-        policy, ref: (N,) float32.
     """
     lengths = [len(answer) for row in rows for answer in row.answers]
     prompts = [prompt for prompt, row in enumerate(rows) for _ in row.answers]
-    scores = [score for row in rows for score in row.scores]
-    columns = numeric_columns(rows, column_gaps(rows), policy.device)
+    judged = [score for row in rows for score in row.scores]
+    columns = numeric_columns(rows, column_gaps(rows), scores.policy.device)
     golds = {i for i, last in enumerate(_last_of(prompts)) if last and rows[prompts[i]].has_gold}
 
     def batch(places: Sequence[int], columns: Columns) -> AnswerBatch:
         return AnswerBatch(
-            _padded(policy, lengths, places),
+            _padded(scores.policy, lengths, places),
             tuple(lengths[i] for i in places),
             tuple(prompts[i] for i in places),
-            tuple(scores[i] for i in places),
-            None if ref is None else _padded(ref, lengths, places),
+            tuple(judged[i] for i in places),
+            None if scores.ref is None else _padded(scores.ref, lengths, places),
             columns,
+            extras={name: _padded(values, lengths, places) for name, values in scores.extras.items()},
         )
 
     answers = batch([i for i in range(len(lengths)) if i not in golds], columns)

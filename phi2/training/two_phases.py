@@ -17,13 +17,14 @@ from torch import Tensor
 
 from phi2.data.encode import EncodedPreference
 from phi2.losses.batch import AnswerBatch
+from phi2.losses.registry import Need
 from phi2.model import Phi2ForCausalLM
 from phi2.training.config import DPOConfig
 from phi2.training.optim import Optimizer
 from phi2.training.passes import rewind_of
 from phi2.training.precision import autocast
 from phi2.training.reference_cache import Reference
-from phi2.training.scoring import answer_batch, apart, both_logps, joined
+from phi2.training.scoring import answer_batch, apart, joined, scored
 
 
 def backward_of_window(
@@ -33,6 +34,7 @@ def backward_of_window(
     rows: Sequence[EncodedPreference],
     passes: Sequence[Sequence[int]],
     reference: Reference | None,
+    needs: Sequence[Need],
     losses_of: Callable[[AnswerBatch], tuple[Tensor, dict[str, float]]],
 ) -> tuple[AnswerBatch, Tensor, dict[str, float]]:
     """Adds the gradient of the mean loss of a window; returns its answers and what `losses_of` made of them.
@@ -40,27 +42,26 @@ def backward_of_window(
     Args:
         rows: the window.
         passes: which of the rows each holds.
+        needs: of the loss.
         losses_of: (P,) losses of its P rows, and the state of the loss behind them.
     """
-    rewinds, policies, refs = [], [], []
+    rewinds, parts = [], []
     for index, places in enumerate(passes):
         rewinds.append(rewind_of(model.device))
         with torch.set_grad_enabled(index == len(passes) - 1):
-            policy, ref = both_logps(model, rows, places, reference, autocast(config))
-        policies.append(policy)  # (N,)
-        refs += [] if ref is None else [ref]
+            parts.append(scored(model, rows, places, reference, autocast(config), needs))
     end = rewind_of(model.device)
 
-    leaves = joined(rows, passes, policies).detach().requires_grad_()
-    answers = answer_batch(rows, leaves, joined(rows, passes, refs) if refs else None)
+    whole = joined(rows, passes, parts)
+    leaves = whole.policy.detach().requires_grad_()  # (N,)
+    answers = answer_batch(rows, whole._replace(policy=leaves))
     losses, after = losses_of(answers)
     (gradient,) = torch.autograd.grad(losses.mean(), leaves)
 
     *others, last = apart(rows, passes, gradient)
-    optimizer.backward(policies[-1] @ last)  # d(logps @ g) = g d(logps)
+    optimizer.backward(parts[-1].policy @ last)  # d(logps @ g) = g d(logps)
     for places, rewind, share in zip(passes, rewinds, others, strict=False):  # the last has had its turn
         rewind()  # the same dropout as the first time
-        policy, _ = both_logps(model, rows, places, None, autocast(config))
-        optimizer.backward(policy @ share)
+        optimizer.backward(scored(model, rows, places, None, autocast(config)).policy @ share)
     end()
     return answers, losses, after

@@ -16,8 +16,6 @@ from benchmarks.harness.aot import Row
 from benchmarks.harness.spec import (
     ALSO_SHIPPED,
     ARCHITECTURES,
-    FORMS,
-    OTHER_WIDTHS,
     PADDED,
     SHIPPED,
     UNALIGNED,
@@ -28,27 +26,30 @@ from benchmarks.registry import GateError
 KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
 
 
+# Launches that must not pass, of one architecture: a candidate of the tuner, and strides without divisors.
+SPILLING = {(80, "gelu_forward"): {"BLOCK_N": 8, "BLOCK_F": 1024, "num_warps": 1}}
+ALONE = (*SPILLING, (80, UNALIGNED))
+ON_BOTH = [(arch, form) for form in (SHIPPED, ALSO_SHIPPED, PADDED, UNORDERED) for arch in ARCHITECTURES]
 COMPILED: dict[tuple[int, str], list[Row]] = {}  # by architecture and form: each once, and many in one pool
 
 
-def compiled(architectures: tuple[int, ...], forms: list[str]) -> list[Row]:
-    wanted = [(arch, form) for arch in architectures for form in forms]
+def compiled(*wanted: tuple[int, str]) -> list[Row]:
     missing = [each for each in wanted if each not in COMPILED]
     if missing:
-        COMPILED.update(zip(missing, aot.compiled([(*each, None) for each in missing]), strict=True))
-    return sum((COMPILED[each] for each in wanted), [])
+        COMPILED.update(zip(missing, aot.compiled([(*each, SPILLING.get(each)) for each in missing]), strict=True))
+    return [row for each in wanted for row in COMPILED[each]]
 
 
 @pytest.fixture(params=[80, 90])
 def phi2_rows(request) -> list[Row]:
     """Phi-2's own launches, in half precision, on one architecture."""
-    return compiled((request.param,), [SHIPPED])
+    return compiled((request.param, SHIPPED))
 
 
 @pytest.fixture
 def rows() -> list[Row]:
     """These, those of other heads and of float32, and those that must not pass."""
-    return compiled(ARCHITECTURES, [form for form in FORMS if form != OTHER_WIDTHS])
+    return compiled(*ON_BOTH, *ALONE)
 
 
 def of(rows: list[Row], form: str, arch: int, kernel: str = "attention forward") -> Row:
@@ -96,6 +97,11 @@ def test_strides_that_nothing_is_known_of_lose_the_asynchronous_copies(rows, for
     assert forward.copies > 0
 
 
+def test_a_launch_that_spills_breaks_its_budget(rows):
+    spilling = of(rows, "gelu_forward", 80, "gelu forward")
+    assert spilling.launch == "n8 f1024" and re.fullmatch(r"\d+ bytes of stack", *spilling.violations)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", aot.IN_PLACE)
 def test_a_gradient_that_nothing_holds_back_from_unread_logits_is_seen(rows, arch, kernel):
@@ -118,7 +124,7 @@ def test_each_budget_can_be_broken(forward, change, complaint):
 
 
 def test_the_report_shows_our_split_beside_the_padded_form(rows, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(aot, "measure", lambda forms: rows)
+    monkeypatch.setattr(aot, "compiled", lambda jobs: [rows])
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     assert run.main(["--case", "aot_report"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
@@ -130,29 +136,27 @@ def test_the_report_shows_our_split_beside_the_padded_form(rows, monkeypatch, ca
 
 
 def test_there_is_no_report_of_a_broken_budget(forward, monkeypatch):
-    monkeypatch.setattr(aot, "measure", lambda forms: [replace(forward, stack=64)])
+    monkeypatch.setattr(aot, "compiled", lambda jobs: [[replace(forward, stack=64)]])
     with pytest.raises(GateError, match="attention forward d80 m128 n64 for sm_80: 64 bytes of stack"):
         aot_report.aot_report(1)
 
 
 LISTING = """
-.L_x_0:
-        /*0000*/                   LDG.E R1, [R2] ;
-.L_x_1:
-        /*0010*/              @!P0 LDSM.16.MT88.4 R4, [R8] ;
-        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
-        /*0030*/               @P1 BRA `(.L_x_1) ;
-        /*0040*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
-        /*0050*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
-        /*0060*/               @P2 BRA `(.L_x_0) ;
-.L_x_2:
-        /*0070*/                   BRA `(.L_x_2);
+	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM80)"
+        /*0100*/                   LDG.E R1, [R2] ;
+        /*0110*/              @!P0 LDSM.16.MT88.4 R4, [R8] ;
+        /*0120*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0130*/               @P1 BRA 0x110 ;
+        /*0140*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0150*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
+        /*0160*/               @P2 BRA 0x100 ;
+        /*0170*/                   BRA 0x170;
 """
 
 
 def test_innermost_loops_are_found_without_traps():
-    instructions, loops = sass.parse(LISTING)
-    assert loops == [instructions[1:4]] and len(instructions) == 8
+    instructions = sass.listed(LISTING)
+    assert sass.loops_of(instructions, start=0x100) == [instructions[1:4]] and len(instructions) == 8
 
 
 MATRIX = "HMMA.16816.F32.BF16 R4, R4, R8, R4"

@@ -155,6 +155,12 @@ def test_dpo_that_counts_the_longer_tail_less(ours, theirs, assert_same_losses, 
     assert_same_losses(mine, theirs(dpo, loss_type=[loss], beta=0.2, ld_alpha=0.3, **FIVE))
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo_that_weighs_pairs_by_how_likely_they_are(ours, theirs, assert_same_losses, loss):
+    mine = ours(dpo, loss=loss, beta=0.2, loss_args={"use_weighting": True}, **FIVE)
+    assert_same_losses(mine, theirs(dpo, loss_type=[loss], beta=0.2, use_weighting=True, **FIVE))
+
+
 def test_dpo_with_a_mixture_and_a_likelihood_per_token(ours, theirs, assert_same_losses):
     """trl's MPO: its `sft` is a mean over the tokens of a micro-batch, which here is the whole update."""
     mixed = dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])

@@ -1,0 +1,223 @@
+"""Log-probs that are known already, as a loss takes them: from the ledger of a run, or from arrays of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from phi2.losses.batch import AnswerBatch, Columns, PairBatch
+from phi2.losses.bound import BoundLoss
+from phi2.losses.knobs import nearest
+from phi2.runs.ledger import COLUMN, LOGPS, SIDES, Evaluation
+
+MASKS, LENGTHS = (tuple(f"{side}_{what}" for side in SIDES) for what in ("mask", "length"))
+ARRAYS = (*LOGPS, *MASKS, *LENGTHS, "columns")
+CLOSE = 1e-4  # by how much of the largest value the rounding of a sum may move a loss
+
+Logps = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each pair (T,) log-probs without padding
+
+
+def answers_of(tokens: Logps, columns: Columns) -> AnswerBatch:
+    """Pairs as a loss takes them, padded as a run pads them, so that sums are rounded alike."""
+    policy, ref = ([*_interleaved(tokens, model)] for model in ("policy", "ref"))
+    count = len(policy) // 2
+    return AnswerBatch(
+        pad_sequence(policy, batch_first=True),
+        lengths=tuple(map(len, policy)),
+        prompts=tuple(prompt for prompt in range(count) for _ in SIDES),
+        scores=(1.0, 0.0) * count,
+        ref_logps=pad_sequence(ref, batch_first=True) if ref else None,
+        columns=columns,
+    )
+
+
+def first_of(answers: AnswerBatch, pairs: int) -> AnswerBatch:
+    """The first few pairs."""
+    count = 2 * pairs
+    return replace(
+        answers,
+        policy_logps=answers.policy_logps[:count],
+        ref_logps=None if answers.ref_logps is None else answers.ref_logps[:count],
+        lengths=answers.lengths[:count],
+        prompts=answers.prompts[:count],
+        scores=answers.scores[:count],
+        columns=answers.columns.each(itemgetter(slice(pairs))),
+    )
+
+
+def _interleaved(tokens: Logps, model: str) -> Iterator[Tensor]:
+    """Chosen, rejected, chosen, rejected, ..."""
+    both = [tokens.get(f"{model}_{side}_logps", ()) for side in SIDES]
+    return (answer for pair in zip(*both, strict=True) for answer in pair)
+
+
+# ---- of a run ----
+
+
+def answers_of_evaluation(found: Evaluation) -> AnswerBatch:
+    """The pairs of an evaluation as its run gave them to its loss."""
+    return answers_of({name: _tokens_of(found, name) for name in LOGPS if name in found}, columns_of(found))
+
+
+def _tokens_of(found: Evaluation, name: str) -> list[Tensor]:
+    values, lengths = found.tokens(name)
+    return list(torch.from_numpy(values.copy()).split(lengths.tolist()))
+
+
+def columns_of(found: Evaluation) -> Columns:
+    """The columns of the data that are a number in every row."""
+    numbers, gaps = {}, {}
+    for name in found.columns:
+        values = found[f"{COLUMN}{name}"]
+        bad = [i for i, value in enumerate(values) if not isinstance(value, float) or value != value]
+        if bad:
+            value = values[bad[0]]
+            gaps[name] = f"{found.origins[bad[0]]} has {repr(value) if isinstance(value, str) else 'none'}"
+        else:
+            numbers[name] = torch.from_numpy(values.astype(np.float32))
+    return Columns(numbers, gaps)
+
+
+# ---- of arrays ----
+
+
+def answers_of_arrays(given: Any) -> AnswerBatch:
+    """Pairs of numpy or torch arrays by the names of a PairBatch.
+
+    Args:
+        given: PairBatch, mapping or namespace. Log-probs are (B,) sums, or (B, T) with masks or lengths. A sum stands
+            at the first token of its answer, which has one token where no length is given.
+    Raises:
+        ValueError: for what is no such thing, an unknown or missing name, and shapes that do not go together.
+    """
+    arrays = _named(given)
+    size = len(arrays["policy_chosen_logps"]) if arrays["policy_chosen_logps"].ndim else 0
+    masks = {side: _mask(arrays, side, size) for side in SIDES}
+    tokens = {name: _answers_in(name, arrays, masks) for name in LOGPS if name in arrays}
+    columns = {f"columns[{name!r}]": name for name in arrays.get("columns") or ()}
+    found = {name: _array(told, arrays["columns"][name]) for told, name in columns.items()}
+    for told, name in columns.items():
+        _require_shape(told, found[name], (size,))
+    return answers_of(tokens, Columns({name: values.float() for name, values in found.items()}))
+
+
+def _named(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping) and not hasattr(given, "__dict__"):
+        what = "a PairBatch, a mapping or namespace of arrays, or the path of a run"
+        raise ValueError(f"logps must be {what}, got {type(given).__name__}")
+    if isinstance(given, PairBatch):
+        named = {name: getattr(given, name) for name in ARRAYS if name not in LENGTHS}
+    else:
+        named = dict(given if isinstance(given, Mapping) else vars(given))
+    for name in named:
+        if name not in ARRAYS:
+            raise ValueError(f"logps may hold {', '.join(ARRAYS)}, got {name!r}{nearest(str(name), ARRAYS)}")
+    named = {name: value for name, value in named.items() if value is not None}
+    for both in (LOGPS[:2], LOGPS[2:]):
+        missing = [name for name in both if name not in named]
+        if missing and (both == LOGPS[:2] or len(missing) == 1):
+            raise ValueError(f"logps needs {' and '.join(missing)}")
+    return {name: value if name == "columns" else _array(name, value) for name, value in named.items()}
+
+
+def _array(name: str, value: Any) -> Tensor:
+    try:
+        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}") from error
+    return tensor.float() if name in LOGPS and tensor.dtype != torch.float64 else tensor
+
+
+def _mask(arrays: Mapping[str, Any], side: str, size: int) -> Tensor:
+    """(B, T) which tokens belong to the answer; of sums, T is that of the longest answer, or 1."""
+    policy, mask, length = (arrays.get(name) for name in (f"policy_{side}_logps", f"{side}_mask", f"{side}_length"))
+    assert policy is not None
+    if policy.ndim not in (1, 2) or len(policy) != size or not size:
+        shape = f"({size or 'B'},) or ({size or 'B'}, T)"
+        raise ValueError(f"policy_{side}_logps must have shape {shape}, got {tuple(policy.shape)}")
+    if mask is not None and length is not None:
+        raise ValueError(f"give {side}_mask or {side}_length, not both")
+    if mask is not None:
+        _require_shape(f"{side}_mask", mask, tuple(policy.shape) if policy.ndim == 2 else (size, "T"))
+        return mask.bool()
+    if length is None and policy.ndim == 2:
+        raise ValueError(f"policy_{side}_logps is token by token: give {side}_mask or {side}_length")
+    if length is None:
+        return torch.ones(size, 1, dtype=torch.bool)
+    _require_shape(f"{side}_length", length, (size,))
+    longest = policy.shape[1] if policy.ndim == 2 else int(length.max())
+    if int(length.min()) < 1 or int(length.max()) > longest:
+        raise ValueError(f"{side}_length must be in [1, {longest}], got {int(length.min())} to {int(length.max())}")
+    return torch.arange(longest) < length[:, None]
+
+
+def _answers_in(name: str, arrays: Mapping[str, Any], masks: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of each pair the log-probs of one of its answers."""
+    side, values = "chosen" if "chosen" in name else "rejected", arrays[name]
+    mask = masks[side]
+    _require_shape(name, values, tuple(arrays[f"policy_{side}_logps"].shape))
+    if values.ndim == 1:
+        first = torch.arange(mask.shape[1]) == mask.int().argmax(dim=1, keepdim=True)
+        values = values[:, None] * first
+    bad = (~values.isfinite() & mask).any(dim=1).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} must be finite, but row {int(bad[0])} is not (counted from 0)")
+    return [row[kept] for row, kept in zip(values, mask, strict=True)]
+
+
+def _require_shape(name: str, values: Tensor, shape: tuple[int | str, ...]) -> None:
+    """`shape` has a letter where any number will do."""
+    found = tuple(values.shape)
+    if len(found) != len(shape) or any(n not in (m, "T") for n, m in zip(shape, found, strict=True)):
+        wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+        raise ValueError(f"{name} must have shape {wanted}, got {found}")
+
+
+def require_known(loss: BoundLoss, answers: AnswerBatch, given: Any) -> None:
+    """Refuses a loss that reads more of the pairs than was given: single tokens, or lengths.
+
+    Args:
+        given: what `answers` were made of.
+    Raises:
+        ValueError: naming what it reads.
+    """
+    arrays = _named(given)
+    for place, side in enumerate(SIDES):
+        if arrays[f"policy_{side}_logps"].ndim == 2:
+            continue
+        has_length = f"{side}_mask" in arrays or f"{side}_length" in arrays
+        other = _changed(answers, place, _spread if has_length else _lengthened)
+        values, others = loss(answers), loss(other)
+        most = CLOSE * float(values.abs().max())
+        if not torch.allclose(values, others, rtol=CLOSE, atol=most, equal_nan=True):
+            lacks = f"(B, T) log-probs of {side} answers" if has_length else f"{side}_length"
+            raise ValueError(f"loss {loss.name!r} reads more than the sum of an answer: give {lacks}")
+
+
+def _changed(answers: AnswerBatch, place: int, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
+    """Every second answer with its tokens changed."""
+    models = {"policy": answers.policy_logps} | ({} if answers.ref_logps is None else {"ref": answers.ref_logps})
+    each = {model: [row[:n] for row, n in zip(logps, answers.lengths, strict=True)] for model, logps in models.items()}
+    tokens = {
+        f"{model}_{side}_logps": [change(row) if i == place else row for row in rows[i::2]]
+        for model, rows in each.items()
+        for i, side in enumerate(SIDES)
+    }
+    return answers_of(tokens, answers.columns)
+
+
+def _spread(logps: Tensor) -> Tensor:
+    """The same sum in equal parts."""
+    return logps.mean().expand(len(logps))
+
+
+def _lengthened(logps: Tensor) -> Tensor:
+    """The same sum of twice as many tokens."""
+    return torch.cat((logps, torch.zeros_like(logps)))

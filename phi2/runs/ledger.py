@@ -1,0 +1,218 @@
+"""The ledger of a preference run: what each evaluation found of each held-out pair, a row a pair, as Parquet.
+
+    ledger/step-N.parquet        one file for each evaluation; together they are one table, for pandas or polars too
+
+    step                                        update behind which it was
+    pair, file, row                             the pair by a hash of its tokens, and where it came from
+    s_w, s_l, r_w, r_l                          log-probs of chosen and rejected, of policy and reference, nats
+    n_w, n_l                                    their tokens
+    margin                                      (s_w - r_w) - (s_l - r_l); without a reference s_w - s_l
+    margin_first, margin_last                   what of it lies in the first tokens, and in the last, of both answers
+    loss, d_w, d_l                              of the run's loss, and its derivatives with respect to s_w and s_l
+    weight                                      |d_w| + |d_l|, 1 on average: how much the pair pulls
+    correct, was_correct                        the chosen reward above the rejected one; at the evaluation before
+    column/NAME                                 columns of the data
+    prompt, chosen, rejected                    texts
+    {policy,ref}_{chosen,rejected}_logps        token by token
+
+Every file is written whole or not at all. What a run without a reference does not have is null.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from phi2.files import one_line, whole_file
+
+FOLDER, ABOUT = "ledger", b"phi2"  # in the folder of a run; key of the metadata in which a file tells of its evaluation
+SIDES = ("chosen", "rejected")
+COLUMN = "column/"  # before the names of columns of the data
+FIRST_TOKENS = 5  # of an answer: what `margin_first` counts
+LOGPS = tuple(f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES)
+REQUIRED = ("pair", "file", "row", "s_w", "s_l")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of a ledger that one evaluation wrote.
+
+    Attributes:
+        path: its file.
+        about: its step, and of the run: loss, knobs, the state of the loss, nll_weight.
+    """
+
+    path: Path
+    about: Mapping[str, Any]
+    table: pyarrow.Table
+
+    @property
+    def step(self) -> int:
+        return int(self.about["step"])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a column, and anything in it."""
+        return name in self.table.column_names and self.table[name].null_count < len(self)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """(pairs,) of a column; a null among numbers is NaN, any other None."""
+        if name not in self.table.column_names:
+            raise ValueError(f"{self.path} has no column {name!r}; there are {', '.join(self.table.column_names)}")
+        return self.table[name].to_numpy()
+
+    def tokens(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of a column of lists: their (N,) numbers one behind the other, and the (pairs,) lengths."""
+        lists = self.table[name].combine_chunks()
+        return lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+
+    @cached_property
+    def origins(self) -> list[str]:
+        """Where each pair came from."""
+        return [f"{file} row {row}" for file, row in zip(self["file"], self["row"], strict=True)]
+
+    def write_weights(self, path: str | os.PathLike[str], weights: np.ndarray) -> None:
+        """Writes a file for `weights_from`: (pairs,) weights, by the pairs' names."""
+        if np.shape(weights) != (len(self),):
+            raise ValueError(f"weights must have shape ({len(self)},), one for each pair, got {np.shape(weights)}")
+        with whole_file(Path(path)) as unfinished:
+            columns = {"pair": self.table["pair"], "weight": np.asarray(weights, dtype=np.float64)}
+            pyarrow.parquet.write_table(pyarrow.table(columns), unfinished)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of the data."""
+        return [name.removeprefix(COLUMN) for name in self.table.column_names if name.startswith(COLUMN)]
+
+
+class Ledger:
+    """The evaluations of a run, pair by pair.
+
+    Args:
+        path: folder of the run, of its ledger, or one file of that.
+
+    Raises:
+        FileNotFoundError: when there is no such folder or file.
+        ValueError: when it holds no ledger.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such file or folder")
+        if self.path.is_dir():
+            self.files = ledger_files(self.path) or (ledger_files(self.path.parent) if self.path.name == FOLDER else {})
+        else:
+            self.files = {read_evaluation(self.path).step: self.path}
+        if not self.files:
+            raise ValueError(f"{self.path} holds no ledger: {_where_one_is(self.path)}")
+
+    @property
+    def steps(self) -> list[int]:
+        """Of its evaluations."""
+        return list(self.files)
+
+    def at(self, step: int | str = "last") -> Evaluation:
+        """One of the evaluations.
+
+        Raises:
+            ValueError: when there is none behind that update, or its file is damaged.
+        """
+        steps = self.steps
+        wanted = steps[-1] if step == "last" else int(step) if str(step).isdigit() else None
+        if wanted not in self.files:
+            raise ValueError(f"{self.path}: evaluation must be last or one of {_listed(steps)}, got {step!r}")
+        return read_evaluation(self.files[wanted])
+
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.path)!r}, steps {_listed(self.steps)})"
+
+
+def _where_one_is(folder: Path) -> str:
+    if (folder / "cells").is_dir():
+        return "those of a comparison are in its runs, cells/VARIANT/SEED"
+    return (
+        "a preference run writes one at its evaluations of pairs (eval_data or test_fraction), unless ledger is false"
+    )
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-3:]]))
+
+
+def ledger_files(run: Path) -> dict[int, Path]:
+    """The files of its ledger by the steps of their evaluations, in their order."""
+    named = ((path.stem.removeprefix("step-"), path) for path in (run / FOLDER).glob("step-*.parquet"))
+    return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
+
+
+def file_of(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step}.parquet"
+
+
+def drop_behind(run: Path, step: int) -> None:
+    """Removes what an interrupted run wrote behind the update at which it goes on: it will be made again."""
+    for later, path in ledger_files(run).items():
+        if later > step:
+            path.unlink()
+
+
+def write_evaluation(path: Path, about: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+    """Writes a file of a ledger, whole or not at all."""
+    table = pyarrow.table(dict(columns)).replace_schema_metadata({ABOUT: json.dumps(about)})
+    path.parent.mkdir(exist_ok=True)
+    others, lists = [name for name in columns if name not in LOGPS], [f"{name}.list.element" for name in LOGPS]
+    with whole_file(path) as unfinished:  # log-probs do not repeat: a dictionary of them would be larger than they are
+        pyarrow.parquet.write_table(
+            table, unfinished, compression="zstd", use_dictionary=others, use_byte_stream_split=lists
+        )
+
+
+def read_evaluation(path: Path, with_tokens: bool = True) -> Evaluation:
+    """Reads one, whole or without what it has token by token.
+
+    Raises:
+        ValueError: naming the file, when it is damaged or no file of a ledger.
+    """
+    table = read_table(path, None if with_tokens else [name for name in names_in(path) if name not in LOGPS])
+    missing = [name for name in (*REQUIRED, *LOGPS[: 2 * with_tokens]) if name not in table.column_names]
+    about = json.loads((table.schema.metadata or {}).get(ABOUT, b"{}"))
+    if missing or "step" not in about:
+        raise ValueError(f"{path}: no file of a ledger, it has no {', '.join(missing) or 'account of its run'}")
+    return Evaluation(path, about, table)
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
+    """A Parquet file.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read.
+    """
+    with _named(path):
+        return pyarrow.parquet.read_table(path, columns=columns, partitioning=None)
+
+
+def names_in(path: Path) -> list[str]:
+    """Names of the columns of a Parquet file; raises what `read_table` raises."""
+    with _named(path):
+        return pyarrow.parquet.read_schema(path).names
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged, or not Parquet ({one_line(error)[:200]})") from error

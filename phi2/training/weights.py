@@ -1,0 +1,62 @@
+"""Weights of training pairs from a ledger, or a Parquet file of one's own: a column for `weight_column` to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from phi2.data.encode import EncodedPreference
+from phi2.runs.ledger import Ledger, read_table
+from phi2.training.config import WEIGHTS, PreferenceConfig
+from phi2.training.ledger import name_of
+
+
+def with_weights(
+    config: PreferenceConfig, rows: Sequence[EncodedPreference], eval_rows: Sequence[EncodedPreference]
+) -> tuple[list[EncodedPreference], list[EncodedPreference]]:
+    """Both with the weights that `weights_from` asks for as a column; every held-out pair weighs 1.
+
+    Raises:
+        ValueError: when a training pair has no weight there.
+    """
+    if config.weights_from is None:
+        return list(rows), list(eval_rows)
+    path, names = Path(config.weights_from), [name_of(row) for row in rows]
+    known = weights_in(path)
+    missing = [row for row, name in zip(rows, names, strict=True) if name not in known]
+    if missing:
+        raise ValueError(
+            f"weights_from {path} knows {len(rows) - len(missing)} of the {len(rows)} training pairs, and not"
+            f" {missing[0].origin}: is it of other data, or were these tokenised or cut in another way?"
+        )
+    weighted = [_with_weight(row, known[name]) for row, name in zip(rows, names, strict=True)]
+    return weighted, [_with_weight(row, 1.0) for row in eval_rows]
+
+
+def _with_weight(row: EncodedPreference, weight: float) -> EncodedPreference:
+    return replace(row, columns={**row.columns, WEIGHTS: weight})
+
+
+def weights_in(path: Path) -> dict[str, float]:
+    """By the names of pairs their weights: of the last evaluation in a ledger, or of a Parquet file.
+
+    Raises:
+        ValueError: for a file without both columns, and a weight that is no number from 0 on.
+        FileNotFoundError: when there is no such file or folder.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"weights_from {path}: no such file or folder")
+    file = [*Ledger(path).files.values()][-1] if path.is_dir() else path
+    table = read_table(file)
+    for column in ("pair", "weight"):
+        if column not in table.column_names:
+            raise ValueError(f"weights_from {file} has no column {column!r}; there are {', '.join(table.column_names)}")
+    names, weights = table["pair"].to_pylist(), table["weight"].to_numpy()
+    is_weight = np.isfinite(weights) & (weights >= 0) if weights.dtype.kind in "if" else np.zeros(len(weights), bool)
+    if not is_weight.all():
+        row = int(np.flatnonzero(~is_weight)[0])
+        raise ValueError(f"weights_from {file} row {row + 1}: a weight is a number from 0 on, got {weights[row]}")
+    return dict(zip(names, weights.tolist(), strict=True))

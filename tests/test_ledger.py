@@ -1,0 +1,274 @@
+"""The ledger of a run: what its rows say, that it changes nothing, survives kills, and gives weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+import phi2
+from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.bound import bind_loss
+from phi2.losses.properties import made_up_answers
+from phi2.losses.slopes import Slopes, slopes_of
+from phi2.runs.ledger import FIRST_TOKENS, Ledger
+from phi2.training.dpo import train
+from phi2.training.ledger import numbers_of
+
+
+def test_a_run_with_a_ledger_is_bit_for_bit_one_without(
+    dpo_config, pair_data, metrics_of, tmp_path, assert_same_weights
+):
+    often = dict(eval_data=pair_data, eval_steps=1, max_steps=4)
+    ours, plain = train(dpo_config(**often)), train(dpo_config(**often, ledger=False, output=str(tmp_path / "plain")))
+    assert (ours / "ledger").is_dir() and not (plain / "ledger").exists()
+    assert metrics_of(ours) == metrics_of(plain)
+    assert_same_weights(ours, plain)
+
+
+def test_every_evaluation_has_a_row_for_each_pair(dpo_config, pair_data):
+    run = train(dpo_config(eval_data=pair_data, eval_steps=2))
+    ledger = phi2.Ledger(run)
+    assert ledger.steps == [2, 4, 6]
+    found, rows = ledger.at(4), [json.loads(line) for line in open(pair_data)]
+    assert found["step"].tolist() == [4] * 11 and found["row"].tolist() == list(range(1, 12))
+    assert set(found["file"]) == {pair_data} and len(set(found["pair"])) == 11
+    assert found["column/weight"].tolist() == [row["weight"] for row in rows]
+    assert found["prompt"].tolist() == [row["prompt"] for row in rows]
+    assert found["rejected"].tolist() == [f"{row['rejected']}<|im_end|>" for row in rows]
+    assert found["loss"].mean(dtype=np.float64) == pytest.approx(run.evaluations["eval_loss"][1], rel=1e-6)
+    assert found["correct"].mean() == pytest.approx(run.evaluations["eval_rewards/accuracies"][1])
+
+
+def test_sums_and_margin_are_those_of_the_tokens(dpo_config, pair_data):
+    found = Ledger(train(dpo_config(eval_data=pair_data, max_steps=1))).at()
+    sums = {}
+    for model, side in (("policy", "chosen"), ("policy", "rejected"), ("ref", "chosen"), ("ref", "rejected")):
+        values, lengths = found.tokens(f"{model}_{side}_logps")
+        sums[model, side] = [part.sum() for part in np.split(values, np.cumsum(lengths)[:-1])]
+        assert lengths.tolist() == found["n_w" if side == "chosen" else "n_l"].tolist()
+    names = {"s_w": ("policy", "chosen"), "s_l": ("policy", "rejected")}
+    names |= {"r_w": ("ref", "chosen"), "r_l": ("ref", "rejected")}
+    for name, of in names.items():
+        np.testing.assert_allclose(found[name], sums[of], rtol=1e-5)
+    np.testing.assert_allclose(
+        found["margin"], found["s_w"] - found["r_w"] - found["s_l"] + found["r_l"], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_margins_of_first_and_last_tokens_by_hand():
+    """Chosen gains 1, 2, ..., 7 a token, the rejected one 10 in its only token, which is both first and last."""
+    assert FIRST_TOKENS == 5
+    chosen, one = torch.arange(1.0, 8.0)[None], torch.ones(1, 1, dtype=torch.bool)
+    pairs = PairBatch(chosen, torch.tensor([[10.0]]), chosen > 0, one, torch.zeros(1, 7), torch.zeros(1, 1))
+    slopes = Slopes(torch.tensor([0.5]), torch.tensor([-0.25, 0.75]))
+    found = numbers_of(pairs, slopes, reward_scale=0.1)
+    assert (found["margin"], found["margin_first"], found["margin_last"]) == (28 - 10, 15 - 10, 7 - 10)
+    assert (found["n_w"], found["n_l"], found["d_w"], found["d_l"], found["weight"]) == (7, 1, -0.25, 0.75, 1.0)
+
+
+def test_slopes_leave_padding_out():
+    """A loss of sums has its gradient at padding too; the derivative is the mean over the tokens of an answer."""
+    answers = made_up_answers([(2, 5)], [(1.0, 0.0)], Columns(), reference_free=False)
+    level = dataclasses.replace(answers, ref_logps=answers.policy_logps)
+    slopes = slopes_of(bind_loss("sigmoid", {"beta": 1.0}), level)
+    assert (slopes.d_w.tolist(), slopes.d_l.tolist()) == ([-0.5], [0.5])
+
+
+def test_a_row_knows_whether_its_pair_was_right_before(dpo_config, pair_data):
+    ledger = Ledger(train(dpo_config(eval_data=pair_data, eval_steps=2)))
+    first, second, third = (ledger.at(step) for step in ledger.steps)
+    assert "was_correct" not in first and set(first["was_correct"]) == {None}
+    assert second["was_correct"].tolist() == first["correct"].tolist()
+    assert third["was_correct"].tolist() == second["correct"].tolist()
+
+
+def test_a_run_without_reference_has_nulls_in_its_place(dpo_config, pair_data):
+    found = Ledger(train(dpo_config(loss="simpo", eval_data=pair_data, max_steps=1))).at()
+    assert not any(name in found for name in ("r_w", "r_l", "ref_chosen_logps", "ref_rejected_logps"))
+    np.testing.assert_allclose(found["margin"], found["s_w"] - found["s_l"], rtol=1e-6)
+
+
+def test_a_run_without_held_out_pairs_has_no_ledger(dpo_config):
+    run = train(dpo_config(max_steps=1))
+    with pytest.raises(ValueError, match="holds no ledger: a preference run writes one at its evaluations of pairs"):
+        Ledger(run)
+
+
+def test_lists_of_answers_have_no_ledger_and_it_is_told(dpo_config, write_rows, capsys):
+    rows = [{"prompt": f"Q{i}", "completions": [" a", " b", f" {i}"], "scores": [3, 2, 1]} for i in range(4)]
+    path = write_rows(rows)
+    run = train(dpo_config(data=path, eval_data=path, max_steps=1))
+    assert "no ledger is kept: it has a row for each pair" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no ledger: .* its evaluations of pairs"):
+        phi2.replay(run)
+
+
+def test_the_ledger_of_a_killed_run_is_that_of_a_whole_one(dpo_config, pair_data, train_and_kill, tmp_path):
+    """Killed behind update 5: the checkpoint is that of update 3, and the evaluation of update 4 is made again."""
+    often = dict(eval_data=pair_data, eval_steps=2, save_steps=3)
+    whole = Ledger(train(dpo_config(**often)))
+    config = dpo_config(**often, output=str(tmp_path / "killed"))
+    train_and_kill(config, step=5)
+    assert Ledger(config.output).steps == [2, 4]
+    resumed = Ledger(train(dataclasses.replace(config, resume=True)))
+    assert resumed.steps == whole.steps
+    for step in whole.steps:
+        assert resumed.at(step).table.equals(whole.at(step).table) and resumed.at(step).about == whole.at(step).about
+
+
+def test_evaluations_that_are_not_made_again_are_dropped(dpo_config, pair_data, train_and_kill, tmp_path):
+    config = dpo_config(eval_data=pair_data, eval_steps=2, save_steps=3, output=str(tmp_path / "killed"))
+    train_and_kill(config, step=5)
+    run = train(dataclasses.replace(config, resume=True, eval_steps=5))
+    assert Ledger(run).steps == [2, 5, 6]
+    assert Ledger(run).at(5)["was_correct"].tolist() == Ledger(run).at(2)["correct"].tolist()
+
+
+def test_a_run_that_goes_on_without_ledger_leaves_no_row_of_what_it_makes_again(
+    dpo_config, pair_data, train_and_kill, tmp_path
+):
+    config = dpo_config(eval_data=pair_data, eval_steps=2, save_steps=3, output=str(tmp_path / "killed"))
+    train_and_kill(config, step=5)
+    assert Ledger(train(dataclasses.replace(config, resume=True, ledger=False))).steps == [2]
+
+
+@pytest.mark.parametrize("name", ["run", "ledger"])
+def test_a_ledger_is_found_by_its_run_its_folder_and_its_file(dpo_config, pair_data, tmp_path, name):
+    run = train(dpo_config(eval_data=pair_data, max_steps=1, output=str(tmp_path / name)))
+    for path in (run, run / "ledger", run / "ledger" / "step-1.parquet"):
+        assert Ledger(path).at("last").step == 1
+
+
+def test_a_ledger_is_one_table_for_other_readers(dpo_config, pair_data):
+    run = train(dpo_config(eval_data=pair_data, eval_steps=3))
+    table = pyarrow.parquet.read_table(run / "ledger")
+    assert table.num_rows == 22 and set(table["step"].to_pylist()) == {3, 6}
+
+
+@pytest.mark.parametrize("size", [0, 9, 2000])
+def test_a_damaged_file_is_named(dpo_config, pair_data, size):
+    run = train(dpo_config(eval_data=pair_data, max_steps=1))
+    path = run / "ledger" / "step-1.parquet"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"step-1\.parquet: damaged, or not Parquet") as error:
+        phi2.replay(run)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_something_else_is_no_ledger(tmp_path):
+    path = tmp_path / "step-1.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"pair": ["a"]}), path)
+    with pytest.raises(ValueError, match="no file of a ledger, it has no file, row, s_w"):
+        Ledger(path)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
+        Ledger(tmp_path / "nowhere")
+
+
+def test_a_ledger_without_held_out_pairs_is_refused(dpo_config):
+    with pytest.raises(ValueError, match="ledger False needs eval_data or test_fraction, got neither"):
+        dpo_config(ledger=False)
+
+
+# ---- weights ----
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_phi, pair_data, tmp_path_factory):
+    """The ledger of a run that evaluated its training pairs."""
+    from phi2.lora_config import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=("q_proj", "fc1"))
+    output = tmp_path_factory.mktemp("judged") / "run"
+    where = dict(model=str(tiny_phi), data=pair_data, eval_data=pair_data, output=output, device="cpu", lora=lora)
+    return Ledger(phi2.dpo(**where, max_steps=2, learning_rate=1e-2))
+
+
+def test_weights_of_a_ledger_are_those_of_a_column(
+    dpo_config, pair_data, judged, metrics_of, tmp_path, assert_same_weights
+):
+    """The column `weight` of the data, once read by the loss, once written to a file by the names of pairs."""
+    path = tmp_path / "weights.parquet"
+    judged.at().write_weights(path, judged.at()["column/weight"])
+    ours = train(dpo_config(weights_from=str(path), max_steps=3))
+    column = train(dpo_config(loss_args={"weight_column": "weight"}, max_steps=3, output=str(tmp_path / "column")))
+    assert metrics_of(ours) == metrics_of(column)
+    assert_same_weights(ours, column)
+
+
+def test_a_run_gives_its_own_weights(dpo_config, judged, metrics_of):
+    run = train(dpo_config(weights_from=str(judged.path), max_steps=1, shuffle=False))
+    weight = judged.at()["weight"][:4]
+    assert weight.mean() != 1
+    assert metrics_of(run)[0]["loss"] == pytest.approx(np.log(2) * weight.mean(), rel=1e-5)
+
+
+def test_held_out_pairs_weigh_one(dpo_config, pair_data, judged, tmp_path):
+    path = tmp_path / "weights.parquet"
+    judged.at().write_weights(path, np.zeros(11))
+    run = train(dpo_config(weights_from=str(path), eval_data=pair_data, max_steps=1))
+    assert run.evaluations["eval_loss"][0] == pytest.approx(np.log(2))
+
+
+def test_the_settings_of_a_weighted_run_make_it_again(dpo_config, judged, tmp_path, metrics_of):
+    run = train(dpo_config(weights_from=str(judged.path), max_steps=2, loss="sigmoid:0.5,sft:0.5"))
+    assert run.config["weights_from"] == str(judged.path)
+    settings = {**run.config, "output": str(tmp_path / "again")}
+    assert metrics_of(phi2.dpo(**settings)) == metrics_of(run)
+
+
+def test_a_comparison_weighs_its_pairs_too(dpo_config, pair_data, judged, tmp_path):
+    settings = {**vars(dpo_config(eval_data=pair_data, max_steps=1)), "output": str(tmp_path / "out")}
+    del settings["loss"]
+    variants = ["sigmoid", {"loss": "sigmoid", "weights_from": str(judged.path)}]
+    comparison = phi2.compare(**settings, variants=variants, seeds=1)
+    plain, weighted = (run.metrics["loss"][0] for v in comparison.variants for run in comparison.runs(v))
+    assert plain == pytest.approx(np.log(2)) and weighted != pytest.approx(np.log(2), rel=1e-3)
+
+
+def test_weights_that_changed_are_named_when_a_run_goes_on(dpo_config, judged, tmp_path):
+    path = tmp_path / "weights.parquet"
+    judged.at().write_weights(path, np.ones(11))
+    config = dpo_config(weights_from=str(path), max_steps=1, save_steps=1)
+    train(config)
+    judged.at().write_weights(path, np.full(11, 2.0))
+    with pytest.raises(ValueError, match="the columns of the data changed since this run began"):
+        train(dataclasses.replace(config, resume=True))
+
+
+def test_a_ledger_of_other_data_is_told_in_one_line(dpo_config, judged, write_rows):
+    rows = [{"prompt": "P", "chosen": " the other", "rejected": f" {i}"} for i in range(3)]
+    path = write_rows(rows)
+    with pytest.raises(ValueError, match="knows 0 of the 3 training pairs, and not .* row 1: is it of other data") as e:
+        train(dpo_config(weights_from=str(judged.path), data=path))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"pair": ["a"]}, "has no column 'weight'; there are pair"),
+        ({"pair": ["a", "b"], "weight": [1.0, None]}, "row 2: a weight is a number from 0 on, got nan"),
+        ({"pair": ["a"], "weight": [-1.0]}, "row 1: a weight is a number from 0 on, got -1.0"),
+        ({"pair": ["a"], "weight": ["much"]}, "row 1: a weight is a number from 0 on, got much"),
+    ],
+)
+def test_a_file_without_weights_is_told_in_one_line(dpo_config, tmp_path, columns, told):
+    path = tmp_path / "weights.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(ValueError, match=told):
+        train(dpo_config(weights_from=str(path)))
+
+
+def test_weights_have_one_source(dpo_config, judged):
+    with pytest.raises(ValueError, match="give weights_from or weight_column weight, not both"):
+        dpo_config(weights_from=str(judged.path), loss_args={"weight_column": "weight"})
+    with pytest.raises(FileNotFoundError, match="weights_from nowhere: no such file or folder"):
+        train(dpo_config(weights_from="nowhere"))
+    with pytest.raises(ValueError, match=r"weights must have shape \(11,\), one for each pair, got \(3,\)"):
+        judged.at().write_weights("never", np.ones(3))
