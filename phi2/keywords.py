@@ -81,7 +81,7 @@ def _parsed(kind: type[DataclassInstance], values: dict[str, Any], others: set[s
     parser.add_class_arguments(kind, as_group=False, skip=others)
     try:
         return vars(parser.instantiate(parser.parse_object(values)))
-    except (jsonargparse.ArgumentError, TypeError) as error:
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(plain(str(error))) from error
 
 

@@ -100,6 +100,14 @@ class LoraLinear(PhiLinear):
         lora_B = skip_init(nn.Linear, r, self.out_features, bias=False, **where)
         self.adapters[name] = LoraAdapter(lora_A, lora_B, nn.Dropout(dropout), scaling)
 
+    @torch.no_grad()
+    def put(self, name: str, A: Tensor, B: Tensor) -> None:
+        """An adapter with these weights, (k, in) and (out, k), and the active one's scaling, which is not trained."""
+        assert self.active is not None
+        self.add(name, len(A), self.active.scaling, dropout=0.0)
+        for linear, weight in zip((self.adapters[name].lora_A, self.adapters[name].lora_B), (A, B), strict=True):
+            linear.requires_grad_(False).weight.copy_(weight)
+
     def activate(self, name: str) -> None:
         """From now on the layer computes, and shows, this adapter; none if it has none of that name."""
         self.active = self.adapter = self.adapters.get(name)
@@ -211,6 +219,21 @@ def insert(model: AdaptableModel, config: LoraConfig, layers: list[str], name: s
             model.set_submodule(layer, linear)
         linear.add(name, config.rank(layer), config.scaling(layer), config.lora_dropout)
     activate(model, name)
+
+
+def copy_adapter(model: AdaptableModel, name: str) -> None:
+    """Keeps the active adapter, as it is now, under another name too; the copy has no dropout and is not trained.
+
+    Raises:
+        ValueError: when there is none, or one of that name already.
+    """
+    if name in model.adapters:
+        raise ValueError(f"the model has an adapter {name!r} already")
+    layers, config = _adapted(model), model.lora_config
+    assert config is not None
+    model.adapters[name] = config
+    for module in layers.values():
+        module.put(name, module.lora_A.weight, module.lora_B.weight)
 
 
 def activate(model: AdaptableModel, name: str) -> None:

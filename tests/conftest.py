@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -262,6 +263,19 @@ def assert_same_weights() -> Callable[[Path, Path], None]:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def shift_logps() -> Callable[[Path, float], None]:
+    """Takes a number from everything that a shard of a reference cache says."""
+
+    def shift(shard: Path, by: float) -> None:
+        with safe_open(shard, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = {name: tensor.clone() for name, tensor in load_file(shard).items()}
+        shard.write_bytes(save({**tensors, "logps": tensors["logps"] - by}, metadata))
+
+    return shift
 
 
 class Recording(TorchDispatchMode):

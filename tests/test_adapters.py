@@ -10,7 +10,19 @@ import torch
 from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.config import Phi2Config
 from phi2.fused import fuse
-from phi2.lora import LoraLinear, activate, adapter_state, attach, detach, disabled, has_adapter, lora_modules, merge
+from phi2.lora import (
+    LoraLinear,
+    activate,
+    adapter_state,
+    attach,
+    computing,
+    copy_adapter,
+    detach,
+    disabled,
+    has_adapter,
+    lora_modules,
+    merge,
+)
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.quantize import Int4LinearOnCPU, QuantizedLinear, quantize_model
@@ -94,6 +106,21 @@ def test_a_copy_shares_nothing_with_its_original():
     with torch.no_grad():
         model.model.layers[0].mlp.fc1.weight.zero_()
     assert torch.equal(twin(IDS), before)
+
+
+def test_an_adapter_that_is_kept_under_another_name_stays_as_it_was_and_trains_nothing():
+    model = make_model()
+    attach(model, LoraConfig(r=4, lora_alpha=12, target_modules=("q_proj", "fc2", "lm_head")))
+    learn(model, 0)
+    trained, expected = [name for name, p in model.named_parameters() if p.requires_grad], model(IDS)
+    copy_adapter(model, "before")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    learn(model, 1)
+    assert not torch.equal(model(IDS), expected)
+    with computing(model, "before"):
+        assert torch.equal(model(IDS), expected)
+    with pytest.raises(ValueError, match="^the model has an adapter 'before' already$"):
+        copy_adapter(model, "before")
 
 
 def test_what_is_detached_leaves_the_model_as_it_was():

@@ -142,18 +142,36 @@ def test_a_comparison_has_arrays_runs_and_a_table(comparison):
     assert str(phi2.Comparison(comparison.path)) == str(comparison)
 
 
-def test_a_loss_without_reference_is_measured_like_the_others(comparison):
-    """By log-ratios over its held-out pairs, which its own run does not know."""
-    model, _ = comparison.runs("simpo(beta=2.0)")[0].load(device="cpu")
+def drifts_of(comparison: Comparison, variant: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """By log-ratios to the base over the held-out pairs, of the chosen and of the rejected answers."""
+    model, _ = comparison.runs(variant)[0].load(device="cpu")
     base, _ = phi2.load(comparison.config["model"], device="cpu")
     config = DPOConfig(**{k: comparison.config[k] for k in ("model", "data", "output")})
     pairs = phi2.start(config).rows.train
     tokens = row_of_answers(pairs)
     batch = answer_batch(pairs, Scored(score(model, tokens), score(base, tokens), {})).pairs
-    chosen, rejected = batch.chosen_logratio, batch.rejected_logratio
+    return batch.chosen_logratio, batch.rejected_logratio
+
+
+def test_a_loss_without_reference_is_measured_like_the_others(comparison):
+    """By what its own run does not know."""
+    chosen, rejected = drifts_of(comparison, "simpo(beta=2.0)")
     row = next(row for row in comparison.rows if (row["variant"], row["seed"]) == ("simpo(beta=2.0)", 42))
     assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), abs=1e-4)
     assert row["metrics"]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+
+
+def test_a_run_whose_reference_moves_is_measured_from_where_it_began(compare_config):
+    """At the end its reference is the policy itself."""
+    variant = "sigmoid(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)"
+    moved = run(compare_config(losses=f"sigmoid,{variant}", seeds=1))
+    (own,) = moved.runs(variant)
+    assert own.evaluations["eval_logps/chosen"][-1] == own.evaluations["eval_ref_logps/chosen"][-1]
+    (row,) = (row for row in moved.rows if row["variant"] == variant)
+    chosen, rejected = drifts_of(moved, variant)
+    assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), abs=1e-4)
+    assert row["metrics"]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    assert abs(row["metrics"]["chosen_drift"]) > 0.01
 
 
 def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
@@ -162,7 +180,7 @@ def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
     with session.policy(config) as model, torch.no_grad():
         model.lm_head.adapter.lora_B.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         prompt, answer = np.array([5, 9, 7], dtype=np.int32), np.array([8, 6], dtype=np.int32)
-        measure = Measure(session, config, None, None, reference_free=True, last=None)
+        measure = Measure(session, config, None, None, elsewhere=True, last=None)
         kl, entropy = measure.kl_and_entropy(model.eval(), [prompt], [answer])
         ids = torch.from_numpy(np.concatenate((prompt, answer)).astype(np.int64))[None]
         policy = model(ids)[0, 2:4, : choices_of(model, session.tokenizer)].double().log_softmax(dim=-1)
@@ -238,6 +256,10 @@ REFUSED = {
     "no seeds": ({"seeds": 0}, "seeds must be at least 1, got 0"),
     "another base": ({"losses": "ipo(dtype=float16)"}, "dtype is the same in all runs"),
     "an unknown baseline": ({"baseline": "simpo"}, "baseline must be one of"),
+    "a reference that moves, asked beforehand": (
+        {"sync_ref_model": True},
+        "sync_ref_model moves the reference: it needs precompute_ref_log_probs false",
+    ),
     "no held-out pairs": ({"eval_data": None}, "a comparison needs held-out pairs: give eval_data or test_fraction"),
 }
 

@@ -58,6 +58,7 @@ def test_what_was_given_is_left_as_it_was():
         ({**WHERE, "max_steps": "many"}, "max_steps: expected int, got many"),
         ({**WHERE, "dtype": "float8"}, "dtype: expected one of 'auto', 'float32', 'bfloat16', 'float16', got float8"),
         ({**WHERE, "lora": {"rank": 4}}, "lora: Option 'rank' is not accepted"),
+        ({**WHERE, "bema": {"lag": 0}}, "lag must be at least 1, got 0.0"),
         ({**WHERE, "max_steps": 0}, "max_steps must be -1 or positive"),
     ],
 )

@@ -259,3 +259,33 @@ def test_a_gradient_that_is_no_number_where_policy_and_reference_agree_is_refuse
     loss = register(lambda pairs: (pairs.margin**2).sqrt())  # 0 there, its slope 0 / 0
     with pytest.raises(ValueError, match="step 1: loss 'mine' is 0, but its gradient is no number"):
         train(dpo_config(loss=loss))
+
+
+# ---- rows that bring what a reference said ----
+
+
+def test_log_probabilities_of_a_reference_in_the_rows_are_not_ignored(dpo_config, write_rows):
+    row = {"prompt": "Q", "chosen": " a", "rejected": " b", "ref_chosen_logps": -3.5, "ref_rejected_logps": -4.0}
+    data = write_rows([row] * 4)
+    with pytest.raises(ValueError) as caught:
+        train(dpo_config(data=data, max_steps=1))
+    assert f"{data} row 1 has ref_chosen_logps and ref_rejected_logps, and loss 'sigmoid' asks" in str(caught.value)
+    assert "ignore_columns" in str(caught.value) and "\n" not in str(caught.value)
+    named = ["ref_chosen_logps", "ref_rejected_logps"]
+    assert (train(dpo_config(data=data, max_steps=1, ignore_columns=named)) / "adapter").exists()
+
+
+def test_a_reference_free_loss_of_ones_own_reads_them(dpo_config, write_rows, metrics_of):
+    @preference_loss("of_sums", reference_free=True)
+    def of_sums(pairs: PairBatch) -> Tensor:
+        margin = pairs.policy_chosen - pairs.policy_rejected
+        return -F.logsigmoid(margin - (pairs.columns["ref_chosen_logps"] - pairs.columns["ref_rejected_logps"]))
+
+    row = {"prompt": "Q", "chosen": " a", "rejected": " b"}
+    losses = []
+    for number in (-3.0, -50.0):
+        data = write_rows([{**row, "ref_chosen_logps": number, "ref_rejected_logps": -4.0}] * 4)
+        config = dpo_config(data=data, max_steps=1, loss="of_sums")
+        run = train(dataclasses.replace(config, output=f"{config.output}{number}"))
+        losses.append(metrics_of(run)[0]["loss"])
+    assert losses[0] > losses[1] + 1

@@ -15,7 +15,7 @@ from phi2.inference.config import SamplingParams
 from phi2.inference.generate import generate
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
-from phi2.training.config import DPOConfig, SFTConfig
+from phi2.training.config import BemaConfig, DPOConfig, SFTConfig
 from phi2.training.session import Session
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "fc1"))
@@ -87,6 +87,10 @@ DPO = {
     "nll_weight": (0.5, {}),
     "reference": ("another model", {}),
     "precompute_ref_log_probs": (True, {}),
+    "sync_ref_model": (True, {"ref_model_sync_steps": 1}),
+    "ref_model_sync_steps": (1, {"sync_ref_model": True}),
+    "ref_model_mixup_alpha": (0.1, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "bema": (BemaConfig(), {"sync_ref_model": True, "ref_model_sync_steps": 1}),
     "disable_dropout": (False, {"model": "with dropout"}),
     "ledger": (False, {"test_fraction": 0.3}),
     "weights_from": ("a run that evaluated the pairs", {}),

@@ -125,6 +125,7 @@ class Bench:
     def _cell(self, variant: Variant, seed: int) -> Cell:
         config = variant.config
         total = total_steps(config, windows_of(config, len(self.session.rows.train)))
+        dpo.require_moves(config, total)
         config = replace(
             config,
             seed=seed,
@@ -173,7 +174,7 @@ class Bench:
         """Log-probabilities of the pairs of all runs, known for good, and the model that gives them."""
         key = (reference_kind(config), config.lora is None)
         if key not in self.references:
-            asked = replace(config, precompute_ref_log_probs=True, reference_cache=self.cache)
+            asked = replace(config.at_start(), precompute_ref_log_probs=True, reference_cache=self.cache)
             with self.session.policy(asked) as model:
                 scored = reference_of(self.session, asked, model, None, self.pairs)
             self.references[key] = scored, start_of(self.session, config)
@@ -198,7 +199,8 @@ class Bench:
         graded = self.config.is_toy and self.session.tokenizer.chat_template is not None
         known, start = self.reference(cell.config)
         last = cell.total if graded else None
-        measure = Measure(self.session, cell.config, known, start, cell.variant.loss.reference_free, last)
+        elsewhere = cell.variant.loss.reference_free or cell.config.sync_ref_model  # what its own evaluations look from
+        measure = Measure(self.session, cell.config, known, start, elsewhere, last)
         write_report(dpo.fit(self.session, cell.config, measure))
 
 

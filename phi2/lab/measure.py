@@ -50,7 +50,7 @@ class Measure:
     Args:
         reference: log-probabilities that are known, of all held-out pairs.
         start: the reference as a model, None where it is the policy with its adapter off.
-        reference_free: whether the run's own evaluations are without them.
+        elsewhere: whether the run's own evaluations have no reference, or one that moves.
         last: the update behind which toy skills are graded, None where the data have none.
     """
 
@@ -60,12 +60,12 @@ class Measure:
         config: DPOConfig,
         reference: Reference,
         start: Phi2ForCausalLM | None,
-        reference_free: bool,
+        elsewhere: bool,
         last: int | None,
     ) -> None:
         self.session, self.config, self.reference, self.start, self.last = session, config, reference, start, last
         self.pairs = session.rows.evaluation
-        self.scored = self.pairs if reference_free else []
+        self.scored = self.pairs if elsewhere else []
 
     def __call__(self, step: int, model: Phi2ForCausalLM) -> None:
         training = model.training
@@ -129,7 +129,7 @@ class Measure:
 
     @torch.no_grad()
     def preference(self, model: Phi2ForCausalLM) -> dict[str, float]:
-        """What evaluations of a run with a reference tell, for one without: of each pair its log-ratios."""
+        """What evaluations tell of a run with a reference that stays, for the others: of each pair its log-ratios."""
         if not self.scored:
             return {}
         cut = passes_of(self.config, model, self.scored).cut

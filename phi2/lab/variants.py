@@ -175,6 +175,8 @@ def _bound(config: CompareConfig, own: Mapping[str, Any]) -> tuple[DPOConfig, Bo
     knobs = {setting: value for setting, value in own.items() if setting not in SETTINGS}
     try:
         known = checked(DPOConfig, settings)
+        if known.get("sync_ref_model"):  # such a reference cannot be asked beforehand
+            common |= {"precompute_ref_log_probs": False, "reference_cache": None}
         known["loss_args"] = {**config.loss_args, **known.get("loss_args", {}), **knobs}
         run = DPOConfig(**{**common, **known})
         loss = bind_loss(run.loss, run.knobs, config.loss_file)
@@ -187,7 +189,7 @@ def _bound(config: CompareConfig, own: Mapping[str, Any]) -> tuple[DPOConfig, Bo
 
 
 def _without_reference(config: DPOConfig) -> DPOConfig:
-    return replace(config, reference="auto", precompute_ref_log_probs=False, reference_cache=None)
+    return replace(config.at_start(), reference="auto", precompute_ref_log_probs=False, reference_cache=None)
 
 
 def _folders(names: Sequence[str]) -> list[str]:

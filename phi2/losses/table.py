@@ -32,7 +32,8 @@ LEFT_OUT = {  # of those a survey names
     "FocalPO": "the constant of its factor was not found: the authors' repository has no code",
     "SPO (SiLU)": "oxRL's -z sigma(z) falls without end, its own text tells of a minimum; no other source was found",
     "SquaredPO": "e^-l of a whole answer overflows, and how the paper normalises it was not found",
-    "RC (disentanglement band), TR-DPO, BEMA": "need gradients of the run, or a reference that moves",
+    "RC (disentanglement band)": "needs gradients of the run",
+    "TR-DPO, BEMA": "move the reference of any loss: `--sync_ref_model`, docs/references.md",
     "D2PO, TIS-DPO, ConfPO, TGDPO, MaPPO, xi-DPO, SA-DPO, ASFT": "no formula was found in code or could be checked",
     "DDO-RM": "no code was found, and how it centres its rewards could not be checked",
 }

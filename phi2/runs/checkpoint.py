@@ -3,6 +3,7 @@
     checkpoints/step-N/
       adapter/ or model/       the trained weights, in the layout of the final result
       state.safetensors        AdamW's moments and the random generators' states
+      reference.safetensors    where the reference moves: its weights, and what it is averaged from
       state.json               the step, counters, the loss scaler, what the loss keeps between updates, and how many
                                tokens a pass may hold
 
@@ -62,7 +63,7 @@ def save_checkpoint(
 
     Args:
         step: updates done.
-        save_weights: writes adapter/ or model/ into the folder it is given.
+        save_weights: writes adapter/ or model/, and what else the run goes on from, into the folder it is given.
         loss_state: numbers that the loss keeps from one update to the next.
     """
     folder = run / "checkpoints" / f"step-{step}"
@@ -70,7 +71,7 @@ def save_checkpoint(
         return
     with whole_folder(folder) as unfinished:
         save_weights(unfinished)
-        _save_tensors({**optimizer.tensors(), **_random_state()}, unfinished / "state.safetensors")
+        save_tensors({**optimizer.tensors(), **_random_state()}, unfinished / "state.safetensors")
         numbers = {"step": step, "optimizer": optimizer.numbers(), "loss": dict(loss_state)}
         numbers["passes"] = {"max_tokens": passes.max_tokens, "halved": passes.halved}
         (unfinished / "state.json").write_text(json.dumps(numbers, indent=1))
@@ -100,7 +101,8 @@ def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict
         raise ValueError(f"{folder}: cannot resume from this checkpoint: {error!r}") from error
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes them. Raises OSError, naming the file, on a full disk."""
     try:
         safetensors.torch.save_file(tensors, path)
     except safetensors.SafetensorError as error:  # what it makes of a full disk

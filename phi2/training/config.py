@@ -6,8 +6,8 @@ default, and what would change nothing, is an error that says which setting it n
 from here, so torch is not imported, and annotations are types, not texts.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 from phi2.data.config import EncodeConfig
 from phi2.runs.config import RunConfig, require_at_least, require_effect, require_not_negative
@@ -99,6 +99,33 @@ class SFTConfig(UpdateConfig, EncodeConfig, RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BemaConfig:
+    """A bias-corrected moving average of the policy; names and defaults are those of trl's BEMACallback.
+
+    Source: arXiv:2508.00180 Algorithm 1, with t updates done:
+        average <- b policy + (1 - b) average, b = (lag + multiplier t)^-ema_power
+        reference = average + (lag + multiplier t)^-bias_power (policy - start)
+    """
+
+    ema_power: float = 0.5
+    """How fast the average ages (kappa); 0 makes it the policy."""
+    bias_power: float = 0.2
+    """How fast the correction fades (eta)."""
+    lag: float = 10.0
+    """Updates that count as done at the start (rho)."""
+    multiplier: float = 1.0
+    """Of the updates done (gamma)."""
+
+    def __post_init__(self) -> None:
+        for name in ("ema_power", "bias_power", "multiplier"):
+            require_not_negative(self, name)
+        require_at_least(self, "lag", 1)
+
+
+MOVING = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "bema")  # settings of a moving reference
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
     """Settings of a preference run but for its loss: what the runs of a comparison have too."""
 
@@ -126,6 +153,14 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
     """Score the pairs that the run will see with the reference once, before training, into reference_cache."""
     reference_cache: str | None = None
     """Folder of precomputed reference log-probabilities, shared between runs; unset, inside the run folder."""
+    sync_ref_model: bool = False
+    """The reference follows the policy, as in TR-DPO; it starts as the policy does, with LoRA as a second adapter."""
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between its moves."""
+    ref_model_mixup_alpha: float = 0.6
+    """It becomes this share of the policy and the rest of itself; 1 makes it the policy."""
+    bema: BemaConfig | None = None
+    """It moves by BEMA's average of the policy in place of that share; its ema_power, bias_power, lag, multiplier."""
     disable_dropout: bool = True
     """Train without dropout, as the reference is without it."""
     ledger: bool = True
@@ -148,8 +183,28 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
             raise ValueError("reference adapters_off is the start of a new adapter only; use frozen_copy")
         if self.reference_cache is not None and not self.precompute_ref_log_probs:
             raise ValueError("reference_cache needs precompute_ref_log_probs: true")
+        self._check_moving_reference()
         if self.disable_dropout and self.lora is not None and self.lora.lora_dropout:
             raise ValueError(f"lora_dropout {self.lora.lora_dropout} needs disable_dropout false, got true")
+
+    def at_start(self) -> Self:
+        """The same with a reference that stays where it starts."""
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in MOVING}
+        return replace(self, **defaults)
+
+    def _check_moving_reference(self) -> None:
+        moves = self.sync_ref_model
+        for name in ("ref_model_sync_steps", "ref_model_mixup_alpha", "bema"):
+            require_effect(self, name, "sync_ref_model true", moves, moves)
+        by = "mixing" if self.bema is None else "bema"
+        require_effect(self, "ref_model_mixup_alpha", "a reference that moves by mixing", by, self.bema is None)
+        require_at_least(self, "ref_model_sync_steps", 1)
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
+        if moves and self.precompute_ref_log_probs:
+            raise ValueError("sync_ref_model moves the reference: it needs precompute_ref_log_probs false, got true")
+        if moves and self.reference not in ("auto", "adapters_off", "frozen_copy"):
+            raise ValueError(f"sync_ref_model moves a reference that starts as the policy, got {self.reference}")
 
     @property
     def knobs(self) -> dict[str, float | bool | str | None]:

@@ -35,11 +35,13 @@ from phi2.training.ledger import LedgerWriter, ledger_of
 from phi2.training.look import look_at_loss
 from phi2.training.loop import Watch, updates_of
 from phi2.training.metrics import means, metrics_of
+from phi2.training.moving_reference import MovingReference
 from phi2.training.needs import require_both_labels, require_neighbours, rows_for, tell_unused
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import Reference, make_reference, other_reference, starts_at_reference
+from phi2.training.reference_cache import CACHED_TOLERANCE
 from phi2.training.scoring import answer_batch, mismatched, score_answers, scored
 from phi2.training.session import Session, require_fit, start
 from phi2.training.two_phases import backward_of_window
@@ -48,8 +50,6 @@ from phi2.training.window import Windows, total_steps, windows_of
 
 # How far apart policy and reference may start, in nats per token: the same weights see the same rows, so hardly at all.
 STEP_0_TOLERANCE = 1e-3
-# A precomputed reference saw the rows in other batches, and half-precision matmuls round each shape in their own way.
-CACHED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def train(config: DPOConfig) -> Run:
@@ -70,8 +70,7 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     session.require_same(config)
     loss = bind_loss(config.loss, config.knobs, config.loss_file)
     config = with_all_knobs(config, loss)
-    if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs):
-        raise ValueError(f"loss {loss.name} needs no reference: leave reference and precompute_ref_log_probs unset")
+    require_reference(config, loss)
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer = session.tokenizer
     rows, eval_rows = with_weights(config, *(rows_for(loss, each) for each in session.rows[:2]))
@@ -80,6 +79,7 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     session.keep_audits(run)
     windows = windows_of(config, len(rows))
     total = total_steps(config, windows)
+    require_moves(config, total)
     require_neighbours(loss, windows.size)
     inputs = inputs_of(config, tokenizer, rows, eval_rows, session.dtype) | preference_inputs(config, loss)
     require_same_inputs(run, inputs, resumed=checkpoint is not None)
@@ -93,8 +93,9 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
         require_dropout(config, model)
         scored = [*(rows[i] for i in windows.until(total)), *eval_rows, *others]
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)
-        title = f"dpo {loss.name}"
-        with updates_of(config, model, tokenizer, windows, seen, checkpoint, title, loss.state, watch) as updates:
+        moving = reference if isinstance(reference, MovingReference) else None
+        title, save = f"dpo {loss.name}", moving.save if moving else None
+        with updates_of(config, model, tokenizer, windows, seen, checkpoint, title, loss.state, watch, save) as updates:
             model.train(not config.disable_dropout)
             state = updates.loss_state
             cut = updates.passes.cut
@@ -106,6 +107,8 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
                     check_start(config, model, reference, window, cut, loss)
                 attempt = partial(update, config, model, updates.optimizer, window, cut, reference, loss, state)
                 metrics, tokens = updates.attempt(attempt), sum(row.tokens for row in window)
+                if moving is not None:
+                    moving.follow(step)
                 updates.end(step, tokens, metrics, partial(evaluation, step) if eval_rows else None)
     return Run(run)
 
@@ -123,6 +126,21 @@ def others_to_score(
         return []
     updates = ([rows[i] for i in windows.at(step)] for step in range(total))
     return [row for window in (*updates, eval_rows) for row in mismatched(window, config.max_length)]
+
+
+def require_reference(config: DPOConfig, loss: BoundLoss) -> None:
+    """Refuses settings of a reference for a loss without one."""
+    if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs or config.sync_ref_model):
+        names = "reference, precompute_ref_log_probs and sync_ref_model"
+        raise ValueError(f"loss {loss.name} needs no reference: leave {names} unset")
+
+
+def require_moves(config: DPOConfig, total: int) -> None:
+    """Refuses a reference that is to move, and never would."""
+    if config.sync_ref_model and config.ref_model_sync_steps > total:
+        raise ValueError(
+            f"sync_ref_model: ref_model_sync_steps {config.ref_model_sync_steps} outlasts the run of {total} updates"
+        )
 
 
 def require_dropout(config: DPOConfig, model: Phi2ForCausalLM) -> None:

@@ -22,6 +22,10 @@ from phi2.training.needs import parts_of
 from phi2.training.scoring import column_gaps, numeric_columns
 
 SPREAD, CANDIDATES = 8, 1024  # rows over the whole data set that are looked at, and among which columns are
+REFERENCE_COLUMNS = {  # sums over answers, as trl writes and reads them under their names of now and before
+    *("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"),
+    *("reference_chosen_logps", "reference_rejected_logps", "reference_logps"),
+}
 
 
 def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: Sequence[EncodedPreference]) -> None:
@@ -29,8 +33,10 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
 
     Raises:
         ValueError: when the loss is not pure, when it reads a column that is not a number in every row, when a modifier
-            leaves it as it is, or when a row's value depends on other rows and the loss does not say so.
+            leaves it as it is, when a row's value depends on other rows and the loss does not say so, or when the rows
+            bring log-probabilities of a reference and the run would ask its own.
     """
+    require_one_reference(loss, [*rows, *eval_rows])
     gaps = column_gaps([*rows, *eval_rows])
     shown = shown_answers(varied(rows, gaps), gaps, loss)
     require_pure(loss, shown)
@@ -38,6 +44,16 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
         require_effect(part, shown)
         require_use(part, shown)
         require_scope(part, shown)
+
+
+def require_one_reference(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
+    """Refuses rows with log-probabilities of a reference that nothing would look at."""
+    for row in () if loss.reference_free else rows:
+        if names := sorted(REFERENCE_COLUMNS.intersection(row.columns)):
+            raise ValueError(
+                f"{row.origin} has {' and '.join(names)}, and loss {loss.name!r} asks the reference itself, token by"
+                " token: name them in ignore_columns, or register a loss with reference_free=True that reads them"
+            )
 
 
 def require_effect(loss: BoundLoss, answers: AnswerBatch) -> None:

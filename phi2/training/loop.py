@@ -41,6 +41,7 @@ class Updates:
         interrupted: not empty once Ctrl-C has come.
         loss_state: numbers that the loss keeps from one update to the next.
         passes: how a window goes through the model.
+        save_more: writes what else the run goes on from into the folder of a checkpoint.
     """
 
     config: TrainingConfig
@@ -53,6 +54,7 @@ class Updates:
     loss_state: dict[str, float]
     passes: Passes
     watch: Watch | None = None
+    save_more: Callable[[Path], None] | None = None
 
     @property
     def done(self) -> int:
@@ -96,12 +98,15 @@ class Updates:
                 self.watch(step, self.model)
         saves = config.save_strategy == "steps" and _is_due(config.save_steps, step, total)
         if self.interrupted or saves:
-            save = weights_saver(config, self.model, self.tokenizer)
-            save_checkpoint(
-                Path(config.output), step, self.optimizer, save, config.save_total_limit, self.loss_state, self.passes
-            )
+            keep = config.save_total_limit
+            save_checkpoint(Path(config.output), step, self.optimizer, self._save, keep, self.loss_state, self.passes)
         if self.interrupted and step < total:
             raise Interrupted(f"stopped after step {step}; go on with resume: true")
+
+    def _save(self, folder: Path) -> None:
+        weights_saver(self.config, self.model, self.tokenizer)(folder)
+        if self.save_more is not None:
+            self.save_more(folder)
 
 
 def require_finite(loss: float, step: int) -> None:
@@ -125,6 +130,7 @@ def updates_of(
     title: str,
     loss_state: Mapping[str, float] | None = None,
     watch: Watch | None = None,
+    save_more: Callable[[Path], None] | None = None,
 ) -> Iterator[Updates]:
     """The updates of a run from its start or from a checkpoint; behind the block its result and card are written.
 
@@ -132,6 +138,7 @@ def updates_of(
         rows: all that go through the model.
         title: of the progress bar.
         loss_state: what the loss starts from of the numbers that it keeps; None where it keeps none.
+        save_more: writes what else the run goes on from into the folder of a checkpoint.
     """
     run, total, kept = Path(config.output), total_steps(config, windows), dict(loss_state or {})
     optimizer = Optimizer(model, config, total, scale_loss=compute_dtype(config) == torch.float16)
@@ -139,7 +146,7 @@ def updates_of(
         passes = passes_of(config, model, rows)
     done = restore_checkpoint(checkpoint, optimizer, kept, passes) if checkpoint else 0
     with closing(Log(run, done, total, title)) as log, delayed_interrupt() as interrupted:
-        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, passes, watch)
+        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, passes, watch, save_more)
     weights_saver(config, model, tokenizer, compute_dtype(config))(run)
     write_card(run, to_plain(config), last_metrics(run), tokenizer.template_origin)
 

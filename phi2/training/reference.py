@@ -1,7 +1,8 @@
 """The reference of preference optimisation: whose log-probabilities the policy's are compared with.
 
 Three kinds: the policy with its adapters off, a frozen copy of the policy as it starts, or another checkpoint. Each can
-be asked during training, or once before it (`reference_cache.py`).
+be asked during training, or once before it (`reference_cache.py`). Of the first two, the start may also follow the
+policy (`moving_reference.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from phi2.checkpoints.weights import load_shape, pick_device
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPreference
 from phi2.hub import resolve
-from phi2.lora import disabled
+from phi2.lora import computing, has_adapter
 from phi2.losses.bound import BoundLoss
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
+from phi2.training.moving_reference import ADAPTER, AdapterCopy, ModelCopy, MovingReference
 from phi2.training.packing import TokenRow
+from phi2.training.passes import passes_of
 from phi2.training.precision import autocast
-from phi2.training.reference_cache import Precomputed, Reference, cache_file, fingerprint, key_of, precomputed
+from phi2.training.reference_cache import Precomputed, Reference, cache_folder, fingerprint, key_of, precomputed
+from phi2.training.reference_shards import shard_files
 from phi2.training.scoring import row_logps
 from phi2.training.session import Session
 
@@ -61,6 +65,8 @@ def reference_of(
 ) -> Reference:
     """`make_reference`, of which no run folder is told."""
     kind = reference_kind(config)
+    if config.sync_ref_model:
+        return moving(config, model, checkpoint)
     if kind == "adapters_off":
         scorer, live = model, adapters_off(model)
     elif kind == "frozen_copy":
@@ -74,21 +80,38 @@ def reference_of(
     if not config.precompute_ref_log_probs:
         return live
     with autocast(config):
-        cached = _precomputed(session, config, live, fingerprint(scorer, kind != "adapters_off", session.dtype), pairs)
+        name = fingerprint(scorer, kind != "adapters_off", session.dtype)
+        cached = _precomputed(session, config, live, name, pairs, passes_of(config, model, pairs).max_tokens)
     session.others.clear()  # it is asked no more
     return cached
 
 
+def moving(config: DPOConfig, model: Phi2ForCausalLM, checkpoint: Path | None) -> MovingReference:
+    """A copy of the policy that follows it: with LoRA an adapter on the same base, else a second model."""
+    if has_adapter(model):
+        return MovingReference(config, with_adapter(model, ADAPTER), AdapterCopy(model), checkpoint)
+    other = frozen_copy(model)
+    return MovingReference(config, another_model(other), ModelCopy(model, other), checkpoint)
+
+
 def _precomputed(
-    session: Session, config: DPOConfig, live: Reference, name: str, pairs: Sequence[EncodedPreference]
+    session: Session,
+    config: DPOConfig,
+    live: Reference,
+    name: str,
+    pairs: Sequence[EncodedPreference],
+    max_tokens: int,
 ) -> Precomputed:
-    """From its file; where there is none, from an earlier fit that scored all of it in the same way."""
-    folder, size = Path(config.reference_cache or Path(config.output) / "reference"), config.per_device_train_batch_size
-    key, is_new = (name, size, config.fuse, key_of(pairs)), not cache_file(folder, name).exists()
+    """From its folder; where there is none, from an earlier fit that scored all of it in the same way."""
+    folder = Path(config.reference_cache or Path(config.output) / "reference")
+    key = (name, config.max_tokens_per_pass, config.fuse, key_of(pairs))
+    is_new = not shard_files(cache_folder(folder, name))
     known = session.reference_logps.get(key) if is_new else None
-    cached = precomputed(live, name, pairs, size, folder, pick_device(config.device), known)
+    about = {"reference": reference_kind(config), "model": config.model, "adapter": config.adapter}
+    device = pick_device(config.device)
+    cached = precomputed(live, name, pairs, max_tokens, folder, device, session.dtype, about, known)
     if is_new:
-        session.reference_logps[key] = cached.known
+        session.reference_logps[key] = cached.shards
     return cached
 
 
@@ -136,11 +159,16 @@ def frozen_copy(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
 
 def adapters_off(model: Phi2ForCausalLM) -> Reference:
     """The policy's own base."""
+    return with_adapter(model, None)
+
+
+def with_adapter(model: Phi2ForCausalLM, name: str | None) -> Reference:
+    """The policy with another adapter, or without any."""
 
     def logps(pairs: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
         training = model.training
         model.eval()
-        with disabled(model):
+        with computing(model, name):
             result = score(model, row)
         model.train(training)
         return result

@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
 
-import numpy as np
 import torch
 
 from phi2.checkpoints.peft_files import load_adapter
@@ -37,6 +36,7 @@ from phi2.runs.checkpoint import last_checkpoint
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig, SFTConfig, TrainingConfig
 from phi2.training.precision import compute_dtype
+from phi2.training.reference_shards import Shards
 
 SHARED = (  # settings that all fits of a session have in common
     *("model", "adapter", "data", "eval_data", "test_fraction", "split_seed", "chat_template", "dtype", "device"),
@@ -67,7 +67,7 @@ class Session(Generic[Row]):
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.others: dict[tuple[Path, torch.dtype], Phi2ForCausalLM] = {}
-        self.reference_logps: dict[tuple[str, int, bool, bytes], dict[bytes, np.ndarray]] = {}
+        self.reference_logps: dict[tuple[str, int | str, bool, bytes], Shards] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -154,13 +154,14 @@ class Session(Generic[Row]):
 
     @contextmanager
     def policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Iterator[Phi2ForCausalLM]:
-        """The model to train; behind the block the adapter is off, and every number of the base as it was before."""
-        base = self.base if config.lora is not None else None
+        """The model to train; behind the block no adapter is on it, and every number of the base as it was before."""
+        base: Phi2ForCausalLM | None = self.base if config.lora is not None else None
         try:
             yield self.load_policy(config, checkpoint)
         finally:
             if base is not None and base.adapters:
-                detach(base)
+                for name in tuple(base.adapters):
+                    detach(base, name)
                 base.eval()
 
     def load_policy(self, config: TrainingConfig, checkpoint: Path | None = None) -> Phi2ForCausalLM:

@@ -79,6 +79,7 @@ def run_theirs(base: Path, fresh_adapter: Path, tmp_path: Path) -> Callable[...,
         adapter: Path | None = None,
         lora: dict | None = LORA,
         where=base,
+        callbacks: tuple = (),
         **options: Any,
     ) -> Curve:
         model, extra = transformers.PhiForCausalLM.from_pretrained(where, dtype=torch.float32), {}
@@ -92,6 +93,7 @@ def run_theirs(base: Path, fresh_adapter: Path, tmp_path: Path) -> Callable[...,
             args=Config(str(tmp_path / "theirs"), **{**plain, **SAME, **options}),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=transformers.AutoTokenizer.from_pretrained(where),
+            callbacks=[*callbacks],
             **extra,
         )
         if extra:

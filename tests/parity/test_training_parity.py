@@ -18,6 +18,7 @@ from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.checkpoints.weights import load_model
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
+from phi2.training.config import BemaConfig
 from phi2.training.packing import best_fit
 from phi2.training.window import Windows
 
@@ -89,8 +90,8 @@ def ours(run_ours, rows: list[dict]) -> Callable[..., Curve]:
 def theirs(run_theirs, rows: list[dict]) -> Callable[..., Curve]:
     """theirs(dpo, **what differs)."""
 
-    def run(loop, **options: Any) -> Curve:
-        kind = (trl.DPOConfig, trl.DPOTrainer) if loop is dpo else (trl.SFTConfig, trl.SFTTrainer)
+    def run(loop, trainer: type | None = None, **options: Any) -> Curve:
+        kind = (trl.DPOConfig, trainer or trl.DPOTrainer) if loop is dpo else (trl.SFTConfig, trl.SFTTrainer)
         return run_theirs(*kind, rows_for(loop, rows), **options)
 
     return run
@@ -209,6 +210,27 @@ def test_sft_of_packed_rows(ours, theirs, assert_same_losses):
 def test_all_weights_with_weight_decay(ours, theirs, assert_same_losses, loop):
     """In DPO both keep a second model as the reference."""
     assert_same_losses(ours(loop, lora=None, weight_decay=0.5), theirs(loop, lora=None, weight_decay=0.5))
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_a_reference_that_the_policy_is_mixed_into(ours, theirs, assert_same_losses, alpha):
+    """TR-DPO, of all weights: trl has no adapters for it."""
+    moves = dict(lora=None, sync_ref_model=True, ref_model_sync_steps=3, ref_model_mixup_alpha=alpha)
+    mine, reference = ours(dpo, **moves), theirs(dpo, **moves)
+    assert_same_losses(mine, reference)
+    assert_same_metrics(mine, reference)
+
+
+def test_a_reference_that_is_a_bias_corrected_average(ours, theirs, assert_same_losses):
+    bema = pytest.importorskip("trl.experimental.bema_for_ref_model")
+    powers = dict(ema_power=0.4, bias_power=0.3, lag=3, multiplier=0.5)
+    every = dict(update_freq=3, update_ref_model=True, ref_model_update_freq=3)
+    callback = bema.BEMACallback(**every, **powers)
+    reference = theirs(dpo, lora=None, callbacks=(callback,), trainer=bema.DPOTrainer)
+    moves = dict(lora=None, sync_ref_model=True, ref_model_sync_steps=3, bema=BemaConfig(**powers))
+    mine = ours(dpo, **moves)
+    assert_same_losses(mine, reference)
+    assert_same_metrics(mine, reference)
 
 
 def test_data_comes_in_the_order_of_transformers():
