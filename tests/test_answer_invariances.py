@@ -287,6 +287,15 @@ def test_a_loss_of_pairs_on_a_list_is_the_mean_over_all_pairs_of_which_one_is_be
     torch.testing.assert_close(loss(answers)[0], torch.stack(of_pairs).mean())
 
 
+def test_gaps_are_those_of_the_pairs_of_each_prompt_and_there_may_be_none():
+    answers = made_up("plackett_luce")
+    expected = answers.pairs.chosen_logratio - answers.pairs.rejected_logratio
+    torch.testing.assert_close(answers.gaps(answers.logratio), expected)
+    single = answers.only(1)
+    alone = replace(single, policy_logps=single.policy_logps[:1], lengths=(4,), prompts=(0,), scores=(1.0,))
+    assert alone.gaps(alone.policy).shape == (0,)
+
+
 # ---- mixtures, and what is refused ----
 
 

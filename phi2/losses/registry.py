@@ -76,13 +76,17 @@ def preference_loss(
 ) -> Callable[[LossFunction], LossFunction]:
     """Registers a loss under a name.
 
+    Called with a `PairBatch` of B pairs it returns (B,) nats; with unit "answer" or "prompt", with an `AnswerBatch` of
+    A answers to P prompts, (A,) or (P,). Given lists, a loss of pairs sees every two answers of which one is better,
+    and its values are averaged for each prompt.
+
     Args:
         name: what `--loss` takes.
         reference_free: the loss reads no ref_* log-probabilities, so none are computed.
         reward_scale: the knob that multiplies the log-ratio of an answer (reference-free: its log-probability a token)
             in the reward that the loss implies; unset, beta where that is one, else 1.
-        scope: "window" for a loss whose value depends on other pairs. It is called once an update with all its pairs,
-            however they are cut into passes, and the mean of the (B,) values that it returns is minimised.
+        scope: "window" for a loss whose value depends on other rows. It is called once an update with all its rows,
+            however they are cut into passes, and the mean over these of what it returns is minimised.
         state: numbers that a loss of that scope keeps from one update to the next, as they start. It is then called as
             loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps.
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the

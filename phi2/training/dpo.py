@@ -36,7 +36,7 @@ from phi2.training.look import look_at_loss
 from phi2.training.loop import Watch, updates_of
 from phi2.training.metrics import means, metrics_of
 from phi2.training.moving_reference import MovingReference
-from phi2.training.needs import require_neighbours, rows_for
+from phi2.training.needs import require_both_labels, require_neighbours, rows_for, tell_unused
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut
 from phi2.training.precision import autocast, compute_dtype
@@ -75,6 +75,8 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer = session.tokenizer
     rows, eval_rows = with_weights(config, *(rows_for(loss, each) for each in session.rows[:2]))
+    require_both_labels(loss, rows)
+    tell_unused(loss, [*session.rows.train, *session.rows.evaluation])
     session.keep_audits(run)
     windows = windows_of(config, len(rows))
     total = total_steps(config, windows)

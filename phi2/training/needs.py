@@ -13,14 +13,14 @@ LABELS = {0.0, 1.0}
 
 
 def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> list[EncodedPreference]:
-    """The rows as the loss reads them: without gold answers where it needs none, which is told.
+    """The rows as the loss reads them: without gold answers where it needs none.
 
     Raises:
         ValueError: naming a row that the loss cannot be given.
     """
     if not rows:
         return []
-    for part in [each for _, each in loss.parts] or [loss]:
+    for part in parts_of(loss):
         if part.unit == "answer":
             _require_labels(part, rows)
         else:
@@ -28,12 +28,21 @@ def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> list[Encoded
     if "gold" in loss.needs:
         missing = next((row for row in rows if not row.has_gold), None)
         if missing is not None:
-            raise ValueError(f"loss {loss.name!r} needs an answer to imitate, and {missing.origin} has none: reference")
+            raise ValueError(f"loss {loss.name!r} needs an answer to imitate, and {missing.origin} has no reference")
         return [*rows]
-    golden = sum(row.has_gold for row in rows)
+    return [_without_gold(row) if row.has_gold else row for row in rows]
+
+
+def tell_unused(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
+    """Prints how many answers the loss leaves unused."""
+    golden = 0 if "gold" in loss.needs else sum(row.has_gold for row in rows)
     if golden:
         print(f"loss {loss.name} does not use the answers to imitate of {golden} rows (column reference)")
-    return [_without_gold(row) if row.has_gold else row for row in rows]
+
+
+def parts_of(loss: BoundLoss) -> list[BoundLoss]:
+    """Those of a mixture; any other loss is its own part."""
+    return [part for _, part in loss.parts] or [loss]
 
 
 def _without_gold(row: EncodedPreference) -> EncodedPreference:
@@ -58,8 +67,16 @@ def _require_labels(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
             f"loss {loss.name!r} needs pairs, or answers with a label, and the answers of {scored.origin} have scores,"
             f" {told}"
         )
+
+
+def require_both_labels(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
+    """Refuses to train on answers that are all good, or all bad, with a loss that has a part of labels.
+
+    Raises:
+        ValueError: naming the file.
+    """
     labels = {score for row in rows for score in row.scores}
-    if len(labels) == 1:
+    if len(labels) == 1 and any(part.unit == "answer" for part in parts_of(loss)):
         kind = "good" if labels == {1.0} else "bad"
         raise ValueError(f"loss {loss.name!r} needs good and bad answers, and all of {rows[0].origin.file} are {kind}")
 
