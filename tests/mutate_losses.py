@@ -36,6 +36,7 @@ PROOFS = (
     "test_window_losses.py",
     "test_answer_losses.py",
     "test_answer_invariances.py",
+    "test_tdpo.py",
 )
 OTHER_OPERATION = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 OPPOSITES = ((ast.Eq, ast.NotEq), (ast.Lt, ast.GtE), (ast.Gt, ast.LtE), (ast.Is, ast.IsNot))
@@ -96,7 +97,8 @@ formula, in plain floats; value and both slopes where policy and reference agree
 differences in float64; a finite loss and gradient far from the reference and without tokens. Of a loss of
 windows `tests/test_window_losses.py` has values, slopes and state by hand on two pairs, and `tests/test_two_phases.py`
 its gradient for every split of a window. `tests/test_answer_losses.py` has values and slopes of the losses of labelled
-answers, of lists and with an answer to imitate, on two to four answers to a prompt.
+answers, of lists and with an answer to imitate, on two to four answers to a prompt; `tests/test_tdpo.py` those with a
+KL at each token.
 `tests/test_loss_invariances.py` and `tests/test_answer_invariances.py` hold each to what it must not depend on, and to
 depending on all else. `tests/parity` has the losses that trl 1.16 has too: runs of both trainers from the same weights,
 step by step, with all f-divergences, KTO and TPO among them, and its CPO and ORPO functions.

@@ -19,7 +19,7 @@ from phi2.losses.properties import made_up_answers
 from phi2.losses.registry import PREFERENCE_LOSSES
 
 OWN = {name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own}
-BUILT_IN = {name: loss for name, loss in OWN.items() if loss.unit != "pair" or loss.needs}
+BUILT_IN = {name: loss for name, loss in OWN.items() if (loss.unit != "pair" or loss.needs) and "kl" not in loss.needs}
 ALONE = [name for name, loss in BUILT_IN.items() if loss.scope == "pair"]
 OF_WINDOWS = [name for name, loss in BUILT_IN.items() if loss.scope == "window"]
 OF_LISTS = [name for name, loss in BUILT_IN.items() if loss.unit == "prompt"]
@@ -285,6 +285,15 @@ def test_a_loss_of_pairs_on_a_list_is_the_mean_over_all_pairs_of_which_one_is_be
     better = [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
     of_pairs = [-torch.nn.functional.logsigmoid(0.3 * (first.logratio[i] - first.logratio[j])) for i, j in better]
     torch.testing.assert_close(loss(answers)[0], torch.stack(of_pairs).mean())
+
+
+def test_gaps_are_those_of_the_pairs_of_each_prompt_and_there_may_be_none():
+    answers = made_up("plackett_luce")
+    expected = answers.pairs.chosen_logratio - answers.pairs.rejected_logratio
+    torch.testing.assert_close(answers.gaps(answers.logratio), expected)
+    single = answers.only(1)
+    alone = replace(single, policy_logps=single.policy_logps[:1], lengths=(4,), prompts=(0,), scores=(1.0,))
+    assert alone.gaps(alone.policy).shape == (0,)
 
 
 # ---- mixtures, and what is refused ----

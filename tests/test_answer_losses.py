@@ -18,7 +18,9 @@ from phi2.losses.bound import bind_loss
 from phi2.losses.registry import PREFERENCE_LOSSES
 
 BUILT_IN = {
-    name: loss for name, loss in PREFERENCE_LOSSES.items() if loss.is_own and (loss.unit != "pair" or loss.needs)
+    name: loss
+    for name, loss in PREFERENCE_LOSSES.items()
+    if loss.is_own and (loss.unit != "pair" or loss.needs) and "kl" not in loss.needs
 }
 Answer = tuple[float, list[float], list[float]]  # a score, and the log-probabilities of policy and reference
 

@@ -55,14 +55,14 @@ def test_a_weight_multiplies_the_loss_of_its_pair():
 
 
 def weighed(**knobs) -> float:
-    """log p - log sum p^2 of SHORT and LONG, policy: -1 + 2, -2 + 2; -2 + 2, -1 + 1, -2 + 2.5, -3 + 2.5."""
-    sums = [torch.tensor([each], dtype=torch.float64) for each in ([-2.0, -2.0], [-2.0, -1.0, -2.5, -2.5])]
+    """log p - log sum p^2 of SHORT and LONG, policy: -1 + 2, -2 + 2; -2 + 2, -1 + 1, -2 + 2.5, -3 + 3.5."""
+    sums = [torch.tensor([each], dtype=torch.float64) for each in ([-2.0, -2.0], [-2.0, -1.0, -2.5, -3.5])]
     pairs = replace(pair(), extras={"log_sum_square": tuple(sums)})
     return bind_loss("hinge", {"beta": 0.1, **knobs})(pairs).item()
 
 
 def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_say_it():
-    assert weighed(use_weighting=True) == pytest.approx(0.4 * exp(1 / 2 + 0 / 4))
+    assert weighed(use_weighting=True) == pytest.approx(0.4 * exp(1 / 2 + 1 / 4))
     assert weighed(use_weighting=True, weighting_max=1.0) == pytest.approx(0.4)
     assert weighed(use_weighting=True, weighting_max=1.2) == pytest.approx(0.4 * 1.2)
     assert weighed(use_weighting=False) == pytest.approx(0.4)

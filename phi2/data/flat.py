@@ -173,7 +173,9 @@ class FlatPreferences(FlatRows[EncodedPreference]):
         """(answers of all rows,) scores, in no order."""
         first, answers = self.table["part"], self.table["answers"]
         numbers = range(1, 1 + answers.max(initial=0))
-        return np.concatenate([self.scores[first[answers >= number] + number] for number in numbers])
+        return np.concatenate(
+            [self.scores[:0], *(self.scores[first[answers >= number] + number] for number in numbers)]
+        )
 
     def without_gold(self) -> FlatPreferences:
         """The rows without answers to imitate."""

@@ -41,6 +41,7 @@ from phi2.training import dpo
 from phi2.training.api import DATA
 from phi2.training.config import DPOConfig
 from phi2.training.look import look_at_loss
+from phi2.training.needs import require_both_labels, require_neighbours, rows_for
 from phi2.training.reference import reference_kind, reference_of
 from phi2.training.reference_cache import Reference
 from phi2.training.session import start
@@ -148,8 +149,22 @@ class Bench:
         for variant in self.variants:
             found = dpo.preference_inputs(variant.config, variant.loss)
             inputs |= {f"{what} of {variant.name}": digest for what, digest in found.items()}
-            look_at_loss(variant.loss, *with_weights(variant.config, rows.train, rows.evaluation))
+            self._require_trainable(variant)
+        alone = next((row for row in rows.evaluation if len(row.answers) == 1), None)
+        if alone is not None:
+            raise ValueError(
+                f"a comparison ranks answers to one held-out prompt, and {alone.origin} has one answer with a label:"
+                " give pairs or lists"
+            )
         require_same_inputs(Path(self.config.output), inputs, resumed)
+
+    def _require_trainable(self, variant: Variant) -> None:
+        """Refuses rows that the loss of a variant cannot be given, and a loss that is not what it says."""
+        loss, sets = variant.loss, self.session.rows
+        train, held_out = (rows_for(loss, each) for each in (sets.train, sets.evaluation))
+        require_both_labels(loss, train)
+        require_neighbours(loss, windows_of(variant.config, len(train)).size)
+        look_at_loss(loss, *with_weights(variant.config, train, held_out))
 
     def score_references(self) -> None:
         """Every reference is asked once for all pairs that any run will see, in an order that depends on no run."""

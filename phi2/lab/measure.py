@@ -133,13 +133,14 @@ class Measure:
         if not self.scored:
             return {}
         cut = passes_of(self.config, model, self.scored).cut
-        pairs = score_answers(model, self.scored, cut, self.reference, partial(autocast, self.config)).pairs
-        of_chosen, of_rejected = pairs.chosen_logratio, pairs.rejected_logratio  # (pairs,)
-        return {
-            "accuracy": (of_chosen > of_rejected).float().mean().item(),
-            "chosen_drift": of_chosen.mean().item(),
-            "rejected_drift": of_rejected.mean().item(),
+        answers = score_answers(model, self.scored, cut, self.reference, partial(autocast, self.config))
+        of_chosen, of_rejected = answers.pairs.chosen_logratio, answers.pairs.rejected_logratio  # (pairs,)
+        found = {
+            "accuracy": (of_chosen > of_rejected).float(),
+            "chosen_drift": of_chosen,
+            "rejected_drift": of_rejected,
         }
+        return {name: answers.of_prompts(values, "pair").mean().item() for name, values in found.items()}
 
 
 def measures(run: Path) -> list[dict[str, float]]:

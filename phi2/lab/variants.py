@@ -180,6 +180,8 @@ def _bound(config: CompareConfig, own: Mapping[str, Any]) -> tuple[DPOConfig, Bo
         known["loss_args"] = {**config.loss_args, **known.get("loss_args", {}), **knobs}
         run = DPOConfig(**{**common, **known})
         loss = bind_loss(run.loss, run.knobs, config.loss_file)
+        if "kl" in loss.needs:  # nor can one whose whole distributions a loss needs
+            run = replace(run, precompute_ref_log_probs=False, reference_cache=None)
     except ValueError as error:
         near = "".join(nearest(knob, sorted(SETTINGS - OF_ALL)) for knob in knobs)
         raise ValueError(f"variant {name}: {error}{near if 'did you mean' not in str(error) else ''}") from error

@@ -274,6 +274,11 @@ class AnswerBatch:
         s_g, m_g = (None, None) if gold is None else (gold.policy_logps, gold.mask)
         return PairBatch(s_w, s_l, m_w, m_l, r_w, r_l, columns, s_g, m_g, extras)
 
+    def gaps(self, values: Tensor) -> Tensor:
+        """(B,) of (A,) values, the better answer's less the worse one's, of each of `pairs`; there may be none."""
+        better, worse = zip(*self._better, strict=True) if self._better else ((), ())
+        return values[self._tensor(better)] - values[self._tensor(worse)]
+
     def of_prompts(self, losses: Tensor, unit: Unit) -> Tensor:
         """(P,) for each prompt the mean over its pairs or answers.
 

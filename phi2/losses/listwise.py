@@ -56,7 +56,8 @@ def plackett_luce(answers: AnswerBatch, *, beta: float = 0.1) -> Tensor:
 def softmax_dpo(answers: AnswerBatch, *, beta: float = 0.1) -> Tensor:
     """S-DPO: -log sigma(-log sum over worse j of e^(z_j - z_w)), w the best answer.
 
-    The best answer against all worse ones at once, the first term of `plackett_luce`. With two answers it is `sigmoid`.
+    The best answer against all worse ones at once, the first term of `plackett_luce`; of several best ones the first in
+    the row. With two answers it is `sigmoid`.
 
     Source: arXiv:2406.09215 Eq. 10.
     """
@@ -143,6 +144,8 @@ def sppo(answers: AnswerBatch, *, beta: float = 0.001) -> Tensor:
 @preference_loss("rrhf", unit="prompt", reference_free=True)
 def rrhf(answers: AnswerBatch, *, rank_weight: float = 1.0) -> Tensor:
     """RRHF: -s_w + rank_weight sum over i, worse j of max(0, s_j/n_j - s_i/n_i), w the best answer.
+
+    Of several best ones w is the first in the row.
 
     Source: arXiv:2304.05302 Eq. 2 to 4; its authors' code takes a mean over tokens of the batch for s_w.
     """

@@ -150,3 +150,32 @@ def chipo(pairs: PairBatch, *, beta: float = 0.1, r_max: float = 5.0) -> Tensor:
     ratios = (pairs.chosen_logratio, pairs.rejected_logratio)
     chosen, rejected = (ratio + ratio.clamp(max=EXPONENT_CAP).exp() for ratio in ratios)
     return -F.logsigmoid((beta * (chosen - rejected)).clamp(-2 * r_max, 2 * r_max))
+
+
+@preference_loss("tdpo1", needs=("kl",))
+def tdpo1(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
+    """TDPO1: -log sigma(beta (l_w - l_l - (K_l - K_w))), K = sum over tokens of KL(reference to policy).
+
+    The KL is over all ids at each token, with its gradient: the policy is held to the reference forwards too. It needs
+    a reference that is asked during training.
+
+    Source: arXiv:2404.11999 Eq. 17; Vance0124/Token-level-Direct-Preference-Optimization trainers.py.
+    """
+    chosen, rejected = _kl_of_answers(pairs)
+    return -F.logsigmoid(beta * (pairs.margin - (rejected - chosen)))
+
+
+@preference_loss("tdpo2", needs=("kl",))
+def tdpo2(pairs: PairBatch, *, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
+    """TDPO2: -log sigma(beta (l_w - l_l - alpha (K_l - sg(K_w)))), K as in `tdpo1`.
+
+    Source: arXiv:2404.11999 Eq. 18; Vance0124/Token-level-Direct-Preference-Optimization trainers.py.
+    """
+    chosen, rejected = _kl_of_answers(pairs)
+    return -F.logsigmoid(beta * (pairs.margin - alpha * (rejected - chosen.detach())))
+
+
+def _kl_of_answers(pairs: PairBatch) -> tuple[Tensor, Tensor]:
+    """K_w and K_l, (B,)."""
+    chosen, rejected = pairs.extras["kl"]
+    return chosen.sum(dim=-1), rejected.sum(dim=-1)

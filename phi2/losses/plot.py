@@ -11,6 +11,7 @@ import torch
 from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.bound import BoundLoss
 from phi2.losses.properties import made_up_answers, uses_batch
+from phi2.losses.registry import EXTRAS
 
 WIDTH, HEIGHT = 61, 11  # characters of a plot; odd, so that 0 has a place in the middle
 REACH = 4.0  # to both sides of 0, in units of 1 / reward_scale
@@ -44,7 +45,7 @@ def sketches_of(loss: BoundLoss) -> list[Sketch]:
 def plots(loss: BoundLoss, columns: Columns) -> str:
     """All curves, one below the other; of a loss whose values depend on each other, that there are none.
 
-    Every answer is one token. Answers behind other prompts are as likely as to the reference.
+    Every answer is one token, of no entropy and no KL. Answers behind other prompts are as likely as to the reference.
 
     Args:
         columns: (WIDTH,) each, what the loss reads besides.
@@ -82,6 +83,8 @@ def answers_of(loss: BoundLoss, sketch: Sketch, columns: Columns) -> AnswerBatch
     )
     if "mismatched" in loss.needs:
         answers = replace(answers, mismatched=answers.at_reference())
+    extras: dict[str, torch.Tensor] = {name: torch.zeros_like(ref.view(-1, 1)) for name in loss.needs if name in EXTRAS}
+    answers = replace(answers, extras=extras)
     if "gold" in loss.needs:
         gold = AnswerBatch(ref[:, :1], (1,) * WIDTH, tuple(range(WIDTH)), (1.0,) * WIDTH)
         answers = replace(answers, gold=gold)

@@ -52,9 +52,9 @@ def made_up_answers(
     )
     if "mismatched" in needs:
         answers = replace(answers, mismatched=replace(answers, columns=Columns()))
-    spread = -(answers.policy_logps - 1 / STEPS) / 2 * mask  # of an entropy; log sum p^2 is below 0, and above 2 log p
-    extras: dict[str, Tensor] = {name: spread if name == "entropy" else -spread for name in needs if name in EXTRAS}
-    answers = replace(answers, extras=extras)
+    positive = (1 / STEPS - answers.policy_logps) / 2 * mask  # log sum p^2 is below 0, and above 2 log p
+    signs: dict[str, int] = {name: -1 if name == "log_sum_square" else 1 for name in needs if name in EXTRAS}
+    answers = replace(answers, extras={name: sign * positive for name, sign in signs.items()})
     if "gold" in needs:
         firsts = [each[:1] for each in lengths]
         answers = replace(answers, gold=made_up_answers(firsts, [(1.0,)] * len(firsts), Columns(), reference_free=True))

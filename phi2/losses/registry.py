@@ -25,8 +25,8 @@ from phi2.losses.source import require_source_file, run_source_file
 # (pairs, *, knob=default, ...) -> (B,) nats; with a state, (pairs, state, *, knob=default, ...) -> both
 LossFunction = Callable[..., Any]
 Scope = Literal["pair", "window"]
-Need = Literal["gold", "mismatched", "entropy", "log_sum_square"]  # what a batch has only for a loss that asks for it
-EXTRAS = ("entropy", "log_sum_square")  # those of each token
+Need = Literal["gold", "mismatched", "entropy", "log_sum_square", "kl"]  # what a batch has only for a loss that asks
+EXTRAS = ("entropy", "log_sum_square", "kl")  # those of each token
 State = Mapping[str, float | Tensor]
 REWARD_SCALE = "beta"
 
@@ -76,20 +76,25 @@ def preference_loss(
 ) -> Callable[[LossFunction], LossFunction]:
     """Registers a loss under a name.
 
+    Called with a `PairBatch` of B pairs it returns (B,) nats; with unit "answer" or "prompt", with an `AnswerBatch` of
+    A answers to P prompts, (A,) or (P,). Given lists, a loss of pairs sees every two answers of which one is better,
+    and its values are averaged for each prompt.
+
     Args:
         name: what `--loss` takes.
         reference_free: the loss reads no ref_* log-probabilities, so none are computed.
         reward_scale: the knob that multiplies the log-ratio of an answer (reference-free: its log-probability a token)
             in the reward that the loss implies; unset, beta where that is one, else 1.
-        scope: "window" for a loss whose value depends on other pairs. It is called once an update with all its pairs,
-            however they are cut into passes, and the mean of the (B,) values that it returns is minimised.
+        scope: "window" for a loss whose value depends on other rows. It is called once an update with all its rows,
+            however they are cut into passes, and the mean over these of what it returns is minimised.
         state: numbers that a loss of that scope keeps from one update to the next, as they start. It is then called as
             loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps.
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the
             answers to a prompt their value together. It is called with an `AnswerBatch`.
         needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers
             to other prompts behind each prompt; "entropy" and "log_sum_square", log sum p^2, of the policy's
-            distribution at each token, in `extras`, without gradient.
+            distribution at each token, in `extras`, without gradient; "kl", KL(reference to policy) over all ids at
+            each token, in `extras`, with its gradient.
     Raises:
         ValueError: when the name is taken by another function or cannot be written in a mixture, or a keyword argument
             has no default that says what it takes, or reward_scale is no knob that is a number, or a scope, unit or
@@ -109,6 +114,8 @@ def preference_loss(
             raise ValueError(
                 f'loss {name!r}: mismatched answers are those of a window, register it with scope="window"'
             )
+        if "kl" in needs and (scope == "window" or reference_free):
+            raise ValueError(f'loss {name!r}: a KL needs a reference, and its gradient needs scope="pair"')
         for need in needs:
             _require_one_of(name, "needs", get_args(Need), need)
         knobs = knobs_of(name, function, given=1 if state is None else 2)

@@ -22,12 +22,15 @@ from phi2.losses.registry import PREFERENCE_LOSSES, Need, PreferenceLoss
 
 WIDTH = 118
 ANSWERS: dict[Unit, str] = {"answer": "labels", "prompt": "several answers"}
-OTHER_ANSWERS: dict[Need, str] = {
+OTHER_NEEDS: dict[Need, str] = {
     "gold": "gold answer (column reference)",
     "mismatched": "answers to other prompts",
+    "entropy": "entropy of each token",
+    "log_sum_square": "log sum p^2 of each token",
+    "kl": "KL to the reference at each token",
 }
 LEFT_OUT = {  # of those a survey names
-    "TDPO, BNF": "need the reference's whole distribution at each token",
+    "BNF": "needs the reference's probability of ids that were not said, as targets",
     "QRPO": "needs rewards of the reference's own samples beside those of the answers",
     "FocalPO": "the constant of its factor was not found: the authors' repository has no code",
     "SPO (SiLU)": "oxRL's -z sigma(z) falls without end, its own text tells of a minimum; no other source was found",
@@ -111,7 +114,7 @@ def needs(loss: PreferenceLoss) -> str:
     """The reference, what answers, the whole window, what it keeps from one update to the next, and its columns."""
     reference = [] if loss.reference_free else ["reference"]
     answers = [ANSWERS[loss.unit]] if loss.unit in ANSWERS else []
-    others = [OTHER_ANSWERS[need] for need in loss.needs]
+    others = [OTHER_NEEDS[need] for need in loss.needs]
     window = ["window"] if loss.scope == "window" else []
     state = [f"state ({', '.join(loss.state)})"] if loss.state else []
     return ", ".join(reference + answers + others + window + state + columns_of(loss)) or "nothing"

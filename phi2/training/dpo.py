@@ -37,7 +37,7 @@ from phi2.training.look import look_at_loss
 from phi2.training.loop import Watch, updates_of
 from phi2.training.metrics import means, metrics_of
 from phi2.training.moving_reference import MovingReference
-from phi2.training.needs import require_neighbours, rows_for
+from phi2.training.needs import require_both_labels, require_neighbours, rows_for, tell_unused
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut
 from phi2.training.precision import autocast, compute_dtype
@@ -72,9 +72,12 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
     loss = bind_loss(config.loss, config.knobs, config.loss_file)
     config = with_all_knobs(config, loss)
     require_reference(config, loss)
+    require_asked(config, loss)
     checkpoint, run = open_run(config), Path(config.output)
     tokenizer = session.tokenizer
     rows, eval_rows = with_weights(config, *(rows_for(loss, each) for each in session.rows[:2]))
+    require_both_labels(loss, rows)
+    tell_unused(loss, session.rows.train, session.rows.evaluation)
     session.keep_audits(run)
     windows = windows_of(config, len(rows))
     total = total_steps(config, windows)
@@ -132,6 +135,12 @@ def require_reference(config: DPOConfig, loss: BoundLoss) -> None:
     if loss.reference_free and (config.reference != "auto" or config.precompute_ref_log_probs or config.sync_ref_model):
         names = "reference, precompute_ref_log_probs and sync_ref_model"
         raise ValueError(f"loss {loss.name} needs no reference: leave {names} unset")
+
+
+def require_asked(config: DPOConfig, loss: BoundLoss) -> None:
+    """Refuses a reference of known log-probabilities for a loss that needs its whole distributions."""
+    if "kl" in loss.needs and config.precompute_ref_log_probs:
+        raise ValueError(f"loss {loss.name} needs all of what the reference says: leave precompute_ref_log_probs unset")
 
 
 def require_moves(config: DPOConfig, total: int) -> None:

@@ -18,6 +18,8 @@ from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import told
 from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.properties import made_up_answers, require_pure, require_scope
+from phi2.losses.registry import PREFERENCE_LOSSES
+from phi2.training.needs import parts_of
 from phi2.training.scoring import column_gaps, numeric_columns
 
 SPREAD, CANDIDATES = 8, 1024  # rows over the whole data set that are looked at, and among which columns are
@@ -40,8 +42,9 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
     gaps = column_gaps(kinds)
     shown = shown_answers(varied(rows, gaps), gaps, loss)
     require_pure(loss, shown)
-    for part in [part for _, part in loss.parts] or [loss]:
+    for part in parts_of(loss):
         require_effect(part, shown)
+        require_use(part, shown)
         require_scope(part, shown)
 
 
@@ -68,6 +71,23 @@ def require_effect(loss: BoundLoss, answers: AnswerBatch) -> None:
         for knob in plain.knobs:
             if acts(plain, knob, answers) and not acts(loss, knob, answers):
                 raise ValueError(f"{knob} of loss {loss.name!r} changes nothing beside {told(given)}")
+
+
+def require_use(loss: BoundLoss, answers: AnswerBatch) -> None:
+    """Refuses a number that only another choice of the loss makes use of."""
+    registered = PREFERENCE_LOSSES.get(loss.name)
+    if registered is None:
+        return
+    changed = {knob: loss.knobs[knob] for knob, value in registered.knobs.items() if loss.knobs[knob] != value}
+    for choice, others in registered.choices.items():
+        for knob in changed:
+            users = [other for other in others if acts(loss.with_knob(choice, other), knob, answers)]
+            if users and not acts(loss, knob, answers):
+                beside = told({choice: loss.knobs[choice]})
+                raise ValueError(
+                    f"{told({knob: changed[knob]})} changes nothing in loss {loss.name!r} beside {beside}, but beside"
+                    f" {', '.join(users)}"
+                )
 
 
 def acts(loss: BoundLoss, knob: str, answers: AnswerBatch) -> bool:

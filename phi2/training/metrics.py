@@ -27,6 +27,8 @@ def metrics_of(answers: AnswerBatch, losses: Tensor, loss: BoundLoss) -> dict[st
 def label_metrics(answers: AnswerBatch, reward_scale: float) -> dict[str, Tensor]:
     """Of good answers and of bad ones, under the names of chosen and rejected ones; see `pair_metrics`.
 
+    Where both are answers to one prompt, how they compare as well.
+
     Source: metric names as in trl's KTO trainer.
     """
     has_reference, good = answers.ref_logps is not None, answers.is_good
@@ -36,7 +38,9 @@ def label_metrics(answers: AnswerBatch, reward_scale: float) -> dict[str, Tensor
         values["ref_logps"] = answers.ref
     sides = {"chosen": good, "rejected": ~good}
     split = {f"{name}/{side}": each[mask] for name, each in values.items() for side, mask in sides.items()}
-    return split | ({"kl": (-answers.logratio / answers.length)[good]} if has_reference else {})
+    margins = answers.gaps(rewards)
+    compared = {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
+    return {**split, **compared, **({"kl": (-answers.logratio / answers.length)[good]} if has_reference else {})}
 
 
 def pair_metrics(pairs: PairBatch, reward_scale: float) -> dict[str, Tensor]:

@@ -30,8 +30,8 @@ from phi2.files import one_line
 from phi2.lora import AdaptableModel, copy_adapter, lora_modules
 from phi2.runs.checkpoint import save_tensors
 from phi2.training.config import PreferenceConfig
+from phi2.training.extras import AskedReference
 from phi2.training.packing import TokenRow
-from phi2.training.reference_cache import Reference
 
 ADAPTER = "reference"  # its name on a policy with LoRA
 FILE = "reference.safetensors"  # in a checkpoint
@@ -103,8 +103,8 @@ class MovingReference:
         ValueError: naming the file of a checkpoint that cannot be read.
     """
 
-    def __init__(self, config: PreferenceConfig, live: Reference, copy: Copy, checkpoint: Path | None) -> None:
-        self.config, self.live, self.copy = config, live, copy
+    def __init__(self, config: PreferenceConfig, live: AskedReference, copy: Copy, checkpoint: Path | None) -> None:
+        self.config, self.live, self.copy, self.asked = config, live, copy, live.asked
         self.start: dict[str, Piece] = {}
         self.average: dict[str, Piece] = {}
         if config.bema is not None:

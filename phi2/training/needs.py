@@ -15,7 +15,7 @@ LABELS = {0.0, 1.0}
 
 
 def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> FlatPreferences:
-    """The rows as the loss reads them: without gold answers where it needs none, which is told.
+    """The rows as the loss reads them: without gold answers where it needs none.
 
     Raises:
         ValueError: naming a row that the loss cannot be given.
@@ -23,7 +23,7 @@ def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> FlatPreferen
     flat = flat_rows(rows, "preference")
     if not flat:
         return flat
-    for part in [each for _, each in loss.parts] or [loss]:
+    for part in parts_of(loss):
         if part.unit == "answer":
             _require_labels(part, flat)
         else:
@@ -32,12 +32,21 @@ def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> FlatPreferen
     if "gold" in loss.needs:
         if not golden.all():
             origin = flat[int(golden.argmin())].origin
-            raise ValueError(f"loss {loss.name!r} needs an answer to imitate, and {origin} has none: reference")
+            raise ValueError(f"loss {loss.name!r} needs an answer to imitate, and {origin} has no reference")
         return flat
-    if not golden.any():
-        return flat
-    print(f"loss {loss.name} does not use the answers to imitate of {golden.sum()} rows (column reference)")
-    return flat.without_gold()
+    return flat.without_gold() if golden.any() else flat
+
+
+def tell_unused(loss: BoundLoss, *data: Sequence[EncodedPreference]) -> None:
+    """Prints how many answers the loss leaves unused."""
+    golden = sum(int(flat_rows(rows, "preference").table["gold"].sum()) for rows in data)
+    if golden and "gold" not in loss.needs:
+        print(f"loss {loss.name} does not use the answers to imitate of {golden} rows (column reference)")
+
+
+def parts_of(loss: BoundLoss) -> list[BoundLoss]:
+    """Those of a mixture; any other loss is its own part."""
+    return [part for _, part in loss.parts] or [loss]
 
 
 def _require_comparison(loss: BoundLoss, rows: FlatPreferences) -> None:
@@ -51,15 +60,28 @@ def _require_comparison(loss: BoundLoss, rows: FlatPreferences) -> None:
 
 
 def _require_labels(loss: BoundLoss, rows: FlatPreferences) -> None:
-    labels = {*np.unique(rows.scores_of_answers).tolist()}
-    if not labels <= LABELS:
+    if not labels_in(rows) <= LABELS:
         scored = next(row for row in rows if not LABELS.issuperset(row.scores))
         told = ", ".join(f"{score:g}" for score in scored.scores)
         raise ValueError(
             f"loss {loss.name!r} needs pairs, or answers with a label, and the answers of {scored.origin} have scores,"
             f" {told}"
         )
-    if len(labels) == 1:
+
+
+def labels_in(rows: FlatPreferences) -> set[float]:
+    """All scores that answers have."""
+    return {*np.unique(rows.scores_of_answers).tolist()}
+
+
+def require_both_labels(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
+    """Refuses to train on answers that are all good, or all bad, with a loss that has a part of labels.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    labels = labels_in(flat_rows(rows, "preference"))
+    if len(labels) == 1 and any(part.unit == "answer" for part in parts_of(loss)):
         kind = "good" if labels == {1.0} else "bad"
         raise ValueError(f"loss {loss.name!r} needs good and bad answers, and all of {rows[0].origin.file} are {kind}")
 

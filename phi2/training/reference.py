@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
+from phi2.training.extras import Asked
 from phi2.training.moving_reference import ADAPTER, AdapterCopy, ModelCopy, MovingReference
 from phi2.training.packing import TokenRow
 from phi2.training.passes import passes_of
@@ -157,28 +159,43 @@ def frozen_copy(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
     return copy.deepcopy(model, memo=shared).requires_grad_(False).eval()
 
 
-def adapters_off(model: Phi2ForCausalLM) -> Reference:
+def adapters_off(model: Phi2ForCausalLM) -> LiveReference:
     """The policy's own base."""
     return with_adapter(model, None)
 
 
-def with_adapter(model: Phi2ForCausalLM, name: str | None) -> Reference:
+def with_adapter(model: Phi2ForCausalLM, name: str | None) -> LiveReference:
     """The policy with another adapter, or without any."""
 
-    def logps(pairs: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
+    @contextmanager
+    def asked() -> Iterator[Phi2ForCausalLM]:
         training = model.training
         model.eval()
         with computing(model, name):
-            result = score(model, row)
+            yield model
         model.train(training)
-        return result
 
-    return logps
+    return LiveReference(asked)
 
 
-def another_model(reference: Phi2ForCausalLM) -> Reference:
+def another_model(reference: Phi2ForCausalLM) -> LiveReference:
     """A model that stands beside the policy."""
-    return lambda pairs, row: score(reference, row)
+    return LiveReference(lambda: nullcontext(reference))
+
+
+class LiveReference:
+    """A reference that is asked during training.
+
+    Args:
+        asked: within, the model it yields computes as the reference.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+    def __call__(self, rows: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
+        with self.asked() as model:
+            return score(model, row)
 
 
 @torch.no_grad()

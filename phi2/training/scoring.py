@@ -16,7 +16,7 @@ from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.head import target_logps
 from phi2.losses.registry import Need
 from phi2.model import Phi2ForCausalLM
-from phi2.training.extras import token_statistics
+from phi2.training.extras import Asked, AskedReference, kl_to_policy, token_statistics
 from phi2.training.packing import TokenRow, row_of_answers
 from phi2.training.passes import Cut
 from phi2.training.reference_cache import Reference
@@ -29,7 +29,7 @@ class Scored(NamedTuple):
 
     Attributes:
         policy, ref: (N,) float32 log-probabilities; ref is None without a reference.
-        extras: by name (N,) float32 of what the loss needs besides, without gradient.
+        extras: by name (N,) float32 of what the loss needs besides.
     """
 
     policy: Tensor
@@ -91,9 +91,21 @@ def scored(
     batch = [rows[i] for i in places]
     row = row_of_answers(batch).to(model.device)
     with precision:
+        if "kl" in needs:
+            assert isinstance(reference, AskedReference)  # a run with another one is refused
+            return _with_kl(model, row, reference.asked, needs)
         ref = None if reference is None else reference(batch, row)
         hidden = hidden_states(model, row)
         return Scored(logps_of(model, hidden, row), ref, token_statistics(model, hidden, row, needs))
+
+
+def _with_kl(model: Phi2ForCausalLM, row: TokenRow, asked: Asked, needs: Sequence[Need]) -> Scored:
+    with torch.no_grad(), asked() as reference:
+        ref_hidden = hidden_states(reference, row)
+        ref = logps_of(reference, ref_hidden, row)
+    hidden = hidden_states(model, row)
+    extras = token_statistics(model, hidden, row, needs) | {"kl": kl_to_policy(model, hidden, row, asked, ref_hidden)}
+    return Scored(logps_of(model, hidden, row), ref, extras)
 
 
 def row_logps(model: Phi2ForCausalLM, row: TokenRow) -> Tensor:
