@@ -224,7 +224,7 @@ def test_preferences_set_a_right_answer_against_a_wrong_one():
 
 def test_dpo_rows_hold_one_message_on_each_side_and_name_their_skill():
     for row in RECORDS["dpo"]:
-        (chosen,), (rejected,) = row.chosen, row.rejected
+        (chosen,), (rejected,) = row.answers
         assert chosen.role == rejected.role == "assistant" and chosen != rejected
     assert Counter(row.columns["source_dataset"] for row in RECORDS["dpo"]) == skills.DPO_ROWS
 

@@ -21,7 +21,7 @@ from phi2.checkpoints.weights import load_shape, pick_device
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPreference
 from phi2.hub import resolve
-from phi2.lora import computing, has_adapter
+from phi2.lora import computing, disabled, has_adapter
 from phi2.losses.bound import BoundLoss
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
@@ -171,7 +171,7 @@ def with_adapter(model: Phi2ForCausalLM, name: str | None) -> LiveReference:
     def asked() -> Iterator[Phi2ForCausalLM]:
         training = model.training
         model.eval()
-        with computing(model, name):
+        with disabled(model) if name is None else computing(model, name):
             yield model
         model.train(training)
 
