@@ -40,7 +40,7 @@ SAMPLE_PROMPTS = [
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent; the defaults take MINUTES on two free cores."""
+    """How much is spent; the defaults take four minutes on two free cores."""
 
     sft_steps: int = 240
     """Updates of supervised fine-tuning, of 32 conversations each."""
