@@ -29,10 +29,10 @@ def moved(dpo_config):
     """A policy whose adapter, on the head too, has moved; its rows."""
     config = dpo_config()
     session = start(config)
-    with session.policy(config) as model, torch.no_grad():
+    with session.policy(config) as model:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+                torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(len(name)))
         yield model.eval(), session.rows.train
 
 
@@ -149,3 +149,29 @@ def test_a_need_that_is_none_is_refused(registry):
 def test_a_modifier_brings_what_it_needs():
     assert bind_loss("sigmoid", {"use_weighting": True}).needs == ("log_sum_square",)
     assert bind_loss("sigmoid").needs == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "need"),
+    [("sigmoid", {"use_weighting": True}, "log_sum_square"), ("tdpo1", {}, "kl"), ("kto", {}, "mismatched")],
+)
+def test_a_batch_without_what_a_loss_needs_is_refused_in_one_line(moved, name, knobs, need):
+    model, rows = moved
+    answers = score_answers(model, rows, Passes(10**6).cut, None, torch.no_grad)
+    with pytest.raises(ValueError, match=f"^loss '{name}' needs {need} of its batch, which has none$"):
+        bind_loss(name, knobs)(answers)
+
+
+def test_score_rows_gives_what_a_loss_names(moved):
+    model, rows = moved
+    loss = bind_loss("tdpo2")
+    answers = phi2.score_rows(model, rows[:3], "adapters_off", needs=loss.needs)
+    loss(answers).sum().backward()
+    assert answers.extras["kl"].requires_grad and loss(answers).isfinite().all()
+
+
+@pytest.mark.parametrize("needs", [("mismatched",), ("kl",)])
+def test_score_rows_says_what_it_cannot_give(moved, needs):
+    model, rows = moved
+    with pytest.raises(ValueError, match="^needs: mismatched answers are not made here, and a kl needs a reference"):
+        phi2.score_rows(model, rows[:3], needs=needs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -71,8 +72,8 @@ class FlatRows(Sequence[Row], Generic[Row]):
         for start in range(0, len(self), 1024):
             yield from self[start : start + 1024]
 
-    def _row(self, *values: Any) -> Row:
-        raise NotImplementedError
+    @abstractmethod
+    def _row(self, *values: Any) -> Row: ...
 
     def _parts(self, first: int, count: int) -> list[np.ndarray]:
         bounds = self.bounds[first : first + count + 1].tolist()
@@ -88,14 +89,14 @@ class FlatRows(Sequence[Row], Generic[Row]):
         return np.diff(self.bounds)
 
     @property
+    @abstractmethod
     def lengths(self) -> np.ndarray:
         """(R,) `length` of each row."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def tokens(self) -> np.ndarray:
         """(R,) `tokens` of each row."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +286,7 @@ def flat_rows(rows: Sequence[Row], kind: str) -> FlatRows[Row]:
     return builder.build()
 
 
-class Builder(Generic[Row]):
+class Builder(ABC, Generic[Row]):
     """Puts rows one behind the other, a batch at a time."""
 
     FIELDS: ClassVar[list[tuple[str, str]]]
@@ -311,12 +312,12 @@ class Builder(Generic[Row]):
         file, flags = _number(self.files, row.origin.file), _number(self.flag_sets, row.flags)
         return self.count + len(parts), file, row.origin.row, flags, *self._add(row, parts)
 
+    @abstractmethod
     def _add(self, row: Row, parts: list[np.ndarray]) -> tuple[Any, ...]:
         """Adds the parts of a row; returns the values of the table that only rows of its kind have."""
-        raise NotImplementedError
 
-    def build(self) -> FlatRows[Row]:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self) -> FlatRows[Row]: ...
 
     def _common(self) -> dict[str, Any]:
         return {

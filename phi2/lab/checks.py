@@ -24,7 +24,7 @@ from torch import Tensor
 
 from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.checkpoints.weights import load, load_tokenizer, save_pretrained
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.hub import resolve
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Request, Token, first_nonfinite_module

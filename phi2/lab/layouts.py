@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from phi2.data.encode import EncodedPreference, EncodedSequence
+from phi2.data.encoded import EncodedPreference, EncodedSequence
 from phi2.data.records import Origin
 from phi2.lab.verify_config import BATCH
 from phi2.linear import PhiLinear

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phi2.checkpoints.peft_files import load_adapter
 from phi2.checkpoints.weights import load_model, pick_device
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.evaluation.toy import evaluate
 from phi2.files import read_json_lines, write_whole
 from phi2.hub import resolve

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.lab.layouts import Logps, alone, in_dtype, padded, reordered, shared
 from phi2.lora import disabled
 from phi2.model import Phi2ForCausalLM

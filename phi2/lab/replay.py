@@ -167,7 +167,7 @@ def require_usable(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
         raise ValueError(f"loss {loss.name!r} needs log-probs of a reference: {remedy}")
     few = first_of(answers, LOOKED_AT)
     require_pure(loss, few)
-    for part in [part for _, part in loss.parts] or [loss]:
+    for part in loss.single:
         require_scope(part, few)
 
 

@@ -185,8 +185,7 @@ def _bound(config: CompareConfig, own: Mapping[str, Any]) -> tuple[DPOConfig, Bo
     except ValueError as error:
         near = "".join(nearest(knob, sorted(SETTINGS - OF_ALL)) for knob in knobs)
         raise ValueError(f"variant {name}: {error}{near if 'did you mean' not in str(error) else ''}") from error
-    parts = [part for _, part in loss.parts] or [loss]
-    from_file = not all(PREFERENCE_LOSSES[part.name].is_own for part in parts)
+    from_file = not all(PREFERENCE_LOSSES[part.name].is_own for part in loss.single)
     return replace(run, loss_file=config.loss_file if from_file else None), loss
 
 

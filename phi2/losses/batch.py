@@ -111,7 +111,7 @@ class PairBatch:
     @cached_property
     def gold(self) -> Tensor:
         """s of the answer that is to be imitated, (B,)."""
-        assert self.gold_logps is not None, "the loss was registered without needs=('gold',)"
+        assert self.gold_logps is not None, 'the loss was registered without needs=("gold",)'
         return self.gold_logps.sum(dim=-1)
 
     @cached_property
@@ -149,6 +149,10 @@ class PairBatch:
     def margin_per_token(self) -> Tensor:
         """l_w / n_w - l_l / n_l, (B,)."""
         return self.chosen_logratio / self.chosen_length - self.rejected_logratio / self.rejected_length
+
+    def has(self, need: str) -> bool:
+        """Whether what a loss may ask for is here."""
+        return self.gold_logps is not None if need == "gold" else need in self.extras
 
     def _scored(self, logratio: Tensor) -> Tensor:
         return logratio if self.score is None else self.score(logratio)
@@ -244,6 +248,11 @@ class AnswerBatch:
         firsts = self._starts[:-1]
         alone_and_bad = [end - start == 1 and self.scores[start] <= 0 for start, end in pairwise(self._starts)]
         return self.policy[self._tensor(firsts)].masked_fill(self._tensor(alone_and_bad, torch.bool), 0.0)
+
+    def has(self, need: str) -> bool:
+        """Whether what a loss may ask for is here."""
+        others = {"gold": self.gold, "mismatched": self.mismatched}
+        return others[need] is not None if need in others else need in self.extras
 
     @property
     def count(self) -> int:

@@ -57,6 +57,11 @@ class BoundLoss:
         value = self.knobs.get(knob)
         return None if isinstance(value, bool | str) else value
 
+    @property
+    def single(self) -> list[BoundLoss]:
+        """The losses of a mixture; any other is its own."""
+        return [loss for _, loss in self.parts] or [self]
+
     def without(self, modifier: str) -> BoundLoss:
         """The same loss without one of its modifiers."""
         own = MODIFIERS[modifier].knobs.defaults
@@ -79,11 +84,14 @@ class BoundLoss:
             (P,) of answers to P prompts, for each the mean over its pairs or answers; (B,) of B pairs.
         Raises:
             ValueError: when the function returns anything else, or what has no gradient where one is asked for; for
-                pairs where the loss needs answers.
+                pairs where the loss takes answers, and a batch without what it needs.
         """
         if isinstance(batch, PairBatch) and self.unit != "pair":
             raise ValueError(f"loss {self.name!r} gives each {self.unit} a value: it takes an AnswerBatch, not pairs")
         given = batch.pairs if isinstance(batch, AnswerBatch) and self.unit == "pair" else batch
+        for need in self.needs:
+            if not batch.has(need):
+                raise ValueError(f"loss {self.name!r} needs {need} of its batch, which has none")
         losses, after = self.function(given, dict(state))  # a copy: in-place work on it moves nothing
         self._require_losses(losses, given)
         if isinstance(batch, AnswerBatch):

@@ -190,7 +190,7 @@ def page(name: str, loss_file: str | None = None) -> str:
     """
     loss = bind_loss(name, None, loss_file)
     texts = [f"{name}: {_stands_for(PRESETS[name])}"] if name in PRESETS else []
-    for part in [each for _, each in loss.parts] or [loss]:
+    for part in loss.single:
         registered = PREFERENCE_LOSSES[part.name]
         doc = inspect.getdoc(registered.function) or "It has no docstring."
         texts.append(f"{part.name}\n\n{doc}\n\nKnobs: {told(part.knobs) or 'none'}\nNeeds: {needs(registered)}")

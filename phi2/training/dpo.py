@@ -281,7 +281,8 @@ def objective(
     answers: AnswerBatch,
 ) -> tuple[Tensor, dict[str, float]]:
     """(P,) values whose mean over the window is the loss plus the weighted NLL per chosen token; its state then."""
-    losses, after = loss.step(replace(answers, mismatched=others), state)
+    given = answers if others is None else replace(answers, mismatched=others)  # whose pairs the metrics need again
+    losses, after = loss.step(given, state)
     if not config.nll_weight:
         return losses, after
     per_row = len(window) / max(1, sum(len(row.chosen) for row in window if row.scores[0] > 0 or len(row.scores) > 1))

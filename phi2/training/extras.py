@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.inference.scoring import logits_of
 from phi2.losses.registry import EXTRAS
 from phi2.model import Phi2ForCausalLM

@@ -13,7 +13,7 @@ import pyarrow
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import PairBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.slopes import Slopes

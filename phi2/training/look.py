@@ -19,7 +19,6 @@ from phi2.losses.knobs import told
 from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.properties import made_up_answers, require_pure, require_scope
 from phi2.losses.registry import PREFERENCE_LOSSES
-from phi2.training.needs import parts_of
 from phi2.training.scoring import column_gaps, numeric_columns
 
 SPREAD, CANDIDATES = 8, 1024  # rows over the whole data set that are looked at, and among which columns are
@@ -42,7 +41,7 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
     gaps = column_gaps(kinds)
     shown = shown_answers(varied(rows, gaps), gaps, loss)
     require_pure(loss, shown)
-    for part in parts_of(loss):
+    for part in loss.single:
         require_effect(part, shown)
         require_use(part, shown)
         require_scope(part, shown)

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.files import one_line
 from phi2.lora import AdaptableModel, copy_adapter, lora_modules
 from phi2.runs.checkpoint import save_tensors

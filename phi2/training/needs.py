@@ -23,7 +23,7 @@ def rows_for(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> FlatPreferen
     flat = flat_rows(rows, "preference")
     if not flat:
         return flat
-    for part in parts_of(loss):
+    for part in loss.single:
         if part.unit == "answer":
             _require_labels(part, flat)
         else:
@@ -42,11 +42,6 @@ def tell_unused(loss: BoundLoss, *data: Sequence[EncodedPreference]) -> None:
     golden = sum(int(flat_rows(rows, "preference").table["gold"].sum()) for rows in data)
     if golden and "gold" not in loss.needs:
         print(f"loss {loss.name} does not use the answers to imitate of {golden} rows (column reference)")
-
-
-def parts_of(loss: BoundLoss) -> list[BoundLoss]:
-    """Those of a mixture; any other loss is its own part."""
-    return [part for _, part in loss.parts] or [loss]
 
 
 def _require_comparison(loss: BoundLoss, rows: FlatPreferences) -> None:
@@ -81,7 +76,7 @@ def require_both_labels(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> N
         ValueError: naming the file.
     """
     labels = labels_in(flat_rows(rows, "preference"))
-    if len(labels) == 1 and any(part.unit == "answer" for part in parts_of(loss)):
+    if len(labels) == 1 and any(part.unit == "answer" for part in loss.single):
         kind = "good" if labels == {1.0} else "bad"
         raise ValueError(f"loss {loss.name!r} needs good and bad answers, and all of {rows[0].origin.file} are {kind}")
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import AnswerBatch
+from phi2.losses.registry import Need
 from phi2.model import Phi2ForCausalLM
 from phi2.training.reference import adapters_off, another_model, require_fit
 from phi2.training.reference_cache import Reference
@@ -18,6 +19,7 @@ def score_rows(
     model: Phi2ForCausalLM,
     rows: Sequence[EncodedPreference],
     reference: Phi2ForCausalLM | Literal["adapters_off"] | None = None,
+    needs: Sequence[Need] = (),
 ) -> AnswerBatch:
     """Log-probabilities of all answers of P rows, token by token, as a preference loss takes them.
 
@@ -38,6 +40,8 @@ def score_rows(
         model: the policy.
         rows: preference rows of `phi2.load_data`.
         reference: a model, or "adapters_off" for the policy without its adapter; None for a loss without reference.
+        needs: what the loss asks for besides, `BoundLoss.needs`: numbers of each token, and gold answers that the rows
+            have. Answers behind other prompts are not made here.
     Returns:
         An `AnswerBatch`, whose `pairs` is the `PairBatch` that a loss of pairs is called with: float32, nats.
     Raises:
@@ -48,7 +52,9 @@ def score_rows(
         got = "none" if other is None else type(other).__name__
         raise ValueError(f"rows must be preference rows of load_data, one at least, got {got}")
     require_fit("the policy", model.config, rows)
-    return score_answers(model, rows, _in_one, _reference(model, reference, rows), nullcontext)
+    if "mismatched" in needs or ("kl" in needs and reference is None):
+        raise ValueError(f"needs: mismatched answers are not made here, and a kl needs a reference, got {[*needs]}")
+    return score_answers(model, rows, _in_one, _reference(model, reference, rows), nullcontext, needs)
 
 
 def _in_one(tokens: Sequence[int]) -> list[list[int]]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPreference, EncodedSequence
+from phi2.data.encoded import EncodedPreference, EncodedSequence
 
 
 @dataclass(frozen=True)

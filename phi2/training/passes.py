@@ -8,6 +8,7 @@ needs, and on a CPU what is fastest there.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -77,11 +78,11 @@ class Passes:
 def _evenly(tokens: Sequence[int], passes: int) -> list[list[int]]:
     """The samples in so many passes, longest first, each to the pass that has fewest tokens."""
     parts: list[list[int]] = [[] for _ in range(passes)]
-    sums = [0] * passes
+    sums = [(0, place) for place in range(passes)]  # a heap
     for index in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
-        least = sums.index(min(sums))
+        total, least = sums[0]
         parts[least].append(index)
-        sums[least] += tokens[index]
+        heapq.heapreplace(sums, (total + tokens[index], least))
     return parts
 
 
@@ -132,14 +133,12 @@ def bytes_of_token(model: Phi2ForCausalLM) -> float:
 
     What is kept is counted on the model, since it depends on its adapters, dropout, dtype and kernels. Gradients of
     what a block has kept stand beside its own working memory.
-
-    Args:
-        model: in training mode, as it will be trained.
     """
-    blocks, checkpointing = model.config.num_hidden_layers, model.model.activation_checkpointing
-    model.model.activation_checkpointing = False
+    blocks, training = model.config.num_hidden_layers, model.training
+    checkpointing = model.model.activation_checkpointing
+    model.train().model.activation_checkpointing = False
     kept = kept_bytes_of_token(model)
-    model.model.activation_checkpointing = checkpointing
+    model.train(training).model.activation_checkpointing = checkpointing
     if not checkpointing:
         return kept * (1 + 2 / blocks)
     return blocks * model.config.hidden_size * model.dtype.itemsize + kept * 3 / blocks

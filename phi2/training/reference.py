@@ -19,7 +19,7 @@ from torch import Tensor
 from phi2.checkpoints.peft_files import restore_adapter
 from phi2.checkpoints.weights import load_shape, pick_device
 from phi2.config import Phi2Config
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.hub import resolve
 from phi2.lora import computing, disabled, has_adapter
 from phi2.losses.bound import BoundLoss
@@ -171,9 +171,11 @@ def with_adapter(model: Phi2ForCausalLM, name: str | None) -> LiveReference:
     def asked() -> Iterator[Phi2ForCausalLM]:
         training = model.training
         model.eval()
-        with disabled(model) if name is None else computing(model, name):
-            yield model
-        model.train(training)
+        try:
+            with disabled(model) if name is None else computing(model, name):
+                yield model
+        finally:
+            model.train(training)
 
     return LiveReference(asked)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.lora import lora_modules
 from phi2.model import Phi2ForCausalLM
 from phi2.training.packing import TokenRow, row_of_answers

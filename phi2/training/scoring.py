@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.head import target_logps
 from phi2.losses.registry import Need
@@ -47,9 +47,8 @@ def score_answers(
 ) -> AnswerBatch:
     """Both models' log-probabilities of all answers of some rows, as a loss takes them, with what else it needs."""
     passes = cut([row.tokens for row in rows])
-    return answer_batch(
-        rows, joined(rows, passes, [scored(model, rows, p, reference, precision(), needs) for p in passes])
-    )
+    parts = [scored(model, rows, places, reference, precision(), needs) for places in passes]
+    return answer_batch(rows, joined(rows, passes, parts))
 
 
 def joined(rows: Rows, passes: Sequence[Sequence[int]], parts: Sequence[Scored]) -> Scored:
@@ -183,7 +182,8 @@ def _padded(logps: Tensor, lengths: Sequence[int], places: Sequence[int]) -> Ten
 def numeric_columns(rows: Rows, gaps: dict[str, str], device: torch.device) -> Columns:
     """(P,) float32 of every column without a gap."""
     names = [name for name in rows[0].columns if name not in gaps]
-    return Columns({k: torch.tensor([float(row.columns[k]) for row in rows], device=device) for k in names}, gaps)
+    values = {name: torch.tensor([float(row.columns[name]) for row in rows]) for name in names}
+    return Columns({name: each.to(device, non_blocking=True) for name, each in values.items()}, gaps)
 
 
 def column_gaps(rows: Rows) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from phi2.data.encode import EncodedPreference
+from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.registry import Need
 from phi2.model import Phi2ForCausalLM
