@@ -180,7 +180,7 @@ def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
     with session.policy(config) as model, torch.no_grad():
         model.lm_head.adapter.lora_B.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         prompt, answer = np.array([5, 9, 7], dtype=np.int32), np.array([8, 6], dtype=np.int32)
-        measure = Measure(session, config, None, None, elsewhere=True, last=None)
+        measure = Measure(session, config, None, None, elsewhere=True, graded=())
         kl, entropy = measure.kl_and_entropy(model.eval(), [prompt], [answer])
         ids = torch.from_numpy(np.concatenate((prompt, answer)).astype(np.int64))[None]
         policy = model(ids)[0, 2:4, : choices_of(model, session.tokenizer)].double().log_softmax(dim=-1)
@@ -301,24 +301,26 @@ def test_an_output_that_cannot_be_written_is_one_line(compare_config, tmp_path, 
 
 
 CURVE = [
-    {"step": 1, "kl": 0.1, "accuracy": 0.5},
-    {"step": 2, "kl": 0.5, "accuracy": 0.7},
+    {"step": 1, "kl": 0.09, "accuracy": 0.5},
+    {"step": 2, "kl": 0.49, "accuracy": 0.7},
     {"step": 3, "kl": 0.3, "accuracy": 0.9},
 ]
 
 
 def test_at_equal_distance_a_metric_is_read_on_the_line_between_two_evaluations():
-    found = at_kl(CURVE, 0.2)  # a quarter of the way from 0.1 to 0.5
-    assert found == pytest.approx({"step": 1.25, "kl": 0.2, "accuracy": 0.55})
-    assert at_kl(CURVE, 0.1) == pytest.approx(CURVE[0]) and at_kl(CURVE, 0.5) == pytest.approx(CURVE[1])
+    """Over the root of the KL."""
+    found = at_kl(CURVE, 0.36)
+    assert found == pytest.approx({"step": 1.75, "kl": 0.36, "accuracy": 0.65})  # 0.6 of the way from 0.3 to 0.7
+    assert at_kl(CURVE, 0.09) == pytest.approx(CURVE[0]) and at_kl(CURVE, 0.49) == pytest.approx(CURVE[1])
 
 
-def test_a_run_that_starts_beyond_the_distance_has_no_value_there():
-    assert at_kl(CURVE, 0.05) == {"kl": 0.05}
+@pytest.mark.parametrize("kl", [0.05, 0.5])
+def test_a_run_that_starts_beyond_the_distance_or_never_gets_there_has_no_value(kl):
+    assert at_kl(CURVE, kl) == {"kl": kl}
 
 
 def test_the_distance_is_the_largest_that_all_reach():
-    assert farthest_common_kl([CURVE, CURVE[:1], [{"kl": 0.4}]]) == 0.1
+    assert farthest_common_kl([CURVE, CURVE[:1], [{"kl": 0.4}]]) == 0.09
 
 
 def test_a_comparison_at_equal_distance_needs_no_new_runs(comparison, compare_config):
@@ -329,6 +331,23 @@ def test_a_comparison_at_equal_distance_needs_no_new_runs(comparison, compare_co
     assert (kl == kl[0, 0]).all() and "at a KL of" in str(matched)
     assert (matched.metrics["step"] <= 4).all()
     assert (run(replace(config, match="steps")) / "results.jsonl").read_bytes() == steps
+
+
+def test_beyond_what_a_run_reaches_it_has_no_value(comparison, compare_config):
+    """And the table says so with a dash."""
+    steps = (comparison / "results.jsonl").read_bytes()
+    config = compare_config(output=str(comparison.path), match="kl", match_kl=1e6, resume=True)
+    matched = run(config)
+    assert (matched.metrics["kl"] == 1e6).all() and matched.metrics.keys() == {"kl"}
+    assert (run(replace(config, match="steps", match_kl=None)) / "results.jsonl").read_bytes() == steps
+
+
+def test_a_comparison_of_an_earlier_version_goes_on(comparison, compare_config):
+    """A setting that it did not know was at its default."""
+    path, steps = comparison / "compare.yaml", (comparison / "results.jsonl").read_bytes()
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({name: value for name, value in settings.items() if name != "max_tokens_per_pass"}))
+    assert (run(compare_config(output=str(comparison.path), resume=True)) / "results.jsonl").read_bytes() == steps
 
 
 def test_settings_of_a_comparison_are_flags(compare_config, tmp_path, capsys):

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partialmethod
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from phi2.data.encoded import EncodedPreference
 from phi2.data.flat import Joined
-from phi2.files import read_yaml, write_whole
+from phi2.files import write_whole
 from phi2.keywords import config_of, explained
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.compare_report import write_report as write_page
@@ -34,7 +35,7 @@ from phi2.lab.measure import Measure, start_of
 from phi2.lab.report import write_report
 from phi2.lab.variants import Variant, variants_of
 from phi2.model import Phi2ForCausalLM
-from phi2.runs.folder import to_plain
+from phi2.runs.folder import require_same_settings, to_plain
 from phi2.runs.inputs import inputs_of, require_same_inputs
 from phi2.runs.run import Run
 from phi2.training import dpo
@@ -49,7 +50,7 @@ from phi2.training.weights import with_weights
 from phi2.training.window import total_steps, windows_of
 
 EVALUATIONS = 4  # of a run, where eval_steps does not say it
-FREE_TO_CHANGE = {"output", "resume", "jobs", "device", "match", "baseline"}  # of a comparison that goes on
+FREE_TO_CHANGE = {"output", "resume", "jobs", "device", "match", "match_kl", "baseline"}  # of a comparison that goes on
 
 
 @explained(CompareConfig)
@@ -195,13 +196,17 @@ class Bench:
                 others += dpo.others_to_score(cell.config, loss, windows, cell.total, train, held_out)
         return Joined(train.take(sorted(seen)), held_out, others)
 
+    def _graded(self, cell: Cell) -> Container[int]:
+        """The updates behind which toy skills are graded: the last, or wherever a value at equal KL may be read."""
+        if not self.config.is_toy or self.session.tokenizer.chat_template is None:
+            return ()
+        return range(cell.total + 1) if self.config.match == "kl" else (cell.total,)
+
     def run(self, cell: Cell) -> None:
         """Runs a cell, or goes on with it."""
-        graded = self.config.is_toy and self.session.tokenizer.chat_template is not None
         known, start = self.reference(cell.config)
-        last = cell.total if graded else None
         elsewhere = cell.variant.loss.reference_free or cell.config.sync_ref_model  # what its own evaluations look from
-        measure = Measure(self.session, cell.config, known, start, elsewhere, last)
+        measure = Measure(self.session, cell.config, known, start, elsewhere, self._graded(cell))
         write_report(dpo.fit(self.session, cell.config, measure))
 
 
@@ -211,21 +216,17 @@ def open_comparison(config: CompareConfig) -> bool:
     Raises:
         ValueError: when the folder holds another comparison, or something else, or `resume` is off.
     """
-    output, settings = Path(config.output), to_plain(config)
+    output = Path(config.output)
     path = output / SETTINGS
     begun = any(output.glob("cells/*/*/config.yaml"))
     if begun and not config.resume:
         raise ValueError(f"{output} holds a comparison already; give another output, or resume: true to go on with it")
     if begun:
-        before = read_yaml(path)
-        changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
-        if changed:
-            told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
-            raise ValueError(f"{path}: a comparison keeps its settings, but these differ: {told}")
+        require_same_settings(path, config, FREE_TO_CHANGE, "comparison")
     elif not path.exists() and output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} exists and holds no comparison; give another output")
     output.mkdir(parents=True, exist_ok=True)
-    kept = {name: value for name, value in settings.items() if name != "resume"}
+    kept = {name: value for name, value in to_plain(config).items() if name != "resume"}
     write_whole(path, yaml.safe_dump(kept, sort_keys=False))
     return begun
 
@@ -234,7 +235,7 @@ def write_results(config: CompareConfig, cells: Sequence[Cell]) -> None:
     """results.jsonl, a line for each run."""
     curves = [curve_of(Run(cell.config.output)) for cell in cells]
     if config.match == "kl":
-        kl = farthest_common_kl(curves)
+        kl = config.match_kl or farthest_common_kl(curves)
         found: Iterable[dict[str, float]] = (at_kl(curve, kl) for curve in curves)
     else:
         found = (curve[-1] for curve in curves)
@@ -266,12 +267,13 @@ def _run_in_processes(config: CompareConfig, cells: Sequence[Cell]) -> None:
         min(config.jobs, len(cells)), multiprocessing.get_context("spawn"), _open, (config, threads)
     )
     try:
-        with pool:
+        with pool, tqdm(total=len(cells), desc="compare", unit="run", dynamic_ncols=True) as bar:
             asked = {pool.submit(_run, cell.variant.name, cell.seed): cell for cell in cells}
             try:
-                for number, done in enumerate(as_completed(asked), start=1):
+                for done in as_completed(asked):
                     done.result()
-                    print(f"\n{asked[done]} is done ({number} of {len(cells)})", flush=True)
+                    bar.set_postfix_str(str(asked[done]))
+                    bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -282,6 +284,7 @@ def _run_in_processes(config: CompareConfig, cells: Sequence[Cell]) -> None:
 def _open(config: CompareConfig, threads: int) -> None:
     global _bench
     torch.set_num_threads(threads)
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # several in one line cannot be read
     _bench = Bench(config, variants_of(config))
 
 

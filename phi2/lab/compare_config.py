@@ -3,6 +3,7 @@
 The command line reads its flags from here, so torch is not imported, and annotations are types, not texts.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,8 +35,11 @@ class CompareConfig(PreferenceConfig):
     baseline: str | None = None
     """Variant that the others are compared with; unset, the first."""
     match: Literal["steps", "kl"] = "steps"
-    """steps compares the ends of the runs; kl compares them where they are equally far from the reference, at the
-    largest distance that all reach, between evaluations by linear interpolation."""
+    """steps compares the ends of the runs; kl compares them where they are equally far from the reference, between two
+    of their evaluations."""
+    match_kl: float | None = None
+    """The distance of match: kl, nats; unset, the largest that all runs reach. A run that never gets there has no
+    value."""
     jobs: int = 1
     """Processes that share the runs; on a CPU each computes with its share of the cores."""
     output: str
@@ -57,8 +61,17 @@ class CompareConfig(PreferenceConfig):
         super().__post_init__()
         for name in ("seeds", "jobs"):
             require_at_least(self, name, 1)
+        self._require_match()
         if not self.losses and not self.variants and not (self.grid or {}).get("loss"):
             raise ValueError("losses must name one loss at least (or variants, or a grid with loss), got none")
+
+    def _require_match(self) -> None:
+        if self.match_kl is None:
+            return
+        if self.match != "kl":
+            raise ValueError(f"match_kl {self.match_kl:g} is for match: kl, got match: {self.match}")
+        if not 0 < self.match_kl < math.inf:
+            raise ValueError(f"match_kl must be above 0, got {self.match_kl:g}")
 
     @property
     def is_toy(self) -> bool:

@@ -15,6 +15,7 @@ from phi2.pages.page import fragment, noted, page, settings, table
 
 CURVES = {
     "accuracy": "Pairs ranked right",
+    "toy": "Toy skills, share of right answers",
     "margin": "Margin, nats",
     "kl": "KL to the reference, nats per answer",
     "length": "Tokens of an answer",
@@ -98,9 +99,11 @@ def scatters(comparison: Comparison) -> str:
 def curves(comparison: Comparison) -> str:
     """Held-out metrics over steps: the mean over seeds in a band from the least to the greatest."""
     found = {variant: [curve_of(run) for run in comparison.runs(variant)] for variant in comparison.variants}
+    first = found[comparison.baseline][0][0]
     charts = [
         line_chart(title, [_line(variant, metric, runs) for variant, runs in found.items()])
         for metric, title in CURVES.items()
+        if metric in first
     ]
     about = "Over optimizer steps, on held-out data: the mean over seeds, in a band from the least to the greatest."
     return f'<div class="charts">{"".join(charts)}</div>{noted(about)}'

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,17 +192,18 @@ def _with_margin(found: Mapping[str, float]) -> dict[str, float]:
 
 
 def at_kl(curve: Sequence[Mapping[str, float]], kl: float) -> dict[str, float]:
-    """The metrics of a run where it first is this far from the reference, between two evaluations on a straight line.
+    """The metrics of a run where it first is this far from the reference, on a straight line between two evaluations.
 
-    Empty where the first evaluation is beyond it already. Toy skills are graded at the end alone, and left out.
+    The line is one over the square root of the KL: for small steps the KL is quadratic in what log-probabilities have
+    moved. Empty where the first evaluation is beyond it already, and where none is.
     """
-    behind = next(i for i, found in enumerate(curve) if found["kl"] >= kl)
-    if behind == 0 and curve[0]["kl"] > kl:
+    behind = next((i for i, found in enumerate(curve) if found["kl"] >= kl), None)
+    if behind is None or (behind == 0 and curve[0]["kl"] > kl):
         return {"kl": kl}
     before, after = curve[max(0, behind - 1)], curve[behind]
-    apart = after["kl"] - before["kl"]
-    share = (kl - before["kl"]) / apart if apart else 1.0
-    names = [name for name in before if name in after and not name.startswith("toy")]
+    apart = sqrt(after["kl"]) - sqrt(before["kl"])
+    share = (sqrt(kl) - sqrt(before["kl"])) / apart if apart else 1.0
+    names = [name for name in before if name in after]
     return {name: before[name] + share * (after[name] - before[name]) for name in names} | {"kl": kl}
 
 

@@ -7,7 +7,7 @@ the mean of log ref - log policy estimates nothing of the kind: these are no sam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ class Measure:
         reference: log-probabilities that are known, of all held-out pairs.
         start: the reference as a model, None where it is the policy with its adapter off.
         elsewhere: whether the run's own evaluations have no reference, or one that moves.
-        last: the update behind which toy skills are graded, None where the data have none.
+        graded: updates behind which toy skills are graded.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class Measure:
         reference: Reference,
         start: Phi2ForCausalLM | None,
         elsewhere: bool,
-        last: int | None,
+        graded: Container[int],
     ) -> None:
-        self.session, self.config, self.reference, self.start, self.last = session, config, reference, start, last
+        self.session, self.config, self.reference, self.start = session, config, reference, start
+        self.graded = graded
         self.pairs = session.rows.evaluation
         self.scored = self.pairs if elsewhere else []
 
@@ -71,7 +72,7 @@ class Measure:
         training = model.training
         model.eval()
         found = {"step": step, **self.distance(model), **self.preference(model)}
-        if step == self.last:
+        if step in self.graded:
             scores = evaluate(model, self.session.tokenizer, QUESTIONS)
             rates = {f"toy/{skill}": score.rate for skill, score in scores.items()}
             found |= {"toy": float(np.mean([*rates.values()])), **rates}

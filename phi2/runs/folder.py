@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def open_run(config: RunConfig) -> Path | None:
     if checkpoint or whole_lines(run / "metrics.jsonl"):
         if not config.resume:
             raise ValueError(f"{run} holds a run already; give another output, or resume: true to go on with it")
-        _require_same(run / "config.yaml", config)
+        require_same_settings(run / "config.yaml", config, FREE_TO_CHANGE, "resumed run")
     elif run.exists() and not (run / "config.yaml").exists() and any(run.iterdir()):
         raise ValueError(f"{run} exists and holds no run of ours; give another output")
     run.mkdir(parents=True, exist_ok=True)
@@ -58,17 +59,34 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _require_same(path: Path, config: RunConfig) -> None:
-    """A setting that a later version brought was at its default before."""
-    settings = to_plain(config)
-    defaults = to_plain(type(config)(model=config.model, data=config.data, output=config.output))
+def require_same_settings(path: Path, config: RunConfig, free: Collection[str], what: str) -> None:
+    """Compares settings with those of a file; one that a later version brought was at its default before.
+
+    Args:
+        free: settings that may differ.
+        what: has the settings, for the error.
+    Raises:
+        ValueError: naming what differs, or a missing file.
+    """
     if not path.is_file():
-        raise ValueError(f"{path} is missing, so the run cannot go on")
-    before = _completed(read_yaml(path), defaults)
-    changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
+        raise ValueError(f"{path} is missing, so the {what.split()[-1]} cannot go on")
+    settings, before = to_plain(config), _completed(read_yaml(path), _defaults(type(config)))
+    changed = [k for k in settings if k not in free and before.get(k) != settings[k]]
     if changed:
         told = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
-        raise ValueError(f"{path}: a resumed run keeps its settings, but these differ: {told}")
+        raise ValueError(f"{path}: a {what} keeps its settings, but these differ: {told}")
+
+
+def _defaults(kind: type[RunConfig]) -> dict[str, Any]:
+    """As YAML holds them."""
+    made = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(kind)
+    }
+    given = {name: default for name, default in made.items() if default is not dataclasses.MISSING}
+    return json.loads(
+        json.dumps(given, default=lambda value: vars(value) if dataclasses.is_dataclass(value) else str(value))
+    )
 
 
 def _completed(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
