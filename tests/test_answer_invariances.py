@@ -304,7 +304,7 @@ def test_a_mixture_of_units_gives_each_prompt_the_sum_of_its_parts():
     parts = {name: bind_loss(name, {"beta": 0.3})(answers) for name in ("sigmoid", "kto", "plackett_luce")}
     expected = 0.5 * parts["sigmoid"] + 0.25 * parts["kto"] + 2 * parts["plackett_luce"]
     torch.testing.assert_close(loss(answers), expected)
-    assert (loss.unit, loss.scope, loss.needs) == ("prompt", "window", ("mismatched",))
+    assert (loss.unit, loss.scope, loss.needs) == ("prompt", "pair", ("mismatched",))
 
 
 def test_a_mixture_with_sigmoid_on_pairs_is_sigmoid():

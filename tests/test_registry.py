@@ -283,7 +283,6 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are():
         ({"scope": "batch"}, "loss 'mine': scope must be one of pair, window, got 'batch'"),
         ({"unit": "token"}, "loss 'mine': unit must be one of pair, answer, prompt, got 'token'"),
         ({"needs": ("silver",)}, "loss 'mine': needs must be one of gold, mismatched, .*got 'silver'"),
-        ({"needs": ("mismatched",)}, 'mismatched answers are those of a window, register it with scope="window"'),
         ({"state": {"mean": 0.0}}, "loss 'mine': a state moves once an update, register it with scope=\"window\""),
         ({"scope": "window", "state": {}}, r"loss 'mine': state must name numbers, as {'mean': 0.0}, got {}"),
         ({"scope": "window", "state": {"mean": None}}, "loss 'mine': state must name numbers"),

@@ -173,8 +173,8 @@ class AnswerBatch:
         columns: (P,) float32 for each numeric column of the data set.
         gold: an answer to each prompt that is to be imitated and compared with nothing; None unless the loss needs it.
         extras: by name (A, T) float32 of what the loss needs besides of each token, 0 behind the end.
-        mismatched: answers to other prompts behind these, without gradient, P prompts of as many answers as those other
-            prompts have; None unless the loss needs them.
+        mismatched: answers to other prompts behind each prompt of the update, without gradient; of all its prompts,
+            also where these are a part of them. None unless the loss needs them.
     """
 
     policy_logps: Tensor
@@ -314,7 +314,7 @@ class AnswerBatch:
             columns=self.columns.each(lambda values: values[prompt : prompt + 1]),
             gold=None if self.gold is None else self.gold.only(prompt),
             extras={name: values[start:end, :width] for name, values in self.extras.items()},
-            mismatched=None if self.mismatched is None else self.mismatched.only(prompt),
+            mismatched=self.mismatched,
         )
 
     def _owners(self, unit: Unit) -> list[int]:

@@ -92,7 +92,7 @@ def preference_loss(
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the
             answers to a prompt their value together. It is called with an `AnswerBatch`.
         needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers
-            to other prompts behind each prompt; "entropy" and "log_sum_square", log sum p^2, of the policy's
+            to other prompts behind each prompt of the update, whichever rows the loss is called with; "entropy" and "log_sum_square", log sum p^2, of the policy's
             distribution at each token, in `extras`, without gradient; "kl", KL(reference to policy) over all ids at
             each token, in `extras`, with its gradient.
     Raises:
@@ -110,10 +110,6 @@ def preference_loss(
             raise ValueError(f"the loss name {name!r} has a colon or a comma: they part the losses of a mixture")
         _require_scope(name, scope, state)
         _require_one_of(name, "unit", get_args(Unit), unit)
-        if "mismatched" in needs and scope == "pair":
-            raise ValueError(
-                f'loss {name!r}: mismatched answers are those of a window, register it with scope="window"'
-            )
         if "kl" in needs and (scope == "window" or reference_free):
             raise ValueError(f'loss {name!r}: a KL needs a reference, and its gradient needs scope="pair"')
         for need in needs:

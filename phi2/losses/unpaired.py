@@ -13,7 +13,7 @@ from phi2.losses.batch import AnswerBatch
 from phi2.losses.registry import State, preference_loss
 
 
-@preference_loss("kto", unit="answer", scope="window", needs=("mismatched",))
+@preference_loss("kto", unit="answer", needs=("mismatched",))
 def kto(
     answers: AnswerBatch, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Tensor:

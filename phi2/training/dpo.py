@@ -211,7 +211,7 @@ def check_start(
     first = [window[i] for i in cut([row.tokens for row in window])[0]]
     seen = window if loss.scope == "window" else first
     answers = score_answers(model, seen, cut, reference, partial(autocast, config), loss.needs)
-    answers = replace(answers, mismatched=others_of(config, model, seen, cut, reference, loss))
+    answers = replace(answers, mismatched=others_of(config, model, window, cut, reference, loss))
     model.train(training)
     if reference is not None and starts_at_reference(config):
         require_agreement(config, answers, loss)
