@@ -191,6 +191,13 @@ def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
     torch.testing.assert_close(entropy.double(), -(policy.exp() * policy).sum(-1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_figure_has_a_row_for_each_other_variant(comparison):
+    drawing = comparison.figure("margin")
+    assert drawing.startswith("<svg") and drawing.count("<circle") == 1 and "simpo(beta=2.0), difference: " in drawing
+    with pytest.raises(ValueError, match="metric must be one of accuracy, .*, got 'marginn'; did you mean margin"):
+        comparison.figure("marginn")
+
+
 def test_the_page_is_one_file_with_the_command_that_makes_it_again(comparison):
     page = (comparison / "report.html").read_text()
     assert page.count("<svg") >= 8 and "<script" not in page and 'src="' not in page and 'href="http' not in page

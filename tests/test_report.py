@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 
 from phi2.evaluation.toy import Score, Transcript
 from phi2.lab.report import write_comparison, write_report
-from phi2.pages.charts import Line, distinct_digits, interval_chart, line_chart, nice_ticks, number, thin
+from phi2.pages.charts import (
+    Line,
+    difference_chart,
+    distinct_digits,
+    interval_chart,
+    line_chart,
+    nice_ticks,
+    number,
+    scatter_chart,
+    thin,
+)
+from phi2.pages.page import picture
 
 FILES = ("config.yaml", "metrics.jsonl", "data_audit.json", "samples.jsonl", "environment.json")
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -260,6 +271,35 @@ def test_the_marks_of_an_interval_chart_stand_at_their_shares():
     whiskers = [line for line in figure.iter("line") if "whisker" in line.get("class")]
     (a_low, a_high), (b_low, b_high) = ((float(w.get("x1")), float(w.get("x2"))) for w in whiskers)
     assert a - a_low == a_high - a and a_high == b_low and b - a == b_high - a_high
+
+
+def test_the_marks_of_a_difference_chart_stand_at_their_values_on_both_sides_of_0():
+    figure = svg(difference_chart("t", {"ipo": (-2.0, -1.0, 0.0), "simpo": (0.0, 1.0, 3.0)}))
+    (zero,) = (line for line in figure.iter("line") if line.get("class") == "zero")
+    ipo, simpo = (float(circle.get("cx")) - float(zero.get("x1")) for circle in figure.iter("circle"))
+    assert ipo == pytest.approx(-simpo) and ipo < 0
+    assert "simpo, difference: 1, 95 % interval 0 to 3" in {title.text for title in figure.iter("title")}
+
+
+def test_a_difference_without_an_interval_is_not_drawn():
+    assert difference_chart("t", {"ipo": (math.nan, 1.0, math.nan)}) == ""
+
+
+def test_points_a_hundredfold_apart_stand_by_their_logarithm():
+    figure = svg(scatter_chart("t", {"a": [(0.01, 1.0), (0.1, 2.0), (10.0, 3.0)]}, "KL", "accuracy"))
+    first, second, third = sorted(float(circle.get("cx")) for circle in figure.iter("circle"))
+    assert third - second == pytest.approx(2 * (second - first), abs=0.2)
+
+
+def test_of_more_lines_than_colours_the_first_stands_out_and_the_others_have_names_to_point_at():
+    lines = [Line(f"line {i}", [(1, 0.0), (2, float(i))], [(1, 0.0), (2, 0.0)], [(1, 1.0), (2, 2.0)]) for i in range(9)]
+    drawn = line_chart("t", lines)
+    assert drawn.count('class="key') == 1 and drawn.count("band") == 1 and "line 8 8 at step 2" in drawn
+
+
+def test_a_picture_is_a_document_of_its_own():
+    document = picture(difference_chart("t", {"ipo": (-2.0, -1.0, 0.0)}))
+    assert ElementTree.fromstring(document).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_long_lines_are_thinned_to_means_of_neighbours():

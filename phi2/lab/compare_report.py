@@ -9,8 +9,8 @@ from html import escape
 from typing import Any
 
 from phi2.files import write_whole
-from phi2.lab.comparison import REPORT, SETTINGS, Comparison, curve_of
-from phi2.pages.charts import Line, line_chart, scatter_chart
+from phi2.lab.comparison import LABELS, MAIN, REPORT, SETTINGS, Comparison, curve_of
+from phi2.pages.charts import Line, difference_chart, line_chart, scatter_chart
 from phi2.pages.page import fragment, noted, page, settings, table
 
 CURVES = {
@@ -80,12 +80,27 @@ def differences_table(comparison: Comparison) -> str:
     if not rows:
         return ""
     head = ["variant", "metric", "difference", "95 % interval", "p (Holm)"]
-    return table(head, [[*map(escape, row)] for row in rows]) + noted(DIFFERENCES)
+    cells = table(head, [[*map(escape, row)] for row in rows])
+    charts = "".join(difference_figure(comparison, metric) for metric in MAIN)
+    if not charts:
+        return cells + noted(DIFFERENCES)
+    told = f"<details><summary>All of them, in numbers</summary>{cells}</details>"
+    return f'<div class="charts wide">{charts}</div>{noted(DIFFERENCES)}{told}'
+
+
+def difference_figure(comparison: Comparison, metric: str) -> str:
+    """A row for each variant: how much more of a metric it has than the baseline, with the 95 % interval."""
+    found = {
+        one.variant: (one.estimate.low, one.estimate.mean, one.estimate.high)
+        for one in comparison.differences
+        if one.metric == metric
+    }
+    return difference_chart(f"{LABELS[metric]}, minus that of {comparison.baseline}", found)
 
 
 def scatters(comparison: Comparison) -> str:
     """A point for each run where it ended: quality over distance, and what became of both answers."""
-    ends = {variant: [curve_of(run)[-1] for run in comparison.runs(variant)] for variant in comparison.variants}
+    ends = {variant: [curve_of(run)[-1] for run in comparison.runs(variant)] for variant in _in_order(comparison)}
     quality = {"accuracy": "accuracy"} | ({"toy": "right answers"} if "toy" in ends[comparison.baseline][0] else {})
     axes = [("Quality and distance", "kl", "KL, nats", metric, name) for metric, name in quality.items()]
     axes.append(("Drift", "chosen_drift", "chosen drift, nats", "rejected_drift", "rejected drift"))
@@ -96,9 +111,14 @@ def scatters(comparison: Comparison) -> str:
     return f'<div class="charts">{"".join(charts)}</div>{noted("A point is a run, behind its last update.")}'
 
 
+def _in_order(comparison: Comparison) -> list[str]:
+    """The baseline first: a chart of many shows it before the others."""
+    return sorted(comparison.variants, key=lambda variant: variant != comparison.baseline)
+
+
 def curves(comparison: Comparison) -> str:
     """Held-out metrics over steps: the mean over seeds in a band from the least to the greatest."""
-    found = {variant: [curve_of(run) for run in comparison.runs(variant)] for variant in comparison.variants}
+    found = {variant: [curve_of(run) for run in comparison.runs(variant)] for variant in _in_order(comparison)}
     first = found[comparison.baseline][0][0]
     charts = [
         line_chart(title, [_line(variant, metric, runs) for variant, runs in found.items()])

@@ -19,7 +19,9 @@ from phi2.files import read_json_lines, read_yaml
 from phi2.lab.measure import measures
 from phi2.lab.statistics import Estimate, holm, mean_interval, paired_interval, paired_p
 from phi2.lab.variants import entry_of, name_of
+from phi2.losses.knobs import nearest
 from phi2.pages.charts import number
+from phi2.pages.page import picture
 from phi2.runs.run import Run
 
 SETTINGS, RESULTS, REPORT = "compare.yaml", "results.jsonl", "report.html"
@@ -152,6 +154,21 @@ class Comparison:
             for one in self.differences
             if one.metric in metrics
         ]
+
+    def figure(self, metric: str) -> str:
+        """Differences to the baseline in a metric, with their 95 % intervals: an SVG document.
+
+        Raises:
+            ValueError: for a metric that is not compared, or of which a single seed tells no interval.
+        """
+        from phi2.lab.compare_report import difference_figure
+
+        if metric not in COMPARED:
+            raise ValueError(f"metric must be one of {', '.join(COMPARED)}, got {metric!r}{nearest(metric, COMPARED)}")
+        drawn = difference_figure(self, metric)
+        if not drawn:
+            raise ValueError(f"no variant has a difference in {metric} with an interval: it takes two seeds or more")
+        return picture(drawn)
 
     def __str__(self) -> str:
         parts = [columns([self.header, *self.cells]), self.about]

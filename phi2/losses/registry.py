@@ -92,9 +92,9 @@ def preference_loss(
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the
             answers to a prompt their value together. It is called with an `AnswerBatch`.
         needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers
-            to other prompts behind each prompt of the update, whichever rows the loss is called with; "entropy" and "log_sum_square", log sum p^2, of the policy's
-            distribution at each token, in `extras`, without gradient; "kl", KL(reference to policy) over all ids at
-            each token, in `extras`, with its gradient.
+            to other prompts behind each prompt of the update, whichever rows the loss is called with; "entropy" and
+            "log_sum_square", log sum p^2, of the policy's distribution at each token, in `extras`, without gradient;
+            "kl", KL(reference to policy) over all ids at each token, in `extras`, with its gradient.
     Raises:
         ValueError: when the name is taken by another function or cannot be written in a mixture, or a keyword argument
             has no default that says what it takes, or reward_scale is no knob that is a number, or a scope, unit or

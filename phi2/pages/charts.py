@@ -1,4 +1,4 @@
-"""Three kinds of chart as inline SVG: lines over steps, shares with their intervals, and points of two quantities.
+"""Charts as inline SVG: lines over steps, points of two quantities, and shares or differences with their intervals.
 
 Colours are the CSS classes `c0`, `c1`, ... of `page.py`, so that a chart follows the light or dark page it stands in.
 What a mark says is its `<title>`, which a browser shows under the pointer.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,7 +19,8 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 6, 8, 32  # least margins around its plot
 CHARACTER = 6  # units, of a tick's label
 MOST_POINTS = 300  # of a line; more are averaged in groups
 MARKED_POINTS = 12  # a line of no more is drawn with dots
-COLOURS = 7  # classes of the page; the next line begins anew
+COLOURS = 7  # classes of the page; of more lines the first stands out, and the others say their names when pointed at
+OTHER = "other"  # class of those
 
 Point = tuple[float, float]
 Interval = tuple[float, float, float]  # low, value, high
@@ -47,6 +49,13 @@ class Axis(NamedTuple):
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
+class LogAxis(Axis):
+    """Equal ratios are equally far apart; values are above 0."""
+
+    def at(self, value: float) -> float:
+        return self.start + math.log(value / self.low) / math.log(self.high / self.low) * (self.end - self.start)
+
+
 def line_chart(title: str, lines: Sequence[Line]) -> str:
     """A figure of all lines over one axis of steps, the last value of each in the legend; "" without any point."""
     lines = [Line(line.label, *(thin(_finite(points)) for points in line[1:])) for line in lines]
@@ -55,31 +64,39 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
     points = [point for line in lines for part in line[1:] for point in part]
     y = _values_axis([p[1] for p in points])
     x = _steps_axis([p[0] for p in points], _left(y))
+    colours = _colours(len(lines))
     legend = "".join(
-        f'<span class="key c{i % COLOURS}">{escape(line.label)} <b>{number(line.points[-1][1], y.digits)}</b></span>'
-        for i, line in enumerate(lines)
-        if line.points
+        f'<span class="key {colour}">{escape(line.label)} <b>{number(line.points[-1][1], y.digits)}</b></span>'
+        for line, colour in zip(lines, colours, strict=True)
+        if line.points and colour != OTHER
     )
-    bands = "".join(_band(line, x, y, i % COLOURS) for i, line in enumerate(lines) if line.lower)
-    drawn = "".join(_curve(line, x, y, i % COLOURS) for i, line in enumerate(lines) if line.points)
+    named = [(line, colour) for line, colour in zip(lines, colours, strict=True) if line.points]
+    bands = "".join(_band(line, x, y, colour) for line, colour in named if line.lower and colour != OTHER)
+    drawn = "".join(_curve(line, x, y, colour) for line, colour in reversed(named))
     return _figure(title, legend, _grid(x, y, "step") + bands + drawn, WIDTH, HEIGHT)
 
 
 def scatter_chart(title: str, groups: Mapping[str, Sequence[Point]], across: str, up: str) -> str:
-    """A figure of the points of each group, in its colour; `across` and `up` name the axes. "" without any point."""
+    """A figure of the points of each group, in its colour; `across` and `up` name the axes. "" without any point.
+
+    Where all are above 0 and far apart, those across stand by their logarithm.
+    """
     groups = {name: [point for point in _finite(points) if math.isfinite(point[0])] for name, points in groups.items()}
     points = [point for group in groups.values() for point in group]
     if not points:
         return ""
     y = _values_axis([p[1] for p in points])
-    x = _across(_values_axis([p[0] for p in points]), _left(y))
+    x = _across_axis([p[0] for p in points], _left(y))
+    colours = dict(zip(groups, _colours(len(groups)), strict=True))
     legend = "".join(
-        f'<span class="key c{i % COLOURS}">{escape(name)}</span>' for i, name in enumerate(groups) if groups[name]
+        f'<span class="key {colours[name]}">{escape(name)}</span>'
+        for name in groups
+        if groups[name] and colours[name] != OTHER
     )
     dots = "".join(
-        f'<circle class="fill c{i % COLOURS}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3.4"><title>{escape(name)}:'
+        f'<circle class="fill {colours[name]}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3.4"><title>{escape(name)}:'
         f" {escape(across)} {number(px, x.digits)}, {escape(up)} {number(py, y.digits)}</title></circle>"
-        for i, (name, group) in enumerate(groups.items())
+        for name, group in reversed(groups.items())
         for px, py in group
     )
     return _figure(f"{title}: {up} over {across}", legend, _grid(x, y, across) + dots, WIDTH, HEIGHT)
@@ -89,20 +106,46 @@ def interval_chart(title: str, groups: Mapping[str, Mapping[str, Interval]]) -> 
     """A figure of shares in [0, 1] with their intervals: a row for each group, in it a mark for each name."""
     names = list(dict.fromkeys(name for marks in groups.values() for name in marks))
     legend = "".join(f'<span class="key c{i}">{escape(name)}</span>' for i, name in enumerate(names))
+    return _intervals(title, legend, names, groups, [0, 0.25, 0.5, 0.75, 1], "{:.0%}".format, "{:.1%}".format)
+
+
+def difference_chart(title: str, groups: Mapping[str, Interval]) -> str:
+    """A figure of differences to 0 with their intervals, a row for each group; "" without any."""
+    known = {group: interval for group, interval in groups.items() if all(map(math.isfinite, interval))}
+    if not known:
+        return ""
+    ticks = nice_ticks(*_range([0, *(end for interval in known.values() for end in interval)]), 4)
+    marks = {group: {"difference": interval} for group, interval in known.items()}
+    text = partial(number, digits=3)
+    return _intervals(title, "", ["difference"], marks, ticks, text, text)
+
+
+def _intervals(
+    title: str,
+    legend: str,
+    names: Sequence[str],
+    groups: Mapping[str, Mapping[str, Interval]],
+    ticks: list[float],
+    tick_text: Callable[[float], str],
+    text: Callable[[float], str],
+) -> str:
+    """A row for each group, in it a mark for each name; a line at each tick, stronger at 0."""
     step, width = 12, 440
     left = max(82, 10 + CHARACTER * 1.15 * max(map(len, groups), default=0))
     rows, y = [], 10.0
-    axis = Axis(0, 1, left, width - 16, [0, 0.25, 0.5, 0.75, 1])
+    axis = Axis(ticks[0], ticks[-1], left, width - 16, ticks)
     for group, marks in groups.items():
         middle = y + step * (len(names) - 1) / 2
         rows.append(f'<text class="group" x="0" y="{middle + 4:.1f}">{escape(group)}</text>')
         for i, name in enumerate(names):
             if name in marks:
-                rows.append(_whisker(f"{group}, {name}", marks[name], axis, y + step * i, f"c{i}"))
+                said = f"{group}, {name}: {text(marks[name][1])}, 95 % interval {text(marks[name][0])} to"
+                rows.append(_whisker(f"{said} {text(marks[name][2])}", marks[name], axis, y + step * i, f"c{i}"))
         y += step * len(names) + 13
     lines = "".join(
-        f'<line class="grid" x1="{axis.at(t):.1f}" x2="{axis.at(t):.1f}" y1="0" y2="{y - 9:.1f}"/>'
-        f'<text class="tick" text-anchor="middle" x="{axis.at(t):.1f}" y="{y + 6:.1f}">{t:.0%}</text>'
+        f'<line class="{"grid" if t else "zero"}" x1="{axis.at(t):.1f}" x2="{axis.at(t):.1f}" y1="0"'
+        f' y2="{y - 9:.1f}"/>'
+        f'<text class="tick" text-anchor="middle" x="{axis.at(t):.1f}" y="{y + 6:.1f}">{tick_text(t)}</text>'
         for t in axis.ticks
     )
     return _figure(title, legend, lines + "".join(rows), width, round(y + 10))
@@ -179,9 +222,14 @@ def _values_axis(values: Sequence[float]) -> Axis:
     return Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks, distinct_digits(ticks))
 
 
-def _across(axis: Axis, left: float) -> Axis:
-    """The same scale from left to right."""
-    return axis._replace(start=left, end=WIDTH - RIGHT)
+def _across_axis(values: Sequence[float], left: float) -> Axis:
+    """From left to right; a logarithmic one, with a tick at each power of ten, for values a hundredfold apart."""
+    low, high = min(values), max(values)
+    if low > 0 and high > 100 * low:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        ticks = [10.0**power for power in range(first, last + 1)]
+        return LogAxis(ticks[0], ticks[-1], left, WIDTH - RIGHT, ticks)
+    return _values_axis(values)._replace(start=left, end=WIDTH - RIGHT)
 
 
 def _left(y: Axis) -> float:
@@ -202,22 +250,27 @@ def _grid(x: Axis, y: Axis, across: str) -> str:
     return rows + columns + name
 
 
-def _curve(line: Line, x: Axis, y: Axis, colour: int) -> str:
+def _colours(count: int) -> list[str]:
+    """The classes of so many lines, or of so many groups of points."""
+    return [f"c{i}" for i in range(count)] if count <= COLOURS else ["c0", *(count - 1) * [OTHER]]
+
+
+def _curve(line: Line, x: Axis, y: Axis, colour: str) -> str:
     """Few points: a line with dots. Many: a pale line and, bold upon it, its running mean."""
     if len(line.points) <= MARKED_POINTS:
         dots = "".join(
-            f'<circle class="fill c{colour}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="2.6">'
+            f'<circle class="fill {colour}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="2.6">'
             f"<title>{escape(line.label)} {number(py, y.digits)} at step {number(px, x.digits)}</title></circle>"
             for px, py in line.points
         )
-        return _path(line.points, x, y, f"c{colour}") + dots
-    return _path(line.points, x, y, f"pale c{colour}") + _path(_running_mean(line.points), x, y, f"c{colour}")
+        return _path(line.points, x, y, colour) + dots
+    return _path(line.points, x, y, f"pale {colour}") + _path(_running_mean(line.points), x, y, colour)
 
 
-def _band(line: Line, x: Axis, y: Axis, colour: int) -> str:
+def _band(line: Line, x: Axis, y: Axis, colour: str) -> str:
     edge = [*line.lower, *reversed(line.upper)]
     places = " ".join(f"{x.at(px):.1f},{y.at(py):.1f}" for px, py in edge)
-    return f'<polygon class="band c{colour}" points="{places}"/>'
+    return f'<polygon class="band {colour}" points="{places}"/>'
 
 
 def _path(points: Sequence[Point], x: Axis, y: Axis, style: str) -> str:
@@ -236,9 +289,8 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
     return means
 
 
-def _whisker(label: str, interval: Interval, axis: Axis, y: float, colour: str) -> str:
+def _whisker(said: str, interval: Interval, axis: Axis, y: float, colour: str) -> str:
     low, value, high = interval
-    said = f"{label}: {value:.1%}, 95 % interval {low:.1%} to {high:.1%}"
     return (
         f'<g><title>{escape(said)}</title><line class="whisker {colour}" x1="{axis.at(low):.1f}" '
         f'x2="{axis.at(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'

@@ -49,6 +49,7 @@ td small { color: var(--soft); font-size: .78rem; white-space: nowrap; }
 .settings dt { color: var(--soft); white-space: nowrap; }
 .settings dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1.6rem 1.8rem; }
+.charts.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: 0; max-width: 44rem; }
 .beside { display: flex; flex-wrap: wrap; gap: 1.6rem 3rem; align-items: flex-start; }
 .beside > figure { flex: 1 1 22rem; }
@@ -62,6 +63,7 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-size: 10px; fill: var(--soft); }
 svg .group { font-size: 11.5px; fill: var(--ink); }
 svg .grid { stroke: var(--rule); stroke-width: .8; }
+svg .zero { stroke: var(--soft); stroke-width: 1; }
 polyline { fill: none; stroke: var(--series); stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
 polyline.pale { stroke-width: 1; opacity: .35; }
 .whisker { stroke: var(--series); stroke-width: 2.4; stroke-linecap: round; opacity: .5; }
@@ -72,6 +74,7 @@ polyline.pale { stroke-width: 1; opacity: .35; }
 .charts .c0 { --series: var(--c1); } .charts .c1 { --series: var(--c2); } .charts .c2 { --series: var(--c3); }
 .charts .c3 { --series: var(--c4); } .charts .c4 { --series: var(--c5); } .charts .c5 { --series: var(--c6); }
 .charts .c6 { --series: var(--c7); }
+.other { --series: var(--soft); opacity: .4; }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 .samples td, .samples tbody th { min-width: 8.5rem; }
 @media (max-width: 40rem) { th, td { padding-right: .9rem; } }
@@ -107,6 +110,14 @@ def page(title: str, lead: str, sections: Mapping[str, str]) -> str:
 def fragment(html: str) -> str:
     """The same for a cell of a notebook, whose own style is left alone."""
     return f'<div class="phi2"><style>.phi2 {{ {NOTEBOOK_COLOURS}{PARTS_STYLE} }}</style>{html}</div>'
+
+
+def picture(figure: str) -> str:
+    """The drawing of a chart as an SVG document of its own, for pages light and dark."""
+    drawing = figure[figure.index("<svg") : figure.index("</svg>")]
+    style = f"<style>svg {{ color: #7b818a; font-family: sans-serif; {NOTEBOOK_COLOURS} }} {PARTS_STYLE}</style>"
+    start, inside = drawing.split(">", 1)
+    return f'{start} xmlns="http://www.w3.org/2000/svg">{style}{inside}</svg>\n'
 
 
 def noted(text: str) -> str:
