@@ -21,8 +21,9 @@ from phi2.lora_config import LoraConfig
 from phi2.losses.batch import PairBatch
 from phi2.losses.bound import bind_loss
 from phi2.model import Phi2ForCausalLM
-from phi2.training import dpo, reference
-from phi2.training.dpo import DPOConfig, evaluate, make_reference, train
+from phi2.training import reference
+from phi2.training.dpo import DPOConfig, make_reference, train
+from phi2.training.objective import Objective
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut, Passes
 from phi2.training.scoring import Scored, answer_batch
@@ -126,7 +127,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_pairs(dpo_config, los
     expected = dict(zip(trained, torch.autograd.grad(expected_loss, list(trained.values())), strict=True))
 
     recorder = Recorder(model, config, 1, scale_loss=False)
-    metrics = dpo.update(config, model, recorder, pairs, in_parts(*sizes), live, bind_loss(loss, {}), {})
+    objective = Objective(config, model, live, bind_loss(loss), {}, in_parts(*sizes))
+    metrics = objective.update(recorder, pairs)
     assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-4)
     for name, gradient in recorder.gradients.items():
         scale = expected[name].abs().max().item()
@@ -138,7 +140,7 @@ def test_evaluation_is_the_mean_over_all_pairs_whatever_the_passes(dpo_config, m
     config = dpo_config(nll_weight=0.3)
     model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live = make_reference(start(config), config, model, None, pairs)
-    found = evaluate(config, model.train(), pairs, Passes(max_tokens).cut, live, bind_loss("sigmoid", {}), {})
+    found = Objective(config, model.train(), live, bind_loss("sigmoid"), {}, Passes(max_tokens).cut).evaluate(pairs)
     expected = by_definition(config, model.eval(), load_model(config.model), pairs)
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     lengths = [len(pair.chosen) for pair in pairs]
@@ -150,7 +152,7 @@ def test_metrics_are_means_over_the_whole_window(dpo_config):
     model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, pairs), bind_loss("sigmoid", {})
     whole, cut = (
-        dpo.update(config, model, Recorder(model, config, 1, False), pairs, cut, live, loss, {})
+        Objective(config, model, live, loss, {}, cut).update(Recorder(model, config, 1, False), pairs)
         for cut in (WHOLE, in_parts(1, 3, len(pairs) - 4))
     )
     assert cut == pytest.approx(whole, rel=1e-4)
@@ -160,7 +162,7 @@ def test_metrics_mean_what_they_say(dpo_config):
     config = dpo_config(beta=0.5)
     model, (pair, *_) = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, [pair]), bind_loss("sigmoid", {"beta": 0.5})
-    found = dpo.update(config, model, Recorder(model, config, 1, False), [pair], WHOLE, live, loss, {})
+    found = Objective(config, model, live, loss, {}, WHOLE).update(Recorder(model, config, 1, False), [pair])
     policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
     with disabled(model), torch.no_grad():
         ref = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
@@ -396,9 +398,10 @@ def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     window, cut = [pair([1, 2], [3, 4], []), pair([1], [5], []), pair([1], [2], [3])], in_parts(2, 1)
     model = start(config).load_policy(config)
     live = make_reference(start(config), config, model, None, [])
+    objective = Objective(config, model, live, bind_loss(loss), {}, cut)
     if live is not None:
-        dpo.check_start(config, model, live, window, WHOLE, bind_loss(loss, {}))
+        dataclasses.replace(objective, cut=WHOLE).check_start(window)
     recorder = Recorder(model, config, 1, False)
-    metrics = dpo.update(config, model, recorder, window, cut, live, bind_loss(loss, {}), {})
+    metrics = objective.update(recorder, window)
     assert all(np.isfinite(value) for value in metrics.values())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())

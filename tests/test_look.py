@@ -249,7 +249,7 @@ def test_a_run_refuses_before_it_loads_the_model(dpo_config, registry, monkeypat
 def test_a_loss_that_is_no_number_on_real_rows_is_refused_before_the_first_update(
     dpo_config, registry, value, reference_free, monkeypatch
 ):
-    monkeypatch.setattr("phi2.training.dpo.update", None)
+    monkeypatch.setattr("phi2.training.objective.Objective.update", None)
     loss = register(lambda pairs: pairs.policy_chosen * 0 + value, reference_free=reference_free)
     with pytest.raises(ValueError, match=f"step 1: loss 'mine' is {value}"):
         train(dpo_config(loss=loss))

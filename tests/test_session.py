@@ -13,6 +13,7 @@ from phi2.data.config import DataSpec
 from phi2.lora import LoraLinear
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, session, sft
+from phi2.training.objective import Objective
 from phi2.training.session import start
 
 
@@ -84,7 +85,7 @@ def test_a_fit_that_fails_leaves_the_session_usable(dpo_config, tmp_path, monkey
     config = dpo_config(max_steps=2)
     session = start(config)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(dpo, "update", lambda *given: 1 / 0)
+        patch.setattr(Objective, "update", lambda *given: 1 / 0)
         dpo.fit(session, replace(config, output=str(tmp_path / "failed")))
     assert metrics_of(dpo.fit(session, config)) == metrics_of(dpo.train(replace(config, output=str(tmp_path / "new"))))
 

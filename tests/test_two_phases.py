@@ -20,6 +20,7 @@ from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference, scoring
 from phi2.training.config import DPOConfig
+from phi2.training.objective import Objective
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut, Passes
 from phi2.training.precision import autocast
@@ -64,7 +65,8 @@ class Start:
         recorder = Recorder(self.model, self.config, 1, scale_loss=False)
         state = state_of(loss)
         ref = None if loss.reference_free else self.reference
-        metrics = dpo.update(self.config, self.model, recorder, self.pairs, in_parts(*sizes), ref, loss, state)
+        objective = Objective(self.config, self.model, ref, loss, state, in_parts(*sizes))
+        metrics = objective.update(recorder, self.pairs)
         return recorder.gradients, metrics, state
 
     def in_one_graph(self, loss: BoundLoss) -> dict[str, Tensor]:
@@ -81,7 +83,8 @@ class Start:
         """All that the loss is given of a window, in one pass of each model."""
         ref = None if loss.reference_free else self.reference
         answers = score_answers(self.model, rows, WHOLE, ref, partial(autocast, self.config))
-        return dataclasses.replace(answers, mismatched=dpo.others_of(self.config, self.model, rows, WHOLE, ref, loss))
+        others = Objective(self.config, self.model, ref, loss, {}, WHOLE).others(rows)
+        return dataclasses.replace(answers, mismatched=others)
 
 
 def state_of(loss: BoundLoss) -> dict[str, float]:
@@ -219,7 +222,7 @@ def test_a_window_of_n_is_passed_through_n_minus_1_times_more_and_its_reference_
 
 
 def test_a_window_of_one_pass_is_passed_through_once(started, monkeypatch):
-    monkeypatch.setattr(dpo, "backward_of_window", None)
+    monkeypatch.setattr("phi2.training.objective.backward_of_window", None)
     begun, loss = started(), bind_loss("aot")
     assert_close(begun.update(loss, [6])[0], begun.in_one_graph(loss))
 
@@ -233,7 +236,8 @@ def test_evaluation_takes_all_rows_as_one_window_and_moves_no_state(started, nam
     for max_tokens in (1, 40, 10**6):
         begun, loss = started(**OF_ROWS.get(name, {})), bind_loss(name)
         state, held_out, cut = state_of(loss), start(begun.config).rows.train, Passes(max_tokens).cut
-        found.append(dpo.evaluate(begun.config, begun.model, held_out, cut, begun.reference, loss, state))
+        objective = Objective(begun.config, begun.model, begun.reference, loss, state, cut)
+        found.append(objective.evaluate(held_out))
         assert state == state_of(loss)
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
     assert found[2] == pytest.approx(found[1], rel=1e-5, abs=1e-6)

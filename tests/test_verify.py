@@ -20,6 +20,7 @@ from phi2.lab import checks, noise
 from phi2.lab.verify import OF_POLICY, OF_RUNS, Line, Verification, line_of, rows_of, subject_of
 from phi2.lab.verify_config import VerifyConfig
 from phi2.training import dpo, optim, session
+from phi2.training.objective import Objective
 from phi2.training.reference import another_model
 from phi2.training.session import Rows, start
 
@@ -136,13 +137,13 @@ def test_rows_of_a_batch_that_are_mixed_are_red(subject, monkeypatch):
 
 
 def test_a_loss_averaged_over_each_pass_is_red(subject, monkeypatch):
-    objective = dpo.objective
+    losses_of = Objective.losses
 
     def uneven(*given):
-        losses, after = objective(*given)
+        losses, after = losses_of(*given)
         return losses / len(losses), after
 
-    monkeypatch.setattr(dpo, "objective", uneven)
+    monkeypatch.setattr(Objective, "losses", uneven)
     assert is_red("gradient of another split", subject)
 
 

@@ -39,6 +39,7 @@ from phi2.losses.bound import bind_loss
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo
 from phi2.training.config import DPOConfig
+from phi2.training.objective import STEP_0_TOLERANCE, Objective
 from phi2.training.optim import Optimizer
 from phi2.training.packing import row_of_answers
 from phi2.training.passes import Cut, Passes
@@ -170,13 +171,13 @@ def policy_is_reference(subject: Subject) -> Measured:
     """A policy before its first update, and its reference."""
     answers = step_0(subject)
     apart = (answers.policy_logps - answers.at_reference().policy_logps).abs().max().item()
-    return Measured(apart, dpo.STEP_0_TOLERANCE, NATS)
+    return Measured(apart, STEP_0_TOLERANCE, NATS)
 
 
 def loss_at_start(subject: Subject) -> Measured:
     """DPO's loss there, and -log sigma(0)."""
     loss = bind_loss("sigmoid")(step_0(subject)).mean().item()
-    return Measured(abs(loss - math.log(2)), dpo.STEP_0_TOLERANCE, "nats", f"it is {loss:.4f}, log 2 is 0.6931")
+    return Measured(abs(loss - math.log(2)), STEP_0_TOLERANCE, "nats", f"it is {loss:.4f}, log 2 is 0.6931")
 
 
 class Gradient(Optimizer):
@@ -211,21 +212,26 @@ def in_fours(tokens: Sequence[int]) -> list[list[int]]:
 
 def gradient(subject: Subject, cut: Cut = in_fours) -> Tensor:
     """Of an update over the first rows, cut into passes, as `phi2 dpo` makes it; one vector."""
-    optimizer, run = _optimizer(subject), _with_nll(subject.run)
-    dpo.update(run, subject.model, optimizer, subject.window, cut, subject.reference, bind_loss(run.loss), {})
+    optimizer = _optimizer(subject)
+    _objective(subject, cut).update(optimizer, subject.window)
     return optimizer.kept
 
 
 def gradient_of_rows(subject: Subject) -> Tensor:
     """The same with each answer behind its prompt in a row of its own."""
-    optimizer, run, window = _optimizer(subject), _with_nll(subject.run), subject.window
+    optimizer, objective, window = _optimizer(subject), _objective(subject), subject.window
     for row in window:
         ref = subject.reference([row], row_of_answers([row]).to(subject.model.device))
         answers = answer_batch([row], Scored(torch.cat(alone(subject.model, [row])), ref, {}))
-        losses, _ = dpo.objective(run, bind_loss(run.loss), {}, window, None, answers)
+        losses, _ = objective.losses(window, None, answers)
         optimizer.backward(losses.sum() / len(window))
     optimizer.step()
     return optimizer.kept
+
+
+def _objective(subject: Subject, cut: Cut = in_fours) -> Objective:
+    run = _with_nll(subject.run)
+    return Objective(run, subject.model, subject.reference, bind_loss(run.loss), {}, cut)
 
 
 def _optimizer(subject: Subject) -> Gradient:
