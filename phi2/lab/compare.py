@@ -14,6 +14,7 @@ import multiprocessing
 from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property, partialmethod
 from math import ceil
@@ -285,7 +286,9 @@ def _open(config: CompareConfig, threads: int) -> None:
     global _bench
     torch.set_num_threads(threads)
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # several in one line cannot be read
-    _bench = Bench(config, variants_of(config))
+    with redirect_stdout(None):  # the first process has told of the rows
+        _bench = Bench(config, variants_of(config))
+        _ = _bench.cells
 
 
 def _run(variant: str, seed: int) -> None:
