@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import phi2
 from phi2.cli.commands import main
 from phi2.data.config import DataSpec
 from phi2.inference.generate import choices_of
-from phi2.lab.compare import run
+from phi2.lab import compare
+from phi2.lab.compare import Bench, run
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.comparison import Comparison, at_kl, farthest_common_kl
 from phi2.lab.measure import Measure
@@ -129,6 +131,24 @@ def test_a_finished_run_is_not_run_again(compare_config, monkeypatch):
 
 def test_runs_in_two_processes_give_the_same_table(comparison, compare_config):
     assert (run(compare_config(jobs=2)) / "results.jsonl").read_bytes() == (comparison / "results.jsonl").read_bytes()
+
+
+def test_no_run_is_handed_out_before_a_process_is_free(compare_config):
+    """What waits in a process begins even behind Ctrl-C."""
+    handed = []
+
+    class Pool:
+        def submit(self, function, *which):
+            handed.append(which)
+            done = Future()
+            done.set_result(None)
+            return done
+
+    config = compare_config()
+    cells = Bench(config, variants_of(config)).cells
+    finished = compare._finished(Pool(), cells, jobs=2)
+    counts = [len(handed) for _ in finished]
+    assert counts == [2, 3, 4, 4] and handed == [(cell.variant.name, cell.seed) for cell in cells]
 
 
 def test_a_comparison_has_arrays_runs_and_a_table(comparison):

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Container, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property, partialmethod
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -262,24 +263,32 @@ _bench: Bench | None = None  # of a process that shares the runs with others
 
 
 def _run_in_processes(config: CompareConfig, cells: Sequence[Cell]) -> None:
-    """Each process opens a session of its own, and takes the next run when it is done with one."""
-    threads = max(1, torch.get_num_threads() // config.jobs)
-    pool = ProcessPoolExecutor(
-        min(config.jobs, len(cells)), multiprocessing.get_context("spawn"), _open, (config, threads)
-    )
+    """Each process opens a session of its own."""
+    jobs, threads = min(config.jobs, len(cells)), max(1, torch.get_num_threads() // config.jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _open, (config, threads))
     try:
         with pool, tqdm(total=len(cells), desc="compare", unit="run", dynamic_ncols=True) as bar:
-            asked = {pool.submit(_run, cell.variant.name, cell.seed): cell for cell in cells}
-            try:
-                for done in as_completed(asked):
-                    done.result()
-                    bar.set_postfix_str(str(asked[done]))
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for cell in _finished(pool, cells, jobs):
+                bar.set_postfix_str(str(cell))
+                bar.update()
     except BrokenProcessPool as error:
         raise OSError("a process of the comparison was killed; go on with resume: true") from error
+
+
+def _finished(pool: ProcessPoolExecutor, cells: Iterable[Cell], jobs: int) -> Iterator[Cell]:
+    """Each cell when it is done. No more are handed out than are run, so that behind Ctrl-C none begins."""
+    left, running = iter(cells), dict[Future, Cell]()
+
+    def hand_out(count: int) -> None:
+        for cell in islice(left, count):
+            running[pool.submit(_run, cell.variant.name, cell.seed)] = cell
+
+    hand_out(jobs)
+    while running:
+        for done in wait(running, return_when=FIRST_COMPLETED).done:
+            done.result()
+            yield running.pop(done)
+            hand_out(1)
 
 
 def _open(config: CompareConfig, threads: int) -> None:
@@ -292,10 +301,5 @@ def _open(config: CompareConfig, threads: int) -> None:
 
 
 def _run(variant: str, seed: int) -> None:
-    """Behind a run that was broken off there is no bench: those that were handed out already are not begun."""
-    global _bench
-    bench, _bench = _bench, None
-    if bench is None:
-        raise KeyboardInterrupt
-    bench.run(next(cell for cell in bench.cells if (cell.variant.name, cell.seed) == (variant, seed)))
-    _bench = bench
+    assert _bench is not None
+    _bench.run(next(cell for cell in _bench.cells if (cell.variant.name, cell.seed) == (variant, seed)))
