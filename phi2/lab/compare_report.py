@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from phi2.files import write_whole
-from phi2.lab.comparison import LABELS, MAIN, REPORT, SETTINGS, Comparison, curve_of
+from phi2.lab.comparison import DIFFERENCE, LABELS, MAIN, REPORT, SETTINGS, Comparison, curve_of, difference_texts
 from phi2.pages.charts import Line, difference_chart, line_chart, scatter_chart
 from phi2.pages.page import fragment, noted, page, settings, table
 
@@ -76,11 +76,10 @@ def _cell(text: str) -> str:
 
 
 def differences_table(comparison: Comparison) -> str:
-    rows = comparison.difference_cells()
+    rows = [[one.variant, LABELS[one.metric], *difference_texts(one)] for one in comparison.differences]
     if not rows:
         return ""
-    head = ["variant", "metric", "difference", "95 % interval", "p (Holm)"]
-    cells = table(head, [[*map(escape, row)] for row in rows])
+    cells = table(["variant", "metric", *DIFFERENCE], [[*map(escape, row)] for row in rows])
     charts = "".join(difference_figure(comparison, metric) for metric in MAIN)
     if not charts:
         return cells + noted(DIFFERENCES)

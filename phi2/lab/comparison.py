@@ -39,6 +39,7 @@ LABELS = {  # metric -> head of its column
 COMPARED = tuple(LABELS)[:-1]  # a loss says nothing beside another one
 MAIN = COMPARED[:3]  # differences that the terminal shows
 SIDES = ("chosen", "rejected")
+DIFFERENCE = ("difference", "95 % interval", "p (Holm)")  # heads of what `difference_texts` gives
 
 
 class Difference(NamedTuple):
@@ -147,13 +148,16 @@ class Comparison:
             return "behind the last update"
         return f"at a KL of {number(self.rows[0]['metrics']['kl'])} nats from the reference"
 
-    def difference_cells(self, metrics: Sequence[str] = COMPARED) -> list[list[str]]:
-        """Rows of variant, metric, difference, interval and p-value."""
-        return [
-            [one.variant, LABELS[one.metric], *difference_texts(one)]
-            for one in self.differences
-            if one.metric in metrics
-        ]
+    @property
+    def main_differences(self) -> list[list[str]]:
+        """A table with its header: of each variant the differences in the metrics of `MAIN`."""
+        shown = [one for one in self.differences if one.metric in MAIN]
+        rows = {one.variant: [one.variant] for one in shown}
+        for one in shown:
+            rows[one.variant] += difference_texts(one)
+        metrics = dict.fromkeys(LABELS[one.metric] for one in shown)
+        head = [f"minus {self.baseline}", *(name for metric in metrics for name in (metric, *DIFFERENCE[1:]))]
+        return [head, *rows.values()]
 
     def figure(self, metric: str) -> str:
         """Differences to the baseline in a metric, with their 95 % intervals: an SVG document.
@@ -172,9 +176,8 @@ class Comparison:
 
     def __str__(self) -> str:
         parts = [columns([self.header, *self.cells]), self.about]
-        if differences := self.difference_cells(MAIN):
-            head = [f"minus {self.baseline}", "metric", "difference", "95 % interval", "p (Holm)"]
-            parts += ["", columns([head, *differences])]
+        if self.differences:
+            parts += ["", columns(self.main_differences)]
         return "\n".join(parts)
 
     __repr__ = __str__

@@ -21,6 +21,7 @@ MOST_POINTS = 300  # of a line; more are averaged in groups
 MARKED_POINTS = 12  # a line of no more is drawn with dots
 COLOURS = 7  # classes of the page; of more lines the first stands out, and the others say their names when pointed at
 OTHER = "other"  # class of those
+OTHERS = f'<span class="key {OTHER}">others</span>'  # in the legend
 
 Point = tuple[float, float]
 Interval = tuple[float, float, float]  # low, value, high
@@ -70,6 +71,7 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
         for line, colour in zip(lines, colours, strict=True)
         if line.points and colour != OTHER
     )
+    legend += OTHERS if OTHER in colours else ""
     named = [(line, colour) for line, colour in zip(lines, colours, strict=True) if line.points]
     bands = "".join(_band(line, x, y, colour) for line, colour in named if line.lower and colour != OTHER)
     drawn = "".join(_curve(line, x, y, colour) for line, colour in reversed(named))
@@ -93,6 +95,7 @@ def scatter_chart(title: str, groups: Mapping[str, Sequence[Point]], across: str
         for name in groups
         if groups[name] and colours[name] != OTHER
     )
+    legend += OTHERS if OTHER in colours.values() else ""
     dots = "".join(
         f'<circle class="fill {colours[name]}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3.4"><title>{escape(name)}:'
         f" {escape(across)} {number(px, x.digits)}, {escape(up)} {number(py, y.digits)}</title></circle>"
