@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +44,37 @@ def test_an_error_is_raised_as_it_was():
 def test_a_killed_process_is_told():
     with pytest.raises(OSError, match="^a process that encodes rows was killed, most likely for want of memory$"):
         list(map_in_processes(lambda item: os.kill(os.getpid(), signal.SIGKILL), range(5)))
+
+
+WAITING = """
+import os, time
+from phi2.data.processes import map_in_processes
+
+os.sched_getaffinity = lambda process: {0, 1}
+
+def wait(item):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+list(map_in_processes(wait, [0, 1]))
+"""
+
+
+def test_processes_end_with_the_one_that_started_them():
+    """However it ends: killed, it can tell them nothing."""
+    parent = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
+    children = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [*filter(is_alive, children)]
+
+
+def is_alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and ") Z " not in stat.read_text()  # one that nobody has waited for is still there
 
 
 def test_rows_encoded_in_processes_are_the_same_with_the_same_audit(tiny_tokenizer, plain, monkeypatch):

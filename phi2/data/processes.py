@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -47,9 +48,23 @@ def _begin(function: Callable[[Any], Any]) -> None:
     """Sets a process up; threads of the tokenizer are not inherited, and Ctrl-C is for the one that waits."""
     global _function
     _function = function
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # looking through what it inherited would copy it
+
+
+def end_with_parent() -> None:
+    """Has this process end when the one that started it does, however that ends: else it would wait for work for ever,
+    with all its memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=end, daemon=True).start()
 
 
 def _call(item: Any) -> Any:

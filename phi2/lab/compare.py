@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from phi2.data.encoded import EncodedPreference
 from phi2.data.flat import Joined
+from phi2.data.processes import end_with_parent
 from phi2.files import write_whole
 from phi2.keywords import config_of, explained
 from phi2.lab.compare_config import CompareConfig
@@ -293,6 +294,7 @@ def _finished(pool: ProcessPoolExecutor, cells: Iterable[Cell], jobs: int) -> It
 
 def _open(config: CompareConfig, threads: int) -> None:
     global _bench
+    end_with_parent()
     torch.set_num_threads(threads)
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # several in one line cannot be read
     with redirect_stdout(None):  # the first process has told of the rows
