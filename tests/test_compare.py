@@ -19,7 +19,9 @@ import yaml
 import phi2
 from phi2.cli.commands import main
 from phi2.data.config import DataSpec
+from phi2.files import read_yaml
 from phi2.inference.generate import choices_of
+from phi2.keywords import config_of
 from phi2.lab import compare
 from phi2.lab.compare import Bench, run
 from phi2.lab.compare_config import CompareConfig
@@ -385,6 +387,11 @@ def test_settings_of_a_comparison_are_flags(compare_config, tmp_path, capsys):
         main(["compare", "--config", str(path), "--seeds", "5", "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["seeds"], shown["grid"]) == (5, grid)
+
+
+def test_the_study_of_the_recipes_has_twenty_variants_and_five_seeds():
+    config = config_of(CompareConfig, read_yaml(Path(__file__).parents[1] / "recipes/dpo_taxonomy.yaml"))
+    assert len(variants_of(config)) == 20 and (config.seeds, config.match, config.match_kl) == (5, "kl", 0.1)
 
 
 def test_toy_pairs_bring_held_out_ones(tmp_path):

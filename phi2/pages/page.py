@@ -115,7 +115,8 @@ def fragment(html: str) -> str:
 def picture(figure: str) -> str:
     """The drawing of a chart as an SVG document of its own, for pages light and dark."""
     drawing = figure[figure.index("<svg") : figure.index("</svg>")]
-    style = f"<style>svg {{ color: #7b818a; font-family: sans-serif; {NOTEBOOK_COLOURS} }} {PARTS_STYLE}</style>"
+    colours = f"svg {{ color: #7b818a; font-family: sans-serif; {NOTEBOOK_COLOURS} }}"
+    style = f"<style>{colours} {PARTS_STYLE} .c0 {{ --series: var(--c1); }}</style>"
     start, inside = drawing.split(">", 1)
     return f'{start} xmlns="http://www.w3.org/2000/svg">{style}{inside}</svg>\n'
 
