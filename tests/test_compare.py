@@ -284,6 +284,8 @@ REFUSED = {
     "a knob that is set twice": ({"losses": "ipo(beta=1)", "grid": {"beta": [1]}}, "beta is set in the variant"),
     "no seeds": ({"seeds": 0}, "seeds must be at least 1, got 0"),
     "another base": ({"losses": "ipo(dtype=float16)"}, "dtype is the same in all runs"),
+    "a distance at equal steps": ({"match_kl": 0.1}, "match_kl 0.1 is for match: kl, got match: steps"),
+    "a distance of nothing": ({"match": "kl", "match_kl": 0.0}, "match_kl must be above 0, got 0"),
     "an unknown baseline": ({"baseline": "simpo"}, "baseline must be one of"),
     "a reference that moves, asked beforehand": (
         {"sync_ref_model": True},
