@@ -33,8 +33,8 @@ HOW = (
 )
 TOY = "Toy skills: share of right answers, the mean over the skills of 20 held-out questions each."
 DIFFERENCES = (
-    "Seed by seed; the interval is the bootstrap's over seeds (10,000 resamples), the p-value the paired t-test's,"
-    " corrected by Holm within a metric. With fewer than five seeds the interval is too narrow: trust the p-value."
+    "Seed by seed. The interval is Student's, of this one difference; the p-value is the paired t-test's, corrected by"
+    " Holm for all variants of a metric."
 )
 
 

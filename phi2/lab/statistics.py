@@ -1,7 +1,4 @@
-"""What a few seeds can tell: means with intervals, paired differences, and p-values that know how many were looked at.
-
-Everything is a function of its numbers alone: the bootstrap draws from a seed of its own.
-"""
+"""What a few seeds can tell: means, paired differences with intervals, p-values that know how many were looked at."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
-RESAMPLES = 10_000
-SEED = 0  # of the bootstrap's draws
 
 
 class Estimate(NamedTuple):
@@ -39,20 +34,12 @@ def mean_interval(values: np.ndarray) -> Estimate:
 
 
 def paired_interval(values: np.ndarray, others: np.ndarray) -> Estimate:
-    """The mean of (n,) values - others, pair by pair, with the percentile bootstrap's interval over the pairs.
+    """The mean of (n,) values - others, pair by pair, with Student's interval.
 
-    Of n pairs it can draw no more than n^n samples: with fewer than five the interval is too narrow, and never wider
-    than the differences themselves.
-
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
+    Not the bootstrap's: resampling so few pairs gives too narrow a one, of normal differences 74 % in place of 95 for
+    three pairs, 83 for five, 89 for ten.
     """
-    apart = values - others
-    mean = float(apart.mean())
-    if len(apart) < 2:
-        return Estimate(mean, math.nan, math.nan)
-    drawn = np.random.default_rng(SEED).integers(len(apart), size=(RESAMPLES, len(apart)))
-    low, high = np.quantile(apart[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(mean, float(low), float(high))
+    return mean_interval(values - others)
 
 
 def paired_p(values: np.ndarray, others: np.ndarray) -> float:
