@@ -331,6 +331,6 @@ def evaluate(
     model.train(training)
     slopes = slopes_of(lambda given: objective(config, loss, state, rows, others, given)[0], answers)
     if ledger is not None:
-        ledger.write(step, answers.pairs, slopes, state)
+        ledger.write(step, answers, slopes, state)
     metrics = means([metrics_of(answers, slopes.values, loss)])
     return {f"eval_{name}": value for name, value in metrics.items()}
