@@ -358,6 +358,15 @@ def test_weights_have_one_source(dpo_config, judged):
         judged.at().write_weights("never", np.ones(3))
 
 
+def test_labelled_answers_have_weights_too(dpo_config, write_rows, metrics_of, tmp_path):
+    """Where the policy is the reference, KTO is 1/2 of every answer."""
+    path, weights = write_rows(LABELS), tmp_path / "weights.parquet"
+    judge = Ledger(train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=1)))
+    judge.at().write_weights(weights, np.arange(8.0))
+    again = dict(data=path, loss="kto", max_steps=1, shuffle=False, output=str(tmp_path / "weighted"))
+    assert metrics_of(train(dpo_config(weights_from=str(weights), **again)))[0]["loss"] == pytest.approx(6 / 4 / 2)
+
+
 def test_a_list_takes_no_weight_which_is_told_in_one_line(dpo_config, judged, write_rows):
     told = r"weighs pairs and answers with a label, and .*rows\.jsonl row 2 has 3 answers"
     with pytest.raises(ValueError, match=told) as error:
