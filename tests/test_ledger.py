@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import phi2
-from phi2.losses.batch import Columns, PairBatch
+from phi2.losses.batch import AnswerBatch, Columns, comparisons
 from phi2.losses.bound import bind_loss
 from phi2.losses.properties import made_up_answers
 from phi2.losses.slopes import Slopes, slopes_of
@@ -64,10 +64,11 @@ def test_sums_and_margin_are_those_of_the_tokens(dpo_config, pair_data):
 def test_margins_of_first_and_last_tokens_by_hand():
     """Chosen gains 1, 2, ..., 7 a token, the rejected one 10 in its only token, which is both first and last."""
     assert FIRST_TOKENS == 5
-    chosen, one = torch.arange(1.0, 8.0)[None], torch.ones(1, 1, dtype=torch.bool)
-    pairs = PairBatch(chosen, torch.tensor([[10.0]]), chosen > 0, one, torch.zeros(1, 7), torch.zeros(1, 1))
+    logps = torch.zeros(2, 7)
+    logps[0], logps[1, 0] = torch.arange(1.0, 8.0), 10
+    answers = AnswerBatch(logps, (7, 1), (0, 0), (1.0, 0.0), ref_logps=torch.zeros(2, 7))
     slopes = Slopes(torch.tensor([0.5]), torch.tensor([-0.25, 0.75]))
-    found = numbers_of(pairs, slopes, reward_scale=0.1)
+    found = {name: values.to_pylist()[0] for name, values in numbers_of(answers, slopes, reward_scale=0.1).items()}
     assert (found["margin"], found["margin_first"], found["margin_last"]) == (28 - 10, 15 - 10, 7 - 10)
     assert (found["n_w"], found["n_l"], found["d_w"], found["d_l"], found["weight"]) == (7, 1, -0.25, 0.75, 1.0)
 
@@ -77,7 +78,7 @@ def test_slopes_leave_padding_out():
     answers = made_up_answers([(2, 5)], [(1.0, 0.0)], Columns(), reference_free=False)
     level = dataclasses.replace(answers, ref_logps=answers.policy_logps)
     slopes = slopes_of(bind_loss("sigmoid", {"beta": 1.0}), level)
-    assert (slopes.d_w.tolist(), slopes.d_l.tolist()) == ([-0.5], [0.5])
+    assert slopes.of_answers.tolist() == [-0.5, 0.5]
 
 
 def test_a_row_knows_whether_its_pair_was_right_before(dpo_config, pair_data):
@@ -100,13 +101,96 @@ def test_a_run_without_held_out_pairs_has_no_ledger(dpo_config):
         Ledger(run)
 
 
-def test_lists_of_answers_have_no_ledger_and_it_is_told(dpo_config, write_rows, capsys):
-    rows = [{"prompt": f"Q{i}", "completions": [" a", " b", f" {i}"], "scores": [3, 2, 1]} for i in range(4)]
-    path = write_rows(rows)
-    run = train(dpo_config(data=path, eval_data=path, max_steps=1))
-    assert "no ledger is kept: it has a row for each pair" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds no ledger: .* its evaluations of pairs"):
-        phi2.replay(run)
+# ---- rows that are no pairs ----
+
+LABELS = [{"prompt": f"Q{i % 5}", "completion": f" the {i}" * (1 + i % 3), "label": i % 3 > 0} for i in range(8)]
+LISTS = [
+    {"prompt": f"Q{i}", "completions": [f" {j} the" * (1 + j) for j in range(n)], "scores": [5, 9, 2, 5][:n], "side": i}
+    for i, n in enumerate((2, 3, 4))
+]
+
+
+def test_comparisons_by_hand():
+    """A pair, a good and a bad answer, and a list of which two answers are as good."""
+    lists = [(1.0, 0.0), (1.0,), (0.0,), (9.0, 5.0, 5.0)]
+    assert comparisons(lists) == [(0, 1), (2, None), (None, 3), (4, 5), (4, 6)]
+
+
+def test_a_list_has_a_row_for_every_two_answers_of_which_one_is_better(dpo_config, write_rows):
+    path = write_rows(LISTS)
+    found = Ledger(train(dpo_config(data=path, eval_data=path, loss="plackett_luce", max_steps=2))).at()
+    assert found["row"].tolist() == [1] + 3 * [2] + 5 * [3] and len(set(found["pair"])) == 9
+    assert [text[:2] for text in found["chosen"]] == [" 1", " 1", " 1", " 0", " 1", " 1", " 1", " 0", " 3"]
+    assert [text[:2] for text in found["rejected"]] == [" 0", " 0", " 2", " 2", " 0", " 3", " 2", " 2", " 2"]
+    assert found["column/side"].tolist() == [0.0] + 3 * [1.0] + 5 * [2.0]
+    assert len(set(found["loss"])) == 3 and len(set(found["d_w"][4:7])) == 1 and len(set(found["d_l"][4:7])) == 3
+    assert (found["correct"] == (found["margin"] > 0)).all()
+
+
+def test_a_pair_has_the_same_name_in_a_list_and_alone(dpo_config, write_rows, tmp_path):
+    answers = [" the first", " then", " that"]
+    rows = [{"prompt": "Q", "completions": answers, "scores": [3, 2, 1]}]
+    pairs = [{"prompt": "Q", "chosen": answers[i], "rejected": answers[j]} for i, j in ((0, 1), (0, 2), (1, 2))]
+    still = dict(max_steps=1, learning_rate=0.0)
+    listed, alone = (
+        Ledger(train(dpo_config(data=path, eval_data=path, output=str(tmp_path / name), **still))).at()
+        for name, path in (("listed", write_rows(rows)), ("alone", write_rows(pairs)))
+    )
+    assert listed["pair"].tolist() == alone["pair"].tolist()
+    np.testing.assert_allclose(listed["s_l"], alone["s_l"], rtol=1e-5)
+
+
+def test_a_labelled_answer_stands_on_one_side_of_its_row(dpo_config, write_rows):
+    path, good = write_rows(LABELS), np.array([row["label"] for row in LABELS])
+    run = train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=4))
+    found = Ledger(run).at()
+    assert found["row"].tolist() == list(range(1, 9))
+    for name in ("s", "r", "n", "d"):
+        assert np.isnan(found[f"{name}_l"]).tolist() == good.tolist() == (~np.isnan(found[f"{name}_w"])).tolist()
+    for chosen, rejected in (("chosen", "rejected"), ("policy_chosen_logps", "policy_rejected_logps")):
+        assert (
+            [each is not None for each in found[chosen]] == [each is None for each in found[rejected]] == good.tolist()
+        )
+    assert not any(name in found for name in ("margin", "margin_first", "margin_last"))
+    assert (found["d_w"][good] < 0).all() and (found["d_l"][~good] > 0).all()
+    gained = np.where(good, found["s_w"] - found["r_w"], found["r_l"] - found["s_l"])
+    assert found["correct"].tolist() == (gained > 0).tolist() and 0 < found["correct"].sum()
+    assert found["loss"].mean(dtype=np.float64) == pytest.approx(run.evaluations["eval_loss"][-1], rel=1e-6)
+    assert found["weight"].mean() == pytest.approx(1)
+
+
+def test_a_labelled_answer_is_neither_right_nor_wrong_without_a_reference(dpo_config, write_rows, registry):
+    @phi2.preference_loss("labels", unit="answer", reference_free=True)
+    def labels(answers) -> torch.Tensor:
+        return torch.where(answers.is_good, -1.0, 1.0) * answers.policy
+
+    path = write_rows(LABELS)
+    found = Ledger(train(dpo_config(data=path, eval_data=path, loss="labels", max_steps=1))).at()
+    assert set(found["correct"]) == {None} and "r_w" not in found and "r_l" not in found
+
+
+def test_pairs_and_labelled_answers_stand_in_one_ledger(dpo_config, write_rows):
+    path = write_rows([*LABELS[:2], {"prompt": "P", "chosen": " a", "rejected": " the b"}])
+    found = Ledger(train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=1))).at()
+    assert np.isnan(found["margin"]).tolist() == [True, True, False]
+    assert found["correct"].dtype == bool and found["n_l"].tolist()[0::2] == [6, 6]
+
+
+def test_an_answer_to_imitate_is_no_part_of_its_row(dpo_config, write_rows, tmp_path):
+    pairs = [{"prompt": f"Q{i}", "chosen": " the", "rejected": f" {i}"} for i in range(3)]
+    golden = write_rows([{**row, "reference": " that"} for row in pairs])
+    names = [
+        Ledger(train(dpo_config(data=path, eval_data=path, loss=loss, max_steps=1, output=str(tmp_path / loss)))).at()
+        for loss, path in (("sigmoid", write_rows(pairs)), ("tpo", golden))
+    ]
+    assert names[0]["pair"].tolist() == names[1]["pair"].tolist()
+    assert names[0]["rejected"].tolist() == names[1]["rejected"].tolist() and "scores" not in names[1].about
+
+
+def test_the_same_answer_has_another_name_under_the_other_label(dpo_config, write_rows):
+    path = write_rows([{**LABELS[0], "label": label} for label in (True, False, True)])
+    first, other, again = Ledger(train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=1))).at()["pair"]
+    assert first == again != other
 
 
 def test_the_ledger_of_a_killed_run_is_that_of_a_whole_one(dpo_config, pair_data, train_and_kill, tmp_path):
@@ -244,7 +328,7 @@ def test_weights_that_changed_are_named_when_a_run_goes_on(dpo_config, judged, t
 def test_a_ledger_of_other_data_is_told_in_one_line(dpo_config, judged, write_rows):
     rows = [{"prompt": "P", "chosen": " the other", "rejected": f" {i}"} for i in range(3)]
     path = write_rows(rows)
-    with pytest.raises(ValueError, match="knows 0 of the 3 training pairs, and not .* row 1: is it of other data") as e:
+    with pytest.raises(ValueError, match="knows 0 of the 3 training rows, and not .* row 1: is it of other data") as e:
         train(dpo_config(weights_from=str(judged.path), data=path))
     assert "\n" not in str(e.value)
 
@@ -272,3 +356,19 @@ def test_weights_have_one_source(dpo_config, judged):
         train(dpo_config(weights_from="nowhere"))
     with pytest.raises(ValueError, match=r"weights must have shape \(11,\), one for each pair, got \(3,\)"):
         judged.at().write_weights("never", np.ones(3))
+
+
+def test_labelled_answers_have_weights_too(dpo_config, write_rows, metrics_of, tmp_path):
+    """Where the policy is the reference, KTO is 1/2 of every answer."""
+    path, weights = write_rows(LABELS), tmp_path / "weights.parquet"
+    judge = Ledger(train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=1)))
+    judge.at().write_weights(weights, np.arange(8.0))
+    again = dict(data=path, loss="kto", max_steps=1, shuffle=False, output=str(tmp_path / "weighted"))
+    assert metrics_of(train(dpo_config(weights_from=str(weights), **again)))[0]["loss"] == pytest.approx(6 / 4 / 2)
+
+
+def test_a_list_takes_no_weight_which_is_told_in_one_line(dpo_config, judged, write_rows):
+    told = r"weighs pairs and answers with a label, and .*rows\.jsonl row 2 has 3 answers"
+    with pytest.raises(ValueError, match=told) as error:
+        train(dpo_config(weights_from=str(judged.path), data=write_rows(LISTS)))
+    assert "\n" not in str(error.value)

@@ -12,6 +12,9 @@ from phi2.lab.ledger import (
     contradicted,
     gains,
     groups,
+    has_pairs,
+    has_reference,
+    lead,
     learnt,
     length_bins,
     length_margin,
@@ -104,6 +107,70 @@ def test_a_run_without_reference_is_told_by_its_own_log_probs():
     found = evaluation(r_w=none, r_l=none)
     assert gains(found)[0].tolist() == [-4.0] * 3 and not suspects(found).any()
     assert "<br>reference" not in pairs_to_look_at(found) and "rejected: s;" in group_table(found)
+
+
+# ---- answers with a label ----
+
+
+def labelled(**columns) -> Evaluation:
+    """A good answer that gained 1 nat, a bad one that lost 2, and a good one that lost 3."""
+    usual = {
+        **{"s_w": [-4.0, None, -8.0], "r_w": [-5.0, None, -5.0], "n_w": [4, None, 5], "d_w": [-0.1, None, -0.2]},
+        **{"s_l": [None, -7.0, None], "r_l": [None, -5.0, None], "n_l": [None, 2, None], "d_l": [None, 0.3, None]},
+        **{name: pyarrow.nulls(3, pyarrow.float32()) for name in ("margin", "margin_first", "margin_last")},
+        **{"correct": [True, True, False], "was_correct": [False, True, True]},
+        **{"chosen": ["x", None, "y"], "rejected": [None, "x", None]},
+    }
+    return evaluation(**{**usual, **columns})
+
+
+def test_a_good_answer_is_lost_where_it_no_longer_gains():
+    assert learnt(labelled()).tolist() == [True, False, False] and lost(labelled()).tolist() == [False, False, True]
+    assert lead(labelled()).tolist() == [1.0, 2.0, -3.0]
+
+
+def test_what_compares_two_answers_is_not_so_of_one():
+    found = labelled()
+    assert not has_pairs(found) and has_reference(found)
+    assert not suspects(found).any() and not ties(found).any() and np.isnan(length_margin(found)).all()
+
+
+def test_a_label_is_contradicted_by_the_other_label_of_the_same_answer():
+    assert contradicted(labelled()).tolist() == [True, True, False] and not repeated(labelled()).any()
+    assert repeated(labelled(chosen=["x", None, "x"])).tolist() == [True, False, True]
+
+
+def test_labelled_answers_are_grouped_by_their_own_length():
+    found = groups(labelled())
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        "2 tokens": [False, True, False],
+        "3 to 4 tokens": [True, False, False],
+        "5 tokens": [False, False, True],
+    }
+
+
+def test_tables_of_labelled_answers_have_dashes_and_no_margins():
+    table, looked_at = group_table(labelled()), pairs_to_look_at(labelled())
+    assert "good answers" in table and "margin" not in table and "<td>-</td>" in table and "nan" not in table
+    assert "near-ties" not in looked_at and "suspected" not in looked_at and "margin" not in looked_at
+    assert "<td>-</td>" in looked_at and "good answers −3" in looked_at and "nan" not in looked_at
+
+
+def test_pairs_and_labelled_answers_are_told_together():
+    """A pair of margin 4 between two answers with a label."""
+    pair = {"s_w": [-4.0, -4.0, -8.0], "n_w": [4, 4, 5], "r_w": [-5.0, -5.0, -5.0], "margin": [None, 4.0, None]}
+    found = labelled(**pair, margin_first=[None, 3.0, None], margin_last=[None, -1.0, None], chosen=["x", "z", "y"])
+    assert "Of the mean margin of 4 nats, 75 % in" in group_table(found) and "nan" not in group_table(found)
+    assert {"near-ties", "chosen", "rejected"} <= set(Tags(pairs_to_look_at(found)).said)
+
+
+def test_the_report_of_a_run_on_labels_draws_what_there_is(dpo_config, write_rows):
+    rows = [{"prompt": f"Q{i}", "completion": f" the {i}", "label": i % 2 > 0} for i in range(8)]
+    path = write_rows(rows)
+    html = write_report(train(dpo_config(data=path, eval_data=path, loss="kto", eval_steps=3))).read_text()
+    for told in ("Held-out answers", "Drift from the reference", "bad answers, mean |d_l|", "Answers flipped"):
+        assert told in html
+    assert "Where the margin sits" not in html and "near-ties" not in html
 
 
 class Tags(HTMLParser):

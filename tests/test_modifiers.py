@@ -252,6 +252,14 @@ def test_several_modifiers_apply_in_their_order():
     assert value("gpo", link="squared", beta=1.0, **dict(reversed(knobs.items()))) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["apo_zero_unpaired", "nca"])
+def test_a_weight_multiplies_the_loss_of_each_prompt_whatever_its_answers_are(name):
+    columns = Columns({"weight": torch.tensor([3.0, 0.5])})
+    answers = made_up_answers([(5, 2, 3), (2, 4)], [(1.0, 0.0, 0.0), PAIR], columns, reference_free=False)
+    weighted, plain = bind_loss(name, {"weight_column": "weight"}), bind_loss(name)
+    torch.testing.assert_close(weighted(answers), plain(answers) * columns["weight"])
+
+
 @pytest.mark.parametrize(
     ("name", "knobs", "message"),
     [
@@ -287,7 +295,8 @@ def test_several_modifiers_apply_in_their_order():
             "weight_column acts on the value of each pair, and the values of loss 'aot'",
         ),
         ("kto", {"ld_alpha": 0.5}, "ld_alpha acts on pairs, and loss 'kto' gives each answer a value$"),
-        ("nca", {"weight_column": "w"}, "weight_column acts on pairs, and loss 'nca' gives each prompt a value$"),
+        ("nca", {"use_weighting": True}, "use_weighting acts on pairs, and loss 'nca' gives each prompt a value$"),
+        ("bco_unpaired", {"weight_column": "w"}, "the values of loss 'bco_unpaired' belong to its window"),
         ("sigmoid", {"ld_alfa": 0.5}, "loss 'sigmoid' does not take 'ld_alfa'; did you mean ld_alpha?"),
     ],
 )

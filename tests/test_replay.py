@@ -149,6 +149,65 @@ def test_the_runs_own_loss_gives_what_the_run_logged(dpo_config, pair_data, chan
             assert (found[name] == values).all()
 
 
+LABELS = [{"prompt": f"Q{i % 5}", "completion": f" the {i}" * (1 + i % 3), "label": i % 3 > 0} for i in range(8)]
+PAIRS = [{"prompt": f"P{i}", "chosen": f" then {i}" * (1 + i), "rejected": " that"} for i in range(3)]
+LISTS = [
+    {"prompt": f"Q{i}", "completions": [f" {j} the" * (1 + j) for j in range(n)], "scores": [5, 9, 2, 5][:n]}
+    for i, n in enumerate((2, 3, 4, 3))
+]
+UNPAIRED = [
+    (LABELS, {"loss": "apo_zero_unpaired", "nll_weight": 0.7}),
+    (LABELS, {"loss": "bco_unpaired"}),
+    ([*LABELS[:3], *PAIRS, *LABELS[3:]], {"loss": "apo_zero_unpaired"}),
+    (LISTS, {"loss": "sigmoid", "nll_weight": 0.7}),
+    (LISTS, {"loss": "lipo", "beta": 0.3}),
+    (LISTS, {"loss": "sigmoid:0.5,plackett_luce:0.5"}),
+]
+
+
+@pytest.mark.parametrize(("rows", "changes"), UNPAIRED, ids=lambda each: str(each)[:60])
+def test_a_loss_of_other_rows_than_pairs_gives_what_the_run_logged(dpo_config, write_rows, rows, changes):
+    """To the last bit."""
+    path = write_rows(rows)
+    run = train(dpo_config(data=path, eval_data=path, max_steps=3, **changes))
+    line = next(iter(run._lines("eval")))
+    replay, found = phi2.replay(run), phi2.Ledger(run).at()
+    logged = {name: value for name, value in line.items() if name.startswith("eval_")}
+    assert {f"eval_{name}": value for name, value in replay.metrics.items()} == logged
+    for name, values in (("loss", replay.values), ("d_w", replay.d_w), ("d_l", replay.d_l), ("margin", replay.margin)):
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_answers_of_one_kind_are_replayed(dpo_config, write_rows):
+    data, good = write_rows(LABELS), write_rows([row for row in LABELS if row["label"]])
+    run = train(dpo_config(data=data, eval_data=good, loss="kto", max_steps=1, learning_rate=0.0))
+    assert phi2.replay(run, "apo_zero_unpaired").metrics["loss"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_labelled_answers_are_shown_and_written(dpo_config, write_rows, tmp_path, capsys):
+    path, output = write_rows(LABELS), tmp_path / "lines.jsonl"
+    run = train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=2))
+    losses = "apo_zero_unpaired,bco_unpaired"
+    assert main(["replay", str(run), "--losses", losses, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "8 answers behind update 2" in said and "answers pulled the other way" in said and " | -" in said
+    first = json.loads(output.read_text().splitlines()[0])
+    assert first["margin"] is None and first["d_w"] is None and first["d_l"] > 0
+
+
+def test_what_labelled_answers_do_not_suffice_for_is_told_in_one_line(dpo_config, write_rows):
+    path = write_rows(LABELS)
+    run = train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=1))
+    with pytest.raises(
+        ValueError, match="loss 'kto' needs answers to other prompts, which no ledger keeps: not replayed$"
+    ):
+        phi2.replay(run)
+    with pytest.raises(
+        ValueError, match="'sigmoid' compares answers to one prompt, and .* row 1 has one answer with a"
+    ):
+        phi2.replay(run, "sigmoid:0.5,apo_zero_unpaired:0.5")
+
+
 def test_a_loss_that_keeps_numbers_has_them_as_the_run_had_if_it_is_its_own(dpo_config, pair_data):
     run = train(dpo_config(eval_data=pair_data, max_steps=4, loss="bco", beta=0.3))
     own, named, other = phi2.replay(run), phi2.replay(run, "bco", beta=0.3), phi2.replay(run, "bco", beta=0.30001)
@@ -188,7 +247,9 @@ def test_a_loss_that_needs_more_than_pairs_is_refused(registry):
     def imitating(pairs: PairBatch) -> torch.Tensor:
         return -pairs.gold_logps.sum(dim=-1)
 
-    with pytest.raises(ValueError, match="loss 'imitating' needs gold answers beside the pairs: not replayed"):
+    with pytest.raises(
+        ValueError, match="loss 'imitating' needs gold answer .column reference., which no ledger keeps: not replayed"
+    ):
         phi2.replay(SUMS, "imitating")
 
 

@@ -1,6 +1,7 @@
 """Questions to a ledger: where a margin sits, which pairs flipped, which labels look wrong, which pairs are ties.
 
-Every function takes an `Evaluation` (`phi2/runs/ledger.py`) and answers for each of its pairs, (pairs,).
+Every function takes an `Evaluation` (`phi2/runs/ledger.py`) and answers for each of its pairs, (pairs,). Of an answer
+with a label, which stands alone, what compares two answers is NaN, or not so.
 """
 
 from __future__ import annotations
@@ -20,13 +21,29 @@ BINS = 4  # of lengths, with as many pairs each
 
 
 def has_reference(found: Evaluation) -> bool:
-    return "r_w" in found
+    return "r_w" in found or "r_l" in found
+
+
+def has_pairs(found: Evaluation) -> bool:
+    """Whether any row compares two answers; else all hold one with a label."""
+    return "margin" in found
+
+
+def rows_of(found: Evaluation) -> str:
+    """What its rows are called."""
+    return "pairs" if has_pairs(found) else "answers"
 
 
 def gains(found: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     """s - r of the chosen and of the rejected answer, nats: how far they moved; without a reference s."""
     s_w, s_l = found["s_w"], found["s_l"]
     return (s_w - found["r_w"], s_l - found["r_l"]) if has_reference(found) else (s_w, s_l)
+
+
+def lead(found: Evaluation) -> np.ndarray:
+    """How far it went the right way, nats: a pair's margin, what a good answer gained, and what a bad one lost."""
+    chosen, rejected = map(np.nan_to_num, gains(found))
+    return chosen - rejected
 
 
 def length_margin(found: Evaluation) -> np.ndarray:
@@ -47,16 +64,16 @@ def preference(found: Evaluation, model: str = "policy") -> np.ndarray:
 
 def learnt(found: Evaluation) -> np.ndarray:
     """Whether a pair is ranked right that was not at the evaluation before."""
-    return found["correct"] & _was(found, False)
+    return _is(found, "correct", True) & _is(found, "was_correct", False)
 
 
 def lost(found: Evaluation) -> np.ndarray:
     """Whether a pair is ranked wrong that was not at the evaluation before."""
-    return ~found["correct"] & _was(found, True)
+    return _is(found, "correct", False) & _is(found, "was_correct", True)
 
 
-def _was(found: Evaluation, correct: bool) -> np.ndarray:
-    return np.array([was is correct for was in found["was_correct"].tolist()])
+def _is(found: Evaluation, column: str, wanted: bool) -> np.ndarray:
+    return np.array([value is wanted for value in found[column].tolist()])
 
 
 def suspects(found: Evaluation) -> np.ndarray:
@@ -71,7 +88,7 @@ def doubt(found: Evaluation) -> np.ndarray:
 
 
 def contradicted(found: Evaluation) -> np.ndarray:
-    """Whether the same two answers stand elsewhere the other way round: one of both labels is wrong."""
+    """Whether the same answers stand elsewhere the other way round, or with the other label: one of both is wrong."""
     pairs = _texts(found)
     known = set(pairs)
     return np.array([(prompt, rejected, chosen) in known for prompt, chosen, rejected in pairs])
@@ -99,13 +116,14 @@ def _texts(found: Evaluation) -> list[tuple[str, str, str]]:
 
 QUERIES: dict[str, tuple[Callable[[Evaluation], np.ndarray], Callable[[Evaluation], np.ndarray]]] = {
     # what a pair is called -> whether it is one, and what the first of them has most of
-    "lost": (lost, lambda found: -found["margin"]),
-    "learnt": (learnt, lambda found: found["margin"]),
+    "lost": (lost, lambda found: -lead(found)),
+    "learnt": (learnt, lead),
     "suspected label noise": (suspects, doubt),
     "contradicted": (contradicted, doubt),
     "near-ties": (ties, lambda found: -np.abs(preference(found))),
     "repeated": (repeated, doubt),
 }
+OF_PAIRS = ("suspected label noise", "near-ties")  # what is asked of two answers only
 
 
 def groups(found: Evaluation) -> dict[str, np.ndarray]:
@@ -119,8 +137,8 @@ def groups(found: Evaluation) -> dict[str, np.ndarray]:
 
 
 def length_bins(found: Evaluation) -> dict[str, np.ndarray]:
-    """Quarters of the pairs by the tokens of both answers; fewer where many are of the same length."""
-    tokens = found["n_w"] + found["n_l"]
+    """Quarters of the pairs by the tokens of their answers; fewer where many are of the same length."""
+    tokens = np.nan_to_num(found["n_w"]) + np.nan_to_num(found["n_l"])
     ends = np.unique(np.quantile(tokens, np.arange(1, BINS + 1) / BINS, method="inverted_cdf"))
     edges = [int(tokens.min()) - 1, *map(int, ends)]
     bins = {(low + 1, high): (tokens > low) & (tokens <= high) for low, high in pairwise(edges)}

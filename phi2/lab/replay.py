@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from phi2.lab.statistics import spearman
@@ -25,22 +26,23 @@ from phi2.losses.bound import BoundLoss, bind_loss
 from phi2.losses.parts import LossSpec
 from phi2.losses.properties import require_pure, require_scope
 from phi2.losses.slopes import slopes_of
+from phi2.losses.table import OTHER_NEEDS
 from phi2.runs.ledger import FOLDER, Evaluation, Ledger
 from phi2.training.metrics import means, metrics_of
 
-LOOKED_AT = 8  # pairs on which a loss is tried first
+LOOKED_AT = 8  # prompts on which a loss is tried first
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A loss on known log-probs; arrays have one value a pair, (B,).
+    """A loss on known log-probs; arrays have one value a pair, (B,), or row of a ledger.
 
     Attributes:
         loss: as it would be written.
         values: of the loss, nats.
         d_w, d_l: its derivatives with respect to the log-probs of the chosen and the rejected answer; below 0 they
-            would have the answer become likelier.
-        margin: (s_w - r_w) - (s_l - r_l), nats; without a reference s_w - s_l.
+            would have the answer become likelier. NaN of an answer that is not there.
+        margin: (s_w - r_w) - (s_l - r_l), nats; without a reference s_w - s_l. NaN of an answer alone.
         metrics: means, by the names that a run logs.
         evaluation: of the run whose log-probs they are, else None.
     """
@@ -56,7 +58,7 @@ class Replay:
     @cached_property
     def weight(self) -> np.ndarray:
         """(B,) |d_w| + |d_l|: how much a pair pulls."""
-        return np.abs(self.d_w) + np.abs(self.d_l)
+        return np.abs(np.nan_to_num(self.d_w)) + np.abs(np.nan_to_num(self.d_l))
 
     @cached_property
     def heaviest(self) -> np.ndarray:
@@ -142,6 +144,7 @@ def replay_evaluation(found: Evaluation, loss: BoundLoss, written: str, nll_weig
     """A loss on what an evaluation kept; one that keeps a state has it as in a run that begins, or if it is the run's
     own, as the run had it."""
     answers = answers_of_evaluation(found)
+    require_comparisons(loss, answers, found)
     require_usable(loss, answers, f"{found.path} is of a run without one")
     state = found.about["state"] if loss.state and _is_own(loss, found) else loss.state
     return replace(replay_answers(loss, answers, written, nll_weight, state), evaluation=found)
@@ -155,14 +158,24 @@ def _is_own(loss: BoundLoss, found: Evaluation) -> bool:
     return own == [(each.name, weight, each.knobs) for weight, each in loss.parts or [(1.0, loss)]]
 
 
+def require_comparisons(loss: BoundLoss, answers: AnswerBatch, found: Evaluation) -> None:
+    """Refuses a loss that compares answers for a ledger in which one stands alone."""
+    alone = next((row for row, both in enumerate(answers.comparisons) if None in both), None)
+    other = next((part for part in loss.single if part.unit != "answer"), None)
+    if alone is not None and other is not None:
+        where = found.origins[alone]
+        raise ValueError(f"loss {other.name!r} compares answers to one prompt, and {where} has one answer with a label")
+
+
 def require_usable(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
-    """Refuses a loss that reads what is not kept, a reference or answers beside the pairs, and tries it on a few pairs.
+    """Refuses a loss that reads what is not kept, a reference or more than the answers, and tries it on a few.
 
     Raises:
         ValueError: for such a loss, and for one that is not pure, or looks at other pairs and does not say so.
     """
     if loss.needs:
-        raise ValueError(f"loss {loss.name!r} needs {' and '.join(loss.needs)} answers beside the pairs: not replayed")
+        needs = " and ".join(OTHER_NEEDS[need] for need in loss.needs)
+        raise ValueError(f"loss {loss.name!r} needs {needs}, which no ledger keeps: not replayed")
     if answers.ref_logps is None and not loss.reference_free:
         raise ValueError(f"loss {loss.name!r} needs log-probs of a reference: {remedy}")
     few = first_of(answers, LOOKED_AT)
@@ -178,28 +191,25 @@ def replay_answers(
     nll_weight: float = 0.0,
     state: Mapping[str, float] | None = None,
 ) -> Replay:
-    """A loss on pairs.
+    """A loss on answers.
 
     Args:
-        answers: chosen and rejected of each pair.
         state: of the loss; None as it begins with.
     """
-    per_pair = answers.count / sum(answers.lengths[::2])
+    per_prompt = answers.count / max(1, int(answers.of_best(answers.length).sum()))
 
     def losses_of(given: AnswerBatch) -> Tensor:
         values, _ = loss.step(given, loss.state if state is None else state)
-        return values - nll_weight * per_pair * given.chosen if nll_weight else values
+        return values - nll_weight * per_prompt * given.chosen if nll_weight else values
 
     seen = replace(answers, ref_logps=None) if loss.reference_free else answers
     slopes = slopes_of(losses_of, seen)
     metrics = means([metrics_of(seen, slopes.values, loss)])
-    values, d_w, d_l, margin = (each.numpy() for each in (slopes.values, slopes.d_w, slopes.d_l, _margin(answers)))
-    return Replay(written, values, d_w, d_l, margin, metrics)
-
-
-def _margin(answers: AnswerBatch) -> Tensor:
-    pairs = answers.pairs
-    return pairs.policy_chosen - pairs.policy_rejected if pairs.ref_chosen_logps is None else pairs.margin
+    gain = answers.policy if answers.ref_logps is None else answers.logratio
+    margin = torch.sub(*answers.better_and_worse(gain))
+    numbers = (answers.of_comparisons(slopes.values), *answers.better_and_worse(slopes.of_answers), margin)
+    values, d_w, d_l, margins = (each.numpy() for each in numbers)
+    return Replay(written, values, d_w, d_l, margins, metrics)
 
 
 def _written(loss: LossSpec, knobs: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from phi2.files import write_whole
 from phi2.lab.comparison import columns
-from phi2.lab.ledger import readable
+from phi2.lab.ledger import readable, rows_of
 from phi2.lab.replay import Replay, disagreement, replay_evaluation, replay_own
+from phi2.lab.statistics import known
 from phi2.lab.variants import entry_of, name_of, split_texts
 from phi2.losses.bound import bind_loss
 from phi2.pages.charts import number
@@ -65,7 +67,7 @@ def _replays(found: Evaluation, entries: Sequence[Mapping[str, Any]], loss_file:
 def report_of(evaluations: Sequence[Sequence[Replay]]) -> str:
     """What the terminal shows: tables of all evaluations, and of the last one the heaviest pairs."""
     blocks = [table_of(replays) for replays in evaluations]
-    heaviest = (f"heaviest pairs of {each.loss}\n{heaviest_of(each)}" for each in evaluations[-1])
+    heaviest = (f"heaviest {_rows(each)} of {each.loss}\n{heaviest_of(each)}" for each in evaluations[-1])
     return "\n\n".join([*blocks, ABOUT, *heaviest])
 
 
@@ -74,19 +76,23 @@ def table_of(replays: Sequence[Replay]) -> str:
     first, *others = replays
     parts = [f"{_title(first)}\n{columns([HEAD, *map(_row, replays)])}"]
     if others:
-        head = (f"beside {first.loss}", "rank correlation of weights", "pairs pulled the other way")
+        head = (f"beside {first.loss}", "rank correlation of weights", f"{_rows(first)} pulled the other way")
         parts.append(columns([head, *(_against(first, other) for other in others)]))
     return "\n\n".join(parts)
 
 
 def _title(replay: Replay) -> str:
-    found, pairs = replay.evaluation, f"{len(replay.values)} pairs"
-    return pairs if found is None else f"{found.path}: {pairs} behind update {found.step}"
+    found, rows = replay.evaluation, f"{len(replay.values)} {_rows(replay)}"
+    return rows if found is None else f"{found.path}: {rows} behind update {found.step}"
+
+
+def _rows(replay: Replay) -> str:
+    return "pairs" if replay.evaluation is None else rows_of(replay.evaluation)
 
 
 def _row(replay: Replay) -> list[str]:
     accuracy = replay.metrics.get("rewards/accuracies", math.nan)
-    numbers = (replay.metrics["loss"], accuracy, float(replay.d_w.mean()), float(replay.d_l.mean()))
+    numbers = (replay.metrics["loss"], accuracy, known(replay.d_w), known(replay.d_l))
     shares = (replay.share(0.01), replay.share(0.1))
     return [
         replay.loss,
@@ -110,9 +116,10 @@ def heaviest_of(replay: Replay, count: int = HEAVIEST) -> str:
     whole, found = float(replay.weight.sum()) or 1.0, replay.evaluation
     rows = []
     for i in replay.heaviest[:count]:
-        row = [f"  {replay.weight[i] / whole:.1%}", f"margin {number(float(replay.margin[i]), 3)}"]
-        row += [f"{name} {number(float(value[i]), 3)}" for name, value in (("d_w", replay.d_w), ("d_l", replay.d_l))]
-        rows.append([*row, f"pair {i}" if found is None else f"{found.origins[i]}: {_answers(found, i)}"])
+        values = {"margin": replay.margin, "d_w": replay.d_w, "d_l": replay.d_l}
+        row = [f"{name} {_or_dash(float(of[i]), partial(number, digits=3))}" for name, of in values.items()]
+        where = f"pair {i}" if found is None else f"{found.origins[i]}: {_answers(found, i)}"
+        rows.append([f"  {replay.weight[i] / whole:.1%}", *row, where])
     return _lined(rows)
 
 
@@ -124,7 +131,7 @@ def _lined(rows: Sequence[Sequence[str]]) -> str:
 
 def _answers(found: Evaluation, i: int) -> str:
     """How the answers of a pair begin."""
-    chosen, rejected = (" ".join(readable(found[side][i]).split()) for side in SIDES)
+    chosen, rejected = (" ".join(readable(found[side][i] or "-").split()) for side in SIDES)
     return f"{shorten(chosen)} | {shorten(rejected)}"
 
 
@@ -150,6 +157,6 @@ def _lines(replay: Replay) -> Iterator[dict[str, Any]]:
     numbers = {"value": replay.values, "d_w": replay.d_w, "d_l": replay.d_l, "margin": replay.margin}
     names = {name: found[name] for name in ("pair", "file", "row")}
     for i in range(len(replay.values)):
-        of_pair = {name: np.asarray(values)[i].item() for name, values in numbers.items()}
+        of_pair = {name: None if np.isnan(values[i]) else values[i].item() for name, values in numbers.items()}
         which = {name: values[i] if isinstance(values[i], str) else int(values[i]) for name, values in names.items()}
         yield {"step": found.step, "loss": replay.loss, **which, **of_pair}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,12 @@ class Estimate(NamedTuple):
     def half(self) -> float:
         """Half the width of the interval."""
         return (self.high - self.low) / 2
+
+
+def known(values: np.ndarray, summary: Callable[..., Any] = np.mean) -> float:
+    """A summary of those of (n,) values that are no NaN; NaN where there are none."""
+    there = values[~np.isnan(values)]
+    return float(summary(there)) if len(there) else math.nan
 
 
 def mean_interval(values: np.ndarray) -> Estimate:

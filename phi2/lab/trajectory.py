@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from phi2.losses.batch import AnswerBatch, Columns, PairBatch
+from phi2.data.records import PAIR
+from phi2.losses.batch import AnswerBatch, Columns, Comparison, PairBatch, comparisons
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import nearest
 from phi2.runs.ledger import COLUMN, LOGPS, SIDES, Evaluation
@@ -21,26 +24,36 @@ MASKS, LENGTHS = (tuple(f"{side}_{what}" for side in SIDES) for what in ("mask",
 ARRAYS = (*LOGPS, *MASKS, *LENGTHS, "columns")
 CLOSE = 1e-4  # by how much of the largest value the rounding of a sum may move a loss
 
-Logps = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each pair (T,) log-probs without padding
+Logps = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each comparison (T,) log-probs without padding
+Scores = Sequence[Sequence[float]]  # of the answers to each prompt
 
 
-def answers_of(tokens: Logps, columns: Columns) -> AnswerBatch:
-    """Pairs as a loss takes them, padded as a run pads them, so that sums are rounded alike."""
-    policy, ref = ([*_interleaved(tokens, model)] for model in ("policy", "ref"))
-    count = len(policy) // 2
+def answers_of(tokens: Logps, columns: Columns, scores: Scores) -> AnswerBatch:
+    """Answers as a loss takes them, padded as a run pads them, so that sums are rounded alike."""
+    compared, has_reference = comparisons(scores), "ref_chosen_logps" in tokens
+    policy = _each_once(tokens, "policy", compared)
+    ref = _each_once(tokens, "ref", compared) if has_reference else None
     return AnswerBatch(
         pad_sequence(policy, batch_first=True),
         lengths=tuple(map(len, policy)),
-        prompts=tuple(prompt for prompt in range(count) for _ in SIDES),
-        scores=(1.0, 0.0) * count,
-        ref_logps=pad_sequence(ref, batch_first=True) if ref else None,
+        prompts=tuple(prompt for prompt, each in enumerate(scores) for _ in each),
+        scores=tuple(score for each in scores for score in each),
+        ref_logps=None if ref is None else pad_sequence(ref, batch_first=True),
         columns=columns,
     )
 
 
-def first_of(answers: AnswerBatch, pairs: int) -> AnswerBatch:
-    """The first few pairs."""
-    count = 2 * pairs
+def _each_once(tokens: Logps, model: str, compared: Sequence[Comparison]) -> list[Tensor]:
+    """Of all answers in their order what stands in any of their comparisons."""
+    found: dict[int | None, Tensor] = {}
+    for side, places in zip(SIDES, zip(*compared, strict=True), strict=True):
+        found |= dict(zip(places, tokens[f"{model}_{side}_logps"], strict=True))
+    return [found[place] for place in sorted(place for place in found if place is not None)]
+
+
+def first_of(answers: AnswerBatch, prompts: int) -> AnswerBatch:
+    """The answers to the first few prompts."""
+    count = bisect_left(answers.prompts, prompts)
     return replace(
         answers,
         policy_logps=answers.policy_logps[:count],
@@ -48,22 +61,21 @@ def first_of(answers: AnswerBatch, pairs: int) -> AnswerBatch:
         lengths=answers.lengths[:count],
         prompts=answers.prompts[:count],
         scores=answers.scores[:count],
-        columns=answers.columns.each(itemgetter(slice(pairs))),
+        columns=answers.columns.each(itemgetter(slice(prompts))),
     )
-
-
-def _interleaved(tokens: Logps, model: str) -> Iterator[Tensor]:
-    """Chosen, rejected, chosen, rejected, ..."""
-    both = [tokens.get(f"{model}_{side}_logps", ()) for side in SIDES]
-    return (answer for pair in zip(*both, strict=True) for answer in pair)
 
 
 # ---- of a run ----
 
 
 def answers_of_evaluation(found: Evaluation) -> AnswerBatch:
-    """The pairs of an evaluation as its run gave them to its loss."""
-    return answers_of({name: _tokens_of(found, name) for name in LOGPS if name in found}, columns_of(found))
+    """The answers of an evaluation as its run gave them to its loss."""
+    scores = found.about.get("scores") or [PAIR] * len(found)
+    models = [model for model in ("policy", "ref") if any(f"{model}_{side}_logps" in found for side in SIDES)]
+    names = [f"{model}_{side}_logps" for model in models for side in SIDES]
+    firsts = [*accumulate((len(comparisons([each])) for each in scores), initial=0)][:-1]
+    columns = columns_of(found).each(itemgetter(firsts))
+    return answers_of({name: _tokens_of(found, name) for name in names}, columns, scores)
 
 
 def _tokens_of(found: Evaluation, name: str) -> list[Tensor]:
@@ -105,7 +117,7 @@ def answers_of_arrays(given: Any) -> AnswerBatch:
     found = {name: _array(told, arrays["columns"][name]) for told, name in columns.items()}
     for told, name in columns.items():
         _require_shape(told, found[name], (size,))
-    return answers_of(tokens, Columns({name: values.float() for name, values in found.items()}))
+    return answers_of(tokens, Columns({name: values.float() for name, values in found.items()}), [PAIR] * size)
 
 
 def _named(given: Any) -> dict[str, Any]:
@@ -210,7 +222,7 @@ def _changed(answers: AnswerBatch, place: int, change: Callable[[Tensor], Tensor
         for model, rows in each.items()
         for i, side in enumerate(SIDES)
     }
-    return answers_of(tokens, answers.columns)
+    return answers_of(tokens, answers.columns, [PAIR] * answers.count)
 
 
 def _spread(logps: Tensor) -> Tensor:

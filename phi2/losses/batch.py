@@ -9,13 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, combinations, pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Unit = Literal["pair", "answer", "prompt"]  # what a value of a loss belongs to
+
+
+Comparison = tuple[int | None, int | None]  # places of a better answer and of a worse one
+
+
+def comparisons(scores: Sequence[Sequence[float]]) -> list[Comparison]:
+    """Every two answers to one prompt of which one is better; a prompt's only answer alone, on the side of its label.
+
+    Args:
+        scores: of the answers to each prompt, best first. Places are those among all answers.
+    """
+    found: list[Comparison] = []
+    for start, each in zip(accumulate(map(len, scores), initial=0), scores, strict=False):
+        if len(each) == 1:
+            found.append((start, None) if each[0] > 0 else (None, start))
+        found += [(start + i, start + j) for i, j in combinations(range(len(each)), 2) if each[i] > each[j]]
+    return found
 
 
 class Columns(dict[str, Tensor]):
@@ -245,9 +262,13 @@ class AnswerBatch:
     @cached_property
     def chosen(self) -> Tensor:
         """(P,) s of the best answer to each prompt; 0 where the only one is labelled a bad one."""
+        return self.of_best(self.policy)
+
+    def of_best(self, values: Tensor) -> Tensor:
+        """(P,) of (A,) values that of the best answer to each prompt; 0 where the only one is labelled a bad one."""
         firsts = self._starts[:-1]
         alone_and_bad = [end - start == 1 and self.scores[start] <= 0 for start, end in pairwise(self._starts)]
-        return self.policy[self._tensor(firsts)].masked_fill(self._tensor(alone_and_bad, torch.bool), 0.0)
+        return values[self._tensor(firsts)].masked_fill(self._tensor(alone_and_bad, torch.bool), 0)
 
     def has(self, need: str) -> bool:
         """Whether what a loss may ask for is here."""
@@ -287,6 +308,23 @@ class AnswerBatch:
         """(B,) of (A,) values, the better answer's less the worse one's, of each of `pairs`; there may be none."""
         better, worse = zip(*self._better, strict=True) if self._better else ((), ())
         return values[self._tensor(better)] - values[self._tensor(worse)]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Of each of R rows of a ledger which answers it compares, or holds alone."""
+        return comparisons([self.scores[start:end] for start, end in pairwise(self._starts)])
+
+    def better_and_worse(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) of (A,) values those of the answers that `comparisons` names, NaN where it names none."""
+        known = torch.cat((values, values.new_full((1,), torch.nan)))
+        better, worse = zip(*self.comparisons, strict=True)
+        chosen, rejected = ([-1 if place is None else place for place in side] for side in (better, worse))
+        return known[self._tensor(chosen)], known[self._tensor(rejected)]
+
+    def of_comparisons(self, values: Tensor) -> Tensor:
+        """(R,) of (P,) values each comparison's."""
+        either = [worse if better is None else better for better, worse in self.comparisons]
+        return values[self.prompt[self._tensor([place for place in either if place is not None])]]
 
     def of_prompts(self, losses: Tensor, unit: Unit) -> Tensor:
         """(P,) for each prompt the mean over its pairs or answers.
@@ -332,13 +370,7 @@ class AnswerBatch:
     @cached_property
     def _better(self) -> list[tuple[int, int]]:
         """The better and the worse answer of each pair."""
-        return [
-            (i, j)
-            for start, end in pairwise(self._starts)
-            for i in range(start, end)
-            for j in range(i + 1, end)
-            if self.scores[i] > self.scores[j]
-        ]
+        return [(i, j) for i, j in self.comparisons if i is not None and j is not None]
 
     def _sides(self, values: Tensor | None) -> tuple[Any, Any]:
         """(A, T) values as those of the better and of the worse answers."""

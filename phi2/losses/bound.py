@@ -213,7 +213,7 @@ def _modifiers(part: Part) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{knob} acts on the value of each pair, and the values of loss {part.name!r} belong to its window"
             )
-        if part.loss.unit != "pair":
+        if part.loss.unit != "pair" and not MODIFIERS[name].any_unit:
             raise ValueError(f"{knob} acts on pairs, and loss {part.name!r} gives each {part.loss.unit} a value")
         if not part.takes(knob):
             raise ValueError(f"loss {part.name!r} has no reference, and {knob} acts on the log-ratio to one")

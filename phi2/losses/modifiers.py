@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from phi2.losses.batch import PairBatch
 from phi2.losses.knobs import Knobs, knobs_of
 from phi2.losses.registry import Need
 
-Loss = Callable[[PairBatch], Tensor]  # a loss whose knobs are set
+Loss = Callable[[Any], Tensor]  # of the batch that it takes, a loss whose knobs are set
 EXPONENT_CAP = 80.0  # of f-divergences, as in trl
 
 
@@ -34,6 +34,7 @@ class Modifier(NamedTuple):
         needs_reference: without one it has nothing to act on.
         may_miss: a loss may not read what it changes.
         needs_values_of_pairs: it acts on what the loss returns, one value of each pair.
+        any_unit: it goes with losses of single answers and of lists too.
         needs: what a batch must have for it.
     """
 
@@ -42,6 +43,7 @@ class Modifier(NamedTuple):
     needs_reference: bool
     may_miss: bool
     needs_values_of_pairs: bool
+    any_unit: bool
     needs: tuple[Need, ...]
 
 
@@ -53,6 +55,7 @@ def modifier(
     needs_reference: bool = False,
     may_miss: bool = False,
     needs_values_of_pairs: bool = False,
+    any_unit: bool = False,
     needs: tuple[Need, ...] = (),
 ) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
     """Registers a modifier under the name of its function."""
@@ -60,7 +63,7 @@ def modifier(
     def register(function: Callable[..., Loss]) -> Callable[..., Loss]:
         name = function.__name__
         knobs = knobs_of(name, function)
-        MODIFIERS[name] = Modifier(function, knobs, needs_reference, may_miss, needs_values_of_pairs, needs)
+        MODIFIERS[name] = Modifier(function, knobs, needs_reference, may_miss, needs_values_of_pairs, any_unit, needs)
         return function
 
     return register
@@ -71,15 +74,20 @@ def modifier_of(knob: str) -> str | None:
     return next((name for name, each in MODIFIERS.items() if knob in each.knobs.defaults), None)
 
 
-@modifier(needs_values_of_pairs=True)
+@modifier(needs_values_of_pairs=True, any_unit=True)
 def weight(loss: Loss, *, weight_column: str = "weight") -> Loss:
-    """Each pair's loss times a column of the data set, as it stands: weights are not made to average 1.
+    """Each row's loss times a column of the data set, as it stands: weights are not made to average 1.
 
-    Not with a loss of scope "window", whose values belong to no single pair.
+    Not with a loss of scope "window", whose values belong to no single row.
 
     Source: huggingface/trl issue 5613, where it is asked for.
     """
-    return lambda pairs: pairs.columns[weight_column] * loss(pairs)
+
+    def weighted(batch: Any) -> Tensor:
+        weights, losses = batch.columns[weight_column], loss(batch)
+        return (weights[batch.prompt] if len(losses) > len(weights) else weights) * losses  # of answers, or rows
+
+    return weighted
 
 
 @modifier(needs_values_of_pairs=True, needs=("log_sum_square",))

@@ -34,7 +34,7 @@ class Part(NamedTuple):
         name = modifier_of(knob)
         goes_with = (
             name is not None
-            and self.loss.unit == "pair"
+            and (self.loss.unit == "pair" or MODIFIERS[name].any_unit)
             and not (MODIFIERS[name].needs_reference and self.loss.reference_free)
         )
         return knob in self.loss.knobs or goes_with

@@ -1,7 +1,4 @@
-"""How a loss pulls on answers: its values, and its derivatives with respect to their log-probabilities.
-
-In pairs these are d_w and d_l, of the chosen and the rejected answer.
-"""
+"""How a loss pulls on answers: its values, and its derivatives with respect to their log-probabilities."""
 
 from __future__ import annotations
 
@@ -19,16 +16,6 @@ class Slopes(NamedTuple):
 
     values: Tensor
     of_answers: Tensor
-
-    @property
-    def d_w(self) -> Tensor:
-        """(P,) of the first answer to each prompt, where all have two."""
-        return self.of_answers[::2]
-
-    @property
-    def d_l(self) -> Tensor:
-        """(P,) of the second answer to each prompt, where all have two."""
-        return self.of_answers[1::2]
 
 
 def slopes_of(losses_of: Callable[[AnswerBatch], Tensor], answers: AnswerBatch) -> Slopes:

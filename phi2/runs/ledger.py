@@ -1,5 +1,8 @@
 """The ledger of a preference run: what each evaluation found of each held-out pair, a row a pair, as Parquet.
 
+A list of answers has a row for every two of them of which one is better, and an answer with a label, which stands
+alone, one whose other side is null: it is the chosen answer where it is good, else the rejected one.
+
     ledger/step-N.parquet        one file for each evaluation; together they are one table, for pandas or polars too
 
     step                                        update behind which it was
@@ -8,9 +11,11 @@
     n_w, n_l                                    their tokens
     margin                                      (s_w - r_w) - (s_l - r_l); without a reference s_w - s_l
     margin_first, margin_last                   what of it lies in the first tokens, and in the last, of both answers
-    loss, d_w, d_l                              of the run's loss, and its derivatives with respect to s_w and s_l
+    loss, d_w, d_l                              of the run's loss, the list's where it is one, and its derivatives with
+                                                respect to s_w and s_l
     weight                                      |d_w| + |d_l|, 1 on average: how much the pair pulls
-    correct, was_correct                        the chosen reward above the rejected one; at the evaluation before
+    correct, was_correct                        the chosen reward above the rejected one, or above 0, that of the
+                                                reference, where either stands alone; at the evaluation before
     column/NAME                                 columns of the data
     prompt, chosen, rejected                    texts
     {policy,ref}_{chosen,rejected}_logps        token by token
@@ -49,7 +54,8 @@ class Evaluation:
 
     Attributes:
         path: its file.
-        about: its step, and of the run: loss, knobs, the state of the loss, nll_weight.
+        about: its step, and of the run: loss, knobs, the state of the loss, nll_weight; and unless all are pairs, of
+            each prompt the scores of its answers.
     """
 
     path: Path
@@ -74,9 +80,9 @@ class Evaluation:
         return self.table[name].to_numpy()
 
     def tokens(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of a column of lists: their (N,) numbers one behind the other, and the (pairs,) lengths."""
+        """Of a column of lists: their (N,) numbers one behind the other, and the (pairs,) lengths, 0 of a null."""
         lists = self.table[name].combine_chunks()
-        return lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+        return lists.flatten().to_numpy(), lists.value_lengths().fill_null(0).to_numpy()
 
     @cached_property
     def origins(self) -> list[str]:

@@ -144,8 +144,8 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
     nll_weight: float = 0.0
     """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss (trl's rpo_alpha)."""
     weights_from: str | None = None
-    """Weights of the training pairs: a run or its ledger, or a Parquet file with the columns pair and weight
-    (docs/ledger.md); each pair's loss is multiplied by its own."""
+    """Weights of the training rows: a run or its ledger, or a Parquet file with the columns pair and weight
+    (docs/ledger.md); each row's loss is multiplied by its own."""
     reference: str = "auto"
     """adapters_off, frozen_copy, or another checkpoint by folder or hub id; auto is adapters_off for a new adapter,
     else frozen_copy."""

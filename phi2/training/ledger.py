@@ -1,4 +1,4 @@
-"""What an evaluation of a preference run writes into its ledger (`phi2/runs/ledger.py`): a row for each pair."""
+"""What an evaluation of a preference run writes into its ledger (`phi2/runs/ledger.py`): a row for each comparison."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from phi2.data.encoded import EncodedPreference
-from phi2.losses.batch import PairBatch
+from phi2.data.records import PAIR
+from phi2.losses.batch import AnswerBatch, Comparison, comparisons
 from phi2.losses.bound import BoundLoss
 from phi2.losses.slopes import Slopes
 from phi2.runs.ledger import (
     COLUMN,
     FIRST_TOKENS,
-    LOGPS,
     SIDES,
     drop_behind,
     file_of,
@@ -30,8 +30,8 @@ from phi2.runs.ledger import (
 )
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
-from phi2.training.metrics import pair_metrics
-from phi2.training.reference_cache import answer_keys
+from phi2.training.metrics import rewards_of
+from phi2.training.reference_cache import KEY, answer_keys
 
 NUMBERS = pyarrow.float32()
 
@@ -41,51 +41,57 @@ class LedgerWriter:
 
     Args:
         config: of the run, with all knobs of its loss.
-        pairs: that it evaluates.
+        rows: that it evaluates.
     """
 
     def __init__(
-        self, config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, pairs: Sequence[EncodedPreference]
+        self, config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, rows: Sequence[EncodedPreference]
     ) -> None:
         self.run, self.config, self.loss = Path(config.output), config, loss
-        self.tokenizer, self.pairs = tokenizer, pairs
+        self.tokenizer = tokenizer
+        scores = [compared_scores(row) for row in rows]
+        self.scores = {} if all(each == PAIR for each in scores) else {"scores": scores}
+        self.rows = [(row, both) for row in rows for both in comparisons_of(row)]
         files = [*ledger_files(self.run).values()]
-        first = pyarrow.nulls(len(pairs), pyarrow.bool_())
+        first = pyarrow.nulls(len(self.rows), pyarrow.bool_())
         self.was_correct = read_table(files[-1], ["correct"])["correct"] if files else first
 
-    def write(self, step: int, pairs: PairBatch, slopes: Slopes, state: Mapping[str, float]) -> None:
+    def write(self, step: int, answers: AnswerBatch, slopes: Slopes, state: Mapping[str, float]) -> None:
         """Adds an evaluation.
 
         Args:
-            pairs: what was found of them, in their order.
+            answers: what was found of the rows, in their order.
             slopes: and what the loss makes of it.
             state: of the loss.
         """
         config = self.config
         about: dict[str, Any] = {"step": step, "loss": config.loss, "knobs": config.knobs, "state": dict(state)}
-        about |= {"nll_weight": config.nll_weight}
-        numbers = numbers_of(pairs, slopes, self.loss.reward_scale) | {"was_correct": self.was_correct}
-        steps = np.full(len(self.pairs), step, dtype=np.int32)
-        columns = {"step": steps, **self.names, **numbers, **self.rows, **tokens_of(pairs)}
+        about |= {"nll_weight": config.nll_weight, **self.scores}
+        numbers = numbers_of(answers, slopes, self.loss.reward_scale) | {"was_correct": self.was_correct}
+        steps = np.full(len(self.rows), step, dtype=np.int32)
+        columns = {"step": steps, **self.names, **numbers, **self.said, **tokens_of(answers)}
         write_evaluation(file_of(self.run, step), about, columns)
         self.was_correct = numbers["correct"]
 
     @cached_property
     def names(self) -> dict[str, Any]:
-        """Which pairs they are."""
+        """Which rows they are."""
         return {
-            "pair": [name_of(pair) for pair in self.pairs],
-            "file": [pair.origin.file for pair in self.pairs],
-            "row": np.array([pair.origin.row for pair in self.pairs], dtype=np.int64),
+            "pair": [name_of(row, both) for row, both in self.rows],
+            "file": [row.origin.file for row, _ in self.rows],
+            "row": np.array([row.origin.row for row, _ in self.rows], dtype=np.int64),
         }
 
     @cached_property
-    def rows(self) -> dict[str, Any]:
+    def said(self) -> dict[str, Any]:
         """The columns of the data, and the texts with their special tokens."""
-        names = dict.fromkeys(name for pair in self.pairs for name in pair.columns)
-        columns = {f"{COLUMN}{name}": plain([pair.columns.get(name) for pair in self.pairs]) for name in names}
-        texts = {part: [self._text(getattr(pair, part)) for pair in self.pairs] for part in ("prompt", *SIDES)}
-        return columns | texts
+        names = dict.fromkeys(name for row, _ in self.rows for name in row.columns)
+        columns = {f"{COLUMN}{name}": plain([row.columns.get(name) for row, _ in self.rows]) for name in names}
+        texts: dict[str, list[str | None]] = {"prompt": [self._text(row.prompt) for row, _ in self.rows]}
+        for side, places in zip(SIDES, zip(*(both for _, both in self.rows), strict=True), strict=True):
+            answers = zip(self.rows, places, strict=True)
+            texts[side] = [None if place is None else self._text(row.answers[place]) for (row, _), place in answers]
+        return columns | {name: pyarrow.array(each, pyarrow.string()) for name, each in texts.items()}
 
     def _text(self, ids: np.ndarray) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
@@ -94,24 +100,29 @@ class LedgerWriter:
 def ledger_of(
     config: DPOConfig, loss: BoundLoss, tokenizer: Tokenizer, rows: Sequence[EncodedPreference], done: int
 ) -> LedgerWriter | None:
-    """What writes the ledger of a run, None where it keeps none: of other rows than pairs, which is told.
+    """What writes the ledger of a run, None where it keeps none.
 
     Args:
         done: updates done already; what was written behind them is dropped.
     """
     drop_behind(Path(config.output), done)
-    if not rows or not config.ledger:
-        return None
-    other = next((row for row in rows if row.scores[: len(row.scores) - row.has_gold] != (1.0, 0.0)), None)
-    if other is not None:
-        print(f"no ledger is kept: it has a row for each pair, and {other.origin} is none")
-        return None
-    return LedgerWriter(config, loss, tokenizer, rows)
+    return LedgerWriter(config, loss, tokenizer, rows) if rows and config.ledger else None
 
 
-def name_of(row: EncodedPreference) -> str:
-    """A row by the tokens of its prompt and of the answers that are compared."""
-    compared = answer_keys([row])[: len(row.answers) - row.has_gold]
+def compared_scores(row: EncodedPreference) -> tuple[float, ...]:
+    """Of the answers that are compared, or have a label: of all but one to imitate."""
+    return row.scores[: len(row.scores) - row.has_gold]
+
+
+def comparisons_of(row: EncodedPreference) -> list[Comparison]:
+    """Those of a row that the ledger has a row for, by the places of its answers."""
+    return comparisons([compared_scores(row)])
+
+
+def name_of(row: EncodedPreference, both: Comparison) -> str:
+    """A comparison by the tokens of the prompt and of its answers; zeros stand for an answer that is not there."""
+    keys = answer_keys([row])
+    compared = [bytes(KEY.itemsize) if place is None else keys[place] for place in both]
     return hashlib.sha256(b"".join(compared)).hexdigest()[:16]
 
 
@@ -123,25 +134,45 @@ def plain(values: list[float | str | None]) -> pyarrow.Array:
 
 
 @torch.no_grad()
-def numbers_of(pairs: PairBatch, slopes: Slopes, reward_scale: float) -> dict[str, Any]:
-    """(B,) of everything that is one number a pair."""
-    chosen, rejected, reference = pairs.policy_chosen_logps, pairs.policy_rejected_logps, {}
-    margin = pairs.policy_chosen - pairs.policy_rejected
-    if pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None:
-        chosen, rejected = chosen - pairs.ref_chosen_logps, rejected - pairs.ref_rejected_logps
-        margin, reference = pairs.margin, {"r_w": pairs.ref_chosen, "r_l": pairs.ref_rejected}
-    weight = slopes.d_w.abs() + slopes.d_l.abs()
-    numbers = {
-        **{"s_w": pairs.policy_chosen, "s_l": pairs.policy_rejected, **reference},
-        **{"n_w": pairs.chosen_mask.sum(dim=-1).int(), "n_l": pairs.rejected_mask.sum(dim=-1).int()},
-        "margin": margin,
-        "margin_first": chosen[:, :FIRST_TOKENS].sum(dim=-1) - rejected[:, :FIRST_TOKENS].sum(dim=-1),
-        "margin_last": last_of(chosen, pairs.chosen_length) - last_of(rejected, pairs.rejected_length),
-        **{"loss": slopes.values, "d_w": slopes.d_w, "d_l": slopes.d_l, "weight": weight / (weight.mean().item() or 1)},
-        "correct": pair_metrics(pairs, reward_scale)["rewards/accuracies"] > 0,
-    }
-    missing = {name: pyarrow.nulls(len(margin), NUMBERS) for name in ("r_w", "r_l") if name not in numbers}
-    return {name: values.cpu().numpy() for name, values in numbers.items()} | missing
+def numbers_of(answers: AnswerBatch, slopes: Slopes, reward_scale: float) -> dict[str, pyarrow.Array]:
+    """(R,) of everything that is one number a comparison; null of an answer that is not there."""
+    sides, has_reference = answers.better_and_worse, answers.ref_logps is not None
+    ref = answers.ref if has_reference else torch.full_like(answers.policy, torch.nan)
+    numbers = {}
+    for name, each in {"s": answers.policy, "r": ref, "n": answers.length.float(), "d": slopes.of_answers}.items():
+        numbers[f"{name}_w"], numbers[f"{name}_l"] = sides(each)
+    numbers |= {name: torch.sub(*sides(each)) for name, each in gains_of(answers).items()}
+    weight = numbers["d_w"].abs().nan_to_num() + numbers["d_l"].abs().nan_to_num()
+    numbers |= {"loss": answers.of_comparisons(slopes.values), "weight": weight / (weight.mean().item() or 1)}
+    kinds = {"n_w": pyarrow.int32(), "n_l": pyarrow.int32()}
+    arrays = {name: _array(values, kinds.get(name, NUMBERS)) for name, values in numbers.items()}
+    return arrays | {"correct": correct_of(*sides(rewards_of(answers, reward_scale)), has_reference)}
+
+
+def gains_of(answers: AnswerBatch) -> dict[str, Tensor]:
+    """(A,) by the names of the margins what they are differences of."""
+    logps, ref, gain = answers.policy_logps, answers.ref_logps, answers.policy
+    if ref is not None:
+        logps, gain = logps - ref, answers.logratio
+    first, last = logps[:, :FIRST_TOKENS].sum(dim=-1), last_of(logps, answers.length)
+    return {"margin": gain, "margin_first": first, "margin_last": last}
+
+
+def correct_of(chosen: Tensor, rejected: Tensor, has_reference: bool) -> pyarrow.Array:
+    """(R,) whether the reward of the better answer is the higher one; beside an answer that is not there the reference
+    stands, whose reward is 0, and without a reference it is null.
+
+    Args:
+        chosen, rejected: (R,) rewards, NaN of an answer that is not there.
+    """
+    if has_reference:
+        chosen, rejected = chosen.nan_to_num(), rejected.nan_to_num()
+    return pyarrow.array((chosen > rejected).cpu().numpy(), mask=(chosen - rejected).isnan().cpu().numpy())
+
+
+def _array(values: Tensor, kind: pyarrow.DataType) -> pyarrow.Array:
+    """NaN is null."""
+    return pyarrow.array(values.cpu().numpy(), kind, from_pandas=True)
 
 
 def last_of(values: Tensor, length: Tensor) -> Tensor:
@@ -149,10 +180,15 @@ def last_of(values: Tensor, length: Tensor) -> Tensor:
     return values.gather(1, length[:, None] - 1)[:, 0]
 
 
-def tokens_of(pairs: PairBatch) -> dict[str, pyarrow.Array]:
-    """Log-probs token by token: lists without padding, one a pair."""
-    masks = 2 * (pairs.chosen_mask, pairs.rejected_mask)
-    return {name: _lists(getattr(pairs, name), mask) for name, mask in zip(LOGPS, masks, strict=True)}
+def tokens_of(answers: AnswerBatch) -> dict[str, pyarrow.Array]:
+    """Log-probs token by token: lists without padding, one a comparison."""
+    models = {"policy": answers.policy_logps, "ref": answers.ref_logps}
+    lists = {model: _lists(logps, answers.mask) for model, logps in models.items()}
+    sides = {
+        side: pyarrow.array(places, pyarrow.int32())
+        for side, places in zip(SIDES, zip(*answers.comparisons, strict=True), strict=True)
+    }
+    return {f"{model}_{side}_logps": each.take(sides[side]) for model, each in lists.items() for side in SIDES}
 
 
 def _lists(values: Tensor | None, mask: Tensor) -> pyarrow.Array:

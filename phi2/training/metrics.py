@@ -32,7 +32,7 @@ def label_metrics(answers: AnswerBatch, reward_scale: float) -> dict[str, Tensor
     Source: metric names as in trl's KTO trainer.
     """
     has_reference, good = answers.ref_logps is not None, answers.is_good
-    rewards = reward_scale * (answers.logratio if has_reference else answers.policy_per_token)
+    rewards = rewards_of(answers, reward_scale)
     values = {"rewards": rewards, "logps": answers.policy, "length": answers.length.float()}
     if has_reference:
         values["ref_logps"] = answers.ref
@@ -41,6 +41,11 @@ def label_metrics(answers: AnswerBatch, reward_scale: float) -> dict[str, Tensor
     margins = answers.gaps(rewards)
     compared = {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
     return {**split, **compared, **({"kl": (-answers.logratio / answers.length)[good]} if has_reference else {})}
+
+
+def rewards_of(answers: AnswerBatch, reward_scale: float) -> Tensor:
+    """(A,) the log-ratio of each answer to the reference, times a scale; without one, its log-probability per token."""
+    return reward_scale * (answers.policy_per_token if answers.ref_logps is None else answers.logratio)
 
 
 def pair_metrics(pairs: PairBatch, reward_scale: float) -> dict[str, Tensor]:

@@ -12,30 +12,38 @@ from phi2.data.encoded import EncodedPreference
 from phi2.data.flat import FlatPreferences, flat_rows
 from phi2.runs.ledger import Ledger, read_table
 from phi2.training.config import WEIGHTS, PreferenceConfig
-from phi2.training.ledger import name_of
+from phi2.training.ledger import comparisons_of, name_of
 
 
 def with_weights(
     config: PreferenceConfig, rows: Sequence[EncodedPreference], eval_rows: Sequence[EncodedPreference]
 ) -> tuple[FlatPreferences, FlatPreferences]:
-    """Both with the weights that `weights_from` asks for as a column; every held-out pair weighs 1.
+    """Both with the weights that `weights_from` asks for as a column; every held-out row weighs 1.
 
     Raises:
-        ValueError: when a training pair has no weight there.
+        ValueError: when a training row has no weight there, or is a list, which has several.
     """
     if config.weights_from is None:
         return flat_rows(rows, "preference"), flat_rows(eval_rows, "preference")
-    path, names = Path(config.weights_from), [name_of(row) for row in rows]
+    path, names = Path(config.weights_from), [_name_of(row) for row in rows]
     known = weights_in(path)
     missing = [row for row, name in zip(rows, names, strict=True) if name not in known]
     if missing:
         raise ValueError(
-            f"weights_from {path} knows {len(rows) - len(missing)} of the {len(rows)} training pairs, and not"
+            f"weights_from {path} knows {len(rows) - len(missing)} of the {len(rows)} training rows, and not"
             f" {missing[0].origin}: is it of other data, or were these tokenised or cut in another way?"
         )
     weighted = [_with_weight(row, known[name]) for row, name in zip(rows, names, strict=True)]
     held_out = [_with_weight(row, 1.0) for row in eval_rows]
     return flat_rows(weighted, "preference"), flat_rows(held_out, "preference")
+
+
+def _name_of(row: EncodedPreference) -> str:
+    first, *others = comparisons_of(row)
+    if others:
+        count = len(row.answers) - row.has_gold
+        raise ValueError(f"weights_from weighs pairs and answers with a label, and {row.origin} has {count} answers")
+    return name_of(row, first)
 
 
 def _with_weight(row: EncodedPreference, weight: float) -> EncodedPreference:
