@@ -79,7 +79,7 @@ def test_what_a_loss_of_windows_needs_is_told(capsys):
 
 
 NEEDS = {
-    "kto": "reference, labels, answers to other prompts, window",
+    "kto": "reference, labels, answers to other prompts",
     "bco_unpaired": "reference, labels, window, state (mean, answers)",
     "plackett_luce": "reference, several answers",
     "rrhf": "several answers",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi2.lora_config import LoraConfig
-from phi2.training import dpo, scoring, sft, two_phases
+from phi2.training import dpo, objective, scoring, sft, two_phases
 from phi2.training.passes import Passes, bytes_of_token
 from phi2.training.session import start
 
@@ -80,7 +80,7 @@ def test_an_update_that_ran_out_of_memory_half_way_is_made_again_from_its_start(
     longest = max(row.tokens for row in start(dpo_config(**settings)).rows.train)
     settings |= dict(max_tokens_per_pass=longest)
     whole = dpo.train(dpo_config(**settings, output=str(tmp_path / "whole")))
-    scored, calls = dpo.scored, []
+    scored, calls = objective.scored, []
 
     def runs_out(*arguments, **keywords):
         calls.append(None)
@@ -88,7 +88,7 @@ def test_an_update_that_ran_out_of_memory_half_way_is_made_again_from_its_start(
             raise torch.OutOfMemoryError("too much")
         return scored(*arguments, **keywords)
 
-    for module in (dpo, scoring, two_phases):
+    for module in (objective, scoring, two_phases):
         monkeypatch.setattr(module, "scored", runs_out)
     again = dpo.train(dpo_config(**settings, output=str(tmp_path / "again")))
     assert len(calls) > 7 and metrics_of(again) == metrics_of(whole)

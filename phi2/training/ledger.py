@@ -139,7 +139,12 @@ def numbers_of(answers: AnswerBatch, slopes: Slopes, reward_scale: float) -> dic
     sides, has_reference = answers.better_and_worse, answers.ref_logps is not None
     ref = answers.ref if has_reference else torch.full_like(answers.policy, torch.nan)
     numbers = {}
-    for name, each in {"s": answers.policy, "r": ref, "n": answers.length.float(), "d": slopes.of_answers}.items():
+    for name, each in {
+        "s": answers.policy,
+        "r": ref,
+        "n": answers.mask.sum(dim=-1).float(),
+        "d": slopes.of_answers,
+    }.items():
         numbers[f"{name}_w"], numbers[f"{name}_l"] = sides(each)
     numbers |= {name: torch.sub(*sides(each)) for name, each in gains_of(answers).items()}
     weight = numbers["d_w"].abs().nan_to_num() + numbers["d_l"].abs().nan_to_num()
