@@ -198,7 +198,9 @@ def test_labelled_answers_are_shown_and_written(dpo_config, write_rows, tmp_path
 def test_what_labelled_answers_do_not_suffice_for_is_told_in_one_line(dpo_config, write_rows):
     path = write_rows(LABELS)
     run = train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=1))
-    with pytest.raises(ValueError, match="loss 'kto' needs what is not kept .*: answers to other prompts$"):
+    with pytest.raises(
+        ValueError, match="loss 'kto' needs answers to other prompts, which no ledger keeps: not replayed$"
+    ):
         phi2.replay(run)
     with pytest.raises(
         ValueError, match="'sigmoid' compares answers to one prompt, and .* row 1 has one answer with a"
@@ -245,7 +247,9 @@ def test_a_loss_that_needs_more_than_pairs_is_refused(registry):
     def imitating(pairs: PairBatch) -> torch.Tensor:
         return -pairs.gold_logps.sum(dim=-1)
 
-    with pytest.raises(ValueError, match="loss 'imitating' needs what is not kept beside the answers: gold answer"):
+    with pytest.raises(
+        ValueError, match="loss 'imitating' needs gold answer .column reference., which no ledger keeps: not replayed"
+    ):
         phi2.replay(SUMS, "imitating")
 
 

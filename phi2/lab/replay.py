@@ -175,7 +175,7 @@ def require_usable(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
     """
     if loss.needs:
         needs = " and ".join(OTHER_NEEDS[need] for need in loss.needs)
-        raise ValueError(f"loss {loss.name!r} needs what is not kept beside the answers: {needs}")
+        raise ValueError(f"loss {loss.name!r} needs {needs}, which no ledger keeps: not replayed")
     if answers.ref_logps is None and not loss.reference_free:
         raise ValueError(f"loss {loss.name!r} needs log-probs of a reference: {remedy}")
     few = first_of(answers, LOOKED_AT)
