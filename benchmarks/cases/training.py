@@ -25,6 +25,8 @@ from phi2.data.sources import load_records
 from phi2.lora import attach
 from phi2.lora_config import LoraConfig
 from phi2.training import dpo, sft
+from phi2.training.config import DPOConfig, SFTConfig
+from phi2.training.objective import Objective
 
 LORA = dict(r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"])
 DATA = {"preference": "preference/dpo_en_200.jsonl", "supervised": "sft/alpaca_600.jsonl"}
@@ -104,8 +106,8 @@ def _conversation(record: Chat | Preference) -> dict[str, list[dict]]:
 
 
 def ours(timer: Timer, job: Job) -> None:
-    loop, settings = (dpo, dpo.DPOConfig) if job.kind == "preference" else (sft, sft.SFTConfig)
-    update = loop.update
+    loop, holder, settings = (dpo, Objective, DPOConfig) if job.kind == "preference" else (sft, sft, SFTConfig)
+    update = holder.update
 
     def in_turn(*arguments) -> dict[str, float]:
         timer.start()
@@ -115,7 +117,7 @@ def ours(timer: Timer, job: Job) -> None:
         return metrics
 
     where = dict(model=str(job.folder / "base"), data=str(job.folder / "rows.jsonl"), output=str(job.folder / "ours"))
-    with mock.patch.object(loop, "update", in_turn):
+    with mock.patch.object(holder, "update", in_turn):
         loop.train(settings(**where, device="cpu", dtype="float32", lora=LoraConfig(**LORA), **job.settings()))
 
 
