@@ -1,4 +1,4 @@
-"""The ledger of a preference run: what each evaluation found of each held-out pair, a row a pair, as Parquet.
+"""The ledger of a preference run: what each evaluation found of each held-out pair, or answer with a label, as Parquet.
 
 A list of answers has a row for every two of them of which one is better, and an answer with a label, which stands
 alone, one whose other side is null: it is the chosen answer where it is good, else the rejected one.
