@@ -33,6 +33,7 @@ def test_only_who_has_the_key_is_answered(served, serving):
 def occupying(running, choices: int) -> Iterator[None]:
     """So many replies are under way, and nobody reads them."""
     ask = {"model": "left", "prompt": "x", "max_tokens": 250, "n": choices, "stream": True, "logprobs": 20}
+    ask["temperature"] = 0  # a sampled reply may end at once
     body = json.dumps(ask).encode()
     with running.send("POST /v1/completions HTTP/1.1\r\nContent-Type: application/json", body) as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
@@ -54,7 +55,7 @@ def test_a_request_has_its_time_and_then_leaves_nothing(served, monkeypatch, ser
     step = Engine.step
     monkeypatch.setattr(Engine, "step", lambda engine: time.sleep(0.1) or step(engine))
     with serving(served, request_timeout=0.5) as running:
-        ask = dict(model="left", prompt="hi", max_tokens=100)
+        ask = dict(model="left", prompt="hi", max_tokens=100, temperature=0)  # sampled, it may end at once
         with pytest.raises(openai.InternalServerError, match="longer than this server allows") as late:
             running.client().completions.create(**ask)
         assert late.value.status_code == 504
