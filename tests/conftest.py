@@ -166,6 +166,21 @@ def pair_data(write_rows) -> str:
     )
 
 
+@pytest.fixture(scope="session")
+def task_data(tmp_path_factory) -> str:
+    """A folder with rows of GSM8K, and of two subjects of MMLU."""
+    folder = tmp_path_factory.mktemp("tasks")
+    sums = [{"question": f"What is {i} and {i}?", "answer": f"Add.\n#### {2 * i}"} for i in range(1, 9)]
+    choices = [
+        {"question": f"Is {i} even?", "subject": subject, "choices": ["yes", "no", "both", "none"], "answer": i % 2}
+        for subject in ("anatomy", "virology")
+        for i in range(6)
+    ]
+    for name, rows in {"gsm8k_test": sums[:4], "gsm8k_train": sums, "mmlu_test": choices, "mmlu_dev": choices}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
 @pytest.fixture
 def sft_config(tiny_phi, sft_data, tmp_path) -> Callable[..., object]:
     """An SFTConfig for a run of six updates on the tiny Phi: sft_config(**changes)."""

@@ -202,7 +202,7 @@ def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
     with session.policy(config) as model, torch.no_grad():
         model.lm_head.adapter.lora_B.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         prompt, answer = np.array([5, 9, 7], dtype=np.int32), np.array([8, 6], dtype=np.int32)
-        measure = Measure(session, config, None, None, elsewhere=True, graded=())
+        measure = Measure(session, config, None, None, elsewhere=True, tasks=None)
         kl, entropy = measure.kl_and_entropy(model.eval(), [prompt], [answer])
         ids = torch.from_numpy(np.concatenate((prompt, answer)).astype(np.int64))[None]
         policy = model(ids)[0, 2:4, : choices_of(model, session.tokenizer)].double().log_softmax(dim=-1)

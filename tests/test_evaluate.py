@@ -18,31 +18,13 @@ from phi2.evaluation.api import slug
 from phi2.evaluation.config import EvaluateConfig
 from phi2.evaluation.results import Evaluation
 
-SUBJECTS = ("anatomy", "virology")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A folder with rows of GSM8K, and of two subjects of MMLU."""
-    folder = tmp_path_factory.mktemp("data")
-    sums = [{"question": f"What is {i} and {i}?", "answer": f"Add.\n#### {2 * i}"} for i in range(1, 9)]
-    choices = [
-        {"question": f"Is {i} even?", "subject": subject, "choices": ["yes", "no", "both", "none"], "answer": i % 2}
-        for subject in SUBJECTS
-        for i in range(6)
-    ]
-    for name, rows in {"gsm8k_test": sums[:4], "gsm8k_train": sums, "mmlu_test": choices, "mmlu_dev": choices}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
-
-
 SHORT = dict(limit=2, num_fewshot=1, max_gen_toks=8, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def both(data, tmp_path_factory) -> Evaluation:
+def both(task_data, tmp_path_factory) -> Evaluation:
     """Two models over a generated task, a group and the toy skills."""
-    where = dict(data_dir=data, output=str(tmp_path_factory.mktemp("both")))
+    where = dict(data_dir=task_data, output=str(tmp_path_factory.mktemp("both")))
     tasks = ["gsm8k", "toy", "mmlu"]
     return phi2.evaluate(
         ["nano", "nano-instruct"], tasks=tasks, questions=2, apply_chat_template=True, **where, **SHORT
@@ -86,10 +68,10 @@ def test_a_notebook_shows_the_table(both):
     assert "<table" in both._repr_html_() and "nano-instruct" in both._repr_html_()
 
 
-def test_the_same_call_answers_nothing_again(both, data, monkeypatch):
+def test_the_same_call_answers_nothing_again(both, task_data, monkeypatch):
     monkeypatch.setattr("phi2.evaluation.harness.replies", None)
     monkeypatch.setattr("phi2.evaluation.harness.score", lambda model, requests: iter([]))
-    settings = dict(data_dir=data, output=str(both.output), apply_chat_template=True, **SHORT)
+    settings = dict(data_dir=task_data, output=str(both.output), apply_chat_template=True, **SHORT)
     again = phi2.evaluate("nano", tasks=["gsm8k", "mmlu"], **settings)
     first = both.models["nano"]
     for score in again.models["nano"].scores:
@@ -112,15 +94,15 @@ phi2.evaluate("nano", tasks="mmlu", data_dir={data!r}, output={output!r}, **{sho
 """
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(data, tmp_path):
-    code = KILLED.format(data=data, output=str(tmp_path), short=SHORT)
+def test_a_killed_evaluation_goes_on_where_it_was(task_data, tmp_path):
+    code = KILLED.format(data=task_data, output=str(tmp_path), short=SHORT)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     file = tmp_path / "answers" / "0.jsonl"
     before = file.read_text()
     assert before.count("\n") == 3
-    whole = phi2.evaluate("nano", tasks="mmlu", data_dir=data, output=str(tmp_path), **SHORT)
-    fresh = phi2.evaluate("nano", tasks="mmlu", data_dir=data, output=str(tmp_path / "other"), **SHORT)
+    whole = phi2.evaluate("nano", tasks="mmlu", data_dir=task_data, output=str(tmp_path), **SHORT)
+    fresh = phi2.evaluate("nano", tasks="mmlu", data_dir=task_data, output=str(tmp_path / "other"), **SHORT)
     assert file.read_text().startswith(before) and file.read_text().count("\n") == 16
     options = [[s.options for s in one.models["nano"].samples] for one in (whole, fresh)]
     assert [list(o) for o in options[0]] == [list(o) for o in options[1]]
@@ -128,13 +110,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(data, tmp_path):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_an_interrupt_says_where_the_answers_are(data, tmp_path, monkeypatch):
+def test_an_interrupt_says_where_the_answers_are(task_data, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("phi2.evaluation.harness.score", interrupted)
     with pytest.raises(KeyboardInterrupt, match=f"interrupted; the answers so far are in {tmp_path}"):
-        phi2.evaluate("nano", tasks="mmlu", data_dir=data, output=str(tmp_path), **SHORT)
+        phi2.evaluate("nano", tasks="mmlu", data_dir=task_data, output=str(tmp_path), **SHORT)
 
 
 RANK = """
@@ -143,9 +125,9 @@ phi2.evaluate("nano", tasks=["gsm8k", "mmlu"], data_dir={data!r}, output={output
 """
 
 
-def test_processes_share_the_samples_and_the_first_tells_the_scores_of_one_alone(data, tmp_path):
-    alone = phi2.evaluate("nano", tasks=["gsm8k", "mmlu"], data_dir=data, output=str(tmp_path / "one"), **SHORT)
-    code = RANK.format(data=data, output=str(tmp_path / "two"), short=SHORT)
+def test_processes_share_the_samples_and_the_first_tells_the_scores_of_one_alone(task_data, tmp_path):
+    alone = phi2.evaluate("nano", tasks=["gsm8k", "mmlu"], data_dir=task_data, output=str(tmp_path / "one"), **SHORT)
+    code = RANK.format(data=task_data, output=str(tmp_path / "two"), short=SHORT)
     port = str(20000 + os.getpid() % 20000)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     ranks = [
@@ -160,7 +142,7 @@ def test_processes_share_the_samples_and_the_first_tells_the_scores_of_one_alone
     assert min(answers) > 0
 
 
-def test_a_run_is_evaluated_as_what_it_trained(tiny_phi, sft_config, data, tmp_path):
+def test_a_run_is_evaluated_as_what_it_trained(tiny_phi, sft_config, tmp_path):
     from phi2.evaluation.models import load_named
     from phi2.training.sft import train
 
@@ -225,7 +207,7 @@ def test_data_that_cannot_be_had_is_one_line(monkeypatch, capsys):
     assert "gsm8k: its data cannot be had" in told and "give a data_dir of local files" in told
 
 
-def test_a_chat_template_that_is_missing_is_told_before_anything_is_loaded(make_phi, data, capsys, monkeypatch):
+def test_a_chat_template_that_is_missing_is_told_before_anything_is_loaded(make_phi, task_data, capsys, monkeypatch):
     folder = make_phi()
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         (folder / name).unlink()
@@ -233,8 +215,8 @@ def test_a_chat_template_that_is_missing_is_told_before_anything_is_loaded(make_
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if not t["content"].startswith("<|im_")]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     monkeypatch.setattr("phi2.evaluation.models.load", None)
-    told = fails(capsys, "--model", str(folder), "--tasks", "gsm8k", "--apply_chat_template", "--data_dir", data)
-    assert "its tokenizer has no chat template, which apply_chat_template needs" in told
+    told = fails(capsys, "--model", str(folder), "--tasks", "gsm8k", "--apply_chat_template", "--data_dir", task_data)
+    assert "its tokenizer has no chat template, which apply_chat_template and the toy skills need" in told
 
 
 def test_names_become_files(tmp_path):

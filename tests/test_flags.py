@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phi2.cli.flags import UsageError, parse
+from phi2.lab.compare_config import CompareConfig
 from phi2.training.dpo import DPOConfig
 from phi2.training.sft import SFTConfig
 
@@ -118,3 +119,11 @@ def test_a_mistake_in_a_config_file_is_told_likewise(tmp_path, text, message):
 )
 def test_a_switch_needs_no_value_and_may_have_one(arguments, expected):
     assert given(*arguments)["whole"] is expected
+
+
+def test_so_does_a_switch_of_a_group():
+    asked = ["--evaluation.apply_chat_template", "--evaluation.tasks", "gsm8k"]
+    config = parse(
+        "phi2 compare", "", print, CompareConfig, [*NEEDED, "--test_fraction", "0.1", "--losses", "ipo", *asked]
+    )
+    assert config.args[0].evaluation.apply_chat_template is True

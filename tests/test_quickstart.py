@@ -17,7 +17,8 @@ TINY = Budget(sft_steps=2, dpo_steps=2, questions=2, held_out_rows=16, compare_s
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    with mock.patch("phi2.demo.quickstart.SEEDS", 1), mock.patch.multiple("phi2.lab.measure", PROMPTS=4, QUESTIONS=1):
+    fewer = mock.patch("phi2.lab.measure.PROMPTS", 4), mock.patch("phi2.lab.compare_config.TOY_QUESTIONS", 1)
+    with mock.patch("phi2.demo.quickstart.SEEDS", 1), fewer[0], fewer[1]:
         return folder, quickstart(str(folder), seed=0, budget=TINY)
 
 

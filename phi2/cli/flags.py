@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import partial
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -67,12 +68,21 @@ def parse(
 
 def with_switches(arguments: list[str], signature: Callable[..., Any]) -> list[str]:
     """Makes `--resume=true` of a `--resume` behind which no value stands."""
-    switches = {f"--{name}" for name, hint in get_type_hints(signature).items() if hint is bool}
+    switches = {f"--{name}" for name in _switches(signature)}
     behind = [*arguments, "--"][1:]
     return [
         f"{argument}=true" if argument in switches and following.startswith("--") else argument
         for argument, following in zip(arguments, behind, strict=True)
     ]
+
+
+def _switches(signature: Any) -> Iterator[str]:
+    """Names of what is true or false, in its groups too."""
+    for name, hint in get_type_hints(signature).items():
+        if hint is bool:
+            yield name
+        for group in filter(is_dataclass, get_args(hint)):
+            yield from (f"{name}.{inner}" for inner in _switches(group))
 
 
 def with_lists(arguments: list[str], signature: Callable[..., Any]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from phi2.evaluation import toy
-from phi2.evaluation.config import TOY, EvaluateConfig
+from phi2.evaluation.config import TOY, EvaluateConfig, TasksConfig
 from phi2.evaluation.models import load_named, require_chat_template, tokenizer_of
 from phi2.evaluation.ranks import Ranks
 from phi2.evaluation.report import write_report
@@ -58,16 +58,16 @@ def run(config: EvaluateConfig, loaded: Mapping[str, Asked] | None = None) -> Ev
     """`evaluate` for settings in one object; models that are not in `loaded` are loaded one after the other."""
     ranks, loaded = Ranks.start(), loaded or {}
     _require_usable(config, loaded, ranks)
-    tasks = _harness_tasks(config) if config.harness_tasks else None
+    tasks = tasks_of(config)
     output = Path(config.output or OUTPUT) if config.output is not None or tasks is not None else None
     models: dict[str, ModelResult] = {}
     for name in config.model:
         asked = loaded.get(name) or load_named(name, replace(config, device=ranks.device(config.device)))
-        models[name] = _result(config, asked, tasks, output)
+        models[name] = result_of(config, asked, tasks, output)
         del asked  # one at a time in memory
-    evaluation = Evaluation(models, _notes(config, tasks), {} if tasks is None else tasks.files, output)
+    evaluation = evaluation_of(config, models, tasks, output)
     if output is not None and ranks.rank == 0:
-        _write(evaluation, output)
+        write(evaluation, output)
     return evaluation
 
 
@@ -80,7 +80,14 @@ def _require_usable(config: EvaluateConfig, loaded: Mapping[str, Asked], ranks: 
             require_chat_template(name, loaded[name][1] if name in loaded else tokenizer_of(name, config))
 
 
-def _harness_tasks(config: EvaluateConfig) -> Loaded:
+def tasks_of(config: TasksConfig) -> Loaded | None:
+    """The tasks of the harness, with their data; None where only the toy skills are asked.
+
+    Raises:
+        FileNotFoundError, ValueError: without the harness, for an unknown task, and for data that cannot be had.
+    """
+    if not config.harness_tasks:
+        return None
     try:
         from phi2.evaluation.tasks import load_tasks
     except ModuleNotFoundError as error:
@@ -93,8 +100,12 @@ def _harness_tasks(config: EvaluateConfig) -> Loaded:
     return loaded
 
 
-def _result(config: EvaluateConfig, asked: Asked, tasks: Loaded | None, output: Path | None) -> ModelResult:
-    """Scores in the order in which the tasks were named."""
+def result_of(config: TasksConfig, asked: Asked, tasks: Loaded | None, output: Path | None) -> ModelResult:
+    """Scores in the order in which the tasks were named.
+
+    Args:
+        output: folder of the answers to tasks of the harness, which are not asked again.
+    """
     result = ModelResult([], [])
     reported, logged = ({}, {}) if tasks is None else _answer(config, asked, tasks, output)
     for name in config.tasks:
@@ -113,7 +124,7 @@ def _result(config: EvaluateConfig, asked: Asked, tasks: Loaded | None, output: 
 
 
 def _answer(
-    config: EvaluateConfig, asked: Asked, tasks: Loaded, output: Path | None
+    config: TasksConfig, asked: Asked, tasks: Loaded, output: Path | None
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What the harness reports, and what it logs of every sample; nothing except on the first rank."""
     from lm_eval import evaluate
@@ -147,7 +158,13 @@ def _seed(tasks: Loaded) -> None:
         task.set_fewshot_seed(SEED)
 
 
-def _notes(config: EvaluateConfig, tasks: Loaded | None) -> list[str]:
+def evaluation_of(
+    config: TasksConfig, models: dict[str, ModelResult], tasks: Loaded | None, output: Path | None
+) -> Evaluation:
+    return Evaluation(models, _notes(config, tasks), {} if tasks is None else tasks.files, output)
+
+
+def _notes(config: TasksConfig, tasks: Loaded | None) -> list[str]:
     if tasks is None:
         return []
     from lm_eval import __version__
@@ -165,7 +182,8 @@ def _notes(config: EvaluateConfig, tasks: Loaded | None) -> list[str]:
     return notes + tasks.notes
 
 
-def _write(evaluation: Evaluation, output: Path) -> None:
+def write(evaluation: Evaluation, output: Path) -> None:
+    """results.json, report.html and the samples of each model."""
     (output / "samples").mkdir(parents=True, exist_ok=True)
     write_whole(output / "results.json", json.dumps(evaluation.to_dict(), indent=1))
     for name, model in evaluation.models.items():

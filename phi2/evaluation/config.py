@@ -15,16 +15,13 @@ TOY_ONLY, HARNESS_ONLY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(LoadConfig):
-    """Models and tasks.
+class TasksConfig:
+    """What a model is asked.
 
     Raises:
         ValueError: for a value out of range, and for a setting that nothing would read.
     """
 
-    model: Sequence[str] | str
-    """Folder, hub id, "nano" or "nano-instruct"; or the folder of a run or an adapter, whose base is found by itself.
-    Several, with commas or by giving the flag again, stand side by side, and the others are compared with the first."""
     tasks: Sequence[str] | str = (TOY,)
     """toy (five skills that code grades), or tasks of lm-evaluation-harness: ifeval, gsm8k, mmlu, truthfulqa_mc2 and
     winogrande are those of phi-2-instruct's model card."""
@@ -41,23 +38,17 @@ class EvaluateConfig(LoadConfig):
     """Tokens of a written answer at most; unset, what the task says (ifeval 1280, gsm8k 256)."""
     data_dir: str | None = None
     """Folder of .jsonl or .json files with the data of the card's tasks, in place of the hub."""
-    output: str | None = None
-    """Folder for scores, samples and report.html; what it holds of a killed evaluation is not computed again. Unset, it
-    is runs/evaluate, and the toy skills alone write nothing."""
     questions: int = 100
     """Held-out questions of each toy skill."""
     seed: int = 0
     """Of the choice of toy questions."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "tasks"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        object.__setattr__(self, "tasks", names_of("tasks", self.tasks))
         for name, least in (("questions", 1), ("limit", 1), ("num_fewshot", 0), ("max_gen_toks", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.adapter is not None and len(self.model) > 1:
-            raise ValueError("adapter goes with one model; name the folders of adapters or runs as models instead")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise ValueError("fewshot_as_multiturn makes turns of a chat: it needs apply_chat_template")
         self._require_readers()
@@ -73,7 +64,25 @@ class EvaluateConfig(LoadConfig):
         return [task for task in self.tasks if task != TOY]
 
 
-def _names(setting: str, given: Sequence[str] | str) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(LoadConfig, TasksConfig):
+    """Models, and what each is asked."""
+
+    model: Sequence[str] | str
+    """Folder, hub id, "nano" or "nano-instruct"; or the folder of a run or an adapter, whose base is found by itself.
+    Several, with commas or by giving the flag again, stand side by side, and the others are compared with the first."""
+    output: str | None = None
+    """Folder for scores, samples and report.html; what it holds of a killed evaluation is not computed again. Unset, it
+    is runs/evaluate, and the toy skills alone write nothing."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", names_of("model", self.model))
+        super().__post_init__()
+        if self.adapter is not None and len(self.model) > 1:
+            raise ValueError("adapter goes with one model; name the folders of adapters or runs as models instead")
+
+
+def names_of(setting: str, given: Sequence[str] | str) -> tuple[str, ...]:
     """Single names of a text, or of several, with commas between."""
     texts = [given] if isinstance(given, str) else given
     names = tuple(name.strip() for text in texts for name in text.split(",") if name.strip())

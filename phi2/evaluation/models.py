@@ -47,4 +47,6 @@ def tokenizer_of(name: str, config: LoadConfig) -> Tokenizer:
 def require_chat_template(name: str, tokenizer: Tokenizer) -> None:
     """Raises ValueError when the tokenizer has none."""
     if tokenizer.chat_template is None:
-        raise ValueError(f"{name}: its tokenizer has no chat template, which apply_chat_template needs")
+        raise ValueError(
+            f"{name}: its tokenizer has no chat template, which apply_chat_template and the toy skills need"
+        )

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cached_property, partialmethod
+from functools import cached_property
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -29,12 +29,15 @@ from tqdm import tqdm
 from phi2.data.encoded import EncodedPreference
 from phi2.data.flat import Joined
 from phi2.data.processes import end_with_parent
+from phi2.evaluation.api import tasks_of
+from phi2.evaluation.config import TOY
+from phi2.evaluation.models import require_chat_template
 from phi2.files import write_whole
 from phi2.keywords import config_of, explained
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.compare_report import write_report as write_page
 from phi2.lab.comparison import RESULTS, SETTINGS, Comparison, at_kl, curve_of, farthest_common_kl
-from phi2.lab.measure import Measure, start_of
+from phi2.lab.measure import Measure, Tasks, start_of
 from phi2.lab.report import write_report
 from phi2.lab.variants import Variant, variants_of
 from phi2.model import Phi2ForCausalLM
@@ -51,6 +54,9 @@ from phi2.training.reference_cache import Reference
 from phi2.training.session import start
 from phi2.training.weights import with_weights
 from phi2.training.window import total_steps, windows_of
+
+if TYPE_CHECKING:
+    from phi2.evaluation.tasks import Loaded
 
 EVALUATIONS = 4  # of a run, where eval_steps does not say it
 FREE_TO_CHANGE = {"output", "resume", "jobs", "device", "match", "match_kl", "baseline"}  # of a comparison that goes on
@@ -149,6 +155,7 @@ class Bench:
     def require_usable(self, resumed: bool) -> None:
         """Refuses inputs that have changed since the comparison began, and any loss that could not be trained."""
         session, rows = self.session, self.session.rows
+        self._require_tasks()
         inputs = inputs_of(self.variants[0].config, session.tokenizer, rows.train, rows.evaluation, session.dtype)
         for variant in self.variants:
             found = dpo.preference_inputs(variant.config, variant.loss)
@@ -161,6 +168,13 @@ class Bench:
                 " give pairs or lists"
             )
         require_same_inputs(Path(self.config.output), inputs, resumed)
+
+    def _require_tasks(self) -> None:
+        """Refuses tasks that the model could not be asked, and loads their data."""
+        given = self.config.evaluation
+        if given is not None and (given.apply_chat_template or TOY in given.tasks):
+            require_chat_template(self.config.model, self.session.tokenizer)
+        _ = self.loaded
 
     def _require_trainable(self, variant: Variant) -> None:
         """Refuses rows that the loss of a variant cannot be given, and a loss that is not what it says."""
@@ -199,17 +213,23 @@ class Bench:
                 others += dpo.others_to_score(cell.config, loss, windows, cell.total, train, held_out)
         return Joined(train.take(sorted(seen)), held_out, others)
 
-    def _graded(self, cell: Cell) -> Container[int]:
-        """The updates behind which toy skills are graded: the last, or wherever a value at equal KL may be read."""
-        if not self.config.is_toy or self.session.tokenizer.chat_template is None:
-            return ()
-        return range(cell.total + 1) if self.config.match == "kl" else (cell.total,)
+    @cached_property
+    def loaded(self) -> Loaded | None:
+        """Tasks of the harness, with their data."""
+        return None if self.config.asked is None else tasks_of(self.config.asked)
+
+    def _tasks(self, cell: Cell) -> Tasks | None:
+        """What a run is asked, behind the last update or wherever a value at equal KL may be read."""
+        asked = self.config.asked
+        if asked is None or (self.config.evaluation is None and self.session.tokenizer.chat_template is None):
+            return None
+        return Tasks(asked, self.loaded, range(cell.total + 1) if self.config.match == "kl" else (cell.total,))
 
     def run(self, cell: Cell) -> None:
         """Runs a cell, or goes on with it."""
         known, start = self.reference(cell.config)
         elsewhere = cell.variant.loss.reference_free or cell.config.sync_ref_model  # what its own evaluations look from
-        measure = Measure(self.session, cell.config, known, start, elsewhere, self._graded(cell))
+        measure = Measure(self.session, cell.config, known, start, elsewhere, self._tasks(cell))
         write_report(dpo.fit(self.session, cell.config, measure))
 
 
@@ -296,7 +316,8 @@ def _open(config: CompareConfig, threads: int) -> None:
     global _bench
     end_with_parent()
     torch.set_num_threads(threads)
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # several in one line cannot be read
+    shown = tqdm.__init__
+    tqdm.__init__ = lambda *a, **b: shown(*a, **{**b, "disable": True})  # several bars in one line cannot be read
     with redirect_stdout(None):  # the first process has told of the rows
         _bench = Bench(config, variants_of(config))
         _ = _bench.cells

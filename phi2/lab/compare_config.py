@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from phi2.data.config import DataSpec
+from phi2.evaluation.config import TOY, TasksConfig
 from phi2.runs.config import require_at_least
 from phi2.training.config import PreferenceConfig
 
-TOY = "toy-dpo"  # its skills are graded too, and it has held-out pairs of its own
-TOY_PAIRS = 200
+TOY_DATA = "toy-dpo"  # its skills are graded too, and it has held-out pairs of its own
+TOY_PAIRS, TOY_QUESTIONS = 200, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class CompareConfig(PreferenceConfig):
     """Folder of the comparison; it must not hold another one."""
     resume: bool = False
     """Go on with the comparison in the output folder: finished runs stay, and one that was broken off is resumed."""
+    evaluation: TasksConfig | None = None
+    """What every run is asked behind its last update, by the settings of `phi2 evaluate`; with match: kl behind each of
+    its evaluations. Unset, 20 questions of each toy skill where the data are toy-dpo."""
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates four times."""
     precompute_ref_log_probs: bool = True
@@ -57,7 +61,7 @@ class CompareConfig(PreferenceConfig):
         if self.eval_data is None and not self.test_fraction:
             if not self.is_toy:
                 raise ValueError("a comparison needs held-out pairs: give eval_data or test_fraction")
-            object.__setattr__(self, "eval_data", [DataSpec(TOY, split="test", rows=TOY_PAIRS)])
+            object.__setattr__(self, "eval_data", [DataSpec(TOY_DATA, split="test", rows=TOY_PAIRS)])
         super().__post_init__()
         for name in ("seeds", "jobs"):
             require_at_least(self, name, 1)
@@ -74,7 +78,13 @@ class CompareConfig(PreferenceConfig):
             raise ValueError(f"match_kl must be above 0, got {self.match_kl:g}")
 
     @property
+    def asked(self) -> TasksConfig | None:
+        """The tasks of every run."""
+        toy = TasksConfig(tasks=(TOY,), questions=TOY_QUESTIONS) if self.is_toy else None
+        return self.evaluation or toy
+
+    @property
     def is_toy(self) -> bool:
         """Whether the pairs are the toy skills' alone."""
         parts = [self.data] if isinstance(self.data, str) else self.data
-        return [getattr(part, "source", part) for part in parts] == [TOY]
+        return [getattr(part, "source", part) for part in parts] == [TOY_DATA]

@@ -9,7 +9,8 @@ from html import escape
 from typing import Any
 
 from phi2.files import write_whole
-from phi2.lab.comparison import DIFFERENCE, LABELS, MAIN, REPORT, SETTINGS, Comparison, curve_of, difference_texts
+from phi2.lab.compare_config import TOY_QUESTIONS
+from phi2.lab.comparison import DIFFERENCE, REPORT, SETTINGS, Comparison, curve_of, difference_texts, label
 from phi2.pages.charts import Line, difference_chart, line_chart, scatter_chart
 from phi2.pages.page import fragment, noted, page, settings, table
 
@@ -31,7 +32,8 @@ HOW = (
     " tokens at most), token by token over all ids. Length: tokens of these answers. Entropy: of the policy at them.",
     "Loss: of the run on held-out pairs; losses of other variants are other functions, and not compared.",
 )
-TOY = "Toy skills: share of right answers, the mean over the skills of 20 held-out questions each."
+TOY = "Toy skills: share of right answers, the mean over the skills of {questions} held-out questions each."
+TASKS = "{tasks}: the first metric of each; all metrics are in results.jsonl, what was said in each run's evaluation."
 DIFFERENCES = (
     "Seed by seed. The interval is Student's, of this one difference; the p-value is the paired t-test's, corrected by"
     " Holm for all variants of a metric."
@@ -76,11 +78,11 @@ def _cell(text: str) -> str:
 
 
 def differences_table(comparison: Comparison) -> str:
-    rows = [[one.variant, LABELS[one.metric], *difference_texts(one)] for one in comparison.differences]
+    rows = [[one.variant, label(one.metric), *difference_texts(one)] for one in comparison.differences]
     if not rows:
         return ""
     cells = table(["variant", "metric", *DIFFERENCE], [[*map(escape, row)] for row in rows])
-    charts = "".join(difference_figure(comparison, metric) for metric in MAIN)
+    charts = "".join(difference_figure(comparison, metric) for metric in comparison.main)
     if not charts:
         return cells + noted(DIFFERENCES)
     told = f"<details><summary>All of them, in numbers</summary>{cells}</details>"
@@ -94,13 +96,13 @@ def difference_figure(comparison: Comparison, metric: str) -> str:
         for one in comparison.differences
         if one.metric == metric
     }
-    return difference_chart(f"{LABELS[metric]}, minus that of {comparison.baseline}", found)
+    return difference_chart(f"{label(metric)}, minus that of {comparison.baseline}", found)
 
 
 def scatters(comparison: Comparison) -> str:
     """A point for each run where it ended: quality over distance, and what became of both answers."""
     ends = {variant: [curve_of(run)[-1] for run in comparison.runs(variant)] for variant in _in_order(comparison)}
-    quality = {"accuracy": "accuracy"} | ({"toy": "right answers"} if "toy" in ends[comparison.baseline][0] else {})
+    quality = {name: label(name) for name in comparison.main if name != "margin"}
     axes = [("Quality and distance", "kl", "KL, nats", metric, name) for metric, name in quality.items()]
     axes.append(("Drift", "chosen_drift", "chosen drift, nats", "rejected_drift", "rejected drift"))
     charts = [
@@ -119,9 +121,10 @@ def curves(comparison: Comparison) -> str:
     """Held-out metrics over steps: the mean over seeds in a band from the least to the greatest."""
     found = {variant: [curve_of(run) for run in comparison.runs(variant)] for variant in _in_order(comparison)}
     first = found[comparison.baseline][0][0]
+    titles = CURVES | {task: task for task in comparison.tasks}
     charts = [
         line_chart(title, [_line(variant, metric, runs) for variant, runs in found.items()])
-        for metric, title in CURVES.items()
+        for metric, title in titles.items()
         if metric in first
     ]
     about = "Over optimizer steps, on held-out data: the mean over seeds, in a band from the least to the greatest."
@@ -154,7 +157,13 @@ def _link(row: Mapping[str, object]) -> str:
 
 
 def _how(comparison: Comparison) -> list[str]:
-    return [comparison.about, *HOW, *([TOY] if "toy" in comparison.metrics else [])]
+    told = [comparison.about, *HOW]
+    if "toy" in comparison.metrics:
+        asked = comparison.config.get("evaluation") or {"questions": TOY_QUESTIONS}
+        told.append(TOY.format(questions=asked["questions"]))
+    if comparison.tasks:
+        told.append(TASKS.format(tasks=", ".join(comparison.tasks)))
+    return told
 
 
 def _given(config: Mapping[str, object]) -> dict[str, object]:

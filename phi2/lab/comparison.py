@@ -25,7 +25,7 @@ from phi2.pages.page import picture
 from phi2.runs.run import Run
 
 SETTINGS, RESULTS, REPORT = "compare.yaml", "results.jsonl", "report.html"
-LABELS = {  # metric -> head of its column
+LABELS = {  # metric -> head of its column; tasks stand behind the first three by their names
     "accuracy": "accuracy",
     "margin": "margin",
     "toy": "toy skills",
@@ -36,8 +36,8 @@ LABELS = {  # metric -> head of its column
     "entropy": "entropy",
     "loss": "loss",
 }
-COMPARED = tuple(LABELS)[:-1]  # a loss says nothing beside another one
-MAIN = COMPARED[:3]  # differences that the terminal shows
+MAIN = tuple(LABELS)[:3]  # with the tasks, differences that the terminal shows
+NOT_COMPARED = {"loss"}  # it says nothing beside another one
 SIDES = ("chosen", "rejected")
 DIFFERENCE = ("difference", "95 % interval", "p (Holm)")  # heads of what `difference_texts` gives
 
@@ -111,21 +111,36 @@ class Comparison:
         others = [variant for variant in self.variants if variant != self.baseline]
         found = []
         matched = {"kl"} if self.config["match"] == "kl" else set()
-        for metric in (name for name in COMPARED if name in self.metrics.keys() - matched):
+        for metric in (name for name in self.compared if name not in matched):
             of = dict(zip(self.variants, self.metrics[metric], strict=True))
             p_values = holm([paired_p(of[variant], of[self.baseline]) for variant in others])
             for variant, p in zip(others, p_values, strict=True):
                 found.append(Difference(variant, metric, paired_interval(of[variant], of[self.baseline]), p))
         return found
 
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Those that the runs were asked, beside the toy skills; a metric of each."""
+        return [name for name in self.metrics if name not in LABELS and name != "step" and "/" not in name]
+
+    @property
+    def main(self) -> list[str]:
+        """Metrics of quality, in the order of the table."""
+        return [*(name for name in MAIN if name in self.metrics), *self.tasks]
+
     @property
     def shown(self) -> list[str]:
         """Metrics of the table, in its order."""
-        return [name for name in LABELS if name in self.metrics]
+        return self.main + [name for name in LABELS if name in self.metrics and name not in MAIN]
+
+    @property
+    def compared(self) -> list[str]:
+        """Metrics with differences to the baseline."""
+        return [name for name in self.shown if name not in NOT_COMPARED]
 
     @property
     def header(self) -> list[str]:
-        return ["variant", *(LABELS[name] for name in self.shown)]
+        return ["variant", *map(label, self.shown)]
 
     @property
     def cells(self) -> list[list[str]]:
@@ -150,12 +165,12 @@ class Comparison:
 
     @property
     def main_differences(self) -> list[list[str]]:
-        """A table with its header: of each variant the differences in the metrics of `MAIN`."""
-        shown = [one for one in self.differences if one.metric in MAIN]
+        """A table with its header: of each variant the differences in the metrics of `main`."""
+        shown = [one for one in self.differences if one.metric in self.main]
         rows = {one.variant: [one.variant] for one in shown}
         for one in shown:
             rows[one.variant] += difference_texts(one)
-        metrics = dict.fromkeys(LABELS[one.metric] for one in shown)
+        metrics = dict.fromkeys(label(one.metric) for one in shown)
         head = [f"minus {self.baseline}", *(name for metric in metrics for name in (metric, *DIFFERENCE[1:]))]
         return [head, *rows.values()]
 
@@ -167,8 +182,9 @@ class Comparison:
         """
         from phi2.lab.compare_report import difference_figure
 
-        if metric not in COMPARED:
-            raise ValueError(f"metric must be one of {', '.join(COMPARED)}, got {metric!r}{nearest(metric, COMPARED)}")
+        if metric not in self.compared:
+            known = self.compared
+            raise ValueError(f"metric must be one of {', '.join(known)}, got {metric!r}{nearest(metric, known)}")
         drawn = difference_figure(self, metric)
         if not drawn:
             raise ValueError(f"no variant has a difference in {metric} with an interval: it takes two seeds or more")
@@ -230,6 +246,11 @@ def at_kl(curve: Sequence[Mapping[str, float]], kl: float) -> dict[str, float]:
 def farthest_common_kl(curves: Sequence[Sequence[Mapping[str, float]]]) -> float:
     """The largest KL that every run reaches."""
     return min(max(found["kl"] for found in curve) for curve in curves)
+
+
+def label(metric: str) -> str:
+    """The head of a metric's column."""
+    return LABELS.get(metric, metric)
 
 
 def estimate_text(estimate: Estimate) -> str:

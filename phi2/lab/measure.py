@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +21,10 @@ from torch import Tensor
 from phi2.checkpoints.peft_files import load_adapter
 from phi2.checkpoints.weights import load_model, pick_device
 from phi2.data.encoded import EncodedPreference
-from phi2.evaluation.toy import evaluate
+from phi2.evaluation.api import evaluation_of, result_of, write
+from phi2.evaluation.config import TOY, TasksConfig
+from phi2.evaluation.results import ModelResult
+from phi2.evaluation.samples import RIGHT
 from phi2.files import read_json_lines, write_whole
 from phi2.hub import resolve
 from phi2.inference.config import SamplingParams
@@ -38,10 +43,27 @@ from phi2.training.reference_cache import Reference
 from phi2.training.scoring import score_answers
 from phi2.training.session import Session
 
+if TYPE_CHECKING:
+    from phi2.evaluation.tasks import Loaded
+
 FILE = "measures.jsonl"  # in the folder of a run, a line for each of its evaluations
 PROMPTS, ANSWER_TOKENS = 32, 64  # answers for a distance, and where they are cut
 ROWS = 8  # of them in a pass
-QUESTIONS = 20  # of each toy skill
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What runs are asked.
+
+    Attributes:
+        config: which tasks, and how.
+        loaded: those of the harness, with their data.
+        behind: the updates behind which they are asked.
+    """
+
+    config: TasksConfig
+    loaded: Loaded | None
+    behind: Container[int]
 
 
 class Measure:
@@ -51,7 +73,7 @@ class Measure:
         reference: log-probabilities that are known, of all held-out pairs.
         start: the reference as a model, None where it is the policy with its adapter off.
         elsewhere: whether the run's own evaluations have no reference, or one that moves.
-        graded: updates behind which toy skills are graded.
+        tasks: that the run is asked, if any.
     """
 
     def __init__(
@@ -61,10 +83,10 @@ class Measure:
         reference: Reference,
         start: Phi2ForCausalLM | None,
         elsewhere: bool,
-        graded: Container[int],
+        tasks: Tasks | None,
     ) -> None:
         self.session, self.config, self.reference, self.start = session, config, reference, start
-        self.graded = graded
+        self.tasks = tasks
         self.pairs = session.rows.evaluation
         self.scored = self.pairs if elsewhere else []
 
@@ -72,10 +94,8 @@ class Measure:
         training = model.training
         model.eval()
         found = {"step": step, **self.distance(model), **self.preference(model)}
-        if step in self.graded:
-            scores = evaluate(model, self.session.tokenizer, QUESTIONS)
-            rates = {f"toy/{skill}": score.rate for skill, score in scores.items()}
-            found |= {"toy": float(np.mean([*rates.values()])), **rates}
+        if self.tasks is not None and step in self.tasks.behind:
+            found |= self.scores(model, self.tasks)
         release_engine(model)
         model.train(training)
         path = Path(self.config.output) / FILE
@@ -119,6 +139,15 @@ class Measure:
         share = policy.exp()
         return torch.stack(((share * (policy - reference)).sum(dim=-1), -(share * policy).sum(dim=-1)))
 
+    def scores(self, model: Phi2ForCausalLM, tasks: Tasks) -> dict[str, float]:
+        """Of each task, as `scores_by_task` names them; answers to tasks of the harness stand in the run's folder."""
+        output = Path(self.config.output) / "evaluation" if tasks.loaded is not None else None
+        with torch.random.fork_rng():
+            result = result_of(tasks.config, (model, self.session.tokenizer), tasks.loaded, output)
+        if output is not None:
+            write(evaluation_of(tasks.config, {self.config.output: result}, tasks.loaded, output), output)
+        return scores_by_task(result)
+
     @contextmanager
     def at_start(self, model: Phi2ForCausalLM) -> Iterator[Phi2ForCausalLM]:
         """The reference as a model."""
@@ -147,6 +176,17 @@ class Measure:
 def measures(run: Path) -> list[dict[str, float]]:
     """The lines of a run."""
     return read_json_lines(run / FILE) if (run / FILE).is_file() else []
+
+
+def scores_by_task(result: ModelResult) -> dict[str, float]:
+    """The first metric of a task by its name, all as task/metric; toy skills as toy/skill, and their mean as toy."""
+    skills = {f"{TOY}/{score.task}": score.value for score in result.scores if score.metric == RIGHT}
+    found = {TOY: float(np.mean([*skills.values()])), **skills} if skills else {}
+    for score in result.scores:
+        if score.metric != RIGHT:
+            found.setdefault(score.task, score.value)
+            found[f"{score.task}/{score.metric}"] = score.value
+    return found
 
 
 def start_of(session: Session, config: DPOConfig) -> Phi2ForCausalLM | None:
