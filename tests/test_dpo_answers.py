@@ -144,6 +144,14 @@ def test_labels_of_one_prompt_are_compared(config, metrics_of):
     assert curve[0]["rewards/margins"] == pytest.approx(same[0]["rewards/margins"], abs=1e-5)
 
 
+def test_losses_of_answers_with_a_label_mix(config, metrics_of, tmp_path):
+    def first(loss: str) -> dict:
+        return metrics_of(train(config(loss, "labels", output=str(tmp_path / loss))))[0]
+
+    line, parts = first("kto:0.5,bco_unpaired:0.5"), [first("kto"), first("bco_unpaired")]
+    assert line["loss"] == pytest.approx((parts[0]["loss"] + parts[1]["loss"]) / 2, rel=1e-5)
+
+
 def test_held_out_answers_may_be_of_one_kind(config, data, metrics_of):
     line = metrics_of(train(config("kto", "labels", eval_data=data["good"], eval_steps=1)))[-1]
     assert line["type"] == "eval" and "eval_rewards/chosen" in line and "eval_rewards/rejected" not in line

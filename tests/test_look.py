@@ -148,6 +148,20 @@ def test_a_loss_that_works_in_place_is_refused(name):
         look(in_place(IN_PLACE[name]))
 
 
+@pytest.mark.parametrize("need", ["gold", "kl"])
+def test_what_else_a_loss_needs_is_no_place_to_work_in_either(need):
+    answers = made_up_answers([(3, 2), (4, 2)], [PAIR] * 2, Columns(), reference_free=False, needs=(need,))
+
+    def mine(pairs: PairBatch) -> Tensor:
+        values = pairs.gold_logps if need == "gold" else pairs.extras["kl"][0]
+        values.mul_(2)
+        return -F.logsigmoid(0.1 * pairs.margin)
+
+    loss = BoundLoss("mine", lambda pairs, _: (mine(pairs), {}), {}, False, 1.0, None, needs=(need,))
+    with pytest.raises(ValueError, match=r"changes what it is given \((gold_logps|extras)\)"):
+        require_pure(loss, answers)
+
+
 def test_a_loss_that_replaces_a_column_is_refused():
     with pytest.raises(ValueError, match=r"changes what it is given \(columns\)"):
         look(in_place(lambda pairs: pairs.columns.pop("weight")))

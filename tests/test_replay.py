@@ -155,6 +155,7 @@ LISTS = [
     {"prompt": f"Q{i}", "completions": [f" {j} the" * (1 + j) for j in range(n)], "scores": [5, 9, 2, 5][:n]}
     for i, n in enumerate((2, 3, 4, 3))
 ]
+IMITATED = [{**row, "reference": f" those {i}" * (1 + i)} for i, row in enumerate(PAIRS)]
 UNPAIRED = [
     (LABELS, {"loss": "apo_zero_unpaired", "nll_weight": 0.7}),
     (LABELS, {"loss": "bco_unpaired"}),
@@ -162,6 +163,14 @@ UNPAIRED = [
     (LISTS, {"loss": "sigmoid", "nll_weight": 0.7}),
     (LISTS, {"loss": "lipo", "beta": 0.3}),
     (LISTS, {"loss": "sigmoid:0.5,plackett_luce:0.5"}),
+    (LABELS, {"loss": "kto"}),
+    (LABELS, {"loss": "kto:0.5,bco_unpaired:0.5"}),
+    ([*LABELS[:3], *PAIRS, *LABELS[3:]], {"loss": "kto"}),
+    (PAIRS, {"loss": "kto", "nll_weight": 0.7}),
+    (PAIRS, {"loss": "tdpo2"}),
+    (LISTS, {"loss": "tdpo1"}),
+    (PAIRS, {"loss": "sigmoid", "loss_args": {"use_weighting": True}}),
+    (IMITATED, {"loss": "tpo"}),
 ]
 
 
@@ -197,15 +206,28 @@ def test_labelled_answers_are_shown_and_written(dpo_config, write_rows, tmp_path
 
 def test_what_labelled_answers_do_not_suffice_for_is_told_in_one_line(dpo_config, write_rows):
     path = write_rows(LABELS)
-    run = train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=1))
-    with pytest.raises(
-        ValueError, match="loss 'kto' needs answers to other prompts, which no ledger keeps: not replayed$"
-    ):
-        phi2.replay(run)
-    with pytest.raises(
-        ValueError, match="'sigmoid' compares answers to one prompt, and .* row 1 has one answer with a"
-    ):
+    run = train(dpo_config(data=path, eval_data=path, loss="bco_unpaired", max_steps=1))
+    kept = "loss 'kto' needs answers to other prompts, which a ledger keeps of a run that needs it: not replayed$"
+    with pytest.raises(ValueError, match=kept):
+        phi2.replay(run, "kto")
+    compares = "'sigmoid' compares answers to one prompt, and .* row 1 has one answer with a"
+    with pytest.raises(ValueError, match=compares):
         phi2.replay(run, "sigmoid:0.5,apo_zero_unpaired:0.5")
+
+
+def test_what_a_loss_needed_serves_another_beta_of_it(dpo_config, write_rows):
+    """z is that of the run: 1 - sigma(beta (l - z)) of a good answer, 1 - sigma(beta (z - l)) of a bad one."""
+    path = write_rows(LABELS)
+    run = train(dpo_config(data=path, eval_data=path, loss="kto", max_steps=3, learning_rate=1e-2))
+    found, replay = phi2.Ledger(run).at(), phi2.replay(run, "kto", beta=2.0)
+    policy, ref = (
+        sum(found.tokens(f"mismatched/{model}_{side}_logps")[0].sum() for side in ("chosen", "rejected"))
+        for model in ("policy", "ref")
+    )
+    z = max(0.0, (policy - ref) / len(LABELS))
+    good, bad = found["s_w"] - found["r_w"] - z, z - found["s_l"] + found["r_l"]
+    expected = 1 - 1 / (1 + np.exp(-2.0 * np.where(np.isnan(good), bad, good)))
+    np.testing.assert_allclose(replay.values, expected, atol=1e-5)
 
 
 def test_a_loss_that_keeps_numbers_has_them_as_the_run_had_if_it_is_its_own(dpo_config, pair_data):
@@ -248,7 +270,7 @@ def test_a_loss_that_needs_more_than_pairs_is_refused(registry):
         return -pairs.gold_logps.sum(dim=-1)
 
     with pytest.raises(
-        ValueError, match="loss 'imitating' needs gold answer .column reference., which no ledger keeps: not replayed"
+        ValueError, match="loss 'imitating' needs gold answer .column reference., which arrays cannot tell: not"
     ):
         phi2.replay(SUMS, "imitating")
 

@@ -122,7 +122,7 @@ def replay(
     if loss is None:
         raise ValueError("name a loss: only a run has one of its own")
     bound, answers = bind_loss(loss, knobs, loss_file), answers_of_arrays(logps)
-    require_usable(bound, answers, "give ref_chosen_logps and ref_rejected_logps")
+    require_usable(bound, answers, "give ref_chosen_logps and ref_rejected_logps", "arrays cannot tell")
     require_known(bound, answers, logps)
     return replay_answers(bound, answers, _written(loss, knobs), nll_weight)
 
@@ -145,7 +145,7 @@ def replay_evaluation(found: Evaluation, loss: BoundLoss, written: str, nll_weig
     own, as the run had it."""
     answers = answers_of_evaluation(found)
     require_comparisons(loss, answers, found)
-    require_usable(loss, answers, f"{found.path} is of a run without one")
+    require_usable(loss, answers, f"{found.path} is of a run without one", "a ledger keeps of a run that needs it")
     state = found.about["state"] if loss.state and _is_own(loss, found) else loss.state
     return replace(replay_answers(loss, answers, written, nll_weight, state), evaluation=found)
 
@@ -167,15 +167,17 @@ def require_comparisons(loss: BoundLoss, answers: AnswerBatch, found: Evaluation
         raise ValueError(f"loss {other.name!r} compares answers to one prompt, and {where} has one answer with a label")
 
 
-def require_usable(loss: BoundLoss, answers: AnswerBatch, remedy: str) -> None:
-    """Refuses a loss that reads what is not kept, a reference or more than the answers, and tries it on a few.
+def require_usable(loss: BoundLoss, answers: AnswerBatch, remedy: str, others: str) -> None:
+    """Refuses a loss that reads what is not there, a reference or more than the answers, and tries it on a few.
 
+    Args:
+        remedy: against a reference that is missing.
+        others: where what else losses need may be.
     Raises:
         ValueError: for such a loss, and for one that is not pure, or looks at other pairs and does not say so.
     """
-    if loss.needs:
-        needs = " and ".join(OTHER_NEEDS[need] for need in loss.needs)
-        raise ValueError(f"loss {loss.name!r} needs {needs}, which no ledger keeps: not replayed")
+    if missing := [OTHER_NEEDS[need] for need in loss.needs if not answers.has(need)]:
+        raise ValueError(f"loss {loss.name!r} needs {' and '.join(missing)}, which {others}: not replayed")
     if answers.ref_logps is None and not loss.reference_free:
         raise ValueError(f"loss {loss.name!r} needs log-probs of a reference: {remedy}")
     few = first_of(answers, LOOKED_AT)

@@ -18,41 +18,48 @@ from phi2.data.records import PAIR
 from phi2.losses.batch import AnswerBatch, Columns, Comparison, PairBatch, comparisons
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import nearest
-from phi2.runs.ledger import COLUMN, LOGPS, SIDES, Evaluation
+from phi2.losses.registry import EXTRAS
+from phi2.runs.ledger import COLUMN, LOGPS, MISMATCHED, SIDES, Evaluation
 
 MASKS, LENGTHS = (tuple(f"{side}_{what}" for side in SIDES) for what in ("mask", "length"))
 ARRAYS = (*LOGPS, *MASKS, *LENGTHS, "columns")
+GOLDS = ("policy_gold_logps", "ref_gold_logps")
 CLOSE = 1e-4  # by how much of the largest value the rounding of a sum may move a loss
 
-Logps = Mapping[str, Sequence[Tensor]]  # by the names of a PairBatch, of each comparison (T,) log-probs without padding
+Logps = Mapping[str, Sequence[Tensor]]  # by the names of a ledger, of each comparison (T,) numbers without padding
 Scores = Sequence[Sequence[float]]  # of the answers to each prompt
 
 
 def answers_of(tokens: Logps, columns: Columns, scores: Scores) -> AnswerBatch:
     """Answers as a loss takes them, padded as a run pads them, so that sums are rounded alike."""
     compared, has_reference = comparisons(scores), "ref_chosen_logps" in tokens
-    policy = _each_once(tokens, "policy", compared)
-    ref = _each_once(tokens, "ref", compared) if has_reference else None
+    policy = _each_once(tokens, "policy_{}_logps", compared)
+    extras = [name for name in EXTRAS if f"{name}_chosen" in tokens]
     return AnswerBatch(
         pad_sequence(policy, batch_first=True),
         lengths=tuple(map(len, policy)),
         prompts=tuple(prompt for prompt, each in enumerate(scores) for _ in each),
         scores=tuple(score for each in scores for score in each),
-        ref_logps=None if ref is None else pad_sequence(ref, batch_first=True),
+        ref_logps=_padded(tokens, "ref_{}_logps", compared) if has_reference else None,
         columns=columns,
+        extras={name: _padded(tokens, f"{name}_{{}}", compared) for name in extras},
     )
 
 
-def _each_once(tokens: Logps, model: str, compared: Sequence[Comparison]) -> list[Tensor]:
-    """Of all answers in their order what stands in any of their comparisons."""
+def _padded(tokens: Logps, name: str, compared: Sequence[Comparison]) -> Tensor:
+    return pad_sequence(_each_once(tokens, name, compared), batch_first=True)
+
+
+def _each_once(tokens: Logps, name: str, compared: Sequence[Comparison]) -> list[Tensor]:
+    """Of all answers in their order what stands in any of their comparisons, under a name for each side."""
     found: dict[int | None, Tensor] = {}
     for side, places in zip(SIDES, zip(*compared, strict=True), strict=True):
-        found |= dict(zip(places, tokens[f"{model}_{side}_logps"], strict=True))
+        found |= dict(zip(places, tokens[name.format(side)], strict=True))
     return [found[place] for place in sorted(place for place in found if place is not None)]
 
 
 def first_of(answers: AnswerBatch, prompts: int) -> AnswerBatch:
-    """The answers to the first few prompts."""
+    """The answers to the first few prompts; those behind other prompts are of the update, and stay."""
     count = bisect_left(answers.prompts, prompts)
     return replace(
         answers,
@@ -62,6 +69,8 @@ def first_of(answers: AnswerBatch, prompts: int) -> AnswerBatch:
         prompts=answers.prompts[:count],
         scores=answers.scores[:count],
         columns=answers.columns.each(itemgetter(slice(prompts))),
+        gold=None if answers.gold is None else first_of(answers.gold, prompts),
+        extras={name: values[:count] for name, values in answers.extras.items()},
     )
 
 
@@ -71,11 +80,39 @@ def first_of(answers: AnswerBatch, prompts: int) -> AnswerBatch:
 def answers_of_evaluation(found: Evaluation) -> AnswerBatch:
     """The answers of an evaluation as its run gave them to its loss."""
     scores = found.about.get("scores") or [PAIR] * len(found)
-    models = [model for model in ("policy", "ref") if any(f"{model}_{side}_logps" in found for side in SIDES)]
-    names = [f"{model}_{side}_logps" for model in models for side in SIDES]
     firsts = [*accumulate((len(comparisons([each])) for each in scores), initial=0)][:-1]
-    columns = columns_of(found).each(itemgetter(firsts))
-    return answers_of({name: _tokens_of(found, name) for name in names}, columns, scores)
+    answers = _answers_in(found, "", scores, columns_of(found).each(itemgetter(firsts)))
+    if GOLDS[0] in found:
+        answers = replace(answers, gold=_gold_in(found, firsts))
+    if any(f"{MISMATCHED}policy_{side}_logps" in found for side in SIDES):
+        neighbours = [*scores[-1:], *scores[:-1]]  # each prompt has the answers of the one before it
+        answers = replace(answers, mismatched=_answers_in(found, MISMATCHED, neighbours, Columns()))
+    return answers
+
+
+def _answers_in(found: Evaluation, prefix: str, scores: Scores, columns: Columns) -> AnswerBatch:
+    """Those under the names of columns that begin so."""
+    kinds = ("policy_{}_logps", "ref_{}_logps", *(f"{name}_{{}}" for name in EXTRAS))
+    there = [kind for kind in kinds if any(prefix + kind.format(side) in found for side in SIDES)]
+    names = [kind.format(side) for kind in there for side in SIDES]
+    return answers_of({name: _tokens_of(found, prefix + name) for name in names}, columns, scores)
+
+
+def _gold_in(found: Evaluation, firsts: Sequence[int]) -> AnswerBatch:
+    """The answers to imitate.
+
+    Args:
+        firsts: a row of each prompt.
+    """
+    each = [_tokens_of(found, name) for name in GOLDS if name in found]
+    policy, *ref = ([tokens[row] for row in firsts] for tokens in each)
+    return AnswerBatch(
+        pad_sequence(policy, batch_first=True),
+        lengths=tuple(map(len, policy)),
+        prompts=tuple(range(len(firsts))),
+        scores=(1.0,) * len(firsts),
+        ref_logps=pad_sequence(ref[0], batch_first=True) if ref else None,
+    )
 
 
 def _tokens_of(found: Evaluation, name: str) -> list[Tensor]:
@@ -112,7 +149,7 @@ def answers_of_arrays(given: Any) -> AnswerBatch:
     arrays = _named(given)
     size = len(arrays["policy_chosen_logps"]) if arrays["policy_chosen_logps"].ndim else 0
     masks = {side: _mask(arrays, side, size) for side in SIDES}
-    tokens = {name: _answers_in(name, arrays, masks) for name in LOGPS if name in arrays}
+    tokens = {name: _answers_of(name, arrays, masks) for name in LOGPS if name in arrays}
     columns = {f"columns[{name!r}]": name for name in arrays.get("columns") or ()}
     found = {name: _array(told, arrays["columns"][name]) for told, name in columns.items()}
     for told, name in columns.items():
@@ -170,7 +207,7 @@ def _mask(arrays: Mapping[str, Any], side: str, size: int) -> Tensor:
     return torch.arange(longest) < length[:, None]
 
 
-def _answers_in(name: str, arrays: Mapping[str, Any], masks: Mapping[str, Tensor]) -> list[Tensor]:
+def _answers_of(name: str, arrays: Mapping[str, Any], masks: Mapping[str, Tensor]) -> list[Tensor]:
     """Of each pair the log-probs of one of its answers."""
     side, values = "chosen" if "chosen" in name else "rejected", arrays[name]
     mask = masks[side]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -97,17 +97,31 @@ def _call(loss: BoundLoss, answers: AnswerBatch) -> Tensor:
 
 
 def _copy(answers: AnswerBatch) -> AnswerBatch:
-    ref = None if answers.ref_logps is None else answers.ref_logps.clone()
-    columns = answers.columns.each(Tensor.clone)
-    return replace(answers, policy_logps=answers.policy_logps.clone(), ref_logps=ref, columns=columns)
+    """With tensors of its own."""
+    copies = {name: _copied(getattr(answers, name)) for name in (field.name for field in fields(answers))}
+    return replace(answers, **copies)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, AnswerBatch):
+        return _copy(value)
+    if isinstance(value, Columns):
+        return value.each(Tensor.clone)
+    if isinstance(value, dict):
+        return {name: each.clone() for name, each in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_changed(value: Any, untouched: Any) -> bool:
     """Also where the numbers happen to be the same: torch counts the times that a tensor was written to."""
     if isinstance(value, Tensor) and isinstance(untouched, Tensor):
         return value._version > 0 or not torch.equal(value, untouched)
-    if isinstance(value, Columns) and isinstance(untouched, Columns):
+    if isinstance(value, AnswerBatch):
+        return any(_is_changed(each, getattr(untouched, name)) for name, each in vars(value).items())
+    if isinstance(value, dict):
         return value.keys() != untouched.keys() or any(_is_changed(value[name], untouched[name]) for name in value)
+    if isinstance(value, tuple):
+        return any(map(_is_changed, value, untouched))
     return False
 
 

@@ -19,6 +19,9 @@ alone, one whose other side is null: it is the chosen answer where it is good, e
     column/NAME                                 columns of the data
     prompt, chosen, rejected                    texts
     {policy,ref}_{chosen,rejected}_logps        token by token
+    {policy,ref}_gold_logps, NAME_{chosen,rejected}, mismatched/...
+                                                likewise what else the run's loss needs: of the answer to imitate, a
+                                                number of each token, answers behind other prompts
 
 Every file is written whole or not at all. What a run without a reference does not have is null.
 """
@@ -43,6 +46,7 @@ from phi2.files import one_line, whole_file
 FOLDER, ABOUT = "ledger", b"phi2"  # in the folder of a run; key of the metadata in which a file tells of its evaluation
 SIDES = ("chosen", "rejected")
 COLUMN = "column/"  # before the names of columns of the data
+MISMATCHED = "mismatched/"  # before the names of columns of answers behind other prompts
 FIRST_TOKENS = 5  # of an answer: what `margin_first` counts
 LOGPS = tuple(f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES)
 REQUIRED = ("pair", "file", "row", "s_w", "s_l")
@@ -179,7 +183,8 @@ def write_evaluation(path: Path, about: Mapping[str, Any], columns: Mapping[str,
     """Writes a file of a ledger, whole or not at all."""
     table = pyarrow.table(dict(columns)).replace_schema_metadata({ABOUT: json.dumps(about)})
     path.parent.mkdir(exist_ok=True)
-    others, lists = [name for name in columns if name not in LOGPS], [f"{name}.list.element" for name in LOGPS]
+    tokens = token_columns(table.schema)
+    others, lists = [name for name in columns if name not in tokens], [f"{name}.list.element" for name in tokens]
     with whole_file(path) as unfinished:  # log-probs do not repeat: a dictionary of them would be larger than they are
         pyarrow.parquet.write_table(
             table, unfinished, compression="zstd", use_dictionary=others, use_byte_stream_split=lists
@@ -192,7 +197,7 @@ def read_evaluation(path: Path, with_tokens: bool = True) -> Evaluation:
     Raises:
         ValueError: naming the file, when it is damaged or no file of a ledger.
     """
-    table = read_table(path, None if with_tokens else [name for name in names_in(path) if name not in LOGPS])
+    table = read_table(path, None if with_tokens else _without_tokens(path))
     missing = [name for name in (*REQUIRED, *LOGPS[: 2 * with_tokens]) if name not in table.column_names]
     about = json.loads((table.schema.metadata or {}).get(ABOUT, b"{}"))
     if missing or "step" not in about:
@@ -210,10 +215,22 @@ def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
         return pyarrow.parquet.read_table(path, columns=columns, partitioning=None)
 
 
-def names_in(path: Path) -> list[str]:
-    """Names of the columns of a Parquet file; raises what `read_table` raises."""
+def _without_tokens(path: Path) -> list[str]:
+    """Names of the columns that are one value a row."""
+    schema = schema_of(path)
+    tokens = token_columns(schema)
+    return [name for name in schema.names if name not in tokens]
+
+
+def token_columns(schema: pyarrow.Schema) -> list[str]:
+    """Names of the columns that are a list a row."""
+    return [field.name for field in schema if pyarrow.types.is_list(field.type)]
+
+
+def schema_of(path: Path) -> pyarrow.Schema:
+    """The columns of a Parquet file; raises what `read_table` raises."""
     with _named(path):
-        return pyarrow.parquet.read_schema(path).names
+        return pyarrow.parquet.read_schema(path)
 
 
 @contextmanager

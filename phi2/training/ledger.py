@@ -21,6 +21,7 @@ from phi2.losses.slopes import Slopes
 from phi2.runs.ledger import (
     COLUMN,
     FIRST_TOKENS,
+    MISMATCHED,
     SIDES,
     drop_behind,
     file_of,
@@ -186,14 +187,31 @@ def last_of(values: Tensor, length: Tensor) -> Tensor:
 
 
 def tokens_of(answers: AnswerBatch) -> dict[str, pyarrow.Array]:
-    """Log-probs token by token: lists without padding, one a comparison."""
-    models = {"policy": answers.policy_logps, "ref": answers.ref_logps}
-    lists = {model: _lists(logps, answers.mask) for model, logps in models.items()}
+    """Token by token what the loss was given: lists without padding, one a comparison. Answers behind other prompts
+    have rows of their own, as many, of the prompt before."""
+    kinds = {"policy_{}_logps": answers.policy_logps, "ref_{}_logps": answers.ref_logps}
+    kinds |= {f"{name}_{{}}": values for name, values in answers.extras.items()}
+    lists = {name: _lists(values, answers.mask) for name, values in kinds.items()}
     sides = {
         side: pyarrow.array(places, pyarrow.int32())
         for side, places in zip(SIDES, zip(*answers.comparisons, strict=True), strict=True)
     }
-    return {f"{model}_{side}_logps": each.take(sides[side]) for model, each in lists.items() for side in SIDES}
+    found = {name.format(side): each.take(places) for name, each in lists.items() for side, places in sides.items()}
+    if answers.gold is not None:
+        found |= _of_gold(answers.gold, answers.of_comparisons(torch.arange(answers.count)))
+    if answers.mismatched is not None:
+        found |= {f"{MISMATCHED}{name}": each for name, each in tokens_of(answers.mismatched).items()}
+    return found
+
+
+def _of_gold(gold: AnswerBatch, prompts: Tensor) -> dict[str, pyarrow.Array]:
+    """Those of the answers to imitate.
+
+    Args:
+        prompts: (R,) of each comparison.
+    """
+    models = {"policy": gold.policy_logps, "ref": gold.ref_logps}
+    return {f"{model}_gold_logps": _lists(logps, gold.mask).take(prompts.numpy()) for model, logps in models.items()}
 
 
 def _lists(values: Tensor | None, mask: Tensor) -> pyarrow.Array:

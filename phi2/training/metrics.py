@@ -18,7 +18,7 @@ def metrics_of(answers: AnswerBatch, losses: Tensor, loss: BoundLoss) -> dict[st
     Args:
         losses: (P,) of these answers.
     """
-    if loss.unit == "answer":
+    if all(part.unit == "answer" for part in loss.single):
         return {"loss": losses, **label_metrics(answers, loss.reward_scale)}
     metrics = pair_metrics(answers.pairs, loss.reward_scale)
     return {"loss": losses, **{name: answers.of_prompts(values, "pair") for name, values in metrics.items()}}

@@ -130,7 +130,7 @@ class Objective:
         self.model.train(training)
         slopes = slopes_of(lambda given: self.losses(rows, others, given)[0], answers)
         if ledger is not None:
-            ledger.write(step, answers, slopes, self.state)
+            ledger.write(step, replace(answers, mismatched=others), slopes, self.state)
         metrics = means([metrics_of(answers, slopes.values, self.loss)])
         return {f"eval_{name}": value for name, value in metrics.items()}
 
