@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
+from benchmarks.cases import training
 from benchmarks.harness.processes import WARM_UP, compare
 from benchmarks.registry import CASES, Case, GateError, Measure, Report, Spread
 
@@ -124,3 +125,32 @@ def test_without_the_real_data_it_says_what_is_needed(results, monkeypatch, caps
 def test_a_target_is_met_on_its_side_of_the_ratio(ratio, more_is_better, met):
     measure = Measure("x", "relative", Spread(0, ratio, 1), EVEN, target=0.5, more_is_better=more_is_better)
     assert measure.is_met is met
+
+
+class Turns:
+    """A clock that notes what it is told, and ends the worker at its third turn."""
+
+    def __init__(self) -> None:
+        self.told: list[str | set[str]] = []
+
+    def start(self) -> None:
+        if self.told.count("start") == 2:
+            raise KeyboardInterrupt
+        self.told.append("start")
+
+    def stop(self) -> None:
+        self.told.append("stop")
+
+    def report(self, **results: float) -> None:
+        self.told.append({name for name, value in results.items() if value > 0})
+
+
+@pytest.mark.parametrize("kind", ["preference", "supervised"])
+def test_our_loop_takes_turns_one_for_each_update(kind, tiny_phi, pair_data, sft_data, tmp_path, monkeypatch):
+    (tmp_path / "base").symlink_to(tiny_phi)
+    (tmp_path / "rows.jsonl").symlink_to(pair_data if kind == "preference" else sft_data)
+    monkeypatch.setitem(training.LORA, "target_modules", ["q_proj"])
+    turns = Turns()
+    with pytest.raises(KeyboardInterrupt):
+        training.ours(turns, training.Job(kind, batch_size=2, gradient_checkpointing=False, folder=tmp_path))
+    assert turns.told == ["start", "stop", {"loss", "grad_norm"}] * 2
