@@ -40,7 +40,7 @@ from phi2_kernels.strided import strided
 BLOCK_DELTA = 64  # queries a program of the delta kernel takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _delta_kernel(
     o, do, delta_ptr, H, T,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -110,7 +110,7 @@ def _query_ranges(table_ptr, first_key, offset, T, BLOCK_M: tl.constexpr, BLOCK_
     return (begin, middle), (middle, full), (full, end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _dkdv_kernel(
     q, k, v, do, lse_ptr, delta_ptr, dk, dv, until_ptr, ends_ptr, H_kv, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
@@ -175,7 +175,7 @@ def _dq_loop(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _dq_kernel(
     q, k, v, do, lse_ptr, delta_ptr, dq, until_ptr, ranges_ptr, H, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,

@@ -59,7 +59,7 @@ def _forward_loop(
     return row_max, row_sum, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _forward_kernel(
     q, k, v, o, lse_ptr, until_ptr, ranges_ptr, H, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,

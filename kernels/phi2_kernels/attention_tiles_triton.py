@@ -44,9 +44,9 @@ NARROW = {
     80: {"dq": AttentionLaunch(128, 64, num_warps=8, num_stages=2)}
 }  # heads up to 64: where the tile above would spill
 FLOAT32 = {  # exact products, without tensor cores
-    "forward": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
+    "forward": AttentionLaunch(32, 64, num_warps=8, num_stages=2),
     "dkdv": AttentionLaunch(16, 32, num_warps=4, num_stages=2),
-    "dq": AttentionLaunch(32, 32, num_warps=4, num_stages=2),
+    "dq": AttentionLaunch(32, 64, num_warps=8, num_stages=2),
 }
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the largest score of none: -inf - -inf would be NaN

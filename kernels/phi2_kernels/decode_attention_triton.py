@@ -64,9 +64,9 @@ def _zero_heads(BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, PIECES: tl.constex
     return tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["until_stride", "S"])
 def _attend_kernel(
-    q, k, v, lengths_ptr, until, partial_ptr, lse_ptr, lengths_stride, S, G, D, scale_log2,
+    q, k, v, lengths_ptr, until_ptr, partial_ptr, lse_ptr, lengths_stride, until_stride, S, G, D, scale_log2,
     PIECES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -88,8 +88,8 @@ def _attend_kernel(
     for at in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         keys = at + tl.arange(0, BLOCK_S)
         seen = keys < end
-        if until is not None:
-            seen = seen & (length <= tl.load(until.ptr + b * until.strides[0] + keys, mask=seen, other=0))
+        if until_ptr is not None:
+            seen = seen & (length <= tl.load(until_ptr + b * until_stride + keys, mask=seen, other=0))
         rows = keys.to(tl.int64)[None, :, None]
         k_tiles = _load(k_ptr + rows * k.strides[2], seen[None, :, None], PIECES)
         scores = tl.where(seen[None, :], _scores(q_tiles, k_tiles) * scale_log2, float("-inf"))
@@ -114,7 +114,7 @@ def _attend_kernel(
         tl.store(partial_ptr + row[:, None] * D + columns, output, mask=(g < G)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def _combine_kernel(
     partial_ptr, lse_ptr, o, H, SPLITS, D,
     BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -147,11 +147,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tenso
     splits, G = splits_of(S), H // H_kv
     partial = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)  # of base 2
-    lengths_stride = 0 if lengths is None else lengths.stride(0)
+    lengths_stride, until_stride = (0 if x is None else x.stride(0) for x in (lengths, until))
     scale_log2 = D**-0.5 * 1.4426950408889634  # log2(e): the kernels count in powers of two
     _attend_kernel[B, H_kv, splits](
-        *map(strided, (q, k, v)), lengths, None if until is None else strided(until), partial, lse, lengths_stride,
-        S, G, D, scale_log2, **_attend_blocks(D, G, q.device),
+        *map(strided, (q, k, v)), lengths, until, partial, lse, lengths_stride, until_stride, S, G, D, scale_log2,
+        **_attend_blocks(D, G, q.device),
     )  # fmt: skip
     blocks = {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(D)}
     _combine_kernel[B, H](partial, lse, strided(o), H, splits, D, **blocks, num_warps=4, enable_fp_fusion=True)

@@ -31,7 +31,7 @@ def _tile_at(x, rows, cols):
     return x.ptr + rows[:, None] * x.strides[0] + cols[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(x, y, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -40,7 +40,7 @@ def _forward_kernel(x, y, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     tl.store(_tile_at(y, rows, cols), gelu_tanh(z), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(grad, x, dx, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)

@@ -14,18 +14,18 @@ ROWS = tl.constexpr(8)  # of x, in a matrix instruction; what there are less is 
 
 @triton.jit
 def row_sums(
-    x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K, M,
+    x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K, x_rows,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows n of a weight times the rows of x: one tile.  # [BLOCK_N, ROWS]"""
     m = tl.arange(0, ROWS)
     if zeros_ptr is not None:
         acc = _int4_products(
-            x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, m, N, K, M, GROUP, BLOCK_N, BLOCK_K,
-            UPCAST,
+            x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, m, N, K, x_rows,
+            GROUP, BLOCK_N, BLOCK_K, UPCAST,
         )  # fmt: skip
     else:
-        acc = _products(x_ptr, x_stride, codes_ptr, codes_stride, n, m, N, K, M, BLOCK_N, BLOCK_K, PARTS, UPCAST)
+        acc = _products(x_ptr, x_stride, codes_ptr, codes_stride, n, m, N, K, x_rows, BLOCK_N, BLOCK_K, PARTS, UPCAST)
     y = tl.sum(acc, axis=0)
     if zeros_ptr is None and scales_ptr is not None:
         y *= tl.load(scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -34,7 +34,7 @@ def row_sums(
 
 @triton.jit
 def _products(
-    x_ptr, x_stride, weight_ptr, weight_stride, n, m, N, K, M,
+    x_ptr, x_stride, weight_ptr, weight_stride, n, m, N, K, x_rows,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile for each part.  # [PARTS, BLOCK_N, ROWS]"""
@@ -46,7 +46,7 @@ def _products(
     for start in range(0, K, BLOCK_K):
         k = start + columns
         w = tl.load(weight_ptrs + k, mask=(n < N)[None, :, None] & (k < K), other=0, eviction_policy="evict_first")
-        x = tl.load(x_ptrs + k, mask=(m < M)[None, :, None] & (k < K), other=0.0)
+        x = tl.load(x_ptrs + k, mask=(m < x_rows)[None, :, None] & (k < K), other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
         acc = tl.dot(w.to(x.dtype), tl.permute(x, (0, 2, 1)), acc)
@@ -65,7 +65,7 @@ def _one_and_sixteenths(code, dtype: tl.constexpr):
 
 @triton.jit
 def _int4_products(
-    x_ptr, x_stride, packed_ptr, packed_stride, scales_ptr, zeros_ptr, n, m, N, K, M,
+    x_ptr, x_stride, packed_ptr, packed_stride, scales_ptr, zeros_ptr, n, m, N, K, x_rows,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The sums of `gemv_lanes_triton._int4_products`, a group a part; sum x is a product with ones, to lie like others.
@@ -85,7 +85,7 @@ def _int4_products(
         scales = tl.load(scales_ptr + rows * groups + g, mask=mask, other=0.0).to(tl.float32)
         zeros = tl.load(zeros_ptr + rows * groups + g, mask=mask, other=0.0).to(tl.float32)
         x_ptrs = x_ptr + m[None, :, None] * x_stride + g[:, :, None] * GROUP + i
-        x_mask = (m < M)[None, :, None] & (g < groups)[:, :, None]
+        x_mask = (m < x_rows)[None, :, None] & (g < groups)[:, :, None]
         x_low = tl.load(x_ptrs, mask=x_mask, other=0.0)  # [BLOCK_G, ROWS, HALF]
         x_high = tl.load(x_ptrs + HALF, mask=x_mask, other=0.0)
         low, high = _one_and_sixteenths(byte & 15, dtype), _one_and_sixteenths(byte >> 4, dtype)

@@ -40,14 +40,14 @@ LAUNCH = {80: _LANES | _ROWS, 90: _LANES | _ROWS}
 
 @triton.jit
 def _sums(
-    x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K,
+    x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K, x_rows,
     M: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows n of a weight times all rows of x, in one tile of ROWS or in M of one.  # [BLOCK_N, ROWS or 1]"""
     if PARTS > 0:
         sums = row_sums(
-            x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K, M,
+            x_ptr, x_stride, codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, N, K, x_rows,
             GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
         )  # fmt: skip
     else:
@@ -79,9 +79,9 @@ def _add_bias(sums, bias_ptr, n, N):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_rows"])
 def _each_kernel(
-    x_ptr, codes, scales, zeros, biases, ys, x_stride, codes_strides, y_strides, sizes, K,
+    x_ptr, codes, scales, zeros, biases, ys, x_stride, codes_strides, y_strides, sizes, K, x_rows,
     GELU: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _each_kernel(
         if (block >= 0) & (block < blocks):
             n = block * BLOCK_N + tl.arange(0, BLOCK_N)
             sums = _sums(
-                x_ptr, x_stride, codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, K,
+                x_ptr, x_stride, codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, K, x_rows,
                 M, GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
             )  # fmt: skip
             sums = _add_bias(sums, _at(biases, i), n, N)
@@ -102,14 +102,15 @@ def _each_kernel(
                 if GELU and i == len(codes) - 1:
                     y = gelu_tanh(y)
                 m = j + tl.arange(0, y.shape[1])
-                mask = (n < N)[:, None] & (m < M)[None, :]
+                mask = (n < N)[:, None] & (m < x_rows)[None, :]
                 tl.store(ys[i] + m[None, :] * y_strides[i] + n[:, None], y, mask=mask)
         block -= blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_rows"])
 def _sum_kernel(
     xs, codes, scales, zeros, biases, skip_ptr, y_ptr, x_strides, codes_strides, skip_stride, y_stride, depths, N,
+    x_rows,
     M: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +118,7 @@ def _sum_kernel(
     total = ()
     for i in tl.static_range(len(codes)):
         sums = _sums(
-            xs[i], x_strides[i], codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, depths[i],
+            xs[i], x_strides[i], codes[i], codes_strides[i], _at(scales, i), _at(zeros, i), n, N, depths[i], x_rows,
             M, GROUP, BLOCK_N, BLOCK_K, PARTS, UPCAST,
         )  # fmt: skip
         sums = _add_bias(sums, _at(biases, i), n, N)
@@ -127,7 +128,7 @@ def _sum_kernel(
         total = added
     for j in tl.static_range(len(total)):
         m = j + tl.arange(0, total[j].shape[1])
-        mask = (n < N)[:, None] & (m < M)[None, :]
+        mask = (n < N)[:, None] & (m < x_rows)[None, :]
         skip = tl.load(skip_ptr + m[None, :] * skip_stride + n[:, None], mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + m[None, :] * y_stride + n[:, None], total[j] + skip, mask=mask)
 
@@ -157,7 +158,7 @@ def each(
     if programs:
         tensors = x, tuple(codes), *map(_given, (scales, zeros, biases)), tuple(ys)
         strides = x.stride(0), _strides(codes), _strides(ys)
-        _each_kernel[(programs,)](*tensors, *strides, tuple(sizes), K, GELU=gelu_last, **options)
+        _each_kernel[(programs,)](*tensors, *strides, tuple(sizes), K, M, GELU=gelu_last, **options)
 
 
 @on_its_device
@@ -172,7 +173,7 @@ def summed(
     tensors = tuple(xs), tuple(codes), *map(_given, (scales, zeros, biases)), skip, y
     strides = _strides(xs), _strides(codes), skip.stride(0), y.stride(0)
     depths, N = tuple(x.shape[1] for x in xs), y.shape[1]
-    _sum_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](*tensors, *strides, depths, N, **options)
+    _sum_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](*tensors, *strides, depths, N, len(y), **options)
 
 
 def _given(tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
@@ -187,10 +188,11 @@ def _options(x: Tensor, codes: Tensor, scales: list[Tensor], zeros: list[Tensor]
     """Of a launch: all its weights have one form."""
     group = 2 * codes.shape[1] // scales[0].shape[1] if zeros else 0
     form = "int4" if zeros else "int8" if scales else "half"
-    on_tensor_cores, M = takes_tensor_cores(x, codes, group), x.shape[0]
+    on_tensor_cores = takes_tensor_cores(x, codes, group)
+    M = ROWS.value if on_tensor_cores else x.shape[0]
     launch = LAUNCH[architecture(x.device)][f"{form} rows" if on_tensor_cores else form]
     return {
-        "M": M,
+        "M": M,  # on tensor cores one variant serves all numbers of rows
         "GROUP": group,
         "BLOCK_N": launch.rows if on_tensor_cores else max(2, launch.rows // triton.next_power_of_2(M)),
         "BLOCK_K": launch.columns,

@@ -80,7 +80,7 @@ def _backward_row(
     return d1 * n1, d2 * n2, d1, d2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     grad, x, weight_ptr, mean_ptr, rstd_ptr, dx, skip, dweight_ptr, dbias_ptr, N,
     SUMS: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,

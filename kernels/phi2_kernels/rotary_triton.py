@@ -53,7 +53,7 @@ def _copy_heads(
     tl.store(y_ptr + heads[:, None] * y_stride + dims, x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _apply_rotary_kernel(
     x, y, cos_ptr, sin_ptr, L, H,
     INVERSE: tl.constexpr, COPY_REST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
@@ -69,7 +69,7 @@ def _apply_rotary_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "S"])
 def _apply_rotary_and_store_kernel(
     q, k, v, keys, values, cos_ptr, sin_ptr, slots_ptr, L, S, H, H_KV,
     HALF: tl.constexpr, D: tl.constexpr,
