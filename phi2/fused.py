@@ -13,6 +13,7 @@ Blocks run unfused where the fused form does not exist: over a key-value cache, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,25 +28,33 @@ from phi2_kernels.block_weights import are_adjacent
 from phi2_kernels.visibility import Visibility
 
 
-def fuse(model: Phi2ForCausalLM, on: bool = True) -> None:
+def fuse(model: Phi2ForCausalLM, on: bool | Literal["auto"] = True) -> None:
     """Makes the blocks of a model run fused, or unfused again; outputs and gradients are the same.
 
+    Args:
+        on: auto fuses what can be on a GPU, where it takes less memory and fewer launches.
     Raises:
-        ValueError: for a model with qk_layernorm, which stands between the two halves of what is fused, and for a
-            quantised one.
+        ValueError: for a model that cannot be fused and is asked to be.
     """
-    if on and model.config.qk_layernorm:
-        raise ValueError("fused blocks cannot have qk_layernorm; load this model with fuse off")
-    linears = [linear for layer in model.model.blocks for linear in (*layer.inputs, *layer.outputs)]
-    other = next((linear.weight.dtype for linear in linears if not linear.weight.is_floating_point()), None)
-    if on and other is not None:
-        raise ValueError(f"fused blocks multiply with float weights, and this model's are {other}")
+    obstacle = _obstacle(model)
+    if on is True and obstacle:
+        raise ValueError(obstacle)
+    is_fused = not obstacle and model.device.type == "cuda" if on == "auto" else on
     for layer in model.model.blocks:
-        if on:
+        if is_fused:
             _join_block(layer)
         elif layer.fused_forward is not None:
             _part_block(layer)
-        layer.fused_forward = fused_forward if on else None
+        layer.fused_forward = fused_forward if is_fused else None
+
+
+def _obstacle(model: Phi2ForCausalLM) -> str:
+    """Why a model cannot be fused: norms of queries and keys stand between the halves of what is, weights are codes."""
+    if model.config.qk_layernorm:
+        return "fused blocks cannot have qk_layernorm; load this model with fuse off"
+    linears = (linear for layer in model.model.blocks for linear in (*layer.inputs, *layer.outputs))
+    other = next((linear.weight.dtype for linear in linears if not linear.weight.is_floating_point()), None)
+    return "" if other is None else f"fused blocks multiply with float weights, and this model's are {other}"
 
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:

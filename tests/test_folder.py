@@ -163,7 +163,7 @@ def test_a_setting_of_a_later_version_was_at_its_default(sft_config, begun):
     path = begun / "config.yaml"
     path.write_text("".join(line for line in path.open() if not line.startswith(("fuse:", "neftune"))))
     open_run(sft_config(resume=True))
-    with pytest.raises(ValueError, match="fuse False -> True"):
+    with pytest.raises(ValueError, match="fuse 'auto' -> True"):
         open_run(sft_config(resume=True, fuse=True))
 
 

@@ -265,6 +265,16 @@ def test_dropout_of_attention_weights_runs_unfused(monkeypatch):
         model.eval()(IDS)
 
 
+@pytest.mark.parametrize(
+    ("device", "changes", "fused"), [("cpu", {}, False), ("cuda", {}, True), ("cuda", {"qk_layernorm": True}, False)]
+)
+def test_auto_fuses_on_a_gpu_what_can_be(monkeypatch, device, changes, fused):
+    model = make(**changes)
+    monkeypatch.setattr(Phi2ForCausalLM, "device", torch.device(device))
+    fuse(model, "auto")
+    assert {layer.fused_forward is not None for layer in model.model.blocks} == {fused}
+
+
 def test_a_model_with_qk_layernorm_is_refused():
     with pytest.raises(ValueError, match="fused blocks cannot have qk_layernorm"):
         fuse(make(qk_layernorm=True))

@@ -79,7 +79,7 @@ def with_switches(arguments: list[str], signature: Callable[..., Any]) -> list[s
 def _switches(signature: Any) -> Iterator[str]:
     """Names of what is true or false, in its groups too."""
     for name, hint in get_type_hints(signature).items():
-        if hint is bool:
+        if hint is bool or bool in get_args(hint):
             yield name
         for group in filter(is_dataclass, get_args(hint)):
             yield from (f"{name}.{inner}" for inner in _switches(group))

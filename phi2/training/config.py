@@ -52,8 +52,8 @@ class UpdateConfig:
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, one more forward pass."""
-    fuse: bool = False
-    """Two matmuls a block in place of six (phi2/fused.py); made for a GPU."""
+    fuse: bool | Literal["auto"] = "auto"
+    """Two matmuls a block in place of six (phi2/fused.py); auto: on a GPU, where the model can."""
     shuffle: bool = True
     """A new permutation of the data every epoch."""
 

@@ -78,7 +78,7 @@ class Session(Generic[Row]):
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.others: dict[tuple[Path, torch.dtype], Phi2ForCausalLM] = {}
-        self.reference_logps: dict[tuple[str, int | str, bool, bytes], Shards] = {}
+        self.reference_logps: dict[tuple[str, int | str, bool | str, bytes], Shards] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
