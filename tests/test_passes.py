@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi2.lora_config import LoraConfig
-from phi2.training import dpo, objective, scoring, sft, two_phases
+from phi2.training import dpo, loop, objective, scoring, sft, two_phases
 from phi2.training.passes import Passes, bytes_of_token
 from phi2.training.session import start
 
@@ -175,3 +175,18 @@ def test_the_memory_of_a_pass_on_a_gpu_is_what_was_said(dpo_config, checkpointin
             peaks.append(torch.cuda.max_memory_allocated())
         measured = (peaks[1] - peaks[0]) / 512
         assert 0.7 * said < measured < 1.1 * said
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_compiling_before_the_first_update_moves_no_bit(
+    kind, dpo_config, sft_config, tiny_phi_with_dropout, tmp_path, monkeypatch, metrics_of, assert_same_weights
+):
+    """As on a GPU: the passes of the first window once more, whose gradients and random numbers are forgotten."""
+    make, train = (dpo_config, dpo.train) if kind == "dpo" else (sft_config, sft.train)
+    model = dict(model=str(tiny_phi_with_dropout)) | ({"disable_dropout": False} if kind == "dpo" else {})
+    runs = []
+    for on in (False, True):
+        monkeypatch.setattr(loop, "compiles", lambda device, on=on: on)
+        runs.append(train(make(**model, max_steps=3, output=str(tmp_path / str(on)))))
+    assert metrics_of(runs[0]) == metrics_of(runs[1])
+    assert_same_weights(*(run.path for run in runs))

@@ -52,6 +52,14 @@ class Log:
             self.started = time.perf_counter()
             yield step
 
+    @contextlib.contextmanager
+    def preparing(self, what: str) -> Iterator[None]:
+        """Within, the bar says so; the next update's time runs from the end."""
+        self.bar.set_postfix_str(what)
+        yield
+        self.bar.set_postfix_str("")
+        self.started = time.perf_counter()
+
     def train(self, step: int, tokens: int, metrics: Mapping[str, float], every: int) -> None:
         """One update: `tokens` were processed for it. A line is written every `every` updates."""
         self.tokens += tokens

@@ -117,6 +117,8 @@ def run_updates(
         window = [rows[i] for i in windows.at(step - 1)]
         if step == 1:
             objective.check_start(window)
+        if step == updates.done + 1:
+            updates.compile(partial(objective.backward, updates.optimizer, window))
         metrics = updates.attempt(partial(objective.update, updates.optimizer, window))
         if isinstance(objective.reference, MovingReference):
             objective.reference.follow(step)

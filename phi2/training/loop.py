@@ -25,7 +25,7 @@ from phi2.runs.log import Interrupted, Log, delayed_interrupt, last_metrics
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
 from phi2.training.optim import Optimizer
-from phi2.training.passes import Passes, passes_of, rewind_of
+from phi2.training.passes import Passes, Result, passes_of, rewind_of
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.window import Windows, total_steps
 
@@ -65,8 +65,22 @@ class Updates:
         """Their numbers, counted from 1."""
         return self.log.steps()
 
-    def attempt(self, update: Callable[[], Metrics]) -> Metrics:
-        """The metrics of an update; where memory does not hold its passes, of the same one in smaller passes."""
+    def compile(self, backward: Callable[[], Result]) -> None:
+        """Has a GPU's kernels compiled, before the first update, and leaves everything as it was.
+
+        Args:
+            backward: adds the gradients of the first window; two passes ask for all kernels.
+        """
+        if not compiles(self.model.device):
+            return
+        with self.log.preparing("compiling kernels"):
+            rewind = rewind_of(self.model.device)
+            self.attempt(backward)
+            self.optimizer.clear()
+            rewind()
+
+    def attempt(self, update: Callable[[], Result]) -> Result:
+        """What an update gives; where memory does not hold its passes, the same one in smaller passes."""
         rewind = rewind_of(self.model.device)
 
         def again() -> None:
@@ -107,6 +121,11 @@ class Updates:
         weights_saver(self.config, self.model, self.tokenizer)(folder)
         if self.save_more is not None:
             self.save_more(folder)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether kernels are compiled when they are first launched there."""
+    return device.type == "cuda"
 
 
 def require_finite(loss: float, step: int) -> None:

@@ -10,7 +10,7 @@ window. A loss whose value depends on other rows (`scope="window"`) is given the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,7 +38,6 @@ from phi2.training.two_phases import backward_of_window
 STEP_0_TOLERANCE = 1e-3
 
 Rows = Sequence[EncodedPreference]
-LossesOf = Callable[[AnswerBatch], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,17 @@ class Objective:
 
     def update(self, optimizer: Optimizer, window: Rows) -> dict[str, float]:
         """One optimizer step over a window of rows; returns the metrics of them all."""
-        losses_of = partial(self.losses, window, self.others(window))
-        metrics, after = self._backward(optimizer, window, losses_of)
+        metrics, after = self.backward(optimizer, window)
         self.state.update(after)
         learning_rate = optimizer.learning_rate
         norm = optimizer.step()
         kept = {f"state/{name}": value for name, value in self.state.items()}
         return {**metrics, **kept, "grad_norm": norm, "learning_rate": learning_rate}
 
-    def _backward(
-        self, optimizer: Optimizer, window: Rows, losses_of: LossesOf
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def backward(self, optimizer: Optimizer, window: Rows) -> tuple[dict[str, float], dict[str, float]]:
         """Adds the gradient of a window; returns its metrics and the state of the loss behind it."""
         config, model, loss = self.config, self.model, self.loss
+        losses_of = partial(self.losses, window, self.others(window))
         passes, gathered = self.cut([row.tokens for row in window]), []
         if loss.scope == "window" and len(passes) > 1:
             answers, losses, after = backward_of_window(

@@ -78,6 +78,8 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Run:
             evaluation = partial(evaluate, config, model, eval_rows, cut) if eval_rows else None
             for step in updates.steps():
                 window = [samples[i] for i in windows.at(step - 1)]
+                if step == updates.done + 1:
+                    updates.compile(partial(backward, config, model, updates.optimizer, window, cut))
                 metrics = updates.attempt(partial(update, config, model, updates.optimizer, window, cut))
                 updates.end(step, sum(map(tokens_of, window)), metrics, evaluation)
     return Run(run)
@@ -108,7 +110,21 @@ def update(
     Args:
         cut: into passes.
     """
-    tokens = sum(sequence.target_tokens for sample in window for sequence in sample)
+    loss, learning_rate = backward(config, model, optimizer, window, cut), optimizer.learning_rate
+    norm = optimizer.step()
+    tokens = _targets_of(window)
+    return {"loss": loss.item(), "grad_norm": norm, "learning_rate": learning_rate, "target_tokens": tokens}
+
+
+def _targets_of(window: Sequence[Sample]) -> int:
+    return sum(sequence.target_tokens for sample in window for sequence in sample)
+
+
+def backward(
+    config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, window: Sequence[Sample], cut: Cut
+) -> Tensor:
+    """Adds the gradient of a window; returns its loss, a number on the device."""
+    tokens = _targets_of(window)
     noise, loss = config.neftune_noise_alpha, torch.zeros((), device=model.device)
     for places in cut([tokens_of(sample) for sample in window]):
         samples = [window[i] for i in places]
@@ -119,9 +135,7 @@ def update(
         micro_loss = -logps.sum() / tokens
         optimizer.backward(micro_loss)
         loss += micro_loss.detach()
-    learning_rate = optimizer.learning_rate
-    norm = optimizer.step()
-    return {"loss": loss.item(), "grad_norm": norm, "learning_rate": learning_rate, "target_tokens": tokens}
+    return loss
 
 
 def forward(model: Phi2ForCausalLM, row: TokenRow, add_noise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
