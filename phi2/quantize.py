@@ -120,12 +120,13 @@ FORMATS: dict[str, tuple[Callable[[nn.Linear], nn.Module], Callable[[nn.Linear],
 }
 
 
-def quantize_model(model: nn.Module, format: str) -> None:
+def quantize_model(model: nn.Module, format: str, device: torch.device | None = None) -> None:
     """Replaces every linear of a model by a quantised one, in place; what is left can generate, and carry adapters.
 
     Args:
-        model: a `Phi2ForCausalLM` without an adapter, on the device it will run on.
+        model: a `Phi2ForCausalLM` without an adapter.
         format: "int8" or "int4".
+        device: where it will run, and each weight is quantised: one at a time is there whole. Default: where it is.
     Raises:
         ValueError: for another format, a model that has an adapter or is quantised already, or weights whose rows do
             not divide into groups.
@@ -141,8 +142,9 @@ def quantize_model(model: nn.Module, format: str) -> None:
         _check_groups(linears)
     in_block, head = FORMATS[format]
     for name in list(linears):
-        linear = linears.pop(name)  # the last reference: its memory is free before the next one is made
+        linear = linears.pop(name).to(device)  # the last reference: its memory is free before the next one is made
         model.set_submodule(name, head(linear) if name == "lm_head" else in_block(linear))
+    model.to(device)
 
 
 def _check_groups(linears: dict[str, nn.Linear]) -> None:

@@ -79,6 +79,23 @@ def test_the_weights_of_the_blocks_take_their_bits(format, bits):
     assert size(blocks) == rest + weights * bits / 8 + (2 * rows if format == "int8" else 0)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_of_the_whole_weights_one_at_a_time_is_on_the_device(format, monkeypatch):
+    model, seen = tiny_model(torch.bfloat16), []
+
+    def counted(make):
+        def quantised(linear):
+            linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
+            seen.append([each for each in linears if each.weight.is_meta] == [linear])
+            return make(linear)
+
+        return quantised
+
+    monkeypatch.setitem(FORMATS, format, tuple(map(counted, FORMATS[format])))
+    quantize_model(model, format, torch.device("meta"))
+    assert all(seen) and len(seen) > 6 and {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
 def test_the_head_stays_int8_where_the_blocks_are_int4():
     model = tiny_model()
     quantize_model(model, "int4")

@@ -88,7 +88,8 @@ def load(
     device = pick_device(device)
     if quantize is not None and dtype == "auto" and device.type == "cpu":
         dtype = torch.bfloat16  # what torch's packed kernels take
-    model = load_model(folder, device, dtype)
+    dtype = None if dtype is None else pick_dtype(dtype, device)
+    model = load_model(folder, device if quantize is None else "cpu", dtype)
     if adapter_folder is not None:
         load_adapter(model, adapter_folder)
     rows = model.config.vocab_size
@@ -97,7 +98,7 @@ def load(
     if quantize is not None:
         if adapter_folder is not None:
             merge(model)
-        quantize_model(model, quantize)
+        quantize_model(model, quantize, device)
     return model, tokenizer
 
 
