@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from phi2.data.sources import SOURCES
+from phi2.data.sources import SOURCES, specs_of
 from phi2.files import write_whole
 from phi2.hub import HUB_ID
 
@@ -119,11 +119,8 @@ def _in_cell(text: str) -> str:
 
 
 def _sources(settings: Mapping[str, Any]) -> list[str]:
-    """The names of the data, as they were given."""
-    data = settings["data"]
-    parts = data.split(",") if isinstance(data, str) else data
-    named = [part["source"] if isinstance(part, dict) else part for part in parts]
-    return [part.strip() if isinstance(part, str) else "data" for part in named]
+    """The names of the data, as they were given; rows have none."""
+    return [spec.label for spec in specs_of(settings["data"])]
 
 
 def _is_hub_id(name: str) -> bool:
