@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,7 @@ def test_a_part_of_a_mixture_may_be_a_dict(tokenizer):
         ("toy-dpo", {"chat_template": "chatml"}, "chat_template is for supervised rows"),
         ([], {}, "data must have at least one source, got none"),
         ("no-such.jsonl", {}, "no-such.jsonl"),
+        (SimpleNamespace(iloc=None), {}, "the rows of a table are its to_dict('records')"),
         (3, {}, "data must be a source, a DataSpec or rows, got int"),
     ],
 )

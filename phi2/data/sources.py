@@ -188,6 +188,8 @@ def _spec(part: Any) -> DataSpec:
         return DataSpec(os.fspath(part))
     if isinstance(part, Mapping):
         return _spec_of_fields(dict(part))
+    if hasattr(part, "iloc"):  # going over it gives the names of its columns
+        raise ValueError("data must be a source, a DataSpec or rows; the rows of a table are its to_dict('records')")
     if not isinstance(part, Iterable):
         raise ValueError(f"data must be a source, a DataSpec or rows, got {type(part).__name__}")
     return DataSpec(part)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phi2.keywords import plain_number
 from phi2.lab.statistics import spearman
 from phi2.lab.trajectory import answers_of_arrays, answers_of_evaluation, first_of, require_known
 from phi2.lab.variants import name_of
@@ -213,7 +214,7 @@ def replay_answers(
 
 
 def _written(loss: LossSpec, knobs: dict[str, Any]) -> str:
-    return name_of({"loss": loss, **knobs})
+    return name_of({"loss": loss, **{knob: plain_number(value) for knob, value in knobs.items()}})
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def sft(session: Session | None = None, **settings: Any) -> Run:
     """
     if session is None:
         return sft_loop.train(config_of(SFTConfig, settings, DATA))
+    _require_session(session)
     session.require_kind(SFTConfig.kind)
     assert isinstance(session.config, SFTConfig)
     return sft_loop.fit(session, replace(session.config, **checked(SFTConfig, settings, DATA)))
@@ -52,6 +53,12 @@ def dpo(session: Session | None = None, **settings: Any) -> Run:
     """
     if session is None:
         return dpo_loop.train(config_of(DPOConfig, settings, DATA))
+    _require_session(session)
     session.require_kind(DPOConfig.kind)
     assert isinstance(session.config, DPOConfig)
     return dpo_loop.fit(session, replace(session.config, **checked(DPOConfig, settings, DATA)))
+
+
+def _require_session(session: Any) -> None:
+    if not isinstance(session, Session):
+        raise ValueError(f"what stands before the settings is a session of phi2.start, got {session!r}")
