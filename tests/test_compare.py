@@ -160,6 +160,8 @@ def test_a_comparison_has_arrays_runs_and_a_table(comparison):
     np.testing.assert_allclose(comparison.metrics["margin"], margin)
     assert (comparison.metrics["kl"] > 0).all() and (comparison.metrics["length"] >= 1).all()
     assert comparison.runs("sigmoid")[0].config["loss"] == "sigmoid"
+    with pytest.raises(ValueError, match="variant must be one of .*, got 'sigmod'; did you mean sigmoid"):
+        comparison.runs("sigmod")
     assert str(comparison).splitlines()[1].startswith("sigmoid") and "<table" in comparison._repr_html_()
     assert str(phi2.Comparison(comparison.path)) == str(comparison)
 

@@ -191,8 +191,16 @@ def test_labelled_answers_are_shown_and_written(dpo_config, write_rows, tmp_path
     assert main(["replay", str(run), "--losses", losses, "--output", str(output)]) == 0
     said = capsys.readouterr().out
     assert "8 answers behind update 2" in said and "answers pulled the other way" in said and " | -" in said
+    assert "the\nnumber of answers that pull" in said and "pairs" not in said and "margin" not in said
     first = json.loads(output.read_text().splitlines()[0])
     assert first["margin"] is None and first["d_w"] is None and first["d_l"] > 0
+
+
+def test_what_a_table_tells_of_lists_says_so(dpo_config, write_rows, capsys):
+    path = write_rows(LISTS)
+    run = train(dpo_config(data=path, eval_data=path, loss="lipo", max_steps=1))
+    assert main(["replay", str(run)]) == 0
+    assert "mean and accuracy are means over the lists." in capsys.readouterr().out
 
 
 def test_what_labelled_answers_do_not_suffice_for_is_told_in_one_line(dpo_config, write_rows):
@@ -304,6 +312,7 @@ def test_losses_of_a_file_are_replayed_by_the_command(run, tmp_path, capsys, reg
     [
         (["--losses", "ippo"], "did you mean ipo?"),
         (["--losses", "ipo(gama=1.0)"], "does not take 'gama'"),
+        (["--losses", "ipo,ipo"], "loss ipo is there twice"),
         (["--losses", ""], "losses must name one loss at least"),
         (["--evaluation", "3"], "evaluation must be last or one of 1, 2, got '3'"),
         (["--evaluation", "first"], "evaluation must be last or one of 1, 2, got 'first'"),
