@@ -75,3 +75,12 @@ def test_what_cannot_be_scored_is_told_in_one_line(loaded, prompt, answers, told
     with pytest.raises(ValueError) as caught:
         phi2.logprobs(*loaded, prompt, answers)
     assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+
+
+def test_what_phi2_load_did_not_give_is_refused_in_one_line(loaded):
+    model, tokenizer = loaded
+    for ask in (phi2.logprobs, phi2.generate, phi2.stream):
+        with pytest.raises(ValueError, match="^model must be one that phi2.load gives, got Tokenizer$"):
+            ask(tokenizer, model, PROMPT, "a") if ask is phi2.logprobs else ask(tokenizer, model, PROMPT)
+    with pytest.raises(ValueError, match="^tokenizer must be one that phi2.load gives, got str$"):
+        phi2.logprobs(model, "phi-2", PROMPT, "a")

@@ -60,6 +60,7 @@ def generate_batch(
     **sampling: Any,
 ) -> list[Generation]:
     """`generate` for a list of prompts."""
+    require_loaded(model, tokenizer)
     params = SamplingParams(**sampling)
     ids = encode_prompts(tokenizer, prompts, prompt_style, model.config)
     chunks: list[list[Chunk]] = [[] for _ in ids]
@@ -72,6 +73,7 @@ def stream(
     model: Phi2ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, prompt_style: str | None = None, **sampling: Any
 ) -> Iterator[Chunk]:
     """The reply to one prompt as it is made, a chunk for each token. Arguments and errors are those of `generate`."""
+    require_loaded(model, tokenizer)
     params = SamplingParams(**sampling)
     ids = encode_prompts(tokenizer, [prompt], prompt_style, model.config)
     return (chunk for _, chunk in _replies(model, tokenizer, ids, params))
@@ -86,6 +88,13 @@ def _replies(
     length = min(model.config.max_position_embeddings, max(map(len, prompts)) + params.max_new_tokens)
     engine = kept_engine(model, choices_of(model, tokenizer), len(prompts), length)
     yield from replies_to(engine, tokenizer, prompts, [params.of_row(row) for row in range(len(prompts))])
+
+
+def require_loaded(model: Any, tokenizer: Any) -> None:
+    """Refuses models and tokenizers of other libraries, and the names of any."""
+    for what, given, kind in (("model", model, Phi2ForCausalLM), ("tokenizer", tokenizer, Tokenizer)):
+        if not isinstance(given, kind):
+            raise ValueError(f"{what} must be one that phi2.load gives, got {type(given).__name__}")
 
 
 def encode_prompts(
