@@ -105,6 +105,10 @@ class Loaded(NamedTuple):
     dropped: Audit
 
 
+class OtherKind(ValueError):
+    """A named source of rows of another kind."""
+
+
 class NoUsableRow(ValueError):
     """A source of which nothing is left; `rules` dropped its rows."""
 
@@ -352,7 +356,7 @@ def _memory_rows(spec: DataSpec) -> Iterator[tuple[Origin, Any]]:
 
 def _require_kind(spec: DataSpec, held: str, needed: str | None) -> None:
     if needed not in (None, held):
-        raise ValueError(f"{spec.label} holds {held} rows, and {needed} rows are needed")
+        raise OtherKind(f"{spec.label} holds {held} rows, and {needed} rows are needed")
 
 
 def _hub_files(hub_id: str, config: str, split: str | None) -> list[tuple[Path, str]]:
