@@ -67,6 +67,7 @@ def test_an_adapter_counts_as_far_as_it_is_on(loaded, tiny_phi):
         (PROMPT, None, "answers must be a text or a list of texts, got None"),
         (PROMPT, [7], "answer 1 must be a text of at least one token, got 7"),
         ("", "a", "the prompt is empty; start from"),
+        ([], "a", "the prompt is empty: a conversation needs a message"),
         ("x" * 300, "a", "the prompt has 300 tokens, at most 255 leave room"),
         ("x" * 200, ["a", "y" * 90], "answer 2 has 90 tokens behind a prompt of 200, the context holds 256"),
     ],

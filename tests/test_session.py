@@ -39,6 +39,12 @@ def test_what_is_no_session_is_told_in_one_line(fit):
         fit("nano", data="toy-dpo")
 
 
+@pytest.mark.parametrize("knob", ["gamma", "ld_alpha"])
+def test_a_knob_of_a_loss_that_is_no_setting_is_sent_where_it_belongs(knob):
+    with pytest.raises(ValueError, match=f"there is no setting '{knob}': this knob of a loss goes into loss_args"):
+        phi2.dpo(model="nano", data="toy-dpo", output="x", **{knob: 0.5})
+
+
 FITS = {  # what is done first on the session, and what is done then
     "another loss": ({"loss": "ipo"}, {}),
     "another adapter": ({"lora": LoraConfig(r=8, target_modules=("dense", "lm_head"))}, {}),

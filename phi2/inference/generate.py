@@ -133,6 +133,8 @@ def _require_conversation(prompt: Any, prompt_style: str | None) -> None:
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         hint = "; put a single message in a list" if isinstance(prompt, Mapping) else ""
         raise ValueError(f"a prompt must be a str or a list of messages, got {short_repr(prompt)}{hint}")
+    if not prompt:
+        raise ValueError("the prompt is empty: a conversation needs a message")
     if prompt_style is not None:
         raise ValueError(f"prompt_style {prompt_style!r} is for texts; a conversation takes the tokenizer's template")
 

@@ -42,7 +42,7 @@ class AnswerLogprobs:
 
     def __repr__(self) -> str:
         rows = [f"{nats:9.4f}  {token!r}" for nats, token in zip(self.logprobs, self.tokens, strict=True)]
-        return "\n".join([*rows, f"{self.total:9.4f}  nats, {len(rows)} tokens"])
+        return "\n".join([*rows, f"{self.total:9.4f}  nats, {len(rows)} token{'s' * (len(rows) != 1)}"])
 
 
 def logprobs(
