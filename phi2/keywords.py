@@ -59,15 +59,31 @@ def checked(
     Raises:
         ValueError: for a name that is no field, with the nearest one, and for a value of another type.
     """
+    known = _known(kind, settings)
+    others = {name: deepcopy(_plain(value)) for name, value in settings.items() if name not in as_given}
+    given = {name: list(value) for name, value in settings.items() if name in as_given and isinstance(value, Iterator)}
+    return {**settings, **given, **_parsed(kind, others, set(known) - set(others))}
+
+
+def made_of(kind: type[Config], settings: Mapping[str, Any]) -> Config:
+    """A config that checks its values itself: the names are checked here, and numbers of numpy are taken.
+
+    Raises:
+        ValueError: for a name that is no field, and whatever the config refuses.
+    """
+    _known(kind, settings)
+    return kind(**{name: plain_number(value) for name, value in settings.items()})
+
+
+def _known(kind: type[DataclassInstance], settings: Mapping[str, Any]) -> list[str]:
+    """The names of all fields; a setting that is none of them is refused with the nearest one."""
     known = [field.name for field in fields(kind)]
     for name in settings:
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"there is no setting {name!r}; {hint}")
-    others = {name: deepcopy(_plain(value)) for name, value in settings.items() if name not in as_given}
-    given = {name: list(value) for name, value in settings.items() if name in as_given and isinstance(value, Iterator)}
-    return {**settings, **given, **_parsed(kind, others, set(known) - set(others))}
+    return known
 
 
 def _plain(value: Any) -> Any:

@@ -67,6 +67,12 @@ def test_rows_that_were_given_as_rows_are_data_without_a_name(run, row):
     )
 
 
+def test_rows_of_another_library_are_told_by_their_number(run):
+    rows = pytest.importorskip("datasets").Dataset.from_list([{"text": "the end"}] * 3)
+    config = SFTConfig(model="nano", data=rows, output="x")
+    assert "of `nano` on `3 rows in memory`;" in card(run, config)
+
+
 def test_hyperparameters_and_results_are_rows_of_tables(run):
     text = card(run, DPOConfig(**PREFERENCE, beta=0.25), {"rewards/accuracies": 0.75})
     assert "| beta | `0.25` |" in text and "| lora.r | `16` |" in text and "| rewards/accuracies | 0.75 |" in text

@@ -185,6 +185,11 @@ def specs_of(data: Any) -> list[DataSpec]:
     return [_spec(data)]
 
 
+def names_of(data: Any) -> list[str]:
+    """What the parts of a mixture are called; rows have no name of their own."""
+    return [spec.label for spec in specs_of(data)]
+
+
 def _spec(part: Any) -> DataSpec:
     if isinstance(part, DataSpec):
         return part

@@ -21,6 +21,7 @@ from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine
 from phi2.inference.generate import check_prompt, choices_of, replies_to
 from phi2.inference.replies import Chunk
+from phi2.keywords import made_of
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ class ChatSession:
         if tokenizer.chat_template is None:
             raise ValueError("a chat needs a tokenizer with a chat template; this one has none")
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.params = SamplingParams(**sampling)
+        self.params = made_of(SamplingParams, sampling)
         self.reset()
         self._engine = Engine(model, choices_of(model, tokenizer), slots=1)
 

@@ -15,6 +15,7 @@ from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine, Request, evaluation_mode
 from phi2.inference.kept_engine import kept_engine
 from phi2.inference.replies import Chunk, Generation, Reply, join
+from phi2.keywords import made_of
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ def generate_batch(
 ) -> list[Generation]:
     """`generate` for a list of prompts."""
     require_loaded(model, tokenizer)
-    params = SamplingParams(**sampling)
+    params = made_of(SamplingParams, sampling)
     ids = encode_prompts(tokenizer, prompts, prompt_style, model.config)
     chunks: list[list[Chunk]] = [[] for _ in ids]
     for number, chunk in _replies(model, tokenizer, ids, params):
@@ -74,7 +75,7 @@ def stream(
 ) -> Iterator[Chunk]:
     """The reply to one prompt as it is made, a chunk for each token. Arguments and errors are those of `generate`."""
     require_loaded(model, tokenizer)
-    params = SamplingParams(**sampling)
+    params = made_of(SamplingParams, sampling)
     ids = encode_prompts(tokenizer, [prompt], prompt_style, model.config)
     return (chunk for _, chunk in _replies(model, tokenizer, ids, params))
 
