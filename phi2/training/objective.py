@@ -165,7 +165,8 @@ class Objective:
         if not (math.isfinite(expected) and math.isfinite(actual)):
             raise ValueError(f"step 1: loss {loss.name!r} is {actual}, and {expected} where policy and reference agree")
         # By its slope: a loss of ranks jumps where the answers to a prompt are equal, as all are here but for rounding.
-        moves = (at_reference.gradient * (answers.policy_logps - agreeing.policy_logps)).sum().item() / agreeing.count
+        slopes = at_reference.gradient.nan_to_num(0, 0, 0)  # `require_numbers` refuses one that is none
+        moves = (slopes * (answers.policy_logps - agreeing.policy_logps)).sum().item() / agreeing.count
         if not apart <= tolerance or not abs(moves) <= tolerance * max(1.0, abs(expected)):
             raise ValueError(
                 f"step 1: policy and reference must agree, but differ by up to {apart:.2g} nats per token (allowed"
