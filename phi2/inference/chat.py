@@ -19,7 +19,7 @@ from phi2.config import Phi2Config
 from phi2.files import write_whole
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine
-from phi2.inference.generate import check_prompt, choices_of, replies_to
+from phi2.inference.generate import check_prompt, choices_of, replies_to, require_loaded
 from phi2.inference.replies import Chunk
 from phi2.keywords import made_of
 from phi2.model import Phi2ForCausalLM
@@ -59,6 +59,7 @@ class ChatSession:
     """
 
     def __init__(self, model: Phi2ForCausalLM, tokenizer: Tokenizer, system: str | None = None, **sampling) -> None:
+        require_loaded(model, tokenizer)
         if tokenizer.chat_template is None:
             raise ValueError("a chat needs a tokenizer with a chat template; this one has none")
         self.model, self.tokenizer, self.system = model, tokenizer, system
