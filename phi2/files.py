@@ -83,6 +83,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name for a file, which takes its place when the block ends well and vanishes when it does not."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))  # not that of the unfinished file
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # processes side by side may write the same file
     try:
         yield unfinished

@@ -9,11 +9,12 @@ import ast
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from itertools import pairwise
+from numbers import Integral, Real
 from textwrap import dedent, fill
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -54,24 +55,51 @@ def checked(
     """Values of the types that the fields of a config class have: a group may be a dict, a path a `Path` or a `Run`.
 
     Args:
-        as_given: settings that are taken as they are.
+        as_given: settings that are taken as they are; what can be read only once becomes a list.
     Raises:
         ValueError: for a name that is no field, with the nearest one, and for a value of another type.
     """
+    known = _known(kind, settings)
+    others = {name: deepcopy(_plain(value)) for name, value in settings.items() if name not in as_given}
+    given = {name: list(value) for name, value in settings.items() if name in as_given and isinstance(value, Iterator)}
+    return {**settings, **given, **_parsed(kind, others, set(known) - set(others))}
+
+
+def made_of(kind: type[Config], settings: Mapping[str, Any]) -> Config:
+    """A config that checks its values itself: the names are checked here, and numbers of numpy are taken.
+
+    Raises:
+        ValueError: for a name that is no field, and whatever the config refuses.
+    """
+    _known(kind, settings)
+    return kind(**{name: plain_number(value) for name, value in settings.items()})
+
+
+def _known(kind: type[DataclassInstance], settings: Mapping[str, Any]) -> list[str]:
+    """The names of all fields; a setting that is none of them is refused with the nearest one."""
     known = [field.name for field in fields(kind)]
     for name in settings:
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"there is no setting {name!r}; {hint}")
-    others = {name: deepcopy(_without_paths(value)) for name, value in settings.items() if name not in as_given}
-    return {**settings, **_parsed(kind, others, set(known) - set(others))}
+    return known
 
 
-def _without_paths(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Paths as text, and numbers of numpy as Python's."""
     if isinstance(value, list | tuple):
-        return [_without_paths(part) for part in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else plain_number(value)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy as one of Python's; whatever else as it is."""
+    if isinstance(value, int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _parsed(kind: type[DataclassInstance], values: dict[str, Any], others: set[str]) -> dict[str, Any]:

@@ -190,8 +190,11 @@ def attach(model: AdaptableModel, config: LoraConfig, seed: int = 0, name: str =
         name: of the adapter.
 
     Raises:
-        ValueError: when a target or a pattern matches no layer, or the model has an adapter of that name already.
+        ValueError: for another config, when a target or a pattern matches no layer, or the model has an adapter of
+            that name already.
     """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"config must be a LoraConfig, got {type(config).__name__}")
     names = target_names(model, config)
     _refuse_unmatched(model, config, names)
     insert(model, config, names, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import exp, log
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +62,11 @@ def test_a_knob_goes_to_every_part_that_takes_it():
     assert value("hinge,bco_pair:2", {"beta": 0.1}) == pytest.approx(0.4 + 2 * (nls(0.2) + nls(0.4)))
 
 
+def test_a_knob_may_be_a_number_of_numpy():
+    assert bind_loss("sigmoid", {"beta": np.float32(0.5)}).knobs["beta"] == 0.5
+    assert type(bind_loss([{"loss": "sigmoid", "args": {"beta": np.int64(2)}}]).knobs["beta"]) is int
+
+
 def test_the_parts_of_a_list_have_knobs_of_their_own():
     parts = [{"loss": "hinge", "args": {"beta": 0.1}}, {"loss": "sigmoid", "args": {"beta": 0.5, "ld_alpha": 0.5}}]
     assert value(parts) == pytest.approx(0.4 + nls(0.5 * 4.5))  # the rejected tail counts half: l_l = -2.5
@@ -108,6 +114,10 @@ def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
         ("sigmoid,sfft", "loss must be one of alphadpo, .*, got 'sfft'; did you mean sft?"),
         ("sigmoid:0,sft", "the weight of a loss must be a number above 0, got 0.0"),
         ("sigmoid:inf,sft", "the weight of a loss must be a number above 0, got inf"),
+        ("sigmoid:half,sft", "'sigmoid:half' is no loss: behind 'sigmoid' its weight must be a number"),
+        ("sigmoid(beta=0.2)", r"'sigmoid\(beta=0.2\)' is no loss: behind 'sigmoid' its knobs stand in loss_args"),
+        (None, "loss must be a name, a mixture, or a list of its parts, got NoneType"),
+        (len, "loss must be a name, .*; a function of yours has a name by @phi2.preference_loss"),
         ("paper:ippo", "preset must be one of paper:dpo, .*, got 'paper:ippo'; did you mean paper:ipo?"),
         ("sigmoid,", "loss must be one of .*, got ''"),
         ([], "loss must name one loss at least, got none"),

@@ -60,6 +60,19 @@ def test_the_text_says_what_was_trained_on_what(run):
     assert "Supervised fine-tuning of `nano` on `toy-sft`, `more.jsonl`" in text and "LoRA adapter of rank 4" in text
 
 
+@pytest.mark.parametrize("row", [{"text": "the end"}, {"text": "the end", "source": "a book"}])
+def test_rows_that_were_given_as_rows_are_data_without_a_name(run, row):
+    assert "Supervised fine-tuning of `nano` on `data`;" in card(
+        run, SFTConfig(model="nano", data=[row] * 3, output="x")
+    )
+
+
+def test_rows_of_another_library_are_told_by_their_number(run):
+    rows = pytest.importorskip("datasets").Dataset.from_list([{"text": "the end"}] * 3)
+    config = SFTConfig(model="nano", data=rows, output="x")
+    assert "of `nano` on `3 rows in memory`;" in card(run, config)
+
+
 def test_hyperparameters_and_results_are_rows_of_tables(run):
     text = card(run, DPOConfig(**PREFERENCE, beta=0.25), {"rewards/accuracies": 0.75})
     assert "| beta | `0.25` |" in text and "| lora.r | `16` |" in text and "| rewards/accuracies | 0.75 |" in text

@@ -160,6 +160,8 @@ def test_a_comparison_has_arrays_runs_and_a_table(comparison):
     np.testing.assert_allclose(comparison.metrics["margin"], margin)
     assert (comparison.metrics["kl"] > 0).all() and (comparison.metrics["length"] >= 1).all()
     assert comparison.runs("sigmoid")[0].config["loss"] == "sigmoid"
+    with pytest.raises(ValueError, match="variant must be one of .*, got 'sigmod'; did you mean sigmoid"):
+        comparison.runs("sigmod")
     assert str(comparison).splitlines()[1].startswith("sigmoid") and "<table" in comparison._repr_html_()
     assert str(phi2.Comparison(comparison.path)) == str(comparison)
 
@@ -399,6 +401,13 @@ def test_the_study_of_the_recipes_has_twenty_variants_and_five_seeds():
 def test_toy_pairs_bring_held_out_ones(tmp_path):
     config = CompareConfig(model="m", data="toy-dpo", losses="ipo", output=str(tmp_path))
     assert config.eval_data == [DataSpec("toy-dpo", split="test", rows=200)]
+
+
+def test_rows_may_be_compared_on_as_they_are(dpo_config, tmp_path):
+    where = {"model": dpo_config().model, "output": tmp_path / "out", "device": "cpu"}
+    rows = [{"prompt": "Q", "chosen": f" the {i}", "rejected": f" sea {i}"} for i in range(4)]
+    phi2.compare(losses="ipo", seeds=1, data=rows, eval_data=rows, max_steps=1, **where)
+    assert " on data; 1 seeds each" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_toy_skills_are_graded(tmp_path):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import phi2
 from phi2.data.encode import EncodedPreference
 from phi2.data.records import PAIR, Origin
 from phi2.losses.bound import bind_loss
+from phi2.training import reference
 from phi2.training.config import DPOConfig
 from phi2.training.dpo import train
 from phi2.training.look import look_at_loss
@@ -82,6 +84,17 @@ def test_the_first_loss_is_the_one_where_policy_and_reference_agree(config, metr
     line = metrics_of(train(config(loss, kind)))[0]
     assert line["loss"] == pytest.approx(FIRST_LOSS[loss, kind], rel=1e-5)
     assert line["rewards/chosen"] == pytest.approx(0, abs=1e-4) and line["grad_norm"] > 1e-3
+
+
+def test_a_loss_of_ranks_begins_where_rounding_ranks_equal_answers(config, monkeypatch):
+    score = reference.score
+
+    def rounded(model, row) -> torch.Tensor:
+        exact = score(model, row)
+        return exact + 1e-6 * torch.arange(len(exact)).sin()
+
+    monkeypatch.setattr(reference, "score", rounded)
+    assert (train(config("lipo", "lists", precompute_ref_log_probs=True, max_steps=1)) / "adapter").exists()
 
 
 def test_an_answer_to_imitate_is_imitated(config, metrics_of):

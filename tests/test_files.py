@@ -75,3 +75,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
     with full_disk(100), pytest.raises(OSError):
         write_whole(path, "new" * 100)
     assert path.read_text() == "old" and names_in(tmp_path) == ["file.json"]
+
+
+def test_a_file_in_a_folder_that_is_not_there_is_told_by_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*gone/a.json'$"):
+        write_whole(tmp_path / "gone" / "a.json", "{}")

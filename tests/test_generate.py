@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -403,6 +404,16 @@ def test_a_prompt_or_setting_that_cannot_work_is_refused_before_anything_runs(pr
     with one_line_error(message):
         generate(model, TOKENIZER, prompt, **options)
     assert not passes
+
+
+def test_a_setting_of_sampling_that_is_none_is_refused_with_the_nearest_one():
+    with pytest.raises(ValueError, match="there is no setting 'max_tokens'; did you mean max_new_tokens"):
+        generate(tiny_model(), TOKENIZER, "Hi", max_tokens=3)
+
+
+def test_a_setting_of_sampling_may_be_a_number_of_numpy():
+    said = generate(tiny_model(), TOKENIZER, "Hi", max_new_tokens=np.int64(2), temperature=np.float32(0))
+    assert len(said.token_ids) == 2
 
 
 def test_a_stream_refuses_before_its_first_chunk_is_asked_for():

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import phi2
@@ -42,6 +43,18 @@ def test_several_paths_may_be_paths():
 def test_values_that_are_taken_as_they_are_are_not_copied():
     rows = [{"text": "a"}]
     assert checked(SFTConfig, {"data": rows}, as_given=("data",))["data"] is rows
+
+
+def test_what_can_be_read_once_is_read_once():
+    assert checked(SFTConfig, {"data": ({"text": text} for text in "ab")}, ("data",))["data"] == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
+
+
+def test_numbers_may_be_those_of_numpy():
+    made = config_of(DPOConfig, {**WHERE, "beta": np.float32(0.5), "max_steps": np.int64(3), "lora": {"r": np.int8(4)}})
+    assert (made.beta, made.max_steps, made.lora.r) == (0.5, 3, 4)
 
 
 def test_what_was_given_is_left_as_it_was():

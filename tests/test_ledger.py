@@ -16,7 +16,7 @@ from phi2.losses.batch import AnswerBatch, Columns, comparisons
 from phi2.losses.bound import bind_loss
 from phi2.losses.properties import made_up_answers
 from phi2.losses.slopes import Slopes, slopes_of
-from phi2.runs.ledger import FIRST_TOKENS, Ledger
+from phi2.runs.ledger import FIRST_TOKENS, LOGPS, Ledger, write_evaluation
 from phi2.training.dpo import train
 from phi2.training.ledger import numbers_of
 
@@ -245,6 +245,26 @@ def test_a_damaged_file_is_named(dpo_config, pair_data, size):
     assert "\n" not in str(error.value)
 
 
+def test_a_byte_that_changed_on_the_disk_is_never_a_number_of_the_ledger(tmp_path):
+    table = {name: [0.0] for name in ("s_w", "s_l")} | {"pair": ["a"], "file": ["f"], "row": [1]}
+    sound = np.linspace(-3, 0, 400, dtype=np.float32)
+    write_evaluation(tmp_path / "step-1.parquet", {"step": 1}, {**table, **{name: [sound] for name in LOGPS}})
+    path = tmp_path / "step-1.parquet"
+    bytes_of = path.read_bytes()
+    for place in range(4, len(bytes_of) // 2, 101):
+        path.write_bytes(bytes_of[:place] + bytes([bytes_of[place] ^ 85]) + bytes_of[place + 1 :])
+        try:
+            read = Ledger(path).at().tokens("policy_chosen_logps")[0]
+        except ValueError as error:
+            assert "damaged" in str(error)
+        else:
+            assert np.array_equal(read, sound)
+
+
+def test_an_evaluation_shows_what_it_is_and_not_all_it_holds(judged):
+    assert repr(judged.at()).endswith("step-2.parquet', 11 rows behind update 2)")
+
+
 def test_a_file_of_something_else_is_no_ledger(tmp_path):
     path = tmp_path / "step-1.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"pair": ["a"]}), path)
@@ -340,6 +360,7 @@ def test_a_ledger_of_other_data_is_told_in_one_line(dpo_config, judged, write_ro
         ({"pair": ["a", "b"], "weight": [1.0, None]}, "row 2: a weight is a number from 0 on, got nan"),
         ({"pair": ["a"], "weight": [-1.0]}, "row 1: a weight is a number from 0 on, got -1.0"),
         ({"pair": ["a"], "weight": ["much"]}, "row 1: a weight is a number from 0 on, got much"),
+        ({"pair": ["a", "b", "a"], "weight": [1.0, 2.0, 3.0]}, "row 3: pair a weighs 3 there and 1 above it"),
     ],
 )
 def test_a_file_without_weights_is_told_in_one_line(dpo_config, tmp_path, columns, told):
@@ -347,6 +368,14 @@ def test_a_file_without_weights_is_told_in_one_line(dpo_config, tmp_path, column
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     with pytest.raises(ValueError, match=told):
         train(dpo_config(weights_from=str(path)))
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+def test_what_is_no_weight_is_not_written(judged, tmp_path, weight):
+    path = tmp_path / "weights.parquet"
+    with pytest.raises(ValueError, match="weights row 1: a weight is a number from 0 on, got"):
+        judged.at().write_weights(path, np.full(11, weight))
+    assert not path.exists()
 
 
 def test_weights_have_one_source(dpo_config, judged):

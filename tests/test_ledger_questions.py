@@ -153,7 +153,14 @@ def test_tables_of_labelled_answers_have_dashes_and_no_margins():
     table, looked_at = group_table(labelled()), pairs_to_look_at(labelled())
     assert "good answers" in table and "margin" not in table and "<td>-</td>" in table and "nan" not in table
     assert "near-ties" not in looked_at and "suspected" not in looked_at and "margin" not in looked_at
-    assert "<td>-</td>" in looked_at and "good answers −3" in looked_at and "nan" not in looked_at
+    assert "<td>-</td>" in looked_at and "gained −3" in looked_at and "nan" not in looked_at
+    assert {"good answer", "bad answer", "stands elsewhere with the other label"} <= set(Tags(looked_at).said)
+
+
+def test_an_answer_without_a_reference_has_gained_nothing_that_could_be_told():
+    none = pyarrow.nulls(3, pyarrow.float32())
+    looked_at = pairs_to_look_at(labelled(r_w=none, r_l=none))
+    assert "log-probability −8" in looked_at and "gained" not in looked_at
 
 
 def test_pairs_and_labelled_answers_are_told_together():
@@ -161,7 +168,8 @@ def test_pairs_and_labelled_answers_are_told_together():
     pair = {"s_w": [-4.0, -4.0, -8.0], "n_w": [4, 4, 5], "r_w": [-5.0, -5.0, -5.0], "margin": [None, 4.0, None]}
     found = labelled(**pair, margin_first=[None, 3.0, None], margin_last=[None, -1.0, None], chosen=["x", "z", "y"])
     assert "Of the mean margin of 4 nats, 75 % in" in group_table(found) and "nan" not in group_table(found)
-    assert {"near-ties", "chosen", "rejected"} <= set(Tags(pairs_to_look_at(found)).said)
+    told = set(Tags(pairs_to_look_at(found)).said)
+    assert {"near-ties", "chosen", "rejected", "row", "rows"} <= told and "pairs" not in told
 
 
 def test_the_report_of_a_run_on_labels_draws_what_there_is(dpo_config, write_rows):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,13 @@ def test_rows_may_be_a_list_of_dicts(tokenizer):
     assert (audit.kept, audit.flags["eos_missing"]) == (1, 1)
 
 
+def test_a_number_of_a_row_may_be_that_of_numpy(tokenizer, recwarn):
+    pair = {"prompt": "the", "chosen": " boat", "rejected": " sea"}
+    numbers = {"score": np.float32(2.5), "count": np.int64(3), "none": np.float32("inf")}
+    (row,), _ = phi2.load_data(tokenizer, [pair | numbers])
+    assert row.columns == {"score": 2.5, "count": 3.0} and not recwarn
+
+
 def test_a_part_of_a_mixture_may_be_a_dict(tokenizer):
     rows, _ = phi2.load_data(tokenizer, [{"source": "toy-dpo", "rows": 3}, {"source": "toy-dpo", "rows": 2}])
     assert len(rows) == 5 and isinstance(rows[0], EncodedPreference)
@@ -58,8 +67,10 @@ def test_a_part_of_a_mixture_may_be_a_dict(tokenizer):
         ("toy-dpo", {"max_lenght": 8}, "there is no setting 'max_lenght'; did you mean max_length?"),
         ("toy-dpo", {"kind": "pairs"}, "kind: expected one of"),
         ("toy-dpo", {"chat_template": "chatml"}, "chat_template is for supervised rows"),
+        ([{"source": "toy-dpo", "split": "dev"}], {}, "split is 'dev'; allowed: train, test"),
         ([], {}, "data must have at least one source, got none"),
         ("no-such.jsonl", {}, "no-such.jsonl"),
+        (SimpleNamespace(iloc=None), {}, "the rows of a table are its to_dict('records')"),
         (3, {}, "data must be a source, a DataSpec or rows, got int"),
     ],
 )

@@ -67,6 +67,7 @@ def test_an_adapter_counts_as_far_as_it_is_on(loaded, tiny_phi):
         (PROMPT, None, "answers must be a text or a list of texts, got None"),
         (PROMPT, [7], "answer 1 must be a text of at least one token, got 7"),
         ("", "a", "the prompt is empty; start from"),
+        ([], "a", "the prompt is empty: a conversation needs a message"),
         ("x" * 300, "a", "the prompt has 300 tokens, at most 255 leave room"),
         ("x" * 200, ["a", "y" * 90], "answer 2 has 90 tokens behind a prompt of 200, the context holds 256"),
     ],
@@ -75,3 +76,12 @@ def test_what_cannot_be_scored_is_told_in_one_line(loaded, prompt, answers, told
     with pytest.raises(ValueError) as caught:
         phi2.logprobs(*loaded, prompt, answers)
     assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+
+
+def test_what_phi2_load_did_not_give_is_refused_in_one_line(loaded):
+    model, tokenizer = loaded
+    for ask in (phi2.logprobs, phi2.generate, phi2.stream):
+        with pytest.raises(ValueError, match="^model must be one that phi2.load gives, got Tokenizer$"):
+            ask(tokenizer, model, PROMPT, "a") if ask is phi2.logprobs else ask(tokenizer, model, PROMPT)
+    with pytest.raises(ValueError, match="^tokenizer must be one that phi2.load gives, got str$"):
+        phi2.logprobs(model, "phi-2", PROMPT, "a")

@@ -57,6 +57,11 @@ def loss_of(model: Phi2ForCausalLM) -> torch.Tensor:
 # ---- attach ----
 
 
+def test_a_dict_is_no_config_of_adapters():
+    with pytest.raises(ValueError, match="^config must be a LoraConfig, got dict$"):
+        attach(small_model(), {"r": 4})
+
+
 def test_a_fresh_adapter_changes_nothing():
     model = small_model()
     before = model(IDS)

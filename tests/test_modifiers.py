@@ -292,7 +292,7 @@ def test_a_weight_multiplies_the_loss_of_each_prompt_whatever_its_answers_are(na
         (
             "aot",
             {"weight_column": "weight"},
-            "weight_column acts on the value of each pair, and the values of loss 'aot'",
+            "weight_column .* acts on the value of each pair, and the values of loss 'aot'",
         ),
         ("kto", {"ld_alpha": 0.5}, "ld_alpha acts on pairs, and loss 'kto' gives each answer a value$"),
         ("nca", {"use_weighting": True}, "use_weighting acts on pairs, and loss 'nca' gives each prompt a value$"),

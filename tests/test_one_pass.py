@@ -72,6 +72,24 @@ def test_what_cannot_be_scored_is_told_in_one_line(policy, rows, change, told):
         phi2.score_rows(policy[0], given, reference)
 
 
+def test_one_row_stands_in_a_list_too(policy, rows):
+    with pytest.raises(ValueError, match="one at least, got a row that is in no list$"):
+        phi2.score_rows(policy[0], rows[0])
+
+
+@pytest.mark.parametrize(
+    ("needs", "told"),
+    [
+        (["entropi"], "needs must be a list of gold, mismatched, .*, got .'entropi'."),
+        ("kl", "needs must be a list of .*, got 'kl'"),
+        (["gold"], "needs: .* row 1 has no answer to imitate"),
+    ],
+)
+def test_needs_that_are_none_or_not_there_are_refused(policy, rows, needs, told):
+    with pytest.raises(ValueError, match=told):
+        phi2.score_rows(policy[0], rows, needs=needs)
+
+
 def test_a_policy_without_adapter_has_none_to_switch_off(tiny_phi, rows):
     with pytest.raises(ValueError, match="^the model has no adapter$"):
         phi2.score_rows(phi2.load(tiny_phi, "cpu")[0], rows, "adapters_off")

@@ -122,6 +122,14 @@ def test_a_file_cannot_replace_a_built_in_loss_by_a_function_of_the_same_name(re
     assert registry["sigmoid"] is BUILT_IN["sigmoid"]
 
 
+def test_a_loss_that_is_registered_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"a loss needs a name, as in @phi2.preference_loss\('mine'\), got function"):
+
+        @preference_loss
+        def mine(pairs):
+            return -pairs.margin
+
+
 def test_a_knob_without_a_number_as_default_is_refused(registry):
     with pytest.raises(ValueError, match="loss 'mine': its argument 'beta' needs a number as default"):
 

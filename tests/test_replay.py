@@ -200,8 +200,16 @@ def test_labelled_answers_are_shown_and_written(dpo_config, write_rows, tmp_path
     assert main(["replay", str(run), "--losses", losses, "--output", str(output)]) == 0
     said = capsys.readouterr().out
     assert "8 answers behind update 2" in said and "answers pulled the other way" in said and " | -" in said
+    assert "the\nnumber of answers that pull" in said and "pairs" not in said and "margin" not in said
     first = json.loads(output.read_text().splitlines()[0])
     assert first["margin"] is None and first["d_w"] is None and first["d_l"] > 0
+
+
+def test_what_a_table_tells_of_lists_says_so(dpo_config, write_rows, capsys):
+    path = write_rows(LISTS)
+    run = train(dpo_config(data=path, eval_data=path, loss="lipo", max_steps=1))
+    assert main(["replay", str(run)]) == 0
+    assert "mean and accuracy are means over the lists." in capsys.readouterr().out
 
 
 def test_what_labelled_answers_do_not_suffice_for_is_told_in_one_line(dpo_config, write_rows):
@@ -326,6 +334,7 @@ def test_losses_of_a_file_are_replayed_by_the_command(run, tmp_path, capsys, reg
     [
         (["--losses", "ippo"], "did you mean ipo?"),
         (["--losses", "ipo(gama=1.0)"], "does not take 'gama'"),
+        (["--losses", "ipo,ipo"], "loss ipo is there twice"),
         (["--losses", ""], "losses must name one loss at least"),
         (["--evaluation", "3"], "evaluation must be last or one of 1, 2, got '3'"),
         (["--evaluation", "first"], "evaluation must be last or one of 1, 2, got 'first'"),
@@ -354,6 +363,7 @@ def test_a_run_without_reference_replays_losses_that_need_none(dpo_config, pair_
 
 
 TOKENS = {name: np.zeros((3, 4)) for name in SUMS}
+BAD_SCORES = {"score_chosen": np.array([2.0, 3, 1]), "score_rejected": np.array([1.0, 2, 2])}
 
 
 @pytest.mark.parametrize(
@@ -372,7 +382,14 @@ TOKENS = {name: np.zeros((3, 4)) for name in SUMS}
         ({**SUMS, "ref_chosen_logps": np.zeros((3, 1))}, "sigmoid", r"must have shape \(3,\), got \(3, 1\)"),
         ({**SUMS, "ref_chosen_logps": np.array([0, math.inf, 0])}, "sigmoid", "must be finite, but row 1 is not"),
         ({**SUMS, "ref_chosen_logps": ["a", "b", "c"]}, "sigmoid", "ref_chosen_logps must be an array of numbers"),
-        ({**SUMS, "chosen_length": np.array([0, 1, 1])}, "sigmoid", r"chosen_length must be in \[1, 1\], got 0 to 1"),
+        ({**SUMS, "chosen_length": np.array([0, 1, 1])}, "sigmoid", "chosen_length must be whole numbers from 1 on"),
+        ({**SUMS, "chosen_length": np.array([1.5, 1, 1])}, "sigmoid", "must be whole numbers from 1 on, got 1.5"),
+        ({**TOKENS, "chosen_length": np.array([1, 5, 1])}, "sigmoid", r"must be whole numbers in \[1, 4\], got 5"),
+        ({**SUMS, "chosen_mask": np.full((3, 1), 0.5)}, "sigmoid", "chosen_mask must hold 0 and 1"),
+        ({**SUMS, "ref_chosen_logps": np.zeros(3, complex)}, "sigmoid", "must be an array of numbers, got torch.comp"),
+        ({**SUMS, "columns": np.zeros(3)}, "sigmoid", "columns must be a mapping of .* arrays by name, got ndarray"),
+        ({**SUMS, "columns": BAD_SCORES}, "odpo", r"loss 'odpo' is nan for row 2 \(counted from 0\)"),
+        (SimpleNamespace(path="runs/a"), "sigmoid", "or the path of a run, got SimpleNamespace"),
         ({**SUMS, "columns": {"weight": np.zeros(4)}}, "sigmoid", r"columns\['weight'\] must have shape \(3,\)"),
         ({**SUMS, "chosen_length": np.ones(3), "chosen_mask": np.ones((3, 1))}, "sigmoid", "not both"),
         (TOKENS, "sigmoid", "is token by token: give chosen_mask or chosen_length"),
@@ -390,6 +407,32 @@ def test_arrays_that_do_not_do_are_told_in_one_line(given, loss, told):
 def test_a_loss_of_tokens_wants_tokens():
     with pytest.raises(ValueError, match=r"give \(B, T\) log-probs of chosen answers"):
         phi2.replay({**SUMS, **LENGTHS}, "sigmoid", ld_alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacks"),
+    [
+        ({"nll_weight": 1.0}, "give chosen_length"),
+        ({"humanline_min": -1.0}, r"give \(B, T\) log-probs of chosen answers"),
+        ({"ld_alpha": 0.5}, r"give \(B, T\) log-probs of chosen answers"),
+        ({"sampo_seed": 0}, r"give \(B, T\) log-probs of chosen answers"),
+    ],
+)
+def test_what_reads_tokens_or_lengths_is_refused_for_bare_sums(settings, lacks):
+    with pytest.raises(ValueError, match=lacks):
+        phi2.replay(SUMS, "sigmoid", **settings)
+
+
+def test_metrics_by_token_are_left_out_where_no_lengths_are_known():
+    by_token = {"kl", "length/chosen", "length/rejected"}
+    known, bare = (phi2.replay(given, "sigmoid").metrics for given in ({**SUMS, **LENGTHS}, SUMS))
+    assert known.keys() - bare.keys() == by_token
+    assert not any(name.startswith("rewards/") for name in phi2.replay(SUMS, "slic").metrics)
+
+
+def test_a_negative_nll_weight_is_refused(run):
+    with pytest.raises(ValueError, match="nll_weight must not be negative, got -1"):
+        phi2.replay(run, "sigmoid", nll_weight=-1)
 
 
 def test_arguments_without_a_meaning_are_refused(run):

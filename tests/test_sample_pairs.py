@@ -201,3 +201,10 @@ def test_the_toy_score_is_the_grade_of_its_skill():
         assert [SCORES["toy"](prompt, wrong, {}) for wrong in item.wrong] == [0.0] * len(item.wrong)
     with pytest.raises(ValueError, match="grades the questions of toy-prompts"):
         SCORES["toy"]("What is love?", "Baby", {})
+
+
+def test_a_setting_that_is_none_is_refused_with_the_nearest_one():
+    with pytest.raises(ValueError, match="there is no setting 'scor'; did you mean score"):
+        phi2.sample_pairs(model="nano", prompts="p.jsonl", output="o.jsonl", scor="toy")
+    with pytest.raises(ValueError, match="score: expected str, got <built-in function len>"):
+        phi2.sample_pairs(model="nano", prompts="p.jsonl", output="o.jsonl", score=len)

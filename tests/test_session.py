@@ -33,6 +33,18 @@ def test_a_notebook_opens_one_session_and_fits_two_losses(tmp_path, metrics_of):
     assert first == pytest.approx([0.6931, 25.0], rel=1e-3)  # -log sigma(0), (1 / (2 * 0.1))^2
 
 
+@pytest.mark.parametrize("fit", [phi2.dpo, phi2.sft])
+def test_what_is_no_session_is_told_in_one_line(fit):
+    with pytest.raises(ValueError, match="a session of phi2.start, got 'nano'$"):
+        fit("nano", data="toy-dpo")
+
+
+@pytest.mark.parametrize("knob", ["gamma", "ld_alpha"])
+def test_a_knob_of_a_loss_that_is_no_setting_is_sent_where_it_belongs(knob):
+    with pytest.raises(ValueError, match=f"there is no setting '{knob}': this knob of a loss goes into loss_args"):
+        phi2.dpo(model="nano", data="toy-dpo", output="x", **{knob: 0.5})
+
+
 FITS = {  # what is done first on the session, and what is done then
     "another loss": ({"loss": "ipo"}, {}),
     "another adapter": ({"lora": LoraConfig(r=8, target_modules=("dense", "lm_head"))}, {}),

@@ -197,6 +197,7 @@ def test_a_model_that_is_no_number_is_red_and_its_module_named(tiny_phi, pair_da
     assert math.isnan(lines["log-probs packed"].measured.value)
     assert "non-finite logits; first in model.layers.1.mlp.fc1" in lines["cached decoding is a full pass"].note
     assert len(lines) == 17 and "nan  allowed" in str(found), str(found)
+    assert "some log-probs are no numbers in float32: it has no noise floor" in str(found)
 
 
 def test_a_model_that_is_written_in_fewer_bits_is_red(opened, monkeypatch):

@@ -24,6 +24,7 @@ from phi2.answers.score import Score
 from phi2.data.formats import parse_row
 from phi2.data.records import RowError
 from phi2.files import whole_file
+from phi2.keywords import config_of, explained
 
 Answer = Mapping[str, Any]
 TEMPLATE_COLUMNS = ("tools", "documents")  # variables of the chat template that have columns of their own
@@ -81,16 +82,17 @@ class SampledPairs(NamedTuple):
         return f"{self.asked}\n{self.tally}\nwrote {self.output}"
 
 
+@explained(SamplePairsConfig)
 def sample_pairs(**settings: Any) -> SampledPairs:
     """Samples answers, scores them and writes preference pairs.
 
     Args:
-        settings: fields of `SamplePairsConfig`, the flags of `phi2 sample_pairs`.
+        settings: the flags of `phi2 sample_pairs`.
     Raises:
         FileNotFoundError, ValueError: for settings, prompts, a model, a score or an output that cannot be used.
         OSError: on a full disk.
     """
-    return sample(SamplePairsConfig(**settings))
+    return sample(config_of(SamplePairsConfig, settings))
 
 
 def sample(config: SamplePairsConfig) -> SampledPairs:

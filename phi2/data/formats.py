@@ -34,6 +34,7 @@ from phi2.data.records import (
     Row,
     is_conversational,
 )
+from phi2.keywords import plain_number
 
 Asking = TypeVar("Asking", bound=Conversational | Prompt[Messages])  # what may have a system text
 FLOAT_MAX = sys.float_info.max
@@ -227,6 +228,7 @@ def _kept_columns(row: Row, texts: Collection[str]) -> dict[str, float | str]:
     for name, value in row.items():
         if name in texts:
             continue
+        value = plain_number(value)
         if isinstance(value, str) and len(value) <= MAX_LABEL_CHARS:
             kept[name] = value
         elif isinstance(value, Real) and value <= FLOAT_MAX and not value < -FLOAT_MAX:  # neither NaN nor infinite

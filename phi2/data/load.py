@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from phi2.data.audit import Audit
 from phi2.data.config import DataSpec, RowsConfig
 from phi2.data.encode import encode_records
-from phi2.data.sources import Loaded, NoUsableRow, load_records, require_ignored
+from phi2.data.sources import Loaded, NoUsableRow, OtherKind, load_records, require_ignored
 from phi2.keywords import config_of, explained
 from phi2.tokenizer import Tokenizer
 
@@ -69,16 +69,18 @@ def load_kind(data: Data, config: RowsConfig) -> tuple[Loaded, str]:
 
 def _load(data: Data, config: RowsConfig) -> tuple[Loaded, str]:
     kind, ignore = config.kind, config.ignore_columns
-    if kind == "auto":
-        try:
-            return load_records(data, "preference", ignore), "preference"
-        except NoUsableRow as error:
-            if error.rules - {"unknown-format"}:  # they are pairs, and something is wrong with all of them
-                raise
-        except ValueError:  # a source of another kind, or one that cannot be read: the next line says which
-            pass
-        kind = "supervised"
-    return load_records(data, kind, ignore), kind
+    if kind != "auto":
+        return load_records(data, kind, ignore), kind
+    try:
+        return load_records(data, "preference", ignore), "preference"
+    except ValueError as error:
+        if isinstance(error, NoUsableRow) and error.rules - {"unknown-format"}:  # pairs, with something wrong in all
+            raise
+        as_pairs = error
+    try:
+        return load_records(data, "supervised", ignore), "supervised"
+    except OtherKind:  # they are pairs, and something else was wrong
+        raise as_pairs from None
 
 
 def with_template(tokenizer: Tokenizer, config: RowsConfig, kind: str) -> Tokenizer:

@@ -105,6 +105,10 @@ class Loaded(NamedTuple):
     dropped: Audit
 
 
+class OtherKind(ValueError):
+    """A named source of rows of another kind."""
+
+
 class NoUsableRow(ValueError):
     """A source of which nothing is left; `rules` dropped its rows."""
 
@@ -181,6 +185,11 @@ def specs_of(data: Any) -> list[DataSpec]:
     return [_spec(data)]
 
 
+def names_of(data: Any) -> list[str]:
+    """What the parts of a mixture are called; rows have no name of their own."""
+    return [spec.label for spec in specs_of(data)]
+
+
 def _spec(part: Any) -> DataSpec:
     if isinstance(part, DataSpec):
         return part
@@ -188,6 +197,8 @@ def _spec(part: Any) -> DataSpec:
         return DataSpec(os.fspath(part))
     if isinstance(part, Mapping):
         return _spec_of_fields(dict(part))
+    if hasattr(part, "iloc"):  # going over it gives the names of its columns
+        raise ValueError("data must be a source, a DataSpec or rows; the rows of a table are its to_dict('records')")
     if not isinstance(part, Iterable):
         raise ValueError(f"data must be a source, a DataSpec or rows, got {type(part).__name__}")
     return DataSpec(part)
@@ -350,7 +361,7 @@ def _memory_rows(spec: DataSpec) -> Iterator[tuple[Origin, Any]]:
 
 def _require_kind(spec: DataSpec, held: str, needed: str | None) -> None:
     if needed not in (None, held):
-        raise ValueError(f"{spec.label} holds {held} rows, and {needed} rows are needed")
+        raise OtherKind(f"{spec.label} holds {held} rows, and {needed} rows are needed")
 
 
 def _hub_files(hub_id: str, config: str, split: str | None) -> list[tuple[Path, str]]:

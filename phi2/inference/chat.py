@@ -19,8 +19,9 @@ from phi2.config import Phi2Config
 from phi2.files import write_whole
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine
-from phi2.inference.generate import check_prompt, choices_of, replies_to
+from phi2.inference.generate import check_prompt, choices_of, replies_to, require_loaded
 from phi2.inference.replies import Chunk
+from phi2.keywords import made_of
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -58,10 +59,11 @@ class ChatSession:
     """
 
     def __init__(self, model: Phi2ForCausalLM, tokenizer: Tokenizer, system: str | None = None, **sampling) -> None:
+        require_loaded(model, tokenizer)
         if tokenizer.chat_template is None:
             raise ValueError("a chat needs a tokenizer with a chat template; this one has none")
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.params = SamplingParams(**sampling)
+        self.params = made_of(SamplingParams, sampling)
         self.reset()
         self._engine = Engine(model, choices_of(model, tokenizer), slots=1)
 

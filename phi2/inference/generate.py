@@ -15,6 +15,7 @@ from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine, Request, evaluation_mode
 from phi2.inference.kept_engine import kept_engine
 from phi2.inference.replies import Chunk, Generation, Reply, join
+from phi2.keywords import made_of
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -60,7 +61,8 @@ def generate_batch(
     **sampling: Any,
 ) -> list[Generation]:
     """`generate` for a list of prompts."""
-    params = SamplingParams(**sampling)
+    require_loaded(model, tokenizer)
+    params = made_of(SamplingParams, sampling)
     ids = encode_prompts(tokenizer, prompts, prompt_style, model.config)
     chunks: list[list[Chunk]] = [[] for _ in ids]
     for number, chunk in _replies(model, tokenizer, ids, params):
@@ -72,7 +74,8 @@ def stream(
     model: Phi2ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, prompt_style: str | None = None, **sampling: Any
 ) -> Iterator[Chunk]:
     """The reply to one prompt as it is made, a chunk for each token. Arguments and errors are those of `generate`."""
-    params = SamplingParams(**sampling)
+    require_loaded(model, tokenizer)
+    params = made_of(SamplingParams, sampling)
     ids = encode_prompts(tokenizer, [prompt], prompt_style, model.config)
     return (chunk for _, chunk in _replies(model, tokenizer, ids, params))
 
@@ -86,6 +89,13 @@ def _replies(
     length = min(model.config.max_position_embeddings, max(map(len, prompts)) + params.max_new_tokens)
     engine = kept_engine(model, choices_of(model, tokenizer), len(prompts), length)
     yield from replies_to(engine, tokenizer, prompts, [params.of_row(row) for row in range(len(prompts))])
+
+
+def require_loaded(model: Any, tokenizer: Any) -> None:
+    """Refuses models and tokenizers of other libraries, and the names of any."""
+    for what, given, kind in (("model", model, Phi2ForCausalLM), ("tokenizer", tokenizer, Tokenizer)):
+        if not isinstance(given, kind):
+            raise ValueError(f"{what} must be one that phi2.load gives, got {type(given).__name__}")
 
 
 def encode_prompts(
@@ -124,6 +134,8 @@ def _require_conversation(prompt: Any, prompt_style: str | None) -> None:
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         hint = "; put a single message in a list" if isinstance(prompt, Mapping) else ""
         raise ValueError(f"a prompt must be a str or a list of messages, got {short_repr(prompt)}{hint}")
+    if not prompt:
+        raise ValueError("the prompt is empty: a conversation needs a message")
     if prompt_style is not None:
         raise ValueError(f"prompt_style {prompt_style!r} is for texts; a conversation takes the tokenizer's template")
 

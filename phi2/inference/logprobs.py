@@ -8,7 +8,7 @@ from reprlib import repr as short_repr
 
 import numpy as np
 
-from phi2.inference.generate import Prompt, encode_prompts
+from phi2.inference.generate import Prompt, encode_prompts, require_loaded
 from phi2.inference.scoring import Request, Score, score
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class AnswerLogprobs:
 
     def __repr__(self) -> str:
         rows = [f"{nats:9.4f}  {token!r}" for nats, token in zip(self.logprobs, self.tokens, strict=True)]
-        return "\n".join([*rows, f"{self.total:9.4f}  nats, {len(rows)} tokens"])
+        return "\n".join([*rows, f"{self.total:9.4f}  nats, {len(rows)} token{'s' * (len(rows) != 1)}"])
 
 
 def logprobs(
@@ -71,13 +71,14 @@ def logprobs(
     Args:
         prompt: a text, or a conversation (a list of messages).
         answers: a text, or a list of any number of them.
-        prompt_style: of a text, as in `phi2.generate`: "raw" (default), "instruct" or "chat".
+        prompt_style: of a text, as in `phi2.generate`: "raw" (default), "instruct", "chat" or "chatml".
     Returns:
         An `AnswerLogprobs`, or for a list of answers a list of them in its order.
     Raises:
         ValueError: for a prompt or an answer that is empty or does not fit the context, a conversation without a chat
             template, or logits that are not finite.
     """
+    require_loaded(model, tokenizer)
     (context,) = encode_prompts(tokenizer, [prompt], prompt_style, model.config)
     if not isinstance(answers, str | Sequence):
         raise ValueError(f"answers must be a text or a list of texts, got {short_repr(answers)}")

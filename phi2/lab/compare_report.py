@@ -6,8 +6,8 @@ import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
+from phi2.data.sources import names_of
 from phi2.files import write_whole
 from phi2.lab.compare_config import TOY_QUESTIONS
 from phi2.lab.comparison import DIFFERENCE, REPORT, SETTINGS, Comparison, curve_of, difference_texts, label
@@ -51,7 +51,8 @@ def write_report(comparison: Comparison) -> None:
         "Runs": _runs(comparison),
         "Made by": f"<p><code>{escape(command(comparison))}</code></p>{settings(_given(config))}",
     }
-    lead = f"{config['model']} on {_shown(config['data'])}; {len(comparison.seeds)} seeds each, {comparison.place}."
+    data = ", ".join(names_of(config["data"]))
+    lead = f"{config['model']} on {data}; {len(comparison.seeds)} seeds each, {comparison.place}."
     write_whole(comparison / REPORT, page(f"{len(comparison.variants)} variants compared", lead, sections))
 
 
@@ -168,8 +169,3 @@ def _how(comparison: Comparison) -> list[str]:
 
 def _given(config: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in config.items() if value is not None}
-
-
-def _shown(data: Any) -> str:
-    parts = [data] if isinstance(data, str) else data
-    return ", ".join(str(part["source"]) if isinstance(part, Mapping) else str(part) for part in parts)

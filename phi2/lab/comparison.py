@@ -102,7 +102,14 @@ class Comparison:
         return {name: np.array(of_one, dtype=float).reshape(shape) for name, of_one in values.items()}
 
     def runs(self, variant: str) -> list[Run]:
-        """Its runs, one for each seed."""
+        """Its runs, one for each seed.
+
+        Raises:
+            ValueError: for a variant that is none.
+        """
+        if variant not in self.variants:
+            known = ", ".join(self.variants)
+            raise ValueError(f"variant must be one of {known}, got {variant!r}{nearest(variant, self.variants)}")
         return [Run(self / row["run"]) for row in self.rows if row["variant"] == variant]
 
     @cached_property

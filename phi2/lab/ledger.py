@@ -29,9 +29,16 @@ def has_pairs(found: Evaluation) -> bool:
     return "margin" in found
 
 
+def has_single_answers(found: Evaluation) -> bool:
+    """Whether any row holds an answer with a label, alone."""
+    return "margin" not in found or found.table["margin"].null_count > 0
+
+
 def rows_of(found: Evaluation) -> str:
     """What its rows are called."""
-    return "pairs" if has_pairs(found) else "answers"
+    if not has_pairs(found):
+        return "answers"
+    return "rows" if has_single_answers(found) else "pairs"
 
 
 def gains(found: Evaluation) -> tuple[np.ndarray, np.ndarray]:

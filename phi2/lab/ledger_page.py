@@ -20,6 +20,7 @@ from phi2.lab.ledger import (
     groups,
     has_pairs,
     has_reference,
+    has_single_answers,
     learnt,
     length_margin,
     lost,
@@ -49,7 +50,7 @@ BELOW = (
     "Below a pair stand its margin, nats, and by how much policy and reference like the chosen answer better, nats a"
     " token."
 )
-BELOW_ANSWERS = "Below an answer stands what it gained beside the reference, nats."
+OTHER_LABEL = "stands elsewhere with the other label"  # of an answer alone, for what is told of pairs
 KINDS = {
     "lost": "right at the evaluation before",
     "learnt": "wrong at the evaluation before",
@@ -75,10 +76,32 @@ def ledger_sections(run: Path) -> dict[str, str]:
     last = evaluations[-1]
     rows = rows_of(last)
     return {
-        f"Held-out {rows}": charts(evaluations) + noted(ABOUT if has_pairs(last) else ABOUT_ANSWERS),
+        f"Held-out {rows}": charts(evaluations) + about(last),
         f"Held-out {rows} by group, behind update {last.step}": group_table(last),
         f"{rows.capitalize()} to look at, behind update {last.step}": pairs_to_look_at(last),
     }
+
+
+def about(found: Evaluation) -> str:
+    """What the charts show."""
+    told = [ABOUT] if has_pairs(found) else []
+    return "".join(map(noted, told + [ABOUT_ANSWERS] if has_single_answers(found) else told))
+
+
+def below(found: Evaluation) -> str:
+    """What the numbers below a row are."""
+    moved = "what it gained beside the reference" if has_reference(found) else "its log-probability"
+    told = [BELOW] if has_pairs(found) else []
+    single = [f"Below an answer with a label stands {moved}, nats."] if has_single_answers(found) else []
+    return noted(" ".join(told + single))
+
+
+def kinds(found: Evaluation) -> dict[str, str]:
+    """What each kind of row is."""
+    if not has_single_answers(found):
+        return KINDS
+    contradicted = f"{KINDS['contradicted']}, or with the other label" if has_pairs(found) else OTHER_LABEL
+    return {**KINDS, "contradicted": contradicted}
 
 
 def sides_of(found: Evaluation) -> tuple[str, str]:
@@ -178,13 +201,13 @@ def shares(found: Evaluation) -> str:
 def pairs_to_look_at(found: Evaluation) -> str:
     """Of each kind how many there are, and the first few with their texts."""
     asked = {kind: both for kind, both in QUERIES.items() if has_pairs(found) or kind not in OF_PAIRS}
-    chosen = {kind: (query(found), order(found)) for kind, (query, order) in asked.items()}
+    chosen, told = {kind: (query(found), order(found)) for kind, (query, order) in asked.items()}, kinds(found)
     counts = [
-        [escape(kind), f"{int(mask.sum()):,}", f"{mask.mean():.1%}", f'<span class="note">{escape(KINDS[kind])}</span>']
+        [escape(kind), f"{int(mask.sum()):,}", f"{mask.mean():.1%}", f'<span class="note">{escape(told[kind])}</span>']
         for kind, (mask, _) in chosen.items()
     ]
-    head = [rows_of(found).removesuffix("s"), "prompt", *sides_of(found)]
-    parts = [table(["", rows_of(found), "share", ""], counts), noted(BELOW if has_pairs(found) else BELOW_ANSWERS)]
+    head = [rows_of(found).removesuffix("s"), "prompt", *(side.removesuffix("s") for side in sides_of(found))]
+    parts = [table(["", rows_of(found), "share", ""], counts), below(found)]
     for kind, (mask, order) in chosen.items():
         first = np.flatnonzero(mask)[np.argsort(-order[mask], kind="stable")][:SHOWN]
         if len(first):
@@ -197,7 +220,8 @@ def _pair_row(found: Evaluation, i: int) -> list[str]:
     models = ("policy", "reference") if has_reference(found) else ("policy",)
     values = {"margin": found["margin"]} | {model: preference(found, model) for model in models}
     if np.isnan(found["margin"][i]):
-        values = dict(zip(sides_of(found), gains(found), strict=True))
+        (gain,) = (of for of in gains(found) if not np.isnan(of[i]))
+        values = {"gained" if has_reference(found) else "log-probability": gain}
     told = [f"{name} {number(float(of[i]), 3)}" for name, of in values.items() if not np.isnan(of[i])]
     where = f"{escape(found.origins[i])}<br><small>{'<br>'.join(told)}</small>"
     answers = (found[side][i] for side in SIDES)

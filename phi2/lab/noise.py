@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,6 +68,8 @@ class NoiseFloor:
         )
 
     def _sentence(self, dtype: torch.dtype) -> str:
+        if not math.isfinite(self.floor(dtype)):
+            return f"some log-probs are no numbers in {_name(dtype)}: it has no noise floor"
         return (
             f"the noise floor of an answer is {self.floor(dtype):.1e} nats in {_name(dtype)}:"
             f" {self.drowned(dtype)} of {len(self.margins)} pairs have a margin below it"

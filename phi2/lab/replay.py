@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phi2.keywords import plain_number
 from phi2.lab.statistics import spearman
-from phi2.lab.trajectory import answers_of_arrays, answers_of_evaluation, first_of, require_known
+from phi2.lab.trajectory import answers_of_arrays, answers_of_evaluation, first_of, knows_lengths, require_known
 from phi2.lab.variants import name_of
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss, bind_loss
@@ -107,7 +108,7 @@ def replay(
         knobs: of the loss and of modifiers.
     Raises:
         ValueError: for an unknown loss or knob, log-probs that do not go together or do not suffice for the loss, a
-            run without a ledger, and an evaluation that is not there.
+            run without a ledger, an evaluation that is not there, and a loss that is no number for a pair.
         FileNotFoundError: when there is no such folder or file.
     """
     if isinstance(logps, str | os.PathLike):
@@ -123,8 +124,15 @@ def replay(
         raise ValueError("name a loss: only a run has one of its own")
     bound, answers = bind_loss(loss, knobs, loss_file), answers_of_arrays(logps)
     require_usable(bound, answers, "give ref_chosen_logps and ref_rejected_logps", "arrays cannot tell")
-    require_known(bound, answers, logps)
-    return replay_answers(bound, answers, _written(loss, knobs), nll_weight)
+    require_known(bound.name, partial(losses_of, bound, nll_weight=nll_weight), answers, logps)
+    found = _require_numbers(bound.name, replay_answers(bound, answers, _written(loss, knobs), nll_weight))
+    return found if knows_lengths(logps) else replace(found, metrics=_of_sums(found.metrics, bound))
+
+
+def _of_sums(metrics: Mapping[str, float], loss: BoundLoss) -> dict[str, float]:
+    """Without those that are by token: the rewards of a loss without a reference are."""
+    by_token = ("kl", "length/", *(["rewards/"] if loss.reference_free else []))
+    return {name: value for name, value in metrics.items() if not name.startswith(by_token)}
 
 
 def replay_own(found: Evaluation) -> Replay:
@@ -147,7 +155,8 @@ def replay_evaluation(found: Evaluation, loss: BoundLoss, written: str, nll_weig
     require_comparisons(loss, answers, found)
     require_usable(loss, answers, f"{found.path} is of a run without one", "a ledger keeps of a run that needs it")
     state = found.about["state"] if loss.state and _is_own(loss, found) else loss.state
-    return replace(replay_answers(loss, answers, written, nll_weight, state), evaluation=found)
+    replayed = replace(replay_answers(loss, answers, written, nll_weight, state), evaluation=found)
+    return _require_numbers(loss.name, replayed)
 
 
 def _is_own(loss: BoundLoss, found: Evaluation) -> bool:
@@ -197,15 +206,13 @@ def replay_answers(
 
     Args:
         state: of the loss; None as it begins with.
+    Raises:
+        ValueError: for an nll_weight below 0.
     """
-    per_prompt = answers.count / max(1, int(answers.of_best(answers.length).sum()))
-
-    def losses_of(given: AnswerBatch) -> Tensor:
-        values, _ = loss.step(given, loss.state if state is None else state)
-        return values - nll_weight * per_prompt * given.chosen if nll_weight else values
-
+    if not nll_weight >= 0:
+        raise ValueError(f"nll_weight must not be negative, got {nll_weight}")
     seen = replace(answers, ref_logps=None) if loss.reference_free else answers
-    slopes = slopes_of(losses_of, seen)
+    slopes = slopes_of(partial(losses_of, loss, nll_weight=nll_weight, state=state), seen)
     metrics = means([metrics_of(seen, slopes.values, loss)])
     gain = answers.policy if answers.ref_logps is None else answers.logratio
     margin = torch.sub(*answers.better_and_worse(gain))
@@ -214,8 +221,28 @@ def replay_answers(
     return Replay(written, values, d_w, d_l, margins, metrics)
 
 
+def losses_of(
+    loss: BoundLoss, answers: AnswerBatch, nll_weight: float = 0.0, state: Mapping[str, float] | None = None
+) -> Tensor:
+    """(P,) values of a loss, with the likelihood of the chosen answers where that is asked for."""
+    values, _ = loss.step(answers, loss.state if state is None else state)
+    if not nll_weight:
+        return values
+    per_prompt = answers.count / max(1, int(answers.of_best(answers.length).sum()))
+    return values - nll_weight * per_prompt * answers.chosen
+
+
+def _require_numbers(name: str, replay: Replay) -> Replay:
+    bad = np.flatnonzero(~np.isfinite(replay.values))
+    if len(bad):
+        found, i = replay.evaluation, int(bad[0])
+        where = f"row {i} (counted from 0)" if found is None else found.origins[i]
+        raise ValueError(f"loss {name!r} is {replay.values[i]} for {where}")
+    return replay
+
+
 def _written(loss: LossSpec, knobs: dict[str, Any]) -> str:
-    return name_of({"loss": loss, **knobs})
+    return name_of({"loss": loss, **{knob: plain_number(value) for knob, value in knobs.items()}})
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,13 @@ ABOUT = (
     "the log-probs of the chosen and the rejected answer. A pair's weight is |d_w| + |d_l|; top: share of the whole\n"
     "weight on the heaviest pairs; effective: (sum of weights)^2 / sum of squares, the number of pairs that pull."
 )
+ABOUT_ANSWERS = (
+    "d_w, d_l: derivatives with respect to the log-prob of a good answer, and of a bad one, whose size is its weight;\n"
+    "top: share of the whole weight on the heaviest answers; effective: (sum of weights)^2 / sum of squares, the\n"
+    "number of answers that pull."
+)
+ABOUT_SINGLE = "An answer with a label stands alone: it has no accuracy, no margin, and one of d_w and d_l."
+ABOUT_LISTS = "Of a list, two answers of which one is better are a pair; mean and accuracy are means over the lists."
 
 Losses = str | Sequence[str | Mapping[str, Any]]
 
@@ -50,6 +57,10 @@ def replay_run(
         raise ValueError("losses must name one loss at least, got none")
     if not entries and loss_file is not None:
         raise ValueError(f"loss_file {loss_file} needs losses, got none: name the loss in it")
+    names = [name_of(entry) for entry in entries]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise ValueError(f"loss {twice} is there twice")
     return [_replays(ledger.at(step), entries, loss_file) for step in steps]
 
 
@@ -68,7 +79,15 @@ def report_of(evaluations: Sequence[Sequence[Replay]]) -> str:
     """What the terminal shows: tables of all evaluations, and of the last one the heaviest pairs."""
     blocks = [table_of(replays) for replays in evaluations]
     heaviest = (f"heaviest {_rows(each)} of {each.loss}\n{heaviest_of(each)}" for each in evaluations[-1])
-    return "\n\n".join([*blocks, ABOUT, *heaviest])
+    return "\n\n".join([*blocks, about(evaluations[-1][0].evaluation), *heaviest])
+
+
+def about(found: Evaluation | None) -> str:
+    """What the columns of a table are, for rows of this kind."""
+    if found is None or rows_of(found) == "pairs":
+        has_lists = found is not None and any(len(each) > 2 for each in found.about.get("scores", ()))
+        return f"{ABOUT}\n{ABOUT_LISTS}" if has_lists else ABOUT
+    return ABOUT_ANSWERS if rows_of(found) == "answers" else f"{ABOUT}\n{ABOUT_SINGLE}"
 
 
 def table_of(replays: Sequence[Replay]) -> str:
@@ -117,6 +136,8 @@ def heaviest_of(replay: Replay, count: int = HEAVIEST) -> str:
     rows = []
     for i in replay.heaviest[:count]:
         values = {"margin": replay.margin, "d_w": replay.d_w, "d_l": replay.d_l}
+        if np.isnan(replay.margin).all():
+            del values["margin"]
         row = [f"{name} {_or_dash(float(of[i]), partial(number, digits=3))}" for name, of in values.items()]
         where = f"pair {i}" if found is None else f"{found.origins[i]}: {_answers(found, i)}"
         rows.append([f"  {replay.weight[i] / whole:.1%}", *row, where])

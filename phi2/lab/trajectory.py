@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from phi2.data.records import PAIR
 from phi2.losses.batch import AnswerBatch, Columns, Comparison, PairBatch, comparisons
-from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import nearest
 from phi2.losses.registry import EXTRAS
 from phi2.runs.ledger import COLUMN, LOGPS, MISMATCHED, SIDES, Evaluation
@@ -150,7 +150,9 @@ def answers_of_arrays(given: Any) -> AnswerBatch:
     size = len(arrays["policy_chosen_logps"]) if arrays["policy_chosen_logps"].ndim else 0
     masks = {side: _mask(arrays, side, size) for side in SIDES}
     tokens = {name: _answers_of(name, arrays, masks) for name in LOGPS if name in arrays}
-    columns = {f"columns[{name!r}]": name for name in arrays.get("columns") or ()}
+    if not isinstance(arrays.setdefault("columns", {}), Mapping):
+        raise ValueError(f"columns must be a mapping of (B,) arrays by name, got {type(arrays['columns']).__name__}")
+    columns = {f"columns[{name!r}]": name for name in arrays["columns"]}
     found = {name: _array(told, arrays["columns"][name]) for told, name in columns.items()}
     for told, name in columns.items():
         _require_shape(told, found[name], (size,))
@@ -158,7 +160,7 @@ def answers_of_arrays(given: Any) -> AnswerBatch:
 
 
 def _named(given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping) and not hasattr(given, "__dict__"):
+    if not isinstance(given, Mapping) and not hasattr(given, LOGPS[0]):
         what = "a PairBatch, a mapping or namespace of arrays, or the path of a run"
         raise ValueError(f"logps must be {what}, got {type(given).__name__}")
     if isinstance(given, PairBatch):
@@ -181,6 +183,8 @@ def _array(name: str, value: Any) -> Tensor:
         tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}") from error
+    if tensor.is_complex() or (name in LOGPS and tensor.dtype == torch.bool):
+        raise ValueError(f"{name} must be an array of numbers, got {tensor.dtype}")
     return tensor.float() if name in LOGPS and tensor.dtype != torch.float64 else tensor
 
 
@@ -195,15 +199,20 @@ def _mask(arrays: Mapping[str, Any], side: str, size: int) -> Tensor:
         raise ValueError(f"give {side}_mask or {side}_length, not both")
     if mask is not None:
         _require_shape(f"{side}_mask", mask, tuple(policy.shape) if policy.ndim == 2 else (size, "T"))
+        if ((mask != 0) & (mask != 1)).any():
+            raise ValueError(f"{side}_mask must hold 0 and 1, or false and true, alone")
         return mask.bool()
     if length is None and policy.ndim == 2:
         raise ValueError(f"policy_{side}_logps is token by token: give {side}_mask or {side}_length")
     if length is None:
         return torch.ones(size, 1, dtype=torch.bool)
     _require_shape(f"{side}_length", length, (size,))
+    longest = policy.shape[1] if policy.ndim == 2 else math.inf
+    bad = length[(length < 1) | (length > longest) | (length != length.floor())]
+    if len(bad):
+        where = f"in [1, {longest}]" if policy.ndim == 2 else "from 1 on"
+        raise ValueError(f"{side}_length must be whole numbers {where}, got {bad[0].item():g}")
     longest = policy.shape[1] if policy.ndim == 2 else int(length.max())
-    if int(length.min()) < 1 or int(length.max()) > longest:
-        raise ValueError(f"{side}_length must be in [1, {longest}], got {int(length.min())} to {int(length.max())}")
     return torch.arange(longest) < length[:, None]
 
 
@@ -229,10 +238,21 @@ def _require_shape(name: str, values: Tensor, shape: tuple[int | str, ...]) -> N
         raise ValueError(f"{name} must have shape {wanted}, got {found}")
 
 
-def require_known(loss: BoundLoss, answers: AnswerBatch, given: Any) -> None:
+def knows_lengths(given: Any) -> bool:
+    """Whether arrays tell how many tokens the answers have."""
+    arrays = _named(given)
+    return all(
+        arrays[f"policy_{side}_logps"].ndim == 2 or f"{side}_mask" in arrays or f"{side}_length" in arrays
+        for side in SIDES
+    )
+
+
+def require_known(name: str, losses_of: Callable[[AnswerBatch], Tensor], answers: AnswerBatch, given: Any) -> None:
     """Refuses a loss that reads more of the pairs than was given: single tokens, or lengths.
 
     Args:
+        name: of the loss.
+        losses_of: its values, and all that is added to it.
         given: what `answers` were made of.
     Raises:
         ValueError: naming what it reads.
@@ -241,21 +261,34 @@ def require_known(loss: BoundLoss, answers: AnswerBatch, given: Any) -> None:
     for place, side in enumerate(SIDES):
         if arrays[f"policy_{side}_logps"].ndim == 2:
             continue
-        has_length = f"{side}_mask" in arrays or f"{side}_length" in arrays
-        other = _changed(answers, place, _spread if has_length else _lengthened)
-        values, others = loss(answers), loss(other)
-        most = CLOSE * float(values.abs().max())
-        if not torch.allclose(values, others, rtol=CLOSE, atol=most, equal_nan=True):
-            lacks = f"(B, T) log-probs of {side} answers" if has_length else f"{side}_length"
-            raise ValueError(f"loss {loss.name!r} reads more than the sum of an answer: give {lacks}")
+        known = answers
+        if f"{side}_mask" not in arrays and f"{side}_length" not in arrays:
+            known = _changed(answers, place, _lengthened)
+            _require_alike(name, losses_of, answers, known, f"{side}_length")
+        other = _changed(known, place, _spread, models=("policy",))
+        _require_alike(name, losses_of, known, other, f"(B, T) log-probs of {side} answers")
 
 
-def _changed(answers: AnswerBatch, place: int, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
-    """Every second answer with its tokens changed."""
-    models = {"policy": answers.policy_logps} | ({} if answers.ref_logps is None else {"ref": answers.ref_logps})
-    each = {model: [row[:n] for row, n in zip(logps, answers.lengths, strict=True)] for model, logps in models.items()}
+def _require_alike(
+    name: str, losses_of: Callable[[AnswerBatch], Tensor], one: AnswerBatch, other: AnswerBatch, lacks: str
+) -> None:
+    values, others = losses_of(one), losses_of(other)
+    most = CLOSE * float(values.nan_to_num().abs().max())
+    if not torch.allclose(values, others, rtol=CLOSE, atol=most, equal_nan=True):
+        raise ValueError(f"loss {name!r} reads more than the sum of an answer: give {lacks}")
+
+
+def _changed(
+    answers: AnswerBatch,
+    place: int,
+    change: Callable[[Tensor], Tensor],
+    models: Sequence[str] = ("policy", "ref"),
+) -> AnswerBatch:
+    """Every second answer with its tokens changed, as these models have them."""
+    of_models = {"policy": answers.policy_logps} | ({} if answers.ref_logps is None else {"ref": answers.ref_logps})
+    each = {m: [row[:n] for row, n in zip(logps, answers.lengths, strict=True)] for m, logps in of_models.items()}
     tokens = {
-        f"{model}_{side}_logps": [change(row) if i == place else row for row in rows[i::2]]
+        f"{model}_{side}_logps": [change(row) if i == place and model in models else row for row in rows[i::2]]
         for model, rows in each.items()
         for i, side in enumerate(SIDES)
     }

@@ -211,7 +211,8 @@ def _modifiers(part: Part) -> dict[str, dict[str, Any]]:
             raise ValueError(f"loss {part.name!r} does not take {knob!r}{hint([part], knob)}")
         if MODIFIERS[name].needs_values_of_pairs and part.loss.scope == "window":
             raise ValueError(
-                f"{knob} acts on the value of each pair, and the values of loss {part.name!r} belong to its window"
+                f"{knob} {value} acts on the value of each pair, and the values of loss {part.name!r} belong to its"
+                " window"
             )
         if part.loss.unit != "pair" and not MODIFIERS[name].any_unit:
             raise ValueError(f"{knob} acts on pairs, and loss {part.name!r} gives each {part.loss.unit} a value")

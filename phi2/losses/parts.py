@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from phi2.keywords import plain_number
 from phi2.losses.knobs import nearest
 from phi2.losses.modifiers import MODIFIERS, modifier_of
 from phi2.losses.presets import PRESETS
@@ -41,7 +42,7 @@ class Part(NamedTuple):
 
     def with_knobs(self, knobs: Mapping[str, Any]) -> Part:
         """The same part with these knobs too; they win."""
-        return self._replace(knobs={**self.knobs, **knobs})
+        return self._replace(knobs={**self.knobs, **_plain(knobs)})
 
 
 def parts_of(loss: LossSpec) -> list[Part]:
@@ -50,6 +51,9 @@ def parts_of(loss: LossSpec) -> list[Part]:
     Raises:
         ValueError: for a name that is none, and a part that says something else than loss, weight and args.
     """
+    if not isinstance(loss, str | list | tuple):
+        yours = "; a function of yours has a name by @phi2.preference_loss(NAME)" if callable(loss) else ""
+        raise ValueError(f"loss must be a name, a mixture, or a list of its parts, got {type(loss).__name__}{yours}")
     written = loss.split(",") if isinstance(loss, str) else loss
     parts = [part for each in written for part in _without_preset(_part(each))]
     if not parts:
@@ -65,7 +69,11 @@ def _part(written: str | Mapping[str, Any]) -> Part:
             raise ValueError(f"a part of a mixture has {', '.join(KEYS)}, got {key!r}{nearest(key, KEYS)}")
     if not isinstance(written.get("loss"), str):
         raise ValueError(f"a part of a mixture needs its loss, got {dict(written)}")
-    return Part(written["loss"], _weight(written.get("weight", 1.0)), dict(written.get("args") or {}))
+    return Part(written["loss"], _weight(written.get("weight", 1.0)), _plain(written.get("args") or {}))
+
+
+def _plain(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    return {knob: plain_number(value) for knob, value in knobs.items()}
 
 
 def _part_of_text(text: str) -> Part:
@@ -100,6 +108,10 @@ def _without_preset(part: Part) -> list[Part]:
 
 
 def _unknown(name: str) -> str:
+    for sign, what in {":": "its weight must be a number", "(": "its knobs stand in loss_args"}.items():
+        head = name.partition(sign)[0]
+        if head != name and head in PREFERENCE_LOSSES:
+            return f"{name!r} is no loss: behind {head!r} {what}"
     if ":" in name:
         return f"preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}"
     known = sorted(PREFERENCE_LOSSES)

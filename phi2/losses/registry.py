@@ -96,11 +96,14 @@ def preference_loss(
             "log_sum_square", log sum p^2, of the policy's distribution at each token, in `extras`, without gradient;
             "kl", KL(reference to policy) over all ids at each token, in `extras`, with its gradient.
     Raises:
-        ValueError: when the name is taken by another function or cannot be written in a mixture, or a keyword argument
-            has no default that says what it takes, or reward_scale is no knob that is a number, or a scope, unit or
-            need is none, or a loss of pairs has a state. The same function may come again, as when a notebook cell is
-            run twice.
+        ValueError: when the name is none, is taken by another function or cannot be written in a mixture, or a keyword
+            argument has no default that says what it takes, or reward_scale is no knob that is a number, or a scope,
+            unit or need is none, or a loss of pairs has a state. The same function may come again, as when a notebook
+            cell is run twice.
     """
+
+    if not isinstance(name, str):
+        raise ValueError(f"a loss needs a name, as in @phi2.preference_loss('mine'), got {type(name).__name__}")
 
     def register(function: LossFunction) -> LossFunction:
         taken = PREFERENCE_LOSSES.get(name)

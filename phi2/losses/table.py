@@ -83,6 +83,12 @@ def margin_to_best(answers: phi2.AnswerBatch, *, beta: float = 0.1):
 
 ## Losses
 """
+ON_PRESETS = """\
+## Presets
+
+A loss as its paper (`paper:`) or a library (`trl:`, `halos:`, `tulu3:`) has it: the name stands for a loss or a mixture
+with knobs set, wherever a loss is named. Knobs that are given beside it win.
+"""
 ON_MODIFIERS = """## Modifiers
 
 With any loss, also with yours: `--loss_args.ld_alpha 0.5`. A mixture is a weighted sum, `--loss sigmoid:0.8,sft:0.2`;
@@ -210,7 +216,7 @@ def document() -> str:
     presets = [_row("`--loss`", "stands for", "with", "what sets it apart"), "|---" * 4 + "|"]
     presets += [_row(f"`{name}`", f"`{p.loss}`", told(p.knobs), p.note) for name, p in PRESETS.items()]
     left_out = [f"- {names}: {reason}." for names, reason in LEFT_OUT.items()]
-    parts = [INTRO, *losses, "", ON_MODIFIERS, *modifiers, "", "## Presets\n", *presets, "", "## Left out\n", *left_out]
+    parts = [INTRO, *losses, "", ON_MODIFIERS, *modifiers, "", ON_PRESETS, *presets, "", "## Left out\n", *left_out]
     return "\n".join(parts) + "\n"
 
 

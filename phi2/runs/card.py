@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from phi2.data.sources import SOURCES
+from phi2.data.sources import SOURCES, names_of
 from phi2.files import write_whole
 from phi2.hub import HUB_ID
 
@@ -63,7 +63,7 @@ def _header(settings: Mapping[str, Any]) -> str:
     """The YAML block the hub reads; it knows models and data sets by their hub ids only."""
     base = settings["model"]
     header: dict[str, Any] = {"base_model": base} if _is_hub_id(base) else {}
-    sources = [SOURCES[name].hub_id if name in SOURCES else name for name in _sources(settings)]
+    sources = [SOURCES[name].hub_id if name in SOURCES else name for name in names_of(settings["data"])]
     datasets = list(filter(_is_hub_id, sources))
     header |= {"datasets": datasets} if datasets else {}
     method = "preference-optimization" if settings.get("loss") else "sft"
@@ -78,7 +78,7 @@ def _about(settings: Mapping[str, Any]) -> str:
         loss = ",".join(f"{part['loss']}:{part['weight']:g}" for part in loss)
     method = f"Preference optimisation with the loss `{loss}`" if loss else "Supervised fine-tuning"
     what = f"a LoRA adapter of rank {lora['r']}" if lora else "all weights"
-    data = ", ".join(f"`{source}`" for source in _sources(settings))
+    data = ", ".join(f"`{source}`" for source in names_of(settings["data"]))
     return f"{method} of `{base}` on {data}; trained: {what}."
 
 
@@ -116,14 +116,6 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
 
 def _in_cell(text: str) -> str:
     return " ".join(text.replace("|", r"\|").split())
-
-
-def _sources(settings: Mapping[str, Any]) -> list[str]:
-    """The names of the data, as they were given."""
-    data = settings["data"]
-    parts = data.split(",") if isinstance(data, str) else data
-    named = [part["source"] if isinstance(part, dict) else part for part in parts]
-    return [part.strip() if isinstance(part, str) else "data" for part in named]
 
 
 def _is_hub_id(name: str) -> bool:

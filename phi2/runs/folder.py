@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,13 @@ def write_settings(run: Path, config: RunConfig) -> None:
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
     """A config as YAML holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_as_text))
+
+
+def _as_text(value: Any) -> str:
+    """What no YAML file holds: rows of another library by their number."""
+    is_rows = isinstance(value, Sequence) or hasattr(value, "column_names")
+    return f"{len(value)} rows in memory" if is_rows else str(value)
 
 
 def require_same_settings(path: Path, config: RunConfig, free: Collection[str], what: str) -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +49,7 @@ COLUMN = "column/"  # before the names of columns of the data
 MISMATCHED = "mismatched/"  # before the names of columns of answers behind other prompts
 FIRST_TOKENS = 5  # of an answer: what `margin_first` counts
 LOGPS = tuple(f"{model}_{side}_logps" for model in ("policy", "ref") for side in SIDES)
+ROUNDING = 1e-3  # by how much of it the weight of a pair may differ in two of its rows
 REQUIRED = ("pair", "file", "row", "s_w", "s_l")
 
 
@@ -65,6 +66,9 @@ class Evaluation:
     path: Path
     about: Mapping[str, Any]
     table: pyarrow.Table
+
+    def __repr__(self) -> str:
+        return f"Evaluation({str(self.path)!r}, {len(self)} rows behind update {self.step})"
 
     @property
     def step(self) -> int:
@@ -94,17 +98,41 @@ class Evaluation:
         return [f"{file} row {row}" for file, row in zip(self["file"], self["row"], strict=True)]
 
     def write_weights(self, path: str | os.PathLike[str], weights: np.ndarray) -> None:
-        """Writes a file for `weights_from`: (pairs,) weights, by the pairs' names."""
+        """Writes a file for `weights_from`: (pairs,) weights, by the pairs' names.
+
+        Raises:
+            ValueError: for another shape, a weight that is no number from 0 on, and a pair that has two.
+        """
         if np.shape(weights) != (len(self),):
             raise ValueError(f"weights must have shape ({len(self)},), one for each pair, got {np.shape(weights)}")
+        known = weights_by_name("weights", self.table["pair"].to_pylist(), np.asarray(weights, dtype=np.float64))
         with whole_file(Path(path)) as unfinished:
-            columns = {"pair": self.table["pair"], "weight": np.asarray(weights, dtype=np.float64)}
-            pyarrow.parquet.write_table(pyarrow.table(columns), unfinished)
+            columns = {"pair": [*known], "weight": [*known.values()]}
+            pyarrow.parquet.write_table(pyarrow.table(columns), unfinished, write_page_checksum=True)
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns of the data."""
         return [name.removeprefix(COLUMN) for name in self.table.column_names if name.startswith(COLUMN)]
+
+
+def weights_by_name(told: str, names: Sequence[str], weights: np.ndarray) -> dict[str, float]:
+    """Weights by the names of the pairs; one that is there several times has one weight, but for rounding.
+
+    Args:
+        told: what they are of, for the error.
+    Raises:
+        ValueError: naming the row of a weight that is no number from 0 on, or another one for the same pair.
+    """
+    is_weight = np.isfinite(weights) & (weights >= 0) if weights.dtype.kind in "if" else np.zeros(len(weights), bool)
+    if not is_weight.all():
+        row = int(np.flatnonzero(~is_weight)[0])
+        raise ValueError(f"{told} row {row + 1}: a weight is a number from 0 on, got {weights[row]}")
+    known: dict[str, float] = {}
+    for row, (name, weight) in enumerate(zip(names, weights.tolist(), strict=True)):
+        if not np.isclose(known.setdefault(name, weight), weight, rtol=ROUNDING):
+            raise ValueError(f"{told} row {row + 1}: pair {name} weighs {weight:g} there and {known[name]:g} above it")
+    return known
 
 
 class Ledger:
@@ -187,7 +215,12 @@ def write_evaluation(path: Path, about: Mapping[str, Any], columns: Mapping[str,
     others, lists = [name for name in columns if name not in tokens], [f"{name}.list.element" for name in tokens]
     with whole_file(path) as unfinished:  # log-probs do not repeat: a dictionary of them would be larger than they are
         pyarrow.parquet.write_table(
-            table, unfinished, compression="zstd", use_dictionary=others, use_byte_stream_split=lists
+            table,
+            unfinished,
+            compression="zstd",
+            use_dictionary=others,
+            use_byte_stream_split=lists,
+            write_page_checksum=True,
         )
 
 
@@ -198,7 +231,7 @@ def read_evaluation(path: Path, with_tokens: bool = True) -> Evaluation:
         ValueError: naming the file, when it is damaged or no file of a ledger.
     """
     table = read_table(path, None if with_tokens else _without_tokens(path))
-    missing = [name for name in (*REQUIRED, *LOGPS[: 2 * with_tokens]) if name not in table.column_names]
+    missing = [name for name in (*REQUIRED, *(LOGPS if with_tokens else ())) if name not in table.column_names]
     about = json.loads((table.schema.metadata or {}).get(ABOUT, b"{}"))
     if missing or "step" not in about:
         raise ValueError(f"{path}: no file of a ledger, it has no {', '.join(missing) or 'account of its run'}")
@@ -212,7 +245,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
         ValueError: naming the file, when it cannot be read.
     """
     with _named(path):
-        return pyarrow.parquet.read_table(path, columns=columns, partitioning=None)
+        return pyarrow.parquet.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
 
 
 def _without_tokens(path: Path) -> list[str]:

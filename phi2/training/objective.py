@@ -20,7 +20,7 @@ from torch import Tensor
 from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss
-from phi2.losses.properties import require_numbers
+from phi2.losses.properties import outcome, require_numbers
 from phi2.losses.slopes import slopes_of
 from phi2.model import Phi2ForCausalLM
 from phi2.training.config import DPOConfig
@@ -157,10 +157,14 @@ class Objective:
         tolerance = CACHED_TOLERANCE[compute_dtype(self.config)] if cached else STEP_0_TOLERANCE
         agreeing = answers.at_reference()
         apart = (answers.policy_logps - agreeing.policy_logps).abs().max().item()
-        expected, actual = loss(agreeing).mean().item(), loss(answers).mean().item()
+        at_reference, actual = outcome(loss, agreeing), loss(answers).mean().item()
+        expected = at_reference.values.mean().item()
         if not (math.isfinite(expected) and math.isfinite(actual)):
             raise ValueError(f"step 1: loss {loss.name!r} is {actual}, and {expected} where policy and reference agree")
-        if not apart <= tolerance or not abs(actual - expected) <= tolerance * max(1.0, abs(expected)):
+        # By its slope: a loss of ranks jumps where the answers to a prompt are equal, as all are here but for rounding.
+        slopes = at_reference.gradient.nan_to_num(0, 0, 0)  # `require_numbers` refuses one that is none
+        moves = (slopes * (answers.policy_logps - agreeing.policy_logps)).sum().item() / agreeing.count
+        if not apart <= tolerance or not abs(moves) <= tolerance * max(1.0, abs(expected)):
             raise ValueError(
                 f"step 1: policy and reference must agree, but differ by up to {apart:.2g} nats per token (allowed"
                 f" {tolerance:g}), loss {actual:.4f} in place of {expected:.4f}; is the reference another model?"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import AnswerBatch
@@ -45,16 +45,32 @@ def score_rows(
     Returns:
         An `AnswerBatch`, whose `pairs` is the `PairBatch` that a loss of pairs is called with: float32, nats.
     Raises:
-        ValueError: for no rows, others than these or such as a model cannot read, or a policy without adapter.
+        ValueError: for no rows, others than these or such as a model cannot read, a policy without adapter, or needs
+            that are none or that the rows do not have.
     """
-    other = next((row for row in rows if not isinstance(row, EncodedPreference)), None)
-    if not rows or other is not None:
-        got = "none" if other is None else type(other).__name__
-        raise ValueError(f"rows must be preference rows of load_data, one at least, got {got}")
+    _require_rows(rows)
+    _require_needs(needs, rows)
     require_fit("the policy", model.config, rows)
     if "mismatched" in needs or ("kl" in needs and reference is None):
         raise ValueError(f"needs: mismatched answers are not made here, and a kl needs a reference, got {[*needs]}")
     return score_answers(model, rows, _in_one, _reference(model, reference, rows), nullcontext, needs)
+
+
+def _require_rows(rows: Any) -> None:
+    is_one = isinstance(rows, EncodedPreference)
+    other = None if is_one else next((row for row in rows if not isinstance(row, EncodedPreference)), None)
+    if is_one or not rows or other is not None:
+        got = "a row that is in no list" if is_one else "none" if other is None else type(other).__name__
+        raise ValueError(f"rows must be preference rows of load_data, one at least, got {got}")
+
+
+def _require_needs(needs: Any, rows: Sequence[EncodedPreference]) -> None:
+    known = get_args(Need)
+    if isinstance(needs, str) or not {*needs} <= {*known}:
+        raise ValueError(f"needs must be a list of {', '.join(known)}, got {needs!r}")
+    without = next((row for row in rows if not row.has_gold), None)
+    if "gold" in needs and without is not None:
+        raise ValueError(f"needs: {without.origin} has no answer to imitate (column reference)")
 
 
 def _in_one(tokens: Sequence[int]) -> list[list[int]]:

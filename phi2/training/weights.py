@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from phi2.data.encoded import EncodedPreference
 from phi2.data.flat import FlatPreferences, flat_rows
-from phi2.runs.ledger import Ledger, read_table
+from phi2.runs.ledger import Ledger, read_table, weights_by_name
 from phi2.training.config import WEIGHTS, PreferenceConfig
 from phi2.training.ledger import comparisons_of, name_of
 
@@ -54,7 +52,7 @@ def weights_in(path: Path) -> dict[str, float]:
     """By the names of pairs their weights: of the last evaluation in a ledger, or of a Parquet file.
 
     Raises:
-        ValueError: for a file without both columns, and a weight that is no number from 0 on.
+        ValueError: for a file without both columns, a weight that is no number from 0 on, and a pair that has two.
         FileNotFoundError: when there is no such file or folder.
     """
     if not path.exists():
@@ -64,9 +62,4 @@ def weights_in(path: Path) -> dict[str, float]:
     for column in ("pair", "weight"):
         if column not in table.column_names:
             raise ValueError(f"weights_from {file} has no column {column!r}; there are {', '.join(table.column_names)}")
-    names, weights = table["pair"].to_pylist(), table["weight"].to_numpy()
-    is_weight = np.isfinite(weights) & (weights >= 0) if weights.dtype.kind in "if" else np.zeros(len(weights), bool)
-    if not is_weight.all():
-        row = int(np.flatnonzero(~is_weight)[0])
-        raise ValueError(f"weights_from {file} row {row + 1}: a weight is a number from 0 on, got {weights[row]}")
-    return dict(zip(names, weights.tolist(), strict=True))
+    return weights_by_name(f"weights_from {file}", table["pair"].to_pylist(), table["weight"].to_numpy())
