@@ -407,7 +407,7 @@ def test_rows_may_be_compared_on_as_they_are(dpo_config, tmp_path):
     where = {"model": dpo_config().model, "output": tmp_path / "out", "device": "cpu"}
     rows = [{"prompt": "Q", "chosen": f" the {i}", "rejected": f" sea {i}"} for i in range(4)]
     phi2.compare(losses="ipo", seeds=1, data=rows, eval_data=rows, max_steps=1, **where)
-    assert " on data; 1 seeds each" in (tmp_path / "out" / "report.html").read_text()
+    assert " on data; 1 seed each" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_toy_skills_are_graded(tmp_path):

@@ -11,7 +11,7 @@ from phi2.data.sources import names_of
 from phi2.files import write_whole
 from phi2.lab.compare_config import TOY_QUESTIONS
 from phi2.lab.comparison import DIFFERENCE, REPORT, SETTINGS, Comparison, curve_of, difference_texts, label
-from phi2.pages.charts import Line, difference_chart, line_chart, scatter_chart
+from phi2.pages.charts import Line, counted, difference_chart, line_chart, scatter_chart
 from phi2.pages.page import fragment, noted, page, settings, table
 
 CURVES = {
@@ -52,8 +52,8 @@ def write_report(comparison: Comparison) -> None:
         "Made by": f"<p><code>{escape(command(comparison))}</code></p>{settings(_given(config))}",
     }
     data = ", ".join(names_of(config["data"]))
-    lead = f"{config['model']} on {data}; {len(comparison.seeds)} seeds each, {comparison.place}."
-    write_whole(comparison / REPORT, page(f"{len(comparison.variants)} variants compared", lead, sections))
+    lead = f"{config['model']} on {data}; {counted(len(comparison.seeds), 'seed')} each, {comparison.place}."
+    write_whole(comparison / REPORT, page(f"{counted(len(comparison.variants), 'variant')} compared", lead, sections))
 
 
 def comparison_cell(comparison: Comparison) -> str:

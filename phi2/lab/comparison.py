@@ -20,7 +20,7 @@ from phi2.lab.measure import measures
 from phi2.lab.statistics import Estimate, holm, mean_interval, paired_interval, paired_p
 from phi2.lab.variants import entry_of, name_of
 from phi2.losses.knobs import nearest
-from phi2.pages.charts import number
+from phi2.pages.charts import counted, number
 from phi2.pages.page import picture
 from phi2.runs.run import Run
 
@@ -160,7 +160,7 @@ class Comparison:
     @property
     def about(self) -> str:
         """How the numbers were made, for below the table."""
-        seeds = f"{len(self.seeds)} seed{'' if len(self.seeds) == 1 else 's'}"
+        seeds = counted(len(self.seeds), "seed")
         return f"Held-out pairs, {self.place}; mean ± half of Student's 95 % interval over {seeds}."
 
     @property

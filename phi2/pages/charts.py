@@ -193,6 +193,11 @@ def number(value: float, digits: int = 4) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def counted(count: float, what: str) -> str:
+    """So many of something."""
+    return f"{number(count)} {what}{'' if count == 1 else 's'}"
+
+
 def _figure(title: str, legend: str, drawn: str, width: int, height: int) -> str:
     return (
         f'<figure class="chart"><figcaption><strong>{escape(title)}</strong>{legend}</figcaption>'

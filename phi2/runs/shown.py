@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from phi2.pages.charts import Line, line_chart, number
+from phi2.pages.charts import Line, counted, line_chart, number
 from phi2.pages.page import noted
 
 CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
@@ -37,9 +37,9 @@ def summary(metrics: Metrics) -> str:
     train = [line for line in metrics if line.get("type") == "train"]
     if not train:
         return "No update was logged."
-    told = [_counted(train[-1].get("step", 0), "update")]
+    told = [counted(train[-1].get("step", 0), "update")]
     if "epoch" in train[-1]:
-        told.append(_counted(train[-1]["epoch"], "epoch"))
+        told.append(counted(train[-1]["epoch"], "epoch"))
     told += [f"{label} {number(train[-1][key])}" for key, label in (("loss", "last loss"),) if key in train[-1]]
     held_out = [line["eval_loss"] for line in metrics if "eval_loss" in line]
     return ", ".join(told + [f"held-out loss {number(loss)}" for loss in held_out[-1:]]) + "."
@@ -55,7 +55,3 @@ def curves(metrics: Metrics, titles: Iterable[str] = CHARTS) -> str:
 def _lines(metrics: Metrics, names: Mapping[str, str]) -> list[Line]:
     points = {key: [(line["step"], line[key]) for line in metrics if key in line and "step" in line] for key in names}
     return [Line(names[key], of_key) for key, of_key in points.items() if of_key]
-
-
-def _counted(count: float, what: str) -> str:
-    return f"{number(count)} {what}{'' if count == 1 else 's'}"
