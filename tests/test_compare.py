@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import phi2
 from phi2.cli.commands import main
@@ -164,10 +165,10 @@ def test_a_comparison_has_arrays_runs_and_a_table(comparison):
     assert str(phi2.Comparison(comparison.path)) == str(comparison)
 
 
-def drifts_of(comparison: Comparison, variant: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """By log-ratios to the base over the held-out pairs, of the chosen and of the rejected answers."""
+def drifts_of(comparison: Comparison, variant: str, reference: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """By log-ratios to the base or another reference over the held-out pairs: of chosen and rejected answers."""
     model, _ = comparison.runs(variant)[0].load(device="cpu")
-    base, _ = phi2.load(comparison.config["model"], device="cpu")
+    base, _ = phi2.load(reference or comparison.config["model"], device="cpu")
     config = DPOConfig(**{k: comparison.config[k] for k in ("model", "data", "output")})
     pairs = phi2.start(config).rows.train
     tokens = row_of_answers(pairs)
@@ -194,6 +195,24 @@ def test_a_run_whose_reference_moves_is_measured_from_where_it_began(compare_con
     assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), abs=1e-4)
     assert row["metrics"]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
     assert abs(row["metrics"]["chosen_drift"]) > 0.01
+
+
+@pytest.fixture(scope="module")
+def mixed_references(compare_config, tiny_phi, tmp_path_factory) -> Comparison:
+    """Another model is the comparison's reference; one variant needs none, and one has the start of the run."""
+    other = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny_phi, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.1 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    return run(compare_config(losses="sigmoid,simpo,ipo(reference=auto)", reference=str(other), seeds=1))
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "simpo", "ipo(reference=auto)"])
+def test_every_variant_is_measured_from_the_reference_of_the_comparison(mixed_references, variant):
+    chosen, _ = drifts_of(mixed_references, variant, mixed_references.config["reference"])
+    (row,) = (row for row in mixed_references.rows if row["variant"] == variant)
+    assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), rel=1e-3)
+    assert row["metrics"]["kl"] > 0.1
 
 
 def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
@@ -347,7 +366,7 @@ def test_at_equal_distance_a_metric_is_read_on_the_line_between_two_evaluations(
 
 @pytest.mark.parametrize("kl", [0.05, 0.5])
 def test_a_run_that_starts_beyond_the_distance_or_never_gets_there_has_no_value(kl):
-    assert at_kl(CURVE, kl) == {"kl": kl}
+    assert at_kl(CURVE, kl) == {}
 
 
 def test_the_distance_is_the_largest_that_all_reach():
@@ -364,13 +383,26 @@ def test_a_comparison_at_equal_distance_needs_no_new_runs(comparison, compare_co
     assert (run(replace(config, match="steps")) / "results.jsonl").read_bytes() == steps
 
 
-def test_beyond_what_a_run_reaches_it_has_no_value(comparison, compare_config):
-    """And the table says so with a dash."""
+def test_a_run_that_never_gets_there_has_no_value_in_the_table(comparison, compare_config):
+    """Its KL too is a dash: it never was so far."""
     steps = (comparison / "results.jsonl").read_bytes()
-    config = compare_config(output=str(comparison.path), match="kl", match_kl=1e6, resume=True)
+    ends = comparison.metrics["kl"]
+    config = compare_config(output=str(comparison.path), match="kl", match_kl=float(ends.mean()), resume=True)
     matched = run(config)
-    assert (matched.metrics["kl"] == 1e6).all() and matched.metrics.keys() == {"kl"}
+    there = ~np.isnan(matched.metrics["kl"])
+    assert there.any() and not there.all()
+    np.testing.assert_array_equal(np.isnan(matched.metrics["accuracy"]), ~there)
     assert (run(replace(config, match="steps", match_kl=None)) / "results.jsonl").read_bytes() == steps
+
+
+def test_a_distance_that_no_run_reaches_is_refused_and_the_table_stays(comparison, compare_config):
+    steps = (comparison / "results.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"match_kl 1e\+06: no run has a value there; the largest KL that all reach is "
+    ):
+        run(compare_config(output=str(comparison.path), match="kl", match_kl=1e6, resume=True))
+    assert (comparison / "results.jsonl").read_bytes() == steps
+    run(compare_config(output=str(comparison.path), resume=True))
 
 
 def test_a_comparison_of_an_earlier_version_goes_on(comparison, compare_config):

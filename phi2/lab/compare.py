@@ -43,7 +43,7 @@ from phi2.runs.inputs import inputs_of, require_same_inputs
 from phi2.runs.run import Run
 from phi2.training import dpo
 from phi2.training.api import DATA
-from phi2.training.config import DPOConfig
+from phi2.training.config import STARTS, DPOConfig
 from phi2.training.look import look_at_loss
 from phi2.training.needs import require_both_labels, require_neighbours, rows_for
 from phi2.training.reference import reference_kind, reference_of
@@ -174,6 +174,13 @@ class Bench:
         """Every reference is asked once for all pairs that any run will see, in an order that depends on no run."""
         for cell in self.cells:
             self.reference(cell.config)
+            self.reference(self.measured_from(cell.config))
+
+    def measured_from(self, config: DPOConfig) -> DPOConfig:
+        """The settings of a run with the reference that all runs are measured from: the comparison's own, where it
+        begins. A start has one name in full training and another with an adapter."""
+        asked = self.config.reference
+        return replace(config.at_start(), reference="auto" if asked in STARTS else asked)
 
     def reference(self, config: DPOConfig) -> tuple[Reference, Phi2ForCausalLM | None]:
         """Log-probabilities of the pairs of all runs, known for good, and the model that gives them."""
@@ -207,8 +214,10 @@ class Bench:
 
     def run(self, cell: Cell) -> None:
         """Runs a cell, or goes on with it."""
-        known, start = self.reference(cell.config)
-        elsewhere = cell.variant.loss.reference_free or cell.config.sync_ref_model  # what its own evaluations look from
+        common = self.measured_from(cell.config)
+        known, start = self.reference(common)
+        moves, other = cell.config.sync_ref_model, reference_kind(cell.config) != reference_kind(common)
+        elsewhere = cell.variant.loss.reference_free or moves or other  # what its own evaluations look from
         measure = Measure(self.session, cell.config, known, start, elsewhere, self._graded(cell))
         write_report(dpo.fit(self.session, cell.config, measure))
 
@@ -239,9 +248,14 @@ def write_results(config: CompareConfig, cells: Sequence[Cell]) -> None:
     curves = [curve_of(Run(cell.config.output)) for cell in cells]
     if config.match == "kl":
         kl = config.match_kl or farthest_common_kl(curves)
-        found: Iterable[dict[str, float]] = (at_kl(curve, kl) for curve in curves)
+        found = [at_kl(curve, kl) for curve in curves]
+        if not any(found):
+            farthest = farthest_common_kl(curves)
+            raise ValueError(
+                f"match_kl {kl:g}: no run has a value there; the largest KL that all reach is {farthest:g}"
+            )
     else:
-        found = (curve[-1] for curve in curves)
+        found = [curve[-1] for curve in curves]
     lines = (json.dumps(_result(config, cell, metrics)) for cell, metrics in zip(cells, found, strict=True))
     write_whole(Path(config.output) / RESULTS, "".join(f"{line}\n" for line in lines))
 

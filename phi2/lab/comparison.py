@@ -146,7 +146,8 @@ class Comparison:
         """Where on their way the runs are compared."""
         if self.config["match"] == "steps":
             return "behind the last update"
-        return f"at a KL of {number(self.rows[0]['metrics']['kl'])} nats from the reference"
+        kl = next(row["metrics"]["kl"] for row in self.rows if "kl" in row["metrics"])
+        return f"at a KL of {number(kl)} nats from the reference"
 
     @property
     def main_differences(self) -> list[list[str]]:
@@ -219,7 +220,7 @@ def at_kl(curve: Sequence[Mapping[str, float]], kl: float) -> dict[str, float]:
     """
     behind = next((i for i, found in enumerate(curve) if found["kl"] >= kl), None)
     if behind is None or (behind == 0 and curve[0]["kl"] > kl):
-        return {"kl": kl}
+        return {}
     before, after = curve[max(0, behind - 1)], curve[behind]
     apart = sqrt(after["kl"]) - sqrt(before["kl"])
     share = (sqrt(kl) - sqrt(before["kl"])) / apart if apart else 1.0
