@@ -90,9 +90,15 @@ def require_use(loss: BoundLoss, answers: AnswerBatch) -> None:
 
 
 def acts(loss: BoundLoss, knob: str, answers: AnswerBatch) -> bool:
-    """Whether a number among a loss's knobs has an effect on these answers."""
+    """Whether a number among a loss's knobs has an effect on these answers; one that is refused as it is has none."""
     value = loss.number(knob)
-    return value is not None and not torch.equal(loss(answers), loss.with_knob(knob, 0.5 * value)(answers))
+    if value is None:
+        return False
+    try:
+        other = loss.with_knob(knob, 0.5 * value)
+    except ValueError:  # another knob leaves it without effect
+        return False
+    return not torch.equal(loss(answers), other(answers))
 
 
 def varied(rows: Sequence[EncodedPreference], gaps: dict[str, str]) -> list[EncodedPreference]:
