@@ -279,6 +279,17 @@ def test_texts_are_cut_at_commas_outside_parentheses():
     assert entry_of("simpo(beta=2.0, gamma=1e-1)") == {"loss": "simpo", "beta": 2.0, "gamma": 0.1}
 
 
+@pytest.mark.parametrize("text", ["sigmoid:0.8,sft:0.2", "ipo, paper:ipo:1", "sigmoid:1e-1(beta=0.2)"])
+def test_a_mixture_among_losses_is_not_cut_into_variants(text):
+    with pytest.raises(ValueError, match="is a part of a mixture, and a comma parts variants here: give a list"):
+        split_texts(text)
+
+
+def test_a_list_of_losses_may_hold_a_mixture(compare_config):
+    config = compare_config(losses=["sigmoid:0.8,sft:0.2", "ipo"])
+    assert [variant.name for variant in variants_of(config)] == ["sigmoid:0.8,sft:0.2", "ipo"]
+
+
 def test_a_loss_of_a_file_stands_beside_one_of_the_library(compare_config, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(

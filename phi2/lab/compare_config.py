@@ -21,7 +21,7 @@ class CompareConfig(PreferenceConfig):
 
     losses: str | list[str | dict[str, Any]] | None = None
     """Variants by their loss, with commas between: names, presets (paper:ipo), or either with knobs and other settings
-    of a run, simpo(beta=2.0, learning_rate=1e-5)."""
+    of a run, simpo(beta=2.0, learning_rate=1e-5). A list may hold mixtures: ["sigmoid:0.8,sft:0.2", "ipo"]."""
     variants: list[str | dict[str, Any]] | None = None
     """More variants, for a YAML file: texts as in `losses`, where a mixture (sigmoid:0.8,sft:0.2) is one too, or
     mappings with `loss`, its knobs, and other settings of a run."""
