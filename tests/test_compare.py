@@ -319,7 +319,7 @@ REFUSED = {
     "an unknown baseline": ({"baseline": "simpo"}, "baseline must be one of"),
     "a reference that moves, asked beforehand": (
         {"sync_ref_model": True},
-        "sync_ref_model moves the reference: it needs precompute_ref_log_probs false",
+        r"needs precompute_ref_log_probs false, which is true in a comparison; .*sigmoid\(sync_ref_model=True\)",
     ),
     "no held-out pairs": ({"eval_data": None}, "a comparison needs held-out pairs: give eval_data or test_fraction"),
 }
@@ -331,6 +331,17 @@ def test_what_cannot_be_compared_is_one_line_before_any_work(compare_config, cas
     with pytest.raises(ValueError, match=message) as error:
         run(compare_config(**changes, output=str(tmp_path / "out")))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_rows_that_one_variant_cannot_use_are_refused_with_its_name(compare_config):
+    with pytest.raises(ValueError, match="^variant odpo: the loss reads the column 'score_chosen'"):
+        run(compare_config(losses="sigmoid,odpo"))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_is_named(compare_config, jobs):
+    with pytest.raises(ValueError, match=r"^sigmoid\(learning_rate=1e\+30\), seed 42: update \d: .*learning_rate"):
+        run(compare_config(losses="ipo,sigmoid(learning_rate=1e30)", seeds=1, jobs=jobs))
 
 
 def test_another_comparison_is_not_written_over(comparison, compare_config, tmp_path):

@@ -14,7 +14,7 @@ import multiprocessing
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property, partialmethod
 from itertools import islice
@@ -153,7 +153,8 @@ class Bench:
         for variant in self.variants:
             found = dpo.preference_inputs(variant.config, variant.loss)
             inputs |= {f"{what} of {variant.name}": digest for what, digest in found.items()}
-            self._require_trainable(variant)
+            with named(f"variant {variant.name}"):
+                self._require_trainable(variant)
         alone = next((row for row in rows.evaluation if len(row.answers) == 1), None)
         if alone is not None:
             raise ValueError(
@@ -219,7 +220,17 @@ class Bench:
         moves, other = cell.config.sync_ref_model, reference_kind(cell.config) != reference_kind(common)
         elsewhere = cell.variant.loss.reference_free or moves or other  # what its own evaluations look from
         measure = Measure(self.session, cell.config, known, start, elsewhere, self._graded(cell))
-        write_report(dpo.fit(self.session, cell.config, measure))
+        with named(str(cell)):
+            write_report(dpo.fit(self.session, cell.config, measure))
+
+
+@contextmanager
+def named(which: str) -> Iterator[None]:
+    """Says of which variant or run a refusal is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{which}: {error}") from error
 
 
 def open_comparison(config: CompareConfig) -> bool:

@@ -58,6 +58,11 @@ class CompareConfig(PreferenceConfig):
             if not self.is_toy:
                 raise ValueError("a comparison needs held-out pairs: give eval_data or test_fraction")
             object.__setattr__(self, "eval_data", [DataSpec(TOY, split="test", rows=TOY_PAIRS)])
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model moves the reference of all runs: it needs precompute_ref_log_probs false, which is true"
+                " in a comparison; or give it to a variant, sigmoid(sync_ref_model=True)"
+            )
         super().__post_init__()
         for name in ("seeds", "jobs"):
             require_at_least(self, name, 1)
