@@ -10,12 +10,15 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+CHUNK = 2**22  # bytes that are read at once
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,6 +71,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a mapping, got {type(value).__name__}")
     return value
+
+
+def crc_of(path: Path, start: int = 0, stop: int | None = None) -> int:
+    """Of the bytes of a file. They are read: of a map, what was looked at counts as memory of the process."""
+    crc = 0
+    with path.open("rb") as file:
+        left = (os.fstat(file.fileno()).st_size if stop is None else stop) - start
+        file.seek(start)
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    return crc
 
 
 def one_line(error: Exception) -> str:

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -35,7 +34,7 @@ from phi2.data.audit import Audit, Dropped
 from phi2.data.config import DataSpec, EncodeConfig
 from phi2.data.flat import Digests, FlatPreferences, FlatRows, FlatSequences
 from phi2.data.sources import TOYS, files_of, specs_of
-from phi2.files import one_line, read_json, whole_file, write_whole
+from phi2.files import crc_of, one_line, read_json, whole_file, write_whole
 from phi2.tokenizer import Tokenizer
 
 FOLDER, LIMIT, DEFAULT_GIB = "PHI2_CACHE", "PHI2_CACHE_GIB", 10.0
@@ -43,7 +42,7 @@ KINDS: dict[str, Any] = {"supervised": FlatSequences, "preference": FlatPreferen
 PACKAGE = Path(__file__).parents[1]
 CHANGING = re.compile(r"\b(strftime_now|random)\b")  # what makes a template write another text the next time
 SETTLED = 2  # seconds without a change after which a file's times tell the next one
-CRC, CHUNK = 4, 2**22  # bytes behind an entry that tell of damage; bytes that are read at once
+CRC = 4  # bytes behind an entry that tell of damage
 LEFT_OVER = 24 * 3600  # seconds after which an unfinished file is one of a process that was killed
 
 
@@ -233,18 +232,9 @@ def _write(path: Path, kept: Kept) -> None:
     batch = pa.record_batch([*columns.values()], names=[*columns]).replace_schema_metadata({"phi2": json.dumps(told)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
-    crc = _crc(path, path.stat().st_size)
+    crc = crc_of(path)
     with path.open("ab") as file:
-        file.write(crc)
-
-
-def _crc(path: Path, size: int) -> bytes:
-    """Of the first `size` bytes. They are read: of a map, what was looked at counts as memory of the process."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(min(CHUNK, size - file.tell())):
-            crc = zlib.crc32(chunk, crc)
-    return crc.to_bytes(CRC, "little")
+        file.write(crc.to_bytes(CRC, "little"))
 
 
 def _mapped(path: Path) -> pa.Buffer:
@@ -252,8 +242,8 @@ def _mapped(path: Path) -> pa.Buffer:
     size = path.stat().st_size - CRC
     with path.open("rb") as file:
         file.seek(max(0, size))
-        written = file.read()
-    if size < 0 or written != _crc(path, size):
+        written = int.from_bytes(file.read(), "little")
+    if size < 0 or written != crc_of(path, stop=size):
         raise ValueError("it is not what was written")
     return pa.memory_map(str(path)).read_buffer(size)
 
