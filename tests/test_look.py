@@ -221,6 +221,28 @@ def test_columns_that_no_loss_reads_may_have_gaps():
     look_at_loss(bind_loss("sigmoid", {}), [pair(1, w=1.0), pair(2, w="high"), pair(3)], [])
 
 
+def weighted(pairs: PairBatch) -> Tensor:
+    return pairs.columns["weight"] * plain(pairs)
+
+
+def plain(pairs: PairBatch) -> Tensor:
+    return -F.logsigmoid(pairs.chosen_logratio - pairs.rejected_logratio)
+
+
+ONES = [pair(1, weight=1.0), pair(2, weight=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "pairs", "count"),
+    [(plain, PAIRS, 13), (weighted, PAIRS, 0), (plain, ONES, 0), (plain, [pair(1, weight=2.0), pair(2)], 1)],
+)
+def test_weights_in_the_rows_that_a_loss_does_not_read_are_told(loss, pairs, count, capsys):
+    look(loss, pairs)
+    remedy = "loss_args.weight_column weight multiplies each row's loss by it"
+    expected = f"loss mine does not use the column weight of {count} rows; {remedy}\n"
+    assert capsys.readouterr().out == (expected if count else "")
+
+
 def test_the_pairs_looked_at_have_the_lowest_and_the_highest_number_of_each_column():
     rows = [pair(i, w=float(-abs(i - 331)), v=float(i == 5)) for i in range(1000)]
     chosen = {row.origin.row for row in varied(rows, {})}

@@ -8,12 +8,14 @@ of an update's rows at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from phi2.data.columns import LOSS_COLUMNS
 from phi2.data.encoded import EncodedPreference
-from phi2.data.flat import of_each_layout
-from phi2.losses.batch import AnswerBatch
+from phi2.data.flat import flat_rows, of_each_layout
+from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import told
 from phi2.losses.modifiers import MODIFIERS
@@ -45,6 +47,25 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
         require_effect(part, shown)
         require_use(part, shown)
         require_scope(part, shown)
+    tell_unread(loss, shown, rows, eval_rows)
+
+
+def tell_unread(loss: BoundLoss, answers: AnswerBatch, *data: Sequence[EncodedPreference]) -> None:
+    """Prints which columns of a row's weight or an answer's label, not 1 everywhere, the loss leaves unread."""
+    for name in LOSS_COLUMNS:
+        count = sum(int((flat_rows(rows, "preference").numbers(name) != 1).sum()) for rows in data)
+        if count and not reads(loss, name, answers):
+            has_remedy = name == "weight" and loss.scope == "pair"
+            remedy = "; loss_args.weight_column weight multiplies each row's loss by it" if has_remedy else ""
+            print(f"loss {loss.name} does not use the column {name} of {count} rows{remedy}")
+
+
+def reads(loss: BoundLoss, name: str, answers: AnswerBatch) -> bool:
+    """Whether a loss is another one for other numbers in a column. One that is not there in every row is not read."""
+    if name not in answers.columns.keys():
+        return False
+    other = Columns({**answers.columns, name: 0.5 * answers.columns[name] + 1}, answers.columns.gaps)
+    return not torch.equal(loss(answers), loss(replace(answers, columns=other)))
 
 
 def require_one_reference(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
