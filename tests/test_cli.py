@@ -237,7 +237,7 @@ def test_the_old_name_of_a_setting_says_its_new_one(command, tmp_path, capsys):
         ["--model", "m", "--data", "d", "--add_chatml", "true"],
     ):
         code, _, err = run(capsys, command, *arguments, *flags)
-        assert code == 2 and err.startswith(f"phi2 {command}: add_chatml is now chat_template") and err.count("\n") == 1
+        assert code == 2 and "add_chatml is now chat_template" in err and err.count("\n") == 1
 
 
 def test_a_system_message_needs_the_chat_template(capsys):
