@@ -74,6 +74,12 @@ def test_a_bad_setting_of_sampling_is_told_before_a_model_is_looked_for(capsys):
     assert (code, err) == (2, "phi2 chat: top_k 5 needs a temperature above 0, got 0 (greedy)\n")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_parser_knows_the_type_of_every_flag(command, capsys):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and "Unvalidated" not in out
+
+
 def test_the_help_of_a_loss_and_of_data_names_all_there_are(capsys):
     _, out, _ = run(capsys, "dpo", "--help")
     text = re.sub(r"-?\n +", "", out.partition("options:")[2]).replace(" ", "")
