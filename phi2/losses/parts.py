@@ -100,10 +100,15 @@ def _without_preset(part: Part) -> list[Part]:
 
 
 def _unknown(name: str) -> str:
+    known, weight = name.partition(":")[::2]
+    if known in PREFERENCE_LOSSES:
+        return f"the weight of a loss must be a number above 0, got {weight!r}"
+    if "(" in name:
+        return f"knobs of a loss do not stand in its name, got {name!r}: they are settings, beta or loss_args"
     if ":" in name:
         return f"preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}"
-    known = sorted(PREFERENCE_LOSSES)
-    return f"loss must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+    names = sorted(PREFERENCE_LOSSES)
+    return f"loss must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}"
 
 
 def hint(parts: Sequence[Part], knob: str) -> str:
