@@ -24,6 +24,7 @@ from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.training.scoring import column_gaps, numeric_columns
 
 SPREAD, CANDIDATES = 8, 1024  # rows over the whole data set that are looked at, and among which columns are
+SCORES = ("score_chosen", "score_rejected")
 REFERENCE_COLUMNS = {  # sums over answers, as trl writes and reads them under their names of now and before
     *("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"),
     *("reference_chosen_logps", "reference_rejected_logps", "reference_logps"),
@@ -123,11 +124,14 @@ def acts(loss: BoundLoss, knob: str, answers: AnswerBatch) -> bool:
 
 
 def varied(rows: Sequence[EncodedPreference], gaps: dict[str, str]) -> list[EncodedPreference]:
-    """Rows from the whole data set, among them the lowest and the highest of each column of numbers and of scores."""
+    """Rows from the whole data set, among them the lowest and the highest of each column of numbers, of scores, and of
+    the gap between a chosen and a rejected one."""
     candidates = rows[:: max(1, len(rows) // CANDIDATES)]
     spread = candidates[:: max(1, len(candidates) // SPREAD)][:SPREAD]
     names = [name for name in rows[0].columns if name not in gaps]
     by = [*(lambda row, name=name: row.columns[name] for name in names), lambda row: row.scores[0]]
+    if {*SCORES} <= {*names}:
+        by.append(lambda row: row.columns[SCORES[0]] - row.columns[SCORES[1]])
     ends = [end(candidates, key=key) for key in by for end in (min, max)]
     return list({id(row): row for row in (*spread, *ends)}.values())
 
