@@ -99,6 +99,13 @@ def crc_of(path: Path, start: int = 0, stop: int | None = None) -> int:
     return crc
 
 
+def require_folder(output: Path) -> None:
+    """Refuses an output that is a file, or below one."""
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output {output}: {path} is a file; give a folder")
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 

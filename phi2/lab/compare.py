@@ -29,7 +29,7 @@ from tqdm import tqdm
 from phi2.data.encoded import EncodedPreference
 from phi2.data.flat import Joined
 from phi2.data.processes import end_with_parent
-from phi2.files import write_whole
+from phi2.files import require_folder, write_whole
 from phi2.keywords import config_of, explained
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.compare_report import write_report as write_page
@@ -240,6 +240,7 @@ def open_comparison(config: CompareConfig) -> bool:
         ValueError: when the folder holds another comparison, or something else, or `resume` is off.
     """
     output = Path(config.output)
+    require_folder(output)
     path = output / SETTINGS
     begun = any(output.glob("cells/*/*/config.yaml"))
     if begun and not config.resume:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from phi2.files import read_yaml, write_whole
+from phi2.files import read_yaml, require_folder, write_whole
 from phi2.runs.checkpoint import last_checkpoint
 from phi2.runs.config import RunConfig
 from phi2.runs.log import whole_lines
@@ -33,8 +33,10 @@ def open_run(config: RunConfig) -> Path | None:
     A run that goes on is left as it is, until its inputs have been compared too.
 
     Raises:
-        ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
+        ValueError: when the folder holds a run and `resume` is off, when a setting differs from that run's, or when it
+            is no folder.
     """
+    require_folder(Path(config.output))
     run, checkpoint = Path(config.output), last_checkpoint(Path(config.output))
     if checkpoint or whole_lines(run / "metrics.jsonl"):
         if not config.resume:
