@@ -31,6 +31,7 @@ from phi2.lab.measure import Measure
 from phi2.lab.variants import entry_of, split_texts, variants_of
 from phi2.lora import disabled
 from phi2.lora_config import LoraConfig
+from phi2.runs.log import Interrupted
 from phi2.training import dpo
 from phi2.training.config import DPOConfig
 from phi2.training.packing import row_of_answers
@@ -152,6 +153,15 @@ def test_no_run_is_handed_out_before_a_process_is_free(compare_config):
     finished = compare._finished(Pool(), cells, jobs=2)
     counts = [len(handed) for _ in finished]
     assert counts == [2, 3, 4, 4] and handed == [(cell.variant.name, cell.seed) for cell in cells]
+
+
+def test_ctrl_c_among_several_processes_says_how_to_go_on(compare_config, monkeypatch):
+    def stopped(pool, cells, jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "_finished", stopped)
+    with pytest.raises(Interrupted, match="^stopped; go on with resume: true$"):
+        run(compare_config(jobs=2))
 
 
 def test_a_comparison_has_arrays_runs_and_a_table(comparison):
@@ -413,6 +423,7 @@ def test_a_run_that_never_gets_there_has_no_value_in_the_table(comparison, compa
     matched = run(config)
     there = ~np.isnan(matched.metrics["kl"])
     assert there.any() and not there.all()
+    assert f", where {(~there).sum()} of 4 runs have no value, nor has their mean; mean ±" in str(matched)
     np.testing.assert_array_equal(np.isnan(matched.metrics["accuracy"]), ~there)
     assert (run(replace(config, match="steps", match_kl=None)) / "results.jsonl").read_bytes() == steps
 

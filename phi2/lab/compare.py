@@ -40,6 +40,7 @@ from phi2.lab.variants import Variant, variants_of
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import require_same_settings, to_plain
 from phi2.runs.inputs import inputs_of, require_same_inputs
+from phi2.runs.log import Interrupted
 from phi2.runs.run import Run
 from phi2.training import dpo
 from phi2.training.api import DATA
@@ -300,6 +301,8 @@ def _run_in_processes(config: CompareConfig, cells: Sequence[Cell]) -> None:
                 bar.update()
     except BrokenProcessPool as error:
         raise OSError("a process of the comparison was killed; go on with resume: true") from error
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("stopped; go on with resume: true") from interrupt
 
 
 def _finished(pool: ProcessPoolExecutor, cells: Iterable[Cell], jobs: int) -> Iterator[Cell]:

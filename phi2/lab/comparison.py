@@ -146,8 +146,10 @@ class Comparison:
         """Where on their way the runs are compared."""
         if self.config["match"] == "steps":
             return "behind the last update"
-        kl = next(row["metrics"]["kl"] for row in self.rows if "kl" in row["metrics"])
-        return f"at a KL of {number(kl)} nats from the reference"
+        there = [row["metrics"]["kl"] for row in self.rows if "kl" in row["metrics"]]
+        missing = len(self.rows) - len(there)
+        told = f", where {missing} of {len(self.rows)} runs have no value, nor has their mean" if missing else ""
+        return f"at a KL of {number(there[0])} nats from the reference{told}"
 
     @property
     def main_differences(self) -> list[list[str]]:
