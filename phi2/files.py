@@ -103,7 +103,7 @@ def require_folder(output: Path) -> None:
     """Refuses an output that is a file, or below one."""
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(f"output {output}: {path} is a file; give a folder")
+            raise NotADirectoryError(f"output {output}: {path} is a file; give a folder")
 
 
 def one_line(error: Exception) -> str:

@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_an_output_that_is_a_file_or_below_one_is_refused(tmp_path, below):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(ValueError, match=f"^output .*: {tmp_path / 'file'} is a file; give a folder$"):
+    with pytest.raises(NotADirectoryError, match=f"^output .*: {tmp_path / 'file'} is a file; give a folder$"):
         require_folder(tmp_path / "file" / below)
     require_folder(tmp_path)
     require_folder(tmp_path / "new" / "folder")

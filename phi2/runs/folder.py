@@ -33,8 +33,7 @@ def open_run(config: RunConfig) -> Path | None:
     A run that goes on is left as it is, until its inputs have been compared too.
 
     Raises:
-        ValueError: when the folder holds a run and `resume` is off, when a setting differs from that run's, or when it
-            is no folder.
+        ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
     """
     require_folder(Path(config.output))
     run, checkpoint = Path(config.output), last_checkpoint(Path(config.output))
