@@ -10,12 +10,15 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+CHUNK = 2**22  # bytes that are read at once
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,19 +58,52 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return values
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """PyYAML takes the last of several values for a key, and says nothing of the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen: set[str] = set()
+        for key in keys:
+            if key.value in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1} gives {key.value!r} again")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in `path`.
 
     Raises:
-        ValueError: one line naming the file, when it is not UTF-8, not YAML or not a mapping.
+        ValueError: one line naming the file, when it is not UTF-8, not YAML or not a mapping, or when a key stands in a
+            mapping twice.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from error
+        told = one_line(error).replace('in "<unicode string>", ', "at ")
+        raise ValueError(f"{path}: not valid YAML ({told})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a mapping, got {type(value).__name__}")
+        raise ValueError(f"{path}: must hold a mapping, got {'nothing' if value is None else type(value).__name__}")
     return value
+
+
+def crc_of(path: Path, start: int = 0, stop: int | None = None) -> int:
+    """Of the bytes of a file. They are read: of a map, what was looked at counts as memory of the process."""
+    crc = 0
+    with path.open("rb") as file:
+        left = (os.fstat(file.fileno()).st_size if stop is None else stop) - start
+        file.seek(start)
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    return crc
+
+
+def require_folder(output: Path) -> None:
+    """Refuses an output that is a file, or below one."""
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"output {output}: {path} is a file; give a folder")
 
 
 def one_line(error: Exception) -> str:

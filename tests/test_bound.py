@@ -113,9 +113,12 @@ def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
     [
         ("sigmoid,sfft", "loss must be one of alphadpo, .*, got 'sfft'; did you mean sft?"),
         ("sigmoid:0,sft", "the weight of a loss must be a number above 0, got 0.0"),
+        ("sigmoid:x,sft", "the weight of a loss must be a number above 0, got 'x'"),
+        (
+            "simpo(beta=0.3)",
+            r"knobs of a loss do not stand in its name, got 'simpo\(beta=0.3\)': they are settings",
+        ),
         ("sigmoid:inf,sft", "the weight of a loss must be a number above 0, got inf"),
-        ("sigmoid:half,sft", "'sigmoid:half' is no loss: behind 'sigmoid' its weight must be a number"),
-        ("sigmoid(beta=0.2)", r"'sigmoid\(beta=0.2\)' is no loss: behind 'sigmoid' its knobs stand in loss_args"),
         (None, "loss must be a name, a mixture, or a list of its parts, got NoneType"),
         (len, "loss must be a name, .*; a function of yours has a name by @phi2.preference_loss"),
         ("paper:ippo", "preset must be one of paper:dpo, .*, got 'paper:ippo'; did you mean paper:ipo?"),

@@ -74,6 +74,12 @@ def test_a_bad_setting_of_sampling_is_told_before_a_model_is_looked_for(capsys):
     assert (code, err) == (2, "phi2 chat: top_k 5 needs a temperature above 0, got 0 (greedy)\n")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_parser_knows_the_type_of_every_flag(command, capsys):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and "Unvalidated" not in out
+
+
 def test_the_help_of_a_loss_and_of_data_names_all_there_are(capsys):
     _, out, _ = run(capsys, "dpo", "--help")
     text = re.sub(r"-?\n +", "", out.partition("options:")[2]).replace(" ", "")
@@ -237,7 +243,7 @@ def test_the_old_name_of_a_setting_says_its_new_one(command, tmp_path, capsys):
         ["--model", "m", "--data", "d", "--add_chatml", "true"],
     ):
         code, _, err = run(capsys, command, *arguments, *flags)
-        assert code == 2 and err.startswith(f"phi2 {command}: add_chatml is now chat_template") and err.count("\n") == 1
+        assert code == 2 and "add_chatml is now chat_template" in err and err.count("\n") == 1
 
 
 def test_a_system_message_needs_the_chat_template(capsys):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import phi2
 from phi2.cli.commands import main
@@ -30,6 +31,7 @@ from phi2.lab.measure import Measure
 from phi2.lab.variants import entry_of, split_texts, variants_of
 from phi2.lora import disabled
 from phi2.lora_config import LoraConfig
+from phi2.runs.log import Interrupted
 from phi2.training import dpo
 from phi2.training.config import DPOConfig
 from phi2.training.packing import row_of_answers
@@ -153,6 +155,15 @@ def test_no_run_is_handed_out_before_a_process_is_free(compare_config):
     assert counts == [2, 3, 4, 4] and handed == [(cell.variant.name, cell.seed) for cell in cells]
 
 
+def test_ctrl_c_among_several_processes_says_how_to_go_on(compare_config, monkeypatch):
+    def stopped(pool, cells, jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "_finished", stopped)
+    with pytest.raises(Interrupted, match="^stopped; go on with resume: true$"):
+        run(compare_config(jobs=2))
+
+
 def test_a_comparison_has_arrays_runs_and_a_table(comparison):
     assert comparison.variants == ["sigmoid", "simpo(beta=2.0)"] and comparison.seeds == [42, 43]
     assert comparison.metrics["accuracy"].shape == (2, 2)
@@ -166,10 +177,10 @@ def test_a_comparison_has_arrays_runs_and_a_table(comparison):
     assert str(phi2.Comparison(comparison.path)) == str(comparison)
 
 
-def drifts_of(comparison: Comparison, variant: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """By log-ratios to the base over the held-out pairs, of the chosen and of the rejected answers."""
+def drifts_of(comparison: Comparison, variant: str, reference: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """By log-ratios to the base or another reference over the held-out pairs: of chosen and rejected answers."""
     model, _ = comparison.runs(variant)[0].load(device="cpu")
-    base, _ = phi2.load(comparison.config["model"], device="cpu")
+    base, _ = phi2.load(reference or comparison.config["model"], device="cpu")
     config = DPOConfig(**{k: comparison.config[k] for k in ("model", "data", "output")})
     pairs = phi2.start(config).rows.train
     tokens = row_of_answers(pairs)
@@ -196,6 +207,24 @@ def test_a_run_whose_reference_moves_is_measured_from_where_it_began(compare_con
     assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), abs=1e-4)
     assert row["metrics"]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
     assert abs(row["metrics"]["chosen_drift"]) > 0.01
+
+
+@pytest.fixture(scope="module")
+def mixed_references(compare_config, tiny_phi, tmp_path_factory) -> Comparison:
+    """Another model is the comparison's reference; one variant needs none, and one has the start of the run."""
+    other = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny_phi, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.1 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    return run(compare_config(losses="sigmoid,simpo,ipo(reference=auto)", reference=str(other), seeds=1))
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "simpo", "ipo(reference=auto)"])
+def test_every_variant_is_measured_from_the_reference_of_the_comparison(mixed_references, variant):
+    chosen, _ = drifts_of(mixed_references, variant, mixed_references.config["reference"])
+    (row,) = (row for row in mixed_references.rows if row["variant"] == variant)
+    assert row["metrics"]["chosen_drift"] == pytest.approx(chosen.mean().item(), rel=1e-3)
+    assert row["metrics"]["kl"] > 0.1
 
 
 def test_kl_and_entropy_are_those_of_the_whole_distributions(dpo_config):
@@ -262,6 +291,17 @@ def test_texts_are_cut_at_commas_outside_parentheses():
     assert entry_of("simpo(beta=2.0, gamma=1e-1)") == {"loss": "simpo", "beta": 2.0, "gamma": 0.1}
 
 
+@pytest.mark.parametrize("text", ["sigmoid:0.8,sft:0.2", "ipo, paper:ipo:1", "sigmoid:1e-1(beta=0.2)"])
+def test_a_mixture_among_losses_is_not_cut_into_variants(text):
+    with pytest.raises(ValueError, match="is a part of a mixture, and a comma parts variants here: give a list"):
+        split_texts(text)
+
+
+def test_a_list_of_losses_may_hold_a_mixture(compare_config):
+    config = compare_config(losses=["sigmoid:0.8,sft:0.2", "ipo"])
+    assert [variant.name for variant in variants_of(config)] == ["sigmoid:0.8,sft:0.2", "ipo"]
+
+
 def test_a_loss_of_a_file_stands_beside_one_of_the_library(compare_config, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
@@ -291,7 +331,7 @@ REFUSED = {
     "an unknown baseline": ({"baseline": "simpo"}, "baseline must be one of"),
     "a reference that moves, asked beforehand": (
         {"sync_ref_model": True},
-        "sync_ref_model moves the reference: it needs precompute_ref_log_probs false",
+        r"needs precompute_ref_log_probs false, which is true in a comparison; .*sigmoid\(sync_ref_model=True\)",
     ),
     "no held-out pairs": ({"eval_data": None}, "a comparison needs held-out pairs: give eval_data or test_fraction"),
 }
@@ -303,6 +343,17 @@ def test_what_cannot_be_compared_is_one_line_before_any_work(compare_config, cas
     with pytest.raises(ValueError, match=message) as error:
         run(compare_config(**changes, output=str(tmp_path / "out")))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_rows_that_one_variant_cannot_use_are_refused_with_its_name(compare_config):
+    with pytest.raises(ValueError, match="^variant odpo: the loss reads the column 'score_chosen'"):
+        run(compare_config(losses="sigmoid,odpo"))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_is_named(compare_config, jobs):
+    with pytest.raises(ValueError, match=r"^sigmoid\(learning_rate=1e\+30\), seed 42: update \d: .*learning_rate"):
+        run(compare_config(losses="ipo,sigmoid(learning_rate=1e30)", seeds=1, jobs=jobs))
 
 
 def test_another_comparison_is_not_written_over(comparison, compare_config, tmp_path):
@@ -349,7 +400,7 @@ def test_at_equal_distance_a_metric_is_read_on_the_line_between_two_evaluations(
 
 @pytest.mark.parametrize("kl", [0.05, 0.5])
 def test_a_run_that_starts_beyond_the_distance_or_never_gets_there_has_no_value(kl):
-    assert at_kl(CURVE, kl) == {"kl": kl}
+    assert at_kl(CURVE, kl) == {}
 
 
 def test_the_distance_is_the_largest_that_all_reach():
@@ -366,13 +417,27 @@ def test_a_comparison_at_equal_distance_needs_no_new_runs(comparison, compare_co
     assert (run(replace(config, match="steps")) / "results.jsonl").read_bytes() == steps
 
 
-def test_beyond_what_a_run_reaches_it_has_no_value(comparison, compare_config):
-    """And the table says so with a dash."""
+def test_a_run_that_never_gets_there_has_no_value_in_the_table(comparison, compare_config):
+    """Its KL too is a dash: it never was so far."""
     steps = (comparison / "results.jsonl").read_bytes()
-    config = compare_config(output=str(comparison.path), match="kl", match_kl=1e6, resume=True)
+    ends = comparison.metrics["kl"]
+    config = compare_config(output=str(comparison.path), match="kl", match_kl=float(ends.mean()), resume=True)
     matched = run(config)
-    assert (matched.metrics["kl"] == 1e6).all() and matched.metrics.keys() == {"kl"}
+    there = ~np.isnan(matched.metrics["kl"])
+    assert there.any() and not there.all()
+    assert f", where {(~there).sum()} of 4 runs have no value, nor has their mean; mean ±" in str(matched)
+    np.testing.assert_array_equal(np.isnan(matched.metrics["accuracy"]), ~there)
     assert (run(replace(config, match="steps", match_kl=None)) / "results.jsonl").read_bytes() == steps
+
+
+def test_a_distance_that_no_run_reaches_is_refused_and_the_table_stays(comparison, compare_config):
+    steps = (comparison / "results.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"match_kl 1e\+06: no run has a value there; the largest KL that all reach is "
+    ):
+        run(compare_config(output=str(comparison.path), match="kl", match_kl=1e6, resume=True))
+    assert (comparison / "results.jsonl").read_bytes() == steps
+    run(compare_config(output=str(comparison.path), resume=True))
 
 
 def test_a_comparison_of_an_earlier_version_goes_on(comparison, compare_config):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phi2.files import read_json, whole_file, whole_folder, write_whole
+from phi2.files import read_json, require_folder, whole_file, whole_folder, write_whole
 
 
 def names_in(folder: Path) -> list[str]:
@@ -80,3 +80,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
 def test_a_file_in_a_folder_that_is_not_there_is_told_by_its_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="No such file or directory: '.*gone/a.json'$"):
         write_whole(tmp_path / "gone" / "a.json", "{}")
+
+
+@pytest.mark.parametrize("below", [".", "deeper/still"])
+def test_an_output_that_is_a_file_or_below_one_is_refused(tmp_path, below):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(NotADirectoryError, match=f"^output .*: {tmp_path / 'file'} is a file; give a folder$"):
+        require_folder(tmp_path / "file" / below)
+    require_folder(tmp_path)
+    require_folder(tmp_path / "new" / "folder")

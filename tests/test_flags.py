@@ -70,6 +70,9 @@ def test_what_may_be_a_text_stays_a_text():
         (["--beta", "big"], "beta: expected float, got big"),
         (["--max_steps", "three"], "max_steps: expected int, got three"),
         (["--dtype", "half"], "dtype: expected one of 'auto', 'float32', 'bfloat16', 'float16', got half"),
+        (["--append_eos", "maybe"], "append_eos: expected bool, got maybe"),
+        (["--max_length", "10.5"], "max_length: expected int, got 10.5"),
+        (["--boundary", "none"], "boundary: expected one of 'joint', 'split', got none"),
         (["--lora.r", "big"], "lora.r: expected int, got big"),
         (["--lora.r", "0"], "r must be a positive whole number, got 0"),
         (["--lora.rank", "3"], "lora: Option 'rank' is not accepted"),
@@ -95,14 +98,19 @@ def test_a_mistake_is_told_by_flag_by_what_it_takes_and_by_what_it_got(arguments
         ("lora: {r: big}", "lora.r: expected int, got big"),
         ("lora: {rank: 3}", "lora: Option 'rank' is not accepted, got {'rank': 3}"),
         ("max_steps: three", "max_steps: expected int, got three"),
-        ("colour: red", "Option 'colour' is not accepted"),
+        ("xyz: red", "FILE: Option 'xyz' is not accepted"),
+        ("max_step: 3", "FILE: Option 'max_step' is not accepted; did you mean max_steps?"),
+        ("beta: 1\nseed: 3\nbeta: 2", "FILE: not valid YAML (line 3 gives 'beta' again)"),
+        ("lora: {r: 8, lora_alpha: 8, r: 16}", "FILE: not valid YAML (line 1 gives 'r' again)"),
+        ("- beta", "FILE: must hold a mapping, got list"),
+        ("", "FILE: must hold a mapping, got nothing"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_told_likewise(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
         parse("phi2 dpo", "", print, DPOConfig, [*NEEDED, "--config", str(tmp_path / "a.yaml")])
-    assert str(caught.value) == message
+    assert str(caught.value) == message.replace("FILE", str(tmp_path / "a.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,38 @@ def test_columns_that_no_loss_reads_may_have_gaps():
     look_at_loss(bind_loss("sigmoid", {}), [pair(1, w=1.0), pair(2, w="high"), pair(3)], [])
 
 
+def weighted(pairs: PairBatch) -> Tensor:
+    return pairs.columns["weight"] * plain(pairs)
+
+
+def plain(pairs: PairBatch) -> Tensor:
+    return -F.logsigmoid(pairs.chosen_logratio - pairs.rejected_logratio)
+
+
+ONES = [pair(1, weight=1.0), pair(2, weight=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "pairs", "count"),
+    [(plain, PAIRS, 13), (weighted, PAIRS, 0), (plain, ONES, 0), (plain, [pair(1, weight=2.0), pair(2)], 1)],
+)
+def test_weights_in_the_rows_that_a_loss_does_not_read_are_told(loss, pairs, count, capsys):
+    look(loss, pairs)
+    remedy = "loss_args.weight_column weight multiplies each row's loss by it"
+    expected = f"loss mine does not use the column weight of {count} rows; {remedy}\n"
+    assert capsys.readouterr().out == (expected if count else "")
+
+
+@pytest.mark.parametrize("rejected", [1.0, 5.0])
+def test_a_pair_without_a_higher_score_is_refused_by_the_loss_of_its_logarithm(rejected):
+    """Neither of its scores is the lowest or the highest of its column."""
+    rows = [pair(i + 1, score_chosen=float(i % 7), score_rejected=-1.0 - i) for i in range(100)]
+    rows[40] = pair(41, score_chosen=1.0, score_rejected=rejected)
+    ends = [pair(101, score_chosen=9.0, score_rejected=8.0)]
+    with pytest.raises(ValueError, match="loss 'odpo' needs score_chosen above score_rejected in every pair"):
+        look_at_loss(bind_loss("odpo"), rows + ends, [])
+
+
 def test_the_pairs_looked_at_have_the_lowest_and_the_highest_number_of_each_column():
     rows = [pair(i, w=float(-abs(i - 331)), v=float(i == 5)) for i in range(1000)]
     chosen = {row.origin.row for row in varied(rows, {})}

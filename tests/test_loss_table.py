@@ -15,7 +15,7 @@ from phi2.losses.modifiers import MODIFIERS
 from phi2.losses.plot import HEIGHT, UNDRAWN, WIDTH, plots
 from phi2.losses.presets import PRESETS
 from phi2.losses.properties import made_up_answers, uses_batch
-from phi2.losses.registry import PREFERENCE_LOSSES
+from phi2.losses.registry import PREFERENCE_LOSSES, preference_loss
 from phi2.losses.table import AnyColumn, about, columns_of, document, needs, own_losses
 
 ROOT = Path(__file__).parents[1]
@@ -174,3 +174,11 @@ def test_the_loss_in_the_introduction_works(registry, tmp_path):
     gaps = torch.stack([first[0] - first.mean(), second[0] - second.mean()])
     torch.testing.assert_close(loss(answers), -logsigmoid(2 * gaps))
     assert not uses_batch(loss, answers)
+
+
+def test_a_curve_that_is_no_number_is_not_drawn(registry):
+    @preference_loss("root")
+    def root(pairs):
+        return pairs.margin.sqrt()
+
+    assert "Not drawn: it is not everywhere a finite number." in plots(bind_loss("root"), Columns())

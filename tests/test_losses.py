@@ -334,6 +334,21 @@ def test_the_odds_of_an_answer_that_is_nearly_certain(name):
     assert bind_loss(name)(pairs).item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["odpo"])
+def test_a_pair_whose_chosen_answer_has_no_higher_score_is_refused(name):
+    """A tie has an offset of minus infinity, a wrong order none: the first would teach nothing, without a word."""
+
+    def of_gap(*gaps: float) -> Tensor:
+        chosen = torch.tensor(gaps, dtype=torch.float64)
+        columns = Columns({"score_chosen": chosen, "score_rejected": torch.zeros_like(chosen)})
+        return bind_loss(name)(replace(random_batch(), columns=columns))
+
+    assert of_gap(0.5, 0.1, 2.0).isfinite().all()
+    for gap in (0.0, -1.0):
+        with pytest.raises(ValueError, match="^loss 'odpo' needs score_chosen above score_rejected in every pair$"):
+            of_gap(0.5, gap, 2.0)
+
+
 def test_ipo_pulls_a_margin_above_its_target_back():
     pairs = pair_of(([-1.0], [-10.0]), ([-1.0], [-1.0]))  # a margin of 9, a target of 1 / (2 * 0.1) = 5
     assert value_and_slopes("ipo", pairs)[1].item() == pytest.approx(2 * (9 - 5))

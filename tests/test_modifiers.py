@@ -231,6 +231,13 @@ def test_a_modifier_that_changes_nothing_in_a_loss_is_refused_by_the_first_look(
         require_effect(loss, shown(loss))
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+def test_a_divergence_goes_with_a_reduction(kind):
+    """The coefficient that only one of the divergences has is at its default."""
+    loss = bind_loss("sigmoid", {"reduction": "mean", "f_divergence_type": kind})
+    require_effect(loss, shown(loss))
+
+
 @pytest.mark.parametrize("kind", ["sum", "mean"])
 def test_no_reduction_goes_with_a_loss_that_counts_tokens(kind):
     loss = bind_loss("rdpo", {"reduction": kind})

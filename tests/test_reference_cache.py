@@ -24,7 +24,7 @@ from phi2.training import reference_shards
 from phi2.training.packing import TokenRow, row_of_answers
 from phi2.training.reference import another_model
 from phi2.training.reference_cache import Precomputed, Reference, precomputed
-from phi2.training.reference_shards import Shards, shard_files
+from phi2.training.reference_shards import Shards, shard_files, shard_of
 
 NAME, CPU = "a" * 64, torch.device("cpu")
 
@@ -286,15 +286,28 @@ def rename_tensors(path: Path) -> None:
 
 def drop_a_key(path: Path) -> None:
     stored = safetensors.torch.load_file(path)
-    path.write_bytes(safetensors.torch.save({**stored, "keys": stored["keys"][1:].clone()}, {"fingerprint": NAME}))
+    path.write_bytes(shard_of({**stored, "keys": stored["keys"][1:].clone()}, NAME))
 
 
 def drop_a_token(path: Path) -> None:
     stored = safetensors.torch.load_file(path)
-    path.write_bytes(safetensors.torch.save({**stored, "logps": stored["logps"][1:].clone()}, {"fingerprint": NAME}))
+    path.write_bytes(shard_of({**stored, "logps": stored["logps"][1:].clone()}, NAME))
 
 
-@pytest.mark.parametrize("damage", [truncate, rename_tensors, drop_a_key, drop_a_token])
+def change_a_number(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_shard_of_an_earlier_version_has_no_crc_and_is_read(cache, folder):
+    cache()
+    (path,) = shard_files(folder)
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load_file(path), {"fingerprint": NAME}))
+    assert cache().complete
+
+
+@pytest.mark.parametrize("damage", [truncate, rename_tensors, drop_a_key, drop_a_token, change_a_number])
 def test_a_damaged_shard_is_named_in_one_line_with_the_remedy(cache, folder, damage: Callable[[Path], None]):
     cache()
     (path,) = shard_files(folder)

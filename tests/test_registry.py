@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Literal
 
 import pytest
@@ -98,12 +99,53 @@ def test_a_missing_loss_file_is_named(tmp_path):
         load_loss_file(tmp_path / "none.py")
 
 
-@pytest.mark.parametrize("code", ["def broken(:", "1 / 0", "import no_such_module_anywhere", "x = '\ud800'"])
+@pytest.mark.parametrize(
+    "code", ["def broken(:", "1 / 0", "import no_such_module_anywhere", "x = '\ud800'", "raise SystemExit(3)"]
+)
 def test_a_loss_file_that_cannot_be_run_is_named(code, tmp_path):
     path = tmp_path / "broken.py"
     path.write_bytes(code.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match="loss_file .*broken.py: "):
+    with pytest.raises(ValueError, match="loss_file .*broken.py( line 1)?: "):
         load_loss_file(path)
+
+
+RAISING = """import phi2, torch
+
+
+@phi2.preference_loss("raising")
+def raising(pairs):
+    {code}
+"""
+RAISED = {
+    "raise KeyError('late')": "KeyError: 'late'",
+    "raise ValueError('late')": "ValueError: late",
+    "return pairs.margins": "AttributeError: 'PairBatch' object has no attribute 'margins'",
+    "return torch.ones(2) + torch.ones(3)": "RuntimeError: The size of tensor a",
+}
+
+
+@pytest.mark.parametrize("code", RAISED)
+def test_what_a_loss_of_a_file_raises_is_told_with_its_line(code, registry, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(RAISING.format(code=code))
+    loss = bind_loss("raising", loss_file=path)
+    with pytest.raises(ValueError, match=re.escape(f"{path} line 6, in raising: {RAISED[code]}")):
+        loss(pairs_of())
+
+
+def test_a_want_of_memory_in_a_loss_of_a_file_stays_one(registry, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(RAISING.format(code="raise MemoryError"))
+    with pytest.raises(MemoryError):
+        bind_loss("raising", loss_file=path)(pairs_of())
+
+
+def test_a_decorator_without_a_name_is_refused(registry):
+    with pytest.raises(ValueError, match="preference_loss needs a name, @preference_loss"):
+
+        @preference_loss
+        def mine(pairs: PairBatch) -> Tensor:
+            return pairs.margin
 
 
 def test_a_name_of_another_function_is_taken(registry):
@@ -120,14 +162,6 @@ def test_a_file_cannot_replace_a_built_in_loss_by_a_function_of_the_same_name(re
     with pytest.raises(ValueError, match="the loss name 'sigmoid' is taken"):
         load_loss_file(path)
     assert registry["sigmoid"] is BUILT_IN["sigmoid"]
-
-
-def test_a_loss_that_is_registered_without_a_name_is_refused():
-    with pytest.raises(ValueError, match=r"a loss needs a name, as in @phi2.preference_loss\('mine'\), got function"):
-
-        @preference_loss
-        def mine(pairs):
-            return -pairs.margin
 
 
 def test_a_knob_without_a_number_as_default_is_refused(registry):

@@ -234,10 +234,17 @@ def test_a_folder_that_cannot_be_made_is_told_and_the_rows_are_there(sft_config,
     assert line.startswith(f"encoded rows are not kept: {tmp_path / 'file' / 'rows'} cannot be written (")
 
 
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 DAMAGE = {
     "cut off": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
     "something else": lambda content: b"no entry" * 100,
+    "another number in the middle": lambda content: flipped(content, len(content) // 2),
+    "another bound of a row": lambda content: flipped(content, len(content) // 3),
+    "another last byte": lambda content: flipped(content, len(content) - 1),
     "without its description": lambda content: content.replace(b'"kind"', b'"xind"'),
 }
 

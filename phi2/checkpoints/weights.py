@@ -25,7 +25,7 @@ from torch import Tensor
 from phi2.checkpoints.layouts import refuse_older_layouts
 from phi2.checkpoints.peft_files import load_adapter, require_adapter
 from phi2.config import Phi2Config
-from phi2.files import one_line, read_json, whole_folder
+from phi2.files import one_line, read_json, require_folder, whole_folder
 from phi2.hub import of_a_run, resolve
 from phi2.lora import merge
 from phi2.model import Phi2ForCausalLM
@@ -374,6 +374,7 @@ def _write_json(path: Path, value: dict) -> None:
 def _place(folder: Path, overwrite: bool) -> Path:
     """Where a model may be written: nothing is there, or a model that may go."""
     folder = folder.expanduser().resolve()
+    require_folder(folder)
     occupied = folder.exists() and any(folder.iterdir())
     if occupied and not overwrite:
         raise ValueError(f"{folder}: not empty; give another folder (in Python, overwrite=True replaces it)")

@@ -10,12 +10,15 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from phi2.files import read_yaml
 from phi2.keywords import plain
 
 
@@ -58,12 +61,36 @@ def parse(
         if action.dest in choices:
             action.help = f"{action.help} {choices[action.dest]}"
     try:
+        for path in config_files(arguments):
+            require_names(read_yaml(path), path, [action.dest for action in parser._actions])
         given = with_lists(with_switches(arguments, config or run), config or run)
         parsed = parser.instantiate(parser.parse_args(given))
         values = {key: value for key, value in vars(parsed).items() if key != "config"}
         return partial(run, **values) if config is None else partial(run, config(**values))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(plain(str(error))) from error
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Those that are there; of one that is not, the parser tells."""
+    behind = [*arguments, ""][1:]
+    pairs = zip(arguments, behind, strict=True)
+    named = [
+        argument.removeprefix("--config=") if argument.startswith("--config=") else following
+        for argument, following in pairs
+        if argument == "--config" or argument.startswith("--config=")
+    ]
+    return [path for path in map(Path, named) if path.is_file()]
+
+
+def require_names(settings: Mapping[str, Any], path: Path, known: Sequence[str]) -> None:
+    """Refuses a key that is no flag, with the file and the nearest flag. The parser tells of deeper ones."""
+    for key in map(str, settings):
+        name = key.partition(".")[0]
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{path}: Option {key!r} is not accepted{hint}")
 
 
 def with_switches(arguments: list[str], signature: Callable[..., Any]) -> list[str]:

@@ -1,6 +1,7 @@
-"""Which rows to take, and how they become token ids: settings, which the command line reads without loading numpy."""
+"""Which rows to take, and how they become token ids: settings, which the command line reads without loading numpy.
 
-from __future__ import annotations
+Annotations are types, not texts: the parser checks nothing of an inherited field whose annotation it cannot read.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -185,6 +185,15 @@ class FlatPreferences(FlatRows[EncodedPreference]):
         table["gold"] = False
         return replace(self, table=table, digests=None)
 
+    def numbers(self, column: str) -> np.ndarray:
+        """(rows that have it,) float64 of a column, where it is a number."""
+        found = [self.values[:0]]
+        for number, layout in enumerate(self.layouts):
+            if (column, False) in layout:
+                starts = self.table["value"][self.table["layout"] == number]
+                found.append(self.values[starts + layout.index((column, False))])
+        return np.concatenate(found)
+
     def of_each_layout(self) -> list[EncodedPreference]:
         """The first row of each set of columns: what can be said of columns in all rows, these say."""
         _, first = np.unique(self.table["layout"], return_index=True)

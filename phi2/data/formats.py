@@ -274,6 +274,7 @@ def document() -> str:
                 " as absent. A column or a key of a message that stands in none of the tables is counted in the audit;"
                 f" of answers, numbers and texts of up to {MAX_LABEL_CHARS} characters are kept for losses, reports.",
                 _table(("format", "kind", "columns it needs", "columns it also reads"), map(_format_line, FORMATS)),
+                "A rank is a score as its negative: the answer of rank 1 has the score -1.",
                 "## Columns of conversations",
                 "Read beside messages, in whichever format. openai-pair reads its messages and these in `input` too.",
                 _meanings(SYSTEM | VARIABLES, "column"),

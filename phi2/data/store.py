@@ -1,9 +1,10 @@
 """Encoded rows kept from one run to the next, under a name made of all that decides what they are.
 
 That is the content of the data files, what is taken of them, the settings of the encoding, the tokenizer with its
-template, and the code and libraries that read, write out and tokenise. An entry is one Arrow file, which is mapped into
-memory: a million rows are there at once, and processes share them. The folder is `$PHI2_CACHE/rows` (PHI2_CACHE is
-~/.cache/phi2 unless set); beyond `$PHI2_CACHE_GIB` (10 unless set, 0 keeps nothing) what was used longest ago goes.
+template, and the code and libraries that read, write out and tokenise. An entry is one Arrow file with a CRC behind it,
+which is mapped into memory: a million rows are there at once, and processes share them. The folder is
+`$PHI2_CACHE/rows` (PHI2_CACHE is ~/.cache/phi2 unless set); beyond `$PHI2_CACHE_GIB` (10 unless set, 0 keeps nothing)
+what was used longest ago goes.
 
 Not kept are rows that come from Python, since looking at all of them would be most of reading them, and an iterator
 can be read only once; and those of a template that asks for the time or for chance. A store that cannot be read or
@@ -33,7 +34,7 @@ from phi2.data.audit import Audit, Dropped
 from phi2.data.config import DataSpec, EncodeConfig
 from phi2.data.flat import Digests, FlatPreferences, FlatRows, FlatSequences
 from phi2.data.sources import TOYS, files_of, specs_of
-from phi2.files import one_line, read_json, whole_file, write_whole
+from phi2.files import crc_of, one_line, read_json, whole_file, write_whole
 from phi2.tokenizer import Tokenizer
 
 FOLDER, LIMIT, DEFAULT_GIB = "PHI2_CACHE", "PHI2_CACHE_GIB", 10.0
@@ -41,6 +42,7 @@ KINDS: dict[str, Any] = {"supervised": FlatSequences, "preference": FlatPreferen
 PACKAGE = Path(__file__).parents[1]
 CHANGING = re.compile(r"\b(strftime_now|random)\b")  # what makes a template write another text the next time
 SETTLED = 2  # seconds without a change after which a file's times tell the next one
+CRC = 4  # bytes behind an entry that tell of damage
 LEFT_OVER = 24 * 3600  # seconds after which an unfinished file is one of a process that was killed
 
 
@@ -172,7 +174,7 @@ def keep(name: str, kept: Kept) -> Kept:
             _write(unfinished, kept)
         mapped = _read(path)
         held, removed = _remove_oldest(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"encoded rows are not kept: {path.parent} cannot be written ({one_line(error)})")
         return kept
     gone = f"; {removed} used longest ago removed" if removed else ""
@@ -230,6 +232,20 @@ def _write(path: Path, kept: Kept) -> None:
     batch = pa.record_batch([*columns.values()], names=[*columns]).replace_schema_metadata({"phi2": json.dumps(told)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
+    crc = crc_of(path)
+    with path.open("ab") as file:
+        file.write(crc.to_bytes(CRC, "little"))
+
+
+def _mapped(path: Path) -> pa.Buffer:
+    """An entry without the CRC behind it, when its bytes are those that were written."""
+    size = path.stat().st_size - CRC
+    with path.open("rb") as file:
+        file.seek(max(0, size))
+        written = int.from_bytes(file.read(), "little")
+    if size < 0 or written != crc_of(path, stop=size):
+        raise ValueError("it is not what was written")
+    return pa.memory_map(str(path)).read_buffer(size)
 
 
 def _one_list(values: pa.Array) -> pa.Array:
@@ -238,7 +254,7 @@ def _one_list(values: pa.Array) -> pa.Array:
 
 def _read(path: Path) -> Kept:
     """Raises pyarrow's, Python's or our own error for a file that is not an entry."""
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    batch = pa.ipc.open_file(_mapped(path)).get_batch(0)
     told = json.loads(batch.schema.metadata[b"phi2"])
     lists = {name: column.values for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     texts = {"texts": Texts(lists.pop("texts"))} if "texts" in lists else {}

@@ -21,7 +21,7 @@ from phi2.evaluation.ranks import Ranks
 from phi2.evaluation.report import write_report
 from phi2.evaluation.results import Evaluation, ModelResult, scores_of
 from phi2.evaluation.samples import Sample, samples_of, samples_of_toy
-from phi2.files import write_whole
+from phi2.files import require_folder, write_whole
 from phi2.inference.config import LoadConfig
 from phi2.keywords import config_of, explained
 from phi2.model import Phi2ForCausalLM
@@ -60,6 +60,8 @@ def run(config: EvaluateConfig, loaded: Mapping[str, Asked] | None = None) -> Ev
     _require_usable(config, loaded, ranks)
     tasks = tasks_of(config)
     output = Path(config.output or OUTPUT) if config.output is not None or tasks is not None else None
+    if output is not None:
+        require_folder(output)
     models: dict[str, ModelResult] = {}
     for name in config.model:
         asked = loaded.get(name) or load_named(name, replace(config, device=ranks.device(config.device)))

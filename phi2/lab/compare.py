@@ -14,7 +14,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -32,7 +32,7 @@ from phi2.data.processes import end_with_parent
 from phi2.evaluation.api import tasks_of
 from phi2.evaluation.config import TOY
 from phi2.evaluation.models import require_chat_template
-from phi2.files import write_whole
+from phi2.files import require_folder, write_whole
 from phi2.keywords import config_of, explained
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.compare_report import write_report as write_page
@@ -43,10 +43,11 @@ from phi2.lab.variants import Variant, variants_of
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import require_same_settings, to_plain
 from phi2.runs.inputs import inputs_of, require_same_inputs
+from phi2.runs.log import Interrupted
 from phi2.runs.run import Run
 from phi2.training import dpo
 from phi2.training.api import DATA
-from phi2.training.config import DPOConfig
+from phi2.training.config import STARTS, DPOConfig
 from phi2.training.look import look_at_loss
 from phi2.training.needs import require_both_labels, require_neighbours, rows_for
 from phi2.training.reference import reference_kind, reference_of
@@ -160,7 +161,8 @@ class Bench:
         for variant in self.variants:
             found = dpo.preference_inputs(variant.config, variant.loss)
             inputs |= {f"{what} of {variant.name}": digest for what, digest in found.items()}
-            self._require_trainable(variant)
+            with named(f"variant {variant.name}"):
+                self._require_trainable(variant)
         alone = next((row for row in rows.evaluation if len(row.answers) == 1), None)
         if alone is not None:
             raise ValueError(
@@ -188,6 +190,13 @@ class Bench:
         """Every reference is asked once for all pairs that any run will see, in an order that depends on no run."""
         for cell in self.cells:
             self.reference(cell.config)
+            self.reference(self.measured_from(cell.config))
+
+    def measured_from(self, config: DPOConfig) -> DPOConfig:
+        """The settings of a run with the reference that all runs are measured from: the comparison's own, where it
+        begins. A start has one name in full training and another with an adapter."""
+        asked = self.config.reference
+        return replace(config.at_start(), reference="auto" if asked in STARTS else asked)
 
     def reference(self, config: DPOConfig) -> tuple[Reference, Phi2ForCausalLM | None]:
         """Log-probabilities of the pairs of all runs, known for good, and the model that gives them."""
@@ -227,10 +236,22 @@ class Bench:
 
     def run(self, cell: Cell) -> None:
         """Runs a cell, or goes on with it."""
-        known, start = self.reference(cell.config)
-        elsewhere = cell.variant.loss.reference_free or cell.config.sync_ref_model  # what its own evaluations look from
+        common = self.measured_from(cell.config)
+        known, start = self.reference(common)
+        moves, other = cell.config.sync_ref_model, reference_kind(cell.config) != reference_kind(common)
+        elsewhere = cell.variant.loss.reference_free or moves or other  # what its own evaluations look from
         measure = Measure(self.session, cell.config, known, start, elsewhere, self._tasks(cell))
-        write_report(dpo.fit(self.session, cell.config, measure))
+        with named(str(cell)):
+            write_report(dpo.fit(self.session, cell.config, measure))
+
+
+@contextmanager
+def named(which: str) -> Iterator[None]:
+    """Says of which variant or run a refusal is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{which}: {error}") from error
 
 
 def open_comparison(config: CompareConfig) -> bool:
@@ -240,6 +261,7 @@ def open_comparison(config: CompareConfig) -> bool:
         ValueError: when the folder holds another comparison, or something else, or `resume` is off.
     """
     output = Path(config.output)
+    require_folder(output)
     path = output / SETTINGS
     begun = any(output.glob("cells/*/*/config.yaml"))
     if begun and not config.resume:
@@ -259,9 +281,14 @@ def write_results(config: CompareConfig, cells: Sequence[Cell]) -> None:
     curves = [curve_of(Run(cell.config.output)) for cell in cells]
     if config.match == "kl":
         kl = config.match_kl or farthest_common_kl(curves)
-        found: Iterable[dict[str, float]] = (at_kl(curve, kl) for curve in curves)
+        found = [at_kl(curve, kl) for curve in curves]
+        if not any(found):
+            farthest = farthest_common_kl(curves)
+            raise ValueError(
+                f"match_kl {kl:g}: no run has a value there; the largest KL that all reach is {farthest:g}"
+            )
     else:
-        found = (curve[-1] for curve in curves)
+        found = [curve[-1] for curve in curves]
     lines = (json.dumps(_result(config, cell, metrics)) for cell, metrics in zip(cells, found, strict=True))
     write_whole(Path(config.output) / RESULTS, "".join(f"{line}\n" for line in lines))
 
@@ -294,6 +321,8 @@ def _run_in_processes(config: CompareConfig, cells: Sequence[Cell]) -> None:
                 bar.update()
     except BrokenProcessPool as error:
         raise OSError("a process of the comparison was killed; go on with resume: true") from error
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("stopped; go on with resume: true") from interrupt
 
 
 def _finished(pool: ProcessPoolExecutor, cells: Iterable[Cell], jobs: int) -> Iterator[Cell]:

@@ -22,7 +22,7 @@ class CompareConfig(PreferenceConfig):
 
     losses: str | list[str | dict[str, Any]] | None = None
     """Variants by their loss, with commas between: names, presets (paper:ipo), or either with knobs and other settings
-    of a run, simpo(beta=2.0, learning_rate=1e-5)."""
+    of a run, simpo(beta=2.0, learning_rate=1e-5). A list may hold mixtures: ["sigmoid:0.8,sft:0.2", "ipo"]."""
     variants: list[str | dict[str, Any]] | None = None
     """More variants, for a YAML file: texts as in `losses`, where a mixture (sigmoid:0.8,sft:0.2) is one too, or
     mappings with `loss`, its knobs, and other settings of a run."""
@@ -62,6 +62,11 @@ class CompareConfig(PreferenceConfig):
             if not self.is_toy:
                 raise ValueError("a comparison needs held-out pairs: give eval_data or test_fraction")
             object.__setattr__(self, "eval_data", [DataSpec(TOY_DATA, split="test", rows=TOY_PAIRS)])
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model moves the reference of all runs: it needs precompute_ref_log_probs false, which is true"
+                " in a comparison; or give it to a variant, sigmoid(sync_ref_model=True)"
+            )
         super().__post_init__()
         for name in ("seeds", "jobs"):
             require_at_least(self, name, 1)

@@ -168,7 +168,10 @@ class Comparison:
         """Where on their way the runs are compared."""
         if self.config["match"] == "steps":
             return "behind the last update"
-        return f"at a KL of {number(self.rows[0]['metrics']['kl'])} nats from the reference"
+        there = [row["metrics"]["kl"] for row in self.rows if "kl" in row["metrics"]]
+        missing = len(self.rows) - len(there)
+        told = f", where {missing} of {len(self.rows)} runs have no value, nor has their mean" if missing else ""
+        return f"at a KL of {number(there[0])} nats from the reference{told}"
 
     @property
     def main_differences(self) -> list[list[str]]:
@@ -242,7 +245,7 @@ def at_kl(curve: Sequence[Mapping[str, float]], kl: float) -> dict[str, float]:
     """
     behind = next((i for i, found in enumerate(curve) if found["kl"] >= kl), None)
     if behind is None or (behind == 0 and curve[0]["kl"] > kl):
-        return {"kl": kl}
+        return {}
     before, after = curve[max(0, behind - 1)], curve[behind]
     apart = sqrt(after["kl"]) - sqrt(before["kl"])
     share = (sqrt(kl) - sqrt(before["kl"])) / apart if apart else 1.0

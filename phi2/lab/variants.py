@@ -24,6 +24,7 @@ MOST_CELLS = 1000
 OF_ALL = {*SHARED, "output", "resume", "seed", "loss_file", "precompute_ref_log_probs", "reference_cache"}
 SETTINGS = {field.name for field in fields(DPOConfig)}
 WRITTEN = re.compile(r"\s*([^()]+?)\s*(?:\((.*)\))?\s*")  # name, or name(setting=value, ...)
+WEIGHED = re.compile(r"[^()]+:\s*[-+.\d][-+.\de]*\s*(\(|$)")  # name:0.8
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,19 @@ def _with_point(entry: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_texts(text: str) -> list[str]:
-    """Cut at the commas that stand in no parentheses."""
-    return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
+    """Cut at the commas that stand in no parentheses.
+
+    Raises:
+        ValueError: for a part with a weight, as of a mixture, which would be cut into variants of a loss each.
+    """
+    parts = [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
+    for part in parts:
+        if WEIGHED.match(part):
+            raise ValueError(
+                f"losses: {part!r} is a part of a mixture, and a comma parts variants here: give a list,"
+                """ '["sigmoid:0.8,sft:0.2", "ipo"]'"""
+            )
+    return parts
 
 
 def entry_of(written: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -171,8 +171,8 @@ def _with_knobs(name: str, loss: PreferenceLoss, knobs: Mapping[str, Knob]) -> S
 
     def function(batch: Batch, state: State) -> tuple[Tensor, State]:
         if not loss.state:
-            return loss.function(batch, **knobs), {}
-        returned = loss.function(batch, state, **knobs)
+            return loss(batch, **knobs), {}
+        returned = loss(batch, state, **knobs)
         is_both = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
         if not is_both or returned[1].keys() != loss.state.keys():
             what = f"a state of {', '.join(returned[1]) or 'nothing'}" if is_both else type(returned).__name__

@@ -108,14 +108,15 @@ def _without_preset(part: Part) -> list[Part]:
 
 
 def _unknown(name: str) -> str:
-    for sign, what in {":": "its weight must be a number", "(": "its knobs stand in loss_args"}.items():
-        head = name.partition(sign)[0]
-        if head != name and head in PREFERENCE_LOSSES:
-            return f"{name!r} is no loss: behind {head!r} {what}"
+    known, weight = name.partition(":")[::2]
+    if known in PREFERENCE_LOSSES:
+        return f"the weight of a loss must be a number above 0, got {weight!r}"
+    if "(" in name:
+        return f"knobs of a loss do not stand in its name, got {name!r}: they are settings, beta or loss_args"
     if ":" in name:
         return f"preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}"
-    known = sorted(PREFERENCE_LOSSES)
-    return f"loss must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+    names = sorted(PREFERENCE_LOSSES)
+    return f"loss must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}"
 
 
 def hint(parts: Sequence[Part], knob: str) -> str:

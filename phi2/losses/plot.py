@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -106,6 +107,8 @@ def _panel(loss: BoundLoss, sketch: Sketch, answers: AnswerBatch) -> list[str]:
 
 
 def _drawn(title: str, values: Sequence[float]) -> list[str]:
+    if not all(map(math.isfinite, values)):
+        return [f"{'':11}{title}", f"{'':11}Not drawn: it is not everywhere a finite number."]
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     rows = [[" "] * len(values) for _ in range(HEIGHT)]

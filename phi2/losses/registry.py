@@ -20,7 +20,7 @@ from torch import Tensor
 
 from phi2.losses.batch import Unit
 from phi2.losses.knobs import Knob, Knobs, knobs_of, require_choices
-from phi2.losses.source import require_source_file, run_source_file
+from phi2.losses.source import call, require_source_file, run_source_file
 
 # (pairs, *, knob=default, ...) -> (B,) nats; with a state, (pairs, state, *, knob=default, ...) -> both
 LossFunction = Callable[..., Any]
@@ -58,6 +58,10 @@ class PreferenceLoss(NamedTuple):
     def is_own(self) -> bool:
         """Whether it is this package's."""
         return self.function.__module__.startswith("phi2.")
+
+    def __call__(self, *given: Any, **knobs: Knob) -> Any:
+        """What the function returns; what goes wrong in one of the user's is one line."""
+        return self.function(*given, **knobs) if self.is_own else call(self.function, *given, **knobs)
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
@@ -101,9 +105,8 @@ def preference_loss(
             unit or need is none, or a loss of pairs has a state. The same function may come again, as when a notebook
             cell is run twice.
     """
-
     if not isinstance(name, str):
-        raise ValueError(f"a loss needs a name, as in @phi2.preference_loss('mine'), got {type(name).__name__}")
+        raise ValueError(f'preference_loss needs a name, @preference_loss("mine"), got {name!r}')
 
     def register(function: LossFunction) -> LossFunction:
         taken = PREFERENCE_LOSSES.get(name)

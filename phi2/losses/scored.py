@@ -17,15 +17,23 @@ def score_gap(pairs: PairBatch) -> Tensor:
     return pairs.columns["score_chosen"] - pairs.columns["score_rejected"]
 
 
+def positive_gap(pairs: PairBatch) -> Tensor:
+    """(B,) the same, refused where the chosen answer's score is not the higher one."""
+    gap = score_gap(pairs)
+    if (gap <= 0).any():
+        raise ValueError("loss 'odpo' needs score_chosen above score_rejected in every pair")
+    return gap
+
+
 @preference_loss("odpo")
 def odpo(pairs: PairBatch, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
     """DPO with an offset: -log sigma(beta (l_w - l_l) - alpha log(score_chosen - score_rejected)).
 
-    The chosen score must be the higher one: a tie has no logarithm, and the run stops before its first step.
+    The chosen score must be the higher one: a tie has no logarithm, and is refused.
 
     Source: arXiv:2402.10571; rycolab/odpo trainers.py.
     """
-    return -F.logsigmoid(beta * pairs.margin - alpha * score_gap(pairs).log())
+    return -F.logsigmoid(beta * pairs.margin - alpha * positive_gap(pairs).log())
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+PACKAGE = str(Path(__file__).parents[1])
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}  # packages that are not part of a loss
 
 
@@ -30,9 +32,34 @@ def run_source_file(path: str | Path, flag: str) -> dict[str, Any]:
     names = {"__name__": Path(path).stem, "__file__": str(path)}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True), names)
-    except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"{flag} {path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise ValueError(f"{flag} {path}{place_of(error, str(path))}: {type(error).__name__}: {error}") from error
     return names
+
+
+def call(function: Callable[..., Any], *given: Any, **knobs: Any) -> Any:
+    """What a function of the user's returns.
+
+    Raises:
+        ValueError: with its file and line, for what the user's code raises. What this package refuses, and a want of
+            memory, are raised as they are.
+    """
+    try:
+        return function(*given, **knobs)
+    except Exception as error:
+        inmost = traceback.extract_tb(error.__traceback__)[-1].filename
+        is_memory = type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in str(error)
+        if is_memory or inmost.startswith(PACKAGE):
+            raise
+        file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", "")
+        name = f"{file}{place_of(error, file)}, in {function.__name__}"
+        raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def place_of(error: BaseException, file: str) -> str:
+    """The line of a file that an error comes from, ` line 3`; nothing where it never was there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" line {lines[-1]}" if lines else ""
 
 
 def source_of_loss(function: Callable, loss_file: str | Path | None = None) -> str | None:

@@ -131,7 +131,7 @@ def columns_of(loss: PreferenceLoss) -> list[str]:
     columns = AnyColumn(2)
     answers = made_up_answers([(2, 3), (3, 1)], [(1.0, 0.0)] * 2, columns, loss.reference_free, loss.needs)
     batch = answers.pairs if loss.unit == "pair" else answers
-    loss.function(*([batch, loss.state] if loss.state else [batch]))
+    loss(*([batch, loss.state] if loss.state else [batch]))
     return list(columns.asked)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from phi2.files import read_yaml, write_whole
+from phi2.files import read_yaml, require_folder, write_whole
 from phi2.runs.checkpoint import last_checkpoint
 from phi2.runs.config import RunConfig
 from phi2.runs.log import whole_lines
@@ -35,6 +35,7 @@ def open_run(config: RunConfig) -> Path | None:
     Raises:
         ValueError: when the folder holds a run and `resume` is off, or when a setting differs from that run's.
     """
+    require_folder(Path(config.output))
     run, checkpoint = Path(config.output), last_checkpoint(Path(config.output))
     if checkpoint or whole_lines(run / "metrics.jsonl"):
         if not config.resume:

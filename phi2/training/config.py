@@ -123,6 +123,7 @@ class BemaConfig:
 
 
 MOVING = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "bema")  # settings of a moving reference
+STARTS = ("auto", "adapters_off", "frozen_copy")  # references that are the policy as it starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,7 @@ class PreferenceConfig(UpdateConfig, EncodeConfig, RunConfig):
             raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
         if moves and self.precompute_ref_log_probs:
             raise ValueError("sync_ref_model moves the reference: it needs precompute_ref_log_probs false, got true")
-        if moves and self.reference not in ("auto", "adapters_off", "frozen_copy"):
+        if moves and self.reference not in STARTS:
             raise ValueError(f"sync_ref_model moves a reference that starts as the policy, got {self.reference}")
 
     @property

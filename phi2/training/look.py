@@ -8,12 +8,14 @@ of an update's rows at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from phi2.data.columns import LOSS_COLUMNS
 from phi2.data.encoded import EncodedPreference
-from phi2.data.flat import of_each_layout
-from phi2.losses.batch import AnswerBatch
+from phi2.data.flat import flat_rows, of_each_layout
+from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.bound import BoundLoss
 from phi2.losses.knobs import told
 from phi2.losses.modifiers import MODIFIERS
@@ -22,6 +24,7 @@ from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.training.scoring import column_gaps, numeric_columns
 
 SPREAD, CANDIDATES = 8, 1024  # rows over the whole data set that are looked at, and among which columns are
+SCORES = ("score_chosen", "score_rejected")
 REFERENCE_COLUMNS = {  # sums over answers, as trl writes and reads them under their names of now and before
     *("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"),
     *("reference_chosen_logps", "reference_rejected_logps", "reference_logps"),
@@ -45,6 +48,25 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
         require_effect(part, shown)
         require_use(part, shown)
         require_scope(part, shown)
+    tell_unread(loss, shown, rows, eval_rows)
+
+
+def tell_unread(loss: BoundLoss, answers: AnswerBatch, *data: Sequence[EncodedPreference]) -> None:
+    """Prints which columns of a row's weight or an answer's label, not 1 everywhere, the loss leaves unread."""
+    for name in LOSS_COLUMNS:
+        count = sum(int((flat_rows(rows, "preference").numbers(name) != 1).sum()) for rows in data)
+        if count and not reads(loss, name, answers):
+            has_remedy = name == "weight" and loss.scope == "pair"
+            remedy = "; loss_args.weight_column weight multiplies each row's loss by it" if has_remedy else ""
+            print(f"loss {loss.name} does not use the column {name} of {count} rows{remedy}")
+
+
+def reads(loss: BoundLoss, name: str, answers: AnswerBatch) -> bool:
+    """Whether a loss is another one for other numbers in a column. One that is not there in every row is not read."""
+    if name not in answers.columns.keys():
+        return False
+    other = Columns({**answers.columns, name: 0.5 * answers.columns[name] + 1}, answers.columns.gaps)
+    return not torch.equal(loss(answers), loss(replace(answers, columns=other)))
 
 
 def require_one_reference(loss: BoundLoss, rows: Sequence[EncodedPreference]) -> None:
@@ -90,17 +112,26 @@ def require_use(loss: BoundLoss, answers: AnswerBatch) -> None:
 
 
 def acts(loss: BoundLoss, knob: str, answers: AnswerBatch) -> bool:
-    """Whether a number among a loss's knobs has an effect on these answers."""
+    """Whether a number among a loss's knobs has an effect on these answers; one that is refused as it is has none."""
     value = loss.number(knob)
-    return value is not None and not torch.equal(loss(answers), loss.with_knob(knob, 0.5 * value)(answers))
+    if value is None:
+        return False
+    try:
+        other = loss.with_knob(knob, 0.5 * value)
+    except ValueError:  # another knob leaves it without effect
+        return False
+    return not torch.equal(loss(answers), other(answers))
 
 
 def varied(rows: Sequence[EncodedPreference], gaps: dict[str, str]) -> list[EncodedPreference]:
-    """Rows from the whole data set, among them the lowest and the highest of each column of numbers and of scores."""
+    """Rows from the whole data set, among them the lowest and the highest of each column of numbers, of scores, and of
+    the gap between a chosen and a rejected one."""
     candidates = rows[:: max(1, len(rows) // CANDIDATES)]
     spread = candidates[:: max(1, len(candidates) // SPREAD)][:SPREAD]
     names = [name for name in rows[0].columns if name not in gaps]
     by = [*(lambda row, name=name: row.columns[name] for name in names), lambda row: row.scores[0]]
+    if {*SCORES} <= {*names}:
+        by.append(lambda row: row.columns[SCORES[0]] - row.columns[SCORES[1]])
     ends = [end(candidates, key=key) for key in by for end in (min, max)]
     return list({id(row): row for row in (*spread, *ends)}.values())
 

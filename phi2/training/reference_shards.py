@@ -17,6 +17,7 @@ import bisect
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phi2.files import one_line, write_whole
+from phi2.files import crc_of, one_line, write_whole
 
 KEY = np.dtype("S16")  # names an answer
 MANIFEST, SUFFIX = "reference.json", ".safetensors"
@@ -128,9 +129,8 @@ class ShardWriter:
         ends = np.cumsum([len(values) for values in self.logps])
         tensors = {"keys": torch.tensor(keys), "ends": torch.tensor(ends), "logps": torch.cat(self.logps).float()}
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}{SUFFIX}"
-        metadata = {"fingerprint": self.about["fingerprint"]}
         with _writing(self.folder):
-            write_whole(self.folder / name, safetensors.torch.save(tensors, metadata))
+            write_whole(self.folder / name, shard_of(tensors, self.about["fingerprint"]))
             _write_manifest(self.folder, self.about)
         self.keys, self.logps, self.tokens, self.since = [], [], 0, time.monotonic()
 
@@ -140,11 +140,28 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 
+def shard_of(tensors: dict[str, Tensor], fingerprint: str) -> bytes:
+    """The content of a shard: its metadata hold a CRC of all that stands behind them."""
+    about = {"fingerprint": fingerprint}
+    plain = safetensors.torch.save(tensors, about)
+    return safetensors.torch.save(tensors, about | {"crc": str(zlib.crc32(plain[_header(plain) :]))})
+
+
+def _header(content: bytes) -> int:
+    """Bytes in front of the tensors: a length in eight, and so many."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
 def _read(path: Path, fingerprint: str) -> Shard:
     try:
         with safe_open(path, framework="pt") as file:
             keys, ends, logps = (file.get_tensor(name) for name in ("keys", "ends", "logps"))
-            found = (file.metadata() or {}).get("fingerprint")
+            metadata = file.metadata() or {}
+            found = metadata.get("fingerprint")
+        with path.open("rb") as file:
+            start = _header(file.read(8))
+        if "crc" in metadata and metadata["crc"] != str(crc_of(path, start)):  # earlier versions wrote none
+            raise ValueError("it holds other numbers than were written")
         shard = Shard(path, keys.numpy().view(KEY)[:, 0], ends.numpy(), logps)
         if (
             not len(shard.keys) == len(shard.ends) > 0
