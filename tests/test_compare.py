@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -350,10 +352,29 @@ def test_rows_that_one_variant_cannot_use_are_refused_with_its_name(compare_conf
         run(compare_config(losses="sigmoid,odpo"))
 
 
+BROKEN = "sigmoid(learning_rate=1e+30)"
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_run_that_fails_is_named(compare_config, jobs):
-    with pytest.raises(ValueError, match=r"^sigmoid\(learning_rate=1e\+30\), seed 42: update \d: .*learning_rate"):
-        run(compare_config(losses="ipo,sigmoid(learning_rate=1e30)", seeds=1, jobs=jobs))
+def test_a_run_that_fails_is_named_and_ends_no_other(compare_config, jobs):
+    config = compare_config(losses=f"ipo,{BROKEN},simpo", seeds=1, jobs=jobs)
+    found = run(config)
+    (failure,) = found.failures
+    assert re.match(r"sigmoid\(learning_rate=1e\+30\), seed 42 failed: update \d: .*learning_rate", failure)
+    assert failure in str(found) and failure in html.unescape((found / "report.html").read_text())
+    assert np.isnan(found.metrics["accuracy"][:, 0]).tolist() == [False, True, False]
+    assert "failure" not in found.rows[0] and not found.ended(BROKEN)
+    before = (found / "results.jsonl").read_bytes()
+    again = run(replace(config, resume=True, match="kl"))  # nothing is run again
+    assert again.failures == found.failures and again.metrics["kl"][0, 0] > 0
+    assert (run(replace(config, resume=True)) / "results.jsonl").read_bytes() == before
+
+
+def test_where_every_run_fails_there_is_no_table(compare_config):
+    config = compare_config(losses=BROKEN, seeds=1)
+    with pytest.raises(ValueError, match=r"^every run failed; sigmoid\(learning_rate=1e\+30\), seed 42: update \d"):
+        run(config)
+    assert not (Path(config.output) / "results.jsonl").exists()
 
 
 def test_another_comparison_is_not_written_over(comparison, compare_config, tmp_path):

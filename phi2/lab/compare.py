@@ -59,6 +59,7 @@ from phi2.training.window import total_steps, windows_of
 if TYPE_CHECKING:
     from phi2.evaluation.tasks import Loaded
 
+FAILURE = "failure.txt"  # in the folder of a run that did not come to its end
 EVALUATIONS = 4  # of a run, where eval_steps does not say it
 FREE_TO_CHANGE = {"output", "resume", "jobs", "device", "match", "match_kl", "baseline"}  # of a comparison that goes on
 
@@ -92,6 +93,7 @@ def run(config: CompareConfig) -> Comparison:
             bench.run(cell)
     else:
         _run_in_processes(config, left)
+    require_any_result(bench.cells)
     write_results(config, bench.cells)
     comparison = Comparison(config.output)
     write_page(comparison)
@@ -113,8 +115,14 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        """A run writes its card last."""
-        return (Path(self.config.output) / "README.md").is_file()
+        """A run writes its card last, one that failed why."""
+        return self.failure is not None or (Path(self.config.output) / "README.md").is_file()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run did not end."""
+        path = Path(self.config.output) / FAILURE
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
     def __str__(self) -> str:
         return f"{self.variant.name}, seed {self.seed}"
@@ -235,14 +243,17 @@ class Bench:
         return Tasks(asked, self.loaded, range(cell.total + 1) if self.config.match == "kl" else (cell.total,))
 
     def run(self, cell: Cell) -> None:
-        """Runs a cell, or goes on with it."""
+        """Runs a cell, or goes on with it. One that fails, as where the loss is no number any more, leaves why."""
         common = self.measured_from(cell.config)
         known, start = self.reference(common)
         moves, other = cell.config.sync_ref_model, reference_kind(cell.config) != reference_kind(common)
         elsewhere = cell.variant.loss.reference_free or moves or other  # what its own evaluations look from
         measure = Measure(self.session, cell.config, known, start, elsewhere, self._tasks(cell))
-        with named(str(cell)):
+        try:
             write_report(dpo.fit(self.session, cell.config, measure))
+        except ValueError as error:
+            print(f"{cell} failed: {error}")
+            write_whole(Path(cell.config.output) / FAILURE, f"{error}\n")
 
 
 @contextmanager
@@ -276,19 +287,26 @@ def open_comparison(config: CompareConfig) -> bool:
     return begun
 
 
+def require_any_result(cells: Sequence[Cell]) -> None:
+    """Raises ValueError when no run came to its end."""
+    first = cells[0]
+    if all(cell.failure is not None for cell in cells):
+        raise ValueError(f"every run failed; {first}: {first.failure}")
+
+
 def write_results(config: CompareConfig, cells: Sequence[Cell]) -> None:
-    """results.jsonl, a line for each run."""
-    curves = [curve_of(Run(cell.config.output)) for cell in cells]
+    """results.jsonl, a line for each run; one that failed has no metrics."""
+    curves = [[] if cell.failure is not None else curve_of(Run(cell.config.output)) for cell in cells]
     if config.match == "kl":
-        kl = config.match_kl or farthest_common_kl(curves)
+        farthest = farthest_common_kl([curve for curve in curves if curve])
+        kl = config.match_kl or farthest
         found = [at_kl(curve, kl) for curve in curves]
         if not any(found):
-            farthest = farthest_common_kl(curves)
             raise ValueError(
                 f"match_kl {kl:g}: no run has a value there; the largest KL that all reach is {farthest:g}"
             )
     else:
-        found = [curve[-1] for curve in curves]
+        found = [curve[-1] if curve else {} for curve in curves]
     lines = (json.dumps(_result(config, cell, metrics)) for cell, metrics in zip(cells, found, strict=True))
     write_whole(Path(config.output) / RESULTS, "".join(f"{line}\n" for line in lines))
 
@@ -296,6 +314,7 @@ def write_results(config: CompareConfig, cells: Sequence[Cell]) -> None:
 def _result(config: CompareConfig, cell: Cell, metrics: dict[str, float]) -> dict[str, Any]:
     variant = cell.variant
     resolved = dpo.with_all_knobs(variant.config, variant.loss)
+    failure = {} if cell.failure is None else {"failure": cell.failure}
     return {
         "variant": variant.name,
         "seed": cell.seed,
@@ -304,6 +323,7 @@ def _result(config: CompareConfig, cell: Cell, metrics: dict[str, float]) -> dic
         "knobs": variant.loss.knobs,
         "settings": variant.own,
         "metrics": metrics,
+        **failure,
     }
 
 

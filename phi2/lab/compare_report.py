@@ -102,7 +102,7 @@ def difference_figure(comparison: Comparison, metric: str) -> str:
 
 def scatters(comparison: Comparison) -> str:
     """A point for each run where it ended: quality over distance, and what became of both answers."""
-    ends = {variant: [curve_of(run)[-1] for run in comparison.runs(variant)] for variant in _in_order(comparison)}
+    ends = {variant: [curve_of(run)[-1] for run in comparison.ended(variant)] for variant in _in_order(comparison)}
     quality = {name: label(name) for name in comparison.main if name != "margin"}
     axes = [("Quality and distance", "kl", "KL, nats", metric, name) for metric, name in quality.items()]
     axes.append(("Drift", "chosen_drift", "chosen drift, nats", "rejected_drift", "rejected drift"))
@@ -114,14 +114,15 @@ def scatters(comparison: Comparison) -> str:
 
 
 def _in_order(comparison: Comparison) -> list[str]:
-    """The baseline first: a chart of many shows it before the others."""
-    return sorted(comparison.variants, key=lambda variant: variant != comparison.baseline)
+    """Those that have runs to show, the baseline first: a chart of many shows it before the others."""
+    shown = [variant for variant in comparison.variants if comparison.ended(variant)]
+    return sorted(shown, key=lambda variant: variant != comparison.baseline)
 
 
 def curves(comparison: Comparison) -> str:
     """Held-out metrics over steps: the mean over seeds in a band from the least to the greatest."""
-    found = {variant: [curve_of(run) for run in comparison.runs(variant)] for variant in _in_order(comparison)}
-    first = found[comparison.baseline][0][0]
+    found = {variant: [curve_of(run) for run in comparison.ended(variant)] for variant in _in_order(comparison)}
+    first = next(iter(found.values()))[0][0]
     titles = CURVES | {task: task for task in comparison.tasks}
     charts = [
         line_chart(title, [_line(variant, metric, runs) for variant, runs in found.items()])
@@ -158,7 +159,7 @@ def _link(row: Mapping[str, object]) -> str:
 
 
 def _how(comparison: Comparison) -> list[str]:
-    told = [comparison.about, *HOW]
+    told = [comparison.about, *comparison.failures, *HOW]
     if "toy" in comparison.metrics:
         asked = comparison.config.get("evaluation") or {"questions": TOY_QUESTIONS}
         told.append(TOY.format(questions=asked["questions"]))

@@ -112,6 +112,18 @@ class Comparison:
             raise ValueError(f"variant must be one of {known}, got {variant!r}{nearest(variant, self.variants)}")
         return [Run(self / row["run"]) for row in self.rows if row["variant"] == variant]
 
+    def ended(self, variant: str) -> list[Run]:
+        """Those of its runs that came to their end."""
+        there = ["failure" not in row for row in self.rows if row["variant"] == variant]
+        return [run for run, is_there in zip(self.runs(variant), there, strict=True) if is_there]
+
+    @property
+    def failures(self) -> list[str]:
+        """Of each run that did not end, which it is and why."""
+        return [
+            f"{row['variant']}, seed {row['seed']} failed: {row['failure']}" for row in self.rows if "failure" in row
+        ]
+
     @cached_property
     def differences(self) -> list[Difference]:
         """Every other variant against the baseline, in every metric."""
@@ -169,7 +181,7 @@ class Comparison:
         if self.config["match"] == "steps":
             return "behind the last update"
         there = [row["metrics"]["kl"] for row in self.rows if "kl" in row["metrics"]]
-        missing = len(self.rows) - len(there)
+        missing = sum(not row["metrics"] and "failure" not in row for row in self.rows)
         told = f", where {missing} of {len(self.rows)} runs have no value, nor has their mean" if missing else ""
         return f"at a KL of {number(there[0])} nats from the reference{told}"
 
@@ -201,7 +213,7 @@ class Comparison:
         return picture(drawn)
 
     def __str__(self) -> str:
-        parts = [columns([self.header, *self.cells]), self.about]
+        parts = [columns([self.header, *self.cells]), self.about, *self.failures]
         if self.differences:
             parts += ["", columns(self.main_differences)]
         return "\n".join(parts)
