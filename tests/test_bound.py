@@ -118,6 +118,7 @@ def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
             "simpo(beta=0.3)",
             r"knobs of a loss do not stand in its name, got 'simpo\(beta=0.3\)': they are settings",
         ),
+        ("mine.py:hot", "loss must be a name, got 'mine.py:hot': give the file as loss_file, and the name that it"),
         ("sigmoid:inf,sft", "the weight of a loss must be a number above 0, got inf"),
         (None, "loss must be a name, a mixture, or a list of its parts, got NoneType"),
         (len, "loss must be a name, .*; a function of yours has a name by @phi2.preference_loss"),

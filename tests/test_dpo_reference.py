@@ -224,3 +224,10 @@ def test_a_reference_whose_tokenizer_has_another_vocabulary_is_told(dpo_config, 
     )
     with pytest.warns(UserWarning, match=told):
         train(dpo_config(reference=str(folder), max_steps=1))
+
+
+def test_a_reference_that_is_none_is_told_with_what_it_may_be(dpo_config):
+    with pytest.raises(
+        FileNotFoundError, match="^reference adapter_off: no such folder, .* did you mean adapters_off?"
+    ):
+        train(dpo_config(reference="adapter_off"))

@@ -109,6 +109,8 @@ def _without_preset(part: Part) -> list[Part]:
 
 def _unknown(name: str) -> str:
     known, weight = name.partition(":")[::2]
+    if known.endswith(".py"):
+        return f"loss must be a name, got {name!r}: give the file as loss_file, and the name that it registers"
     if known in PREFERENCE_LOSSES:
         return f"the weight of a loss must be a number above 0, got {weight!r}"
     if "(" in name:
