@@ -364,6 +364,7 @@ def test_a_run_without_reference_replays_losses_that_need_none(dpo_config, pair_
 
 TOKENS = {name: np.zeros((3, 4)) for name in SUMS}
 BAD_SCORES = {"score_chosen": np.array([2.0, 3, 1]), "score_rejected": np.array([1.0, 2, 2])}
+NO_SCORES = {"score_chosen": np.array([1, 2, math.nan]), "score_rejected": np.zeros(3)}
 
 
 @pytest.mark.parametrize(
@@ -388,7 +389,8 @@ BAD_SCORES = {"score_chosen": np.array([2.0, 3, 1]), "score_rejected": np.array(
         ({**SUMS, "chosen_mask": np.full((3, 1), 0.5)}, "sigmoid", "chosen_mask must hold 0 and 1"),
         ({**SUMS, "ref_chosen_logps": np.zeros(3, complex)}, "sigmoid", "must be an array of numbers, got torch.comp"),
         ({**SUMS, "columns": np.zeros(3)}, "sigmoid", "columns must be a mapping of .* arrays by name, got ndarray"),
-        ({**SUMS, "columns": BAD_SCORES}, "odpo", r"loss 'odpo' is nan for row 2 \(counted from 0\)"),
+        ({**SUMS, "columns": BAD_SCORES}, "odpo", "loss 'odpo' needs score_chosen above score_rejected"),
+        ({**SUMS, "columns": NO_SCORES}, "rpo_bwd_kl", r"loss 'rpo_bwd_kl' is nan for row 2 \(counted from 0\)"),
         (SimpleNamespace(path="runs/a"), "sigmoid", "or the path of a run, got SimpleNamespace"),
         ({**SUMS, "columns": {"weight": np.zeros(4)}}, "sigmoid", r"columns\['weight'\] must have shape \(3,\)"),
         ({**SUMS, "chosen_length": np.ones(3), "chosen_mask": np.ones((3, 1))}, "sigmoid", "not both"),

@@ -166,7 +166,7 @@ def test_all_pairs_are_every_two_that_differ():
         ("length", "", "score must be FILE.py:FUNCTION or one of toy, got 'length'"),
         ("{folder}/mine.py", SCORE, "score must be FILE.py:FUNCTION or one of toy"),
         ("{folder}/mine.py:width", SCORE, "has no function 'width'; there are length"),
-        ("{folder}/mine.py:length", "1 / 0", "mine.py: ZeroDivisionError"),
+        ("{folder}/mine.py:length", "1 / 0", "mine.py line 1: ZeroDivisionError"),
     ],
 )
 def test_a_score_that_is_none_is_told_in_words(name, source, message, tmp_path):

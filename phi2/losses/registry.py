@@ -57,7 +57,7 @@ class PreferenceLoss(NamedTuple):
     @property
     def is_own(self) -> bool:
         """Whether it is this package's."""
-        return self.function.__module__.startswith("phi2.")
+        return (self.function.__module__ or "").startswith("phi2.")
 
     def __call__(self, *given: Any, **knobs: Knob) -> Any:
         """What the function returns; what goes wrong in one of the user's is one line."""
