@@ -115,7 +115,7 @@ def _copied(value: Any) -> Any:
 def _is_changed(value: Any, untouched: Any) -> bool:
     """Also where the numbers happen to be the same: torch counts the times that a tensor was written to."""
     if isinstance(value, Tensor) and isinstance(untouched, Tensor):
-        return value._version > 0 or not torch.equal(value, untouched)
+        return value._version > 0 or not torch.equal(value.nan_to_num(), untouched.nan_to_num())
     if isinstance(value, AnswerBatch):
         return any(_is_changed(each, getattr(untouched, name)) for name, each in vars(value).items())
     if isinstance(value, dict):
