@@ -70,3 +70,8 @@ def test_holm_multiplies_the_smallest_most_and_keeps_the_order():
 def test_holm_leaves_out_what_has_no_p_value():
     first, second = holm([math.nan, 0.04])
     assert math.isnan(first) and second == pytest.approx(0.04)
+
+
+def test_values_that_are_all_one_have_no_spread():
+    assert np.full(3, 0.78).std() > 0  # their mean is rounded
+    assert mean_interval(np.full(3, 0.78)).half == 0

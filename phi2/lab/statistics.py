@@ -64,8 +64,8 @@ def paired_p(values: np.ndarray, others: np.ndarray) -> float:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of (n,) values, n above 1."""
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
+    """Of the mean of (n,) values, n above 1; 0 where all are one, whose mean may be rounded."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if np.ptp(values) else 0.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
