@@ -27,7 +27,7 @@ from phi2.losses.knobs import nearest
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.inputs import Inputs, note_inputs, require_same_inputs
 from phi2.tokenizer import Tokenizer
-from phi2.training.config import DPOConfig
+from phi2.training.config import STARTS, DPOConfig
 from phi2.training.extras import Asked
 from phi2.training.moving_reference import ADAPTER, AdapterCopy, ModelCopy, MovingReference
 from phi2.training.packing import TokenRow
@@ -37,8 +37,6 @@ from phi2.training.reference_cache import Precomputed, Reference, cache_folder, 
 from phi2.training.reference_shards import shard_files
 from phi2.training.scoring import row_logps
 from phi2.training.session import Session
-
-OWN = ("adapters_off", "frozen_copy")  # references that are made of the policy
 
 
 def make_reference(
@@ -132,12 +130,12 @@ def start_of_run(session: Session, config: DPOConfig, model: Phi2ForCausalLM) ->
 def other_reference(config: DPOConfig, loss: BoundLoss) -> Path | None:
     """Folder of the reference where it is another checkpoint than the policy's."""
     kind = reference_kind(config)
-    if loss.reference_free or kind in OWN:
+    if loss.reference_free or kind in STARTS:
         return None
     try:
         return resolve(kind)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"reference {error}, {', '.join(OWN)} or auto{nearest(kind, OWN)}") from error
+        raise FileNotFoundError(f"reference {error}, nor one of {', '.join(STARTS)}{nearest(kind, STARTS)}") from error
 
 
 def require_same_cache(run: Path, reference: Precomputed, pairs: Sequence[EncodedPreference], resumed: bool) -> None:

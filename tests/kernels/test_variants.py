@@ -117,7 +117,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_compiles_a_kernel_twice_at_most_and_all_within_two_passes(variants, name):
+def test_a_run_asks_for_two_forms_of_a_kernel_at_most_and_all_within_two_passes(variants, name):
     train, kind = RUNS[name]
     rng, model = random.Random(0), make(**kind)
     train(model, rng)
@@ -140,7 +140,7 @@ def answer(model: Phi2ForCausalLM, slots: int, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("slots, most", [(1, 2), (8, 6)])  # a block's four weights or the head alone, 1, 2 or more rows
-def test_a_generation_compiles_a_kernel_for_few_numbers_of_rows(recordings, variants, monkeypatch, slots, most):
+def test_a_generation_asks_for_few_forms_of_a_kernel(recordings, variants, monkeypatch, slots, most):
     model = make(lora=False).eval()
     monkeypatch.setattr(torch, "empty", torch.zeros)  # of which nothing is computed
     answer(model, slots, random.Random(0))
