@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,11 @@ def test_any_conversation_survives_openai_and_sharegpt_spelling(turns, system):
     expected = Chat(messages, ORIGIN)
     assert parse_row({"messages": openai(*messages)}, ORIGIN) == expected
     assert parse_row({"conversations": sharegpt(*messages)}, ORIGIN) == expected
+
+
+def test_a_label_may_be_one_of_numpy():
+    row = {"prompt": "7 is", "completion": " prime.", "label": np.bool_(True)}
+    assert parse_row(row, ORIGIN) == parse_row({**row, "label": True}, ORIGIN)
 
 
 def test_input_follows_the_instruction_after_an_empty_line_and_system_stands_before():

@@ -23,6 +23,7 @@ from phi2.data.messages import (
     require_nonempty_message,
 )
 from phi2.data.records import PAIR, Chat, Message, Messages, Plain, Preference, Row, Text
+from phi2.keywords import plain_number
 
 ANSWERS = ("chosen", "rejected")
 
@@ -226,8 +227,9 @@ def read_instruction_label(
 
 
 def _labelled(prompt: Text, completion: Text, good: Any, name: str, ctx: RowContext) -> Preference[Text]:
+    good = plain_number(good)
     if not isinstance(good, bool):
-        raise ctx.error("bad-label", f"{name} must be true or false, got {str(good)[:40]!r}")
+        raise ctx.error("bad-label", f"{name} must be true or false, got {repr(good)[:40]}")
     if not prompt:
         raise ctx.error("no-prompt", "there is nothing before the answer")
     if isinstance(completion, str):
