@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import phi2
 from phi2.checkpoints.weights import load_model
@@ -405,3 +406,32 @@ def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     metrics = objective.update(recorder, window)
     assert all(np.isfinite(value) for value in metrics.values())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host asks a device for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [4096, 40])
+def test_an_update_asks_the_device_for_the_norm_of_its_gradient_and_all_metrics_together(
+    dpo_config, monkeypatch, tokens
+):
+    counts, update = [], Objective.update
+
+    def counted(*arguments):
+        with Reads() as reads:
+            metrics = update(*arguments)
+        counts.append(reads.count)
+        return metrics
+
+    monkeypatch.setattr(Objective, "update", counted)
+    train(dpo_config(max_steps=2, max_tokens_per_pass=tokens))
+    assert counts == [1, 1]  # the list of metrics is no number

@@ -85,9 +85,10 @@ def pair_metrics(pairs: PairBatch, reward_scale: float) -> dict[str, Tensor]:
 
 
 def means(gathered: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over the rows of all passes; what none of them has is left out."""
+    """Mean over the rows of all passes; what none of them has is left out. A GPU is waited for once."""
     joined = {name: torch.cat([part[name].detach() for part in gathered]) for name in gathered[0]}
-    found = {name: values.mean().item() for name, values in joined.items() if len(values)}
+    there = {name: values.mean() for name, values in joined.items() if len(values)}
+    found = dict(zip(there, torch.stack([*there.values()]).tolist(), strict=True))
     if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # of answers alone, which no margin is of
         found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
     return found

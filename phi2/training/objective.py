@@ -60,15 +60,15 @@ class Objective:
 
     def update(self, optimizer: Optimizer, window: Rows) -> dict[str, float]:
         """One optimizer step over a window of rows; returns the metrics of them all."""
-        metrics, after = self.backward(optimizer, window)
+        gathered, after = self.backward(optimizer, window)
         self.state.update(after)
         learning_rate = optimizer.learning_rate
         norm = optimizer.step()
         kept = {f"state/{name}": value for name, value in self.state.items()}
-        return {**metrics, **kept, "grad_norm": norm, "learning_rate": learning_rate}
+        return {**means(gathered), **kept, "grad_norm": norm, "learning_rate": learning_rate}
 
-    def backward(self, optimizer: Optimizer, window: Rows) -> tuple[dict[str, float], dict[str, float]]:
-        """Adds the gradient of a window; returns its metrics and the state of the loss behind it."""
+    def backward(self, optimizer: Optimizer, window: Rows) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+        """Adds the gradient of a window; returns the metrics of each pass, and the state of the loss behind it."""
         config, model, loss = self.config, self.model, self.loss
         losses_of = partial(self.losses, window, self.others(window))
         passes, gathered = self.cut([row.tokens for row in window]), []
@@ -76,14 +76,14 @@ class Objective:
             answers, losses, after = backward_of_window(
                 config, model, optimizer, window, passes, self.reference, loss.needs, losses_of
             )
-            return means([metrics_of(answers, losses, loss)]), after
+            return [metrics_of(answers, losses, loss)], after
         for places in passes:
             part = scored(model, window, places, self.reference, autocast(config), loss.needs)
             answers = answer_batch([window[i] for i in places], part)
             losses, after = losses_of(answers)
             optimizer.backward(losses.sum() / len(window))
             gathered.append(metrics_of(answers, losses, loss))
-        return means(gathered), after
+        return gathered, after
 
     def losses(self, window: Rows, others: AnswerBatch | None, answers: AnswerBatch) -> tuple[Tensor, dict[str, float]]:
         """(P,) values whose mean over the window is the loss plus the weighted NLL per chosen token; its state then.
