@@ -211,6 +211,23 @@ def dpo_config(tiny_phi, pair_data, tmp_path) -> Callable[..., object]:
     return config
 
 
+@pytest.fixture(scope="session")
+def compare_config(tiny_phi, pair_data, tmp_path_factory) -> Callable[..., object]:
+    """A CompareConfig for runs of four updates on the tiny Phi: compare_config(**changes)."""
+    from phi2.lab.compare_config import CompareConfig
+    from phi2.lora_config import LoraConfig
+
+    def config(**changes):
+        lora = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
+        where = dict(model=str(tiny_phi), data=pair_data, eval_data=pair_data, device="cpu", lora=lora)
+        size = dict(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
+        what = dict(losses="sigmoid,simpo(beta=2.0)", seeds=2, eval_steps=2)
+        output = str(tmp_path_factory.mktemp("compare") / "out")
+        return CompareConfig(**{**where, **size, **what, "output": output, **changes})
+
+    return config
+
+
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[dict]:
     """The losses by name; those that a test registers, or a file that it names, are gone after it."""

@@ -16,21 +16,18 @@ from phi2.lab import compare
 from phi2.lab.compare_config import CompareConfig
 from phi2.lab.comparison import Comparison
 from phi2.lab.measure import Measure, Tasks, scores_by_task
-from phi2.lora_config import LoraConfig
 
 ASKED = dict(num_fewshot=0, max_gen_toks=4)
 
 
 @pytest.fixture(scope="module")
-def config(tiny_phi, pair_data, task_data, tmp_path_factory):
-    """A CompareConfig for two runs of two updates on the tiny Phi: config(asked, **changes)."""
+def config(compare_config, task_data):
+    """A CompareConfig for a run of two updates of each of two losses: config(tasks, **changes)."""
 
     def make(tasks: list[str], **changes) -> CompareConfig:
-        where = dict(model=str(tiny_phi), data=pair_data, eval_data=pair_data, device="cpu", lora=LoraConfig(r=2))
-        size = dict(max_steps=2, per_device_train_batch_size=2, eval_steps=1, losses="sigmoid,ipo", seeds=1)
         asked = TasksConfig(tasks=tasks, data_dir=task_data, **ASKED)
-        output = str(tmp_path_factory.mktemp("compare") / "out")
-        return CompareConfig(**{**where, **size, "output": output, "evaluation": asked, **changes})
+        few = dict(max_steps=2, gradient_accumulation_steps=1, eval_steps=1, losses="sigmoid,ipo", seeds=1)
+        return compare_config(**{**few, "evaluation": asked, **changes})
 
     return make
 

@@ -40,7 +40,7 @@ from phi2_kernels.strided import strided
 BLOCK_DELTA = 64  # queries a program of the delta kernel takes
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T"])
 def _delta_kernel(
     o, do, delta_ptr, H, T,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,

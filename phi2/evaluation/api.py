@@ -163,6 +163,7 @@ def _seed(tasks: Loaded) -> None:
 def evaluation_of(
     config: TasksConfig, models: dict[str, ModelResult], tasks: Loaded | None, output: Path | None
 ) -> Evaluation:
+    """The results of models, with what a reader must know of the tasks."""
     return Evaluation(models, _notes(config, tasks), {} if tasks is None else tasks.files, output)
 
 

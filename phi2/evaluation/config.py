@@ -44,7 +44,7 @@ class TasksConfig:
     """Of the choice of toy questions."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", names_of("tasks", self.tasks))
+        object.__setattr__(self, "tasks", _names("tasks", self.tasks))
         for name, least in (("questions", 1), ("limit", 1), ("num_fewshot", 0), ("max_gen_toks", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -76,13 +76,13 @@ class EvaluateConfig(LoadConfig, TasksConfig):
     is runs/evaluate, and the toy skills alone write nothing."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", names_of("model", self.model))
+        object.__setattr__(self, "model", _names("model", self.model))
         super().__post_init__()
         if self.adapter is not None and len(self.model) > 1:
             raise ValueError("adapter goes with one model; name the folders of adapters or runs as models instead")
 
 
-def names_of(setting: str, given: Sequence[str] | str) -> tuple[str, ...]:
+def _names(setting: str, given: Sequence[str] | str) -> tuple[str, ...]:
     """Single names of a text, or of several, with commas between."""
     texts = [given] if isinstance(given, str) else given
     names = tuple(name.strip() for text in texts for name in text.split(",") if name.strip())

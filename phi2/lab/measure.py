@@ -141,11 +141,13 @@ class Measure:
 
     def scores(self, model: Phi2ForCausalLM, tasks: Tasks) -> dict[str, float]:
         """Of each task, as `scores_by_task` names them; answers to tasks of the harness stand in the run's folder."""
-        output = Path(self.config.output) / "evaluation" if tasks.loaded is not None else None
+        run = Path(self.config.output)
+        output = run / "evaluation" if tasks.loaded is not None else None
         with torch.random.fork_rng():
             result = result_of(tasks.config, (model, self.session.tokenizer), tasks.loaded, output)
         if output is not None:
-            write(evaluation_of(tasks.config, {self.config.output: result}, tasks.loaded, output), output)
+            name = "/".join(run.parts[-2:])  # of a comparison's folder of runs: variant and seed
+            write(evaluation_of(tasks.config, {name: result}, tasks.loaded, output), output)
         return scores_by_task(result)
 
     @contextmanager

@@ -81,30 +81,31 @@ def answers_of_evaluation(found: Evaluation) -> AnswerBatch:
     """The answers of an evaluation as its run gave them to its loss."""
     scores = found.about.get("scores") or [PAIR] * len(found)
     firsts = [*accumulate((len(comparisons([each])) for each in scores), initial=0)][:-1]
-    answers = _answers_in(found, "", scores, columns_of(found).each(itemgetter(firsts)))
-    if GOLDS[0] in found:
-        answers = replace(answers, gold=_gold_in(found, firsts))
+    columns, gold = columns_of(found).each(itemgetter(firsts)), _gold_in(found, firsts)
+    answers = replace(_answers_in(found, "", scores), columns=columns, gold=gold)
     if any(f"{MISMATCHED}policy_{side}_logps" in found for side in SIDES):
         neighbours = [*scores[-1:], *scores[:-1]]  # each prompt has the answers of the one before it
-        answers = replace(answers, mismatched=_answers_in(found, MISMATCHED, neighbours, Columns()))
+        answers = replace(answers, mismatched=_answers_in(found, MISMATCHED, neighbours))
     return answers
 
 
-def _answers_in(found: Evaluation, prefix: str, scores: Scores, columns: Columns) -> AnswerBatch:
+def _answers_in(found: Evaluation, prefix: str, scores: Scores) -> AnswerBatch:
     """Those under the names of columns that begin so."""
     kinds = ("policy_{}_logps", "ref_{}_logps", *(f"{name}_{{}}" for name in EXTRAS))
     there = [kind for kind in kinds if any(prefix + kind.format(side) in found for side in SIDES)]
     names = [kind.format(side) for kind in there for side in SIDES]
-    return answers_of({name: _tokens_of(found, prefix + name) for name in names}, columns, scores)
+    return answers_of({name: _tokens_of(found, prefix + name) for name in names}, Columns(), scores)
 
 
-def _gold_in(found: Evaluation, firsts: Sequence[int]) -> AnswerBatch:
-    """The answers to imitate.
+def _gold_in(found: Evaluation, firsts: Sequence[int]) -> AnswerBatch | None:
+    """The answers to imitate, where there are any.
 
     Args:
         firsts: a row of each prompt.
     """
     each = [_tokens_of(found, name) for name in GOLDS if name in found]
+    if not each:
+        return None
     policy, *ref = ([tokens[row] for row in firsts] for tokens in each)
     return AnswerBatch(
         pad_sequence(policy, batch_first=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,8 @@ def tokens_of(answers: AnswerBatch) -> dict[str, pyarrow.Array]:
     if answers.gold is not None:
         found |= _of_gold(answers.gold, answers.of_comparisons(torch.arange(answers.count)))
     if answers.mismatched is not None:
-        found |= {f"{MISMATCHED}{name}": each for name, each in tokens_of(answers.mismatched).items()}
+        others = tokens_of(replace(answers.mismatched, gold=None))  # of these no loss is shown one
+        found |= {f"{MISMATCHED}{name}": each for name, each in others.items()}
     return found
 
 

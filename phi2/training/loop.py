@@ -29,7 +29,6 @@ from phi2.training.passes import Passes, Result, passes_of, rewind_of
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.window import Windows, total_steps
 
-Metrics = dict[str, float]
 Watch = Callable[[int, Phi2ForCausalLM], None]  # is shown the update and the model behind every evaluation
 
 
