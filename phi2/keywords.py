@@ -97,9 +97,11 @@ def _plain(value: Any) -> Any:
 
 def plain_number(value: Any) -> Any:
     """A number, or truth, of numpy as one of Python's; whatever else as it is."""
+    if isinstance(value, int | float | str):
+        return value
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
-    if isinstance(value, int | float) or not isinstance(value, Real):
+    if not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
 
