@@ -59,12 +59,16 @@ def _obstacle(model: Phi2ForCausalLM) -> str:
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
     """What `Block.forward` computes, (B, T, C) to (B, T, C)."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    device, shape, weights = x.device.type, _shape_of(layer.self_attn.config), _weights_of(layer)
     if not torch.compiler.is_compiling():  # addresses cannot be traced
-        _join_block(layer)
+        if not _are_joined(weights):
+            _join_block(layer)
+        weights = weights._replace(adjacent=True)
+    if not torch.is_autocast_enabled(device):
+        return block(x, weights, shape, angles, visibility)
+    dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):  # every matmul has been given its dtype
-        return block(x, _weights_of(layer), _shape_of(layer.self_attn.config), angles, visibility, dtype)
+        return block(x, weights, shape, angles, visibility, dtype)
 
 
 def _shape_of(config: Phi2Config) -> Shape:
@@ -89,17 +93,23 @@ def _weights_of(layer: Block) -> Weights:
 
 def _adapters(linears: Sequence[PhiLinear], widths: list[int]) -> tuple[Adapter, ...]:
     """The adapters that are on, each with its columns: `widths` says how many every linear has."""
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    on = [linear.adapter if isinstance(linear, LoraLinear) else None for linear in linears]
-    return tuple(
-        Adapter(end - width, end, lora.lora_A.weight, lora.lora_B.weight, lora.scaling, _rate(lora.lora_dropout))
-        for lora, width, end in zip(on, widths, ends, strict=True)
-        if lora is not None
-    )
+    adapters, start = [], 0
+    for linear, width in zip(linears, widths, strict=True):
+        lora = linear.adapter if isinstance(linear, LoraLinear) else None
+        if lora is not None:
+            A, B = lora.lora_A.weight, lora.lora_B.weight
+            adapters.append(Adapter(start, start + width, A, B, lora.scaling, _rate(lora.lora_dropout)))
+        start += width
+    return tuple(adapters)
 
 
 def _rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
+
+
+def _are_joined(weights: Weights) -> bool:
+    parts = weights.w_in, weights.b_in, [weight.T for weight in weights.w_out]
+    return all(map(are_adjacent, parts))
 
 
 def _join_block(layer: Block) -> None:

@@ -65,6 +65,13 @@ class LoraAdapter:
         return (self.lora_B.weight.float() @ self.lora_A.weight.float()).mul_(self.scaling)
 
 
+@dataclass
+class Computed:
+    """Name of the adapter that passes of a model compute; None: its base alone. Changed at one place for all layers."""
+
+    name: str | None = None
+
+
 class LoraLinear(PhiLinear):
     """A linear layer and its adapters, of which one at most is active in a pass.
 
@@ -72,26 +79,33 @@ class LoraLinear(PhiLinear):
     they had, and so are A and B of the active adapter. The other adapters are no part of the model until they are
     active: what trains, saves or counts parameters does not see them.
 
+    Args:
+        computed: says which adapter passes compute; all layers of a model share it.
+
     Attributes:
         base: the layer that this one stands for.
         adapters: by name.
         active: the one that the layer shows.
-        adapter: what is added to the base now; another one than `active`, or none, inside `computing`.
     """
 
     base: PhiLinear
     lora_A: nn.Linear
     lora_B: nn.Linear
 
-    def __init__(self, base: PhiLinear) -> None:
+    def __init__(self, base: PhiLinear, computed: Computed) -> None:
         super().__init__()
         object.__setattr__(self, "base", base)  # beside the tree of modules, where it would lend its name to its weight
         self._parameters, self._buffers = base._parameters, base._buffers  # the same dicts: nothing can come apart
         self.in_features, self.out_features = base.in_features, base.out_features
         self.adapters: dict[str, LoraAdapter] = {}
         self.active: LoraAdapter | None = None
-        self.adapter: LoraAdapter | None = None
+        self._computed = computed
         self.train(base.training)
+
+    @property
+    def adapter(self) -> LoraAdapter | None:
+        """What is added to the base now; another one than `active`, or none, inside `computing`."""
+        return self.adapters.get(self._computed.name or "")
 
     def add(self, name: str, r: int, scaling: float, dropout: float) -> None:
         """Another adapter, whose weights are yet to be written."""
@@ -109,8 +123,8 @@ class LoraLinear(PhiLinear):
             linear.requires_grad_(False).weight.copy_(weight)
 
     def activate(self, name: str) -> None:
-        """From now on the layer computes, and shows, this adapter; none if it has none of that name."""
-        self.active = self.adapter = self.adapters.get(name)
+        """From now on the layer shows this adapter; none if it has none of that name."""
+        self.active = self.adapters.get(name)
         for part in ("lora_A", "lora_B", "lora_dropout"):
             self._modules.pop(part, None)
             if self.active is not None:
@@ -163,7 +177,7 @@ class AdaptableModel(nn.Module):
     Attributes:
         adapters: their settings by name.
         active_adapter: name of the one that is shown, trained and saved.
-        computed_adapter: name of the one that passes compute; another one, or None, inside `computing`.
+        computed: the one that passes compute; another one, or none, inside `computing`.
         brought_by_adapter: parts of the model that an adapter's file replaced.
     """
 
@@ -171,8 +185,13 @@ class AdaptableModel(nn.Module):
         super().__init__()
         self.adapters: dict[str, LoraConfig] = {}
         self.active_adapter: str | None = None
-        self.computed_adapter: str | None = None
+        self.computed = Computed()
         self.brought_by_adapter: tuple[str, ...] = ()
+
+    @property
+    def computed_adapter(self) -> str | None:
+        """Name of the adapter that passes compute."""
+        return self.computed.name
 
     @property
     def lora_config(self) -> LoraConfig | None:
@@ -218,7 +237,7 @@ def insert(model: AdaptableModel, config: LoraConfig, layers: list[str], name: s
         linear = model.get_submodule(layer)
         assert isinstance(linear, PhiLinear)
         if not isinstance(linear, LoraLinear):
-            linear = LoraLinear(linear)
+            linear = LoraLinear(linear, model.computed)
             model.set_submodule(layer, linear)
         linear.add(name, config.rank(layer), config.scaling(layer), config.lora_dropout)
     activate(model, name)
@@ -246,7 +265,7 @@ def activate(model: AdaptableModel, name: str) -> None:
         ValueError: when there is none.
     """
     _require_adapter(model, name)
-    model.active_adapter = model.computed_adapter = name
+    model.active_adapter = model.computed.name = name
     for module in _layers(model).values():
         module.activate(name)
 
@@ -266,7 +285,7 @@ def detach(model: AdaptableModel, name: str = DEFAULT) -> None:
         if not module.adapters:
             model.set_submodule(layer, module.base)
     del model.adapters[name]
-    model.active_adapter = model.computed_adapter = None
+    model.active_adapter = model.computed.name = None
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -310,7 +329,8 @@ def disabled(model: AdaptableModel) -> Iterator[None]:
     Raises:
         ValueError: when the model has no adapter.
     """
-    _adapted(model)
+    if model.active_adapter is None:
+        _adapted(model)  # says why not
     with computing(model, None):
         yield
 
@@ -324,18 +344,20 @@ def computing(model: AdaptableModel, name: str | None) -> Iterator[None]:
     """
     if name is not None:
         _require_adapter(model, name)
-    layers = {} if name == model.computed_adapter else {m: m.adapter for m in _layers(model).values()}
-    before, model.computed_adapter = model.computed_adapter, name
+    before, model.computed.name = model.computed.name, name
     try:
-        for module in layers:
-            module.adapter = None if name is None else module.adapters.get(name)
-            if module.adapter is not None:
-                module.adapter.lora_dropout.train(module.training)
+        if name not in (None, before):
+            _follow_training(model)
         yield
     finally:
-        model.computed_adapter = before
-        for module, adapter in layers.items():
-            module.adapter = adapter
+        model.computed.name = before
+
+
+def _follow_training(model: AdaptableModel) -> None:
+    """Adapters that are no part of the model are not told when it trains."""
+    for module in _layers(model).values():
+        if module.adapter is not None:
+            module.adapter.lora_dropout.train(module.training)
 
 
 def _require_adapter(model: AdaptableModel, name: str) -> None:
@@ -360,7 +382,7 @@ def merge(model: AdaptableModel) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     model.adapters, model.brought_by_adapter = {}, ()
-    model.active_adapter = model.computed_adapter = None
+    model.active_adapter = model.computed.name = None
     model.requires_grad_(True)
 
 

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from phi2.config import Phi2Config
-from phi2.lora import LoraLinear, adapter_state, attach, disabled, has_adapter, lora_modules, merge, target_names
+from phi2.lora import (
+    Computed,
+    LoraLinear,
+    adapter_state,
+    attach,
+    disabled,
+    has_adapter,
+    lora_modules,
+    merge,
+    target_names,
+)
 from phi2.lora_config import LoraConfig
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
@@ -348,7 +358,7 @@ def test_after_merging_a_new_adapter_can_be_attached():
 
 
 def test_a_layer_keeps_its_training_mode():
-    layer = LoraLinear(nn.Linear(3, 2).eval())
+    layer = LoraLinear(nn.Linear(3, 2).eval(), Computed())
     layer.add("a", 1, 1.0, 0.0)
     layer.activate("a")
     assert not layer.training and not layer.lora_dropout.training

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.attention import attention_work, scores_of
-from benchmarks.harness import comparison
+from benchmarks.harness import comparison, spec
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
 from benchmarks.harness.gpu import gpu_case
 from benchmarks.harness.models import random_model
+from benchmarks.harness.spec import Call, Entry
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
-from phi2.lora import attach
+from phi2.lora import Computed, attach
 from phi2.lora_config import LoraConfig
 from phi2.model import Block
 from phi2_kernels import _dispatch
+from phi2_kernels.block_adapters import Side
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
 
@@ -157,7 +159,53 @@ def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Modul
     theirs._attn_implementation = "sdpa"
     theirs = PhiDecoderLayer(theirs, 0).eval().to(weight.device, weight.dtype)
     if rank:
-        theirs.adapters = {}  # as a whole model has
+        theirs.adapters, theirs.computed = {}, Computed()  # as a whole model has
         attach(theirs, LoraConfig(r=rank))
     theirs.load_state_dict(layer.state_dict())
     return theirs
+
+
+# ---- the products of LoRA, as of q, k, v and fc1 ----
+
+WIDTHS = (2560, 2560, 2560, 10240)
+SPANS = tuple((sum(WIDTHS[:i]), sum(WIDTHS[: i + 1])) for i in range(4))
+
+
+def side(widths: tuple[int, ...], spans: tuple[tuple[int, int], ...], is_output: bool) -> Side:
+    """Of adapters of rank 16."""
+    sizes = [f"{width} 16:float32" if is_output else f"16 {width}:float32" for width in widths]
+    return Side(tuple(sizes), spans, is_output)
+
+
+A_IN, B_IN = side((2560,) * 4, ((0, 2560),) * 4, False), side(WIDTHS, SPANS, True)
+# Candidates: rows, columns, warps, stages.
+SKINNY = spec.on_both((32, 128, 4, 3), (32, 64, 4, 4), (16, 128, 4, 4), (64, 64, 4, 3), (64, 128, 4, 3))
+WALKS = spec.on_both((64, 128, 4, 1), (32, 256, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1), (64, 256, 8, 1))
+
+
+IN, WIDE, STREAM = "N 64:float32", "N 17920", "N C"
+INNER = [
+    Call("block_adapters_triton.inner", dict(x=x, u=IN, side=side, scales=(2.0,) * 4, seed=None))
+    for x, side in ((STREAM, A_IN), (WIDE, B_IN))
+]
+ADD = [
+    Call("block_adapters_triton.add", dict(y=y, u=IN, side=side, seed=None))
+    for y, side in ((WIDE, B_IN), (STREAM, A_IN))
+]
+GRADIENTS = Call(
+    "block_adapters_triton.gradients",
+    dict(x=STREAM, du=IN, input=A_IN, dy=WIDE, u=IN, output=B_IN, seed=None),
+)
+spec.ENTRIES |= {
+    "lora_inner": Entry("block_adapters_triton", "inner", "block_adapters inner", SKINNY, tuple(INNER)),
+    "lora_add": Entry("block_adapters_triton", "add", "block_adapters add", WALKS, tuple(ADD)),
+    "lora_gradients": Entry("block_adapters_triton", "gradients", "block_adapters gradients", SKINNY, (GRADIENTS,)),
+}
+
+
+def useful(BLOCK_N: int, BLOCK_K: int, BLOCK_R: int, **_) -> int:
+    """The multiply-adds of a tile by both halves of a factor."""
+    return 2 * BLOCK_N * BLOCK_K * BLOCK_R
+
+
+spec.USEFUL |= {"block_adapters inner": useful, "block_adapters gradients": useful}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from benchmarks.harness import sass, spec
 from benchmarks.harness.sass import Code
 from benchmarks.harness.spec import Launch
 from benchmarks.registry import Cells, load
+from phi2_kernels._dispatch import architecture
 
 STACK = 16  # bytes of a thread that may not fit its registers
 TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
@@ -158,7 +159,8 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
     )
     driver.set_active(asked)
-    pretended = {"get_device_capability": lambda device: divmod(arch, 10), "device": lambda device: nullcontext()}
+    pretended = {"get_device_capability": lambda device: divmod(arch, 10), "current_device": lambda: 0}
+    architecture.cache_clear()
     with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended), _PretendGPU():
         yield launched
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -83,12 +82,25 @@ def on_its_device(launcher: Callable) -> Callable:
 
     @wraps(launcher)
     def run(first: Tensor, *arguments, **options):
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return launcher(first, *arguments, **options)
+        with torch.cuda.device(first.device):
             return launcher(first, *arguments, **options)
 
     return run
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many blocks of a size hold n. Triton's own is made for kernels, and slow on the host; so is the next."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+@cache  # torch asks the driver
 def architecture(device: torch.device) -> int:
     """80 for an A100 and what is like it, 90 from an H100 on; the key of every table of launch configurations.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import on_its_device, tl, triton
+from phi2_kernels._dispatch import cdiv, on_its_device, power_of_2, tl, triton
 from phi2_kernels.attention_tiles_triton import (
     LOG2E,
     add_product,
@@ -231,17 +231,17 @@ def backward(
         return
     do = do if do.stride(-1) == 1 else do.contiguous()
     delta = torch.empty_like(lse)
-    blocks = {"D": D, "BLOCK_M": BLOCK_DELTA, "BLOCK_D": triton.next_power_of_2(D)}
-    _delta_kernel[triton.cdiv(T, BLOCK_DELTA), B * H](
+    blocks = {"D": D, "BLOCK_M": BLOCK_DELTA, "BLOCK_D": power_of_2(D)}
+    _delta_kernel[cdiv(T, BLOCK_DELTA), B * H](
         strided(o), strided(do), delta, H, T, **blocks, num_warps=4, enable_fp_fusion=True
     )
     launch = launch_of("dkdv", q)
-    _dkdv_kernel[triton.cdiv(S, launch.block_n), B * H_kv](
+    _dkdv_kernel[cdiv(S, launch.block_n), B * H_kv](
         *map(strided, (q, k, v, do)), lse, delta, strided(dk), strided(dv), until, ends, H_kv, T, S, D**-0.5,
         **options(launch, q, k),
     )  # fmt: skip
     launch = launch_of("dq", q)
-    _dq_kernel[triton.cdiv(T, launch.block_m), B * H](
+    _dq_kernel[cdiv(T, launch.block_m), B * H](
         *map(strided, (q, k, v, do)), lse, delta, strided(dq), until, ranges, H, T, S, D**-0.5,
         **options(launch, q, k),
     )  # fmt: skip

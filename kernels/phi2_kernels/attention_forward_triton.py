@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from phi2_kernels._dispatch import on_its_device, tl, triton
+from phi2_kernels._dispatch import cdiv, on_its_device, tl, triton
 from phi2_kernels.attention_tiles_triton import (
     LOG2E,
     LOWEST,
@@ -112,6 +112,6 @@ def forward(
     if q.numel() == 0:
         return
     launch = launch_of("forward", q)
-    _forward_kernel[triton.cdiv(T, launch.block_m), B * H](
+    _forward_kernel[cdiv(T, launch.block_m), B * H](
         *map(strided, (q, k, v, o)), lse, until, ranges, H, T, k.shape[2], D**-0.5, **options(launch, q, k)
     )

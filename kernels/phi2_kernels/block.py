@@ -32,10 +32,11 @@ from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
 from phi2_kernels.attention import unsupported_heads
-from phi2_kernels.block_adapters import AdapterGroup, adapters_backward, add_adapters, group_adapters
+from phi2_kernels.block_adapters import Adapter, AdapterGroup, group_of
 from phi2_kernels.block_weights import (
     Joined,
     Layout,
+    PerTensor,
     Weights,
     apart,
     flatten,
@@ -69,10 +70,13 @@ class Shape(NamedTuple):
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     def split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as views of h (B, T, E): (B, H or H_kv, T, D)."""
-        sizes = [self.attention_width, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        parts = h[..., : self.qkv_width].split(sizes, dim=-1)
-        return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        """q, k, v as views of h (B, T, E), contiguous: (B, H or H_kv, T, D)."""
+        (B, T, E), D = h.shape, self.head_dim
+        place, views = h.storage_offset(), []
+        for heads in (self.heads, self.kv_heads, self.kv_heads):
+            views.append(h.as_strided((B, heads, T, D), (T * E, D, E, 1), place))
+            place += heads * D
+        return tuple(views)
 
     def qk(self, h: Tensor) -> Tensor:
         """q and k, the part of h (B, T, E) that is rotated, as (N, H + H_kv, D)."""
@@ -140,21 +144,27 @@ def _ops(triton: bool) -> ModuleType:
 
 
 class _BlockFunction(torch.autograd.Function):
-    """`tensors` are a flat `PerTensor`."""
+    """`tensors` are a flat `PerTensor`. What traces sees operators; to others these are a detour."""
 
     @staticmethod
     def forward(ctx, x, angles, tables, seed, layout, *tensors):
-        y, *saved = _forward(x, angles, tables, seed, list(tensors), *layout)
+        if torch.compiler.is_compiling():
+            y, *saved = _traced_forward(x, angles, tables, seed, list(tensors), *layout)
+        else:
+            y, *saved = _forward(x, angles, tables, seed, joined(tensors, layout))
         ctx.layout = layout
         ctx.save_for_backward(x, *angles, *tables, seed, *saved, *tensors)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, cos, sin, until, key_ranges, query_ends, seed, h, attended, mean, rstd, lse, *tensors = ctx.saved_tensors
-        tables, saved = [until, key_ranges, query_ends], [h, attended, mean, rstd, lse]
-        needs = list(ctx.needs_input_grad[5:])
-        dx, *grads = _backward(dy, x, [cos, sin], tables, seed, saved, tensors, needs, *ctx.layout)
+        x, cos, sin, until, key_ranges, query_ends, seed = ctx.saved_tensors[:7]
+        saved, tensors = list(ctx.saved_tensors[7:13]), ctx.saved_tensors[13:]
+        angles, tables, needs = [cos, sin], [until, key_ranges, query_ends], list(ctx.needs_input_grad[5:])
+        if torch.compiler.is_compiling():
+            dx, *grads = _traced_backward(dy, x, angles, tables, seed, saved, list(tensors), needs, *ctx.layout)
+        else:
+            dx, *grads = _backward(dy, x, angles, tables, seed, saved, joined(tensors, ctx.layout), unflatten(needs))
         each = zip(apart(grads, tensors), tensors, needs, strict=True)
         return dx, None, None, None, None, *(grad.to(t.dtype) if need else None for grad, t, need in each)
 
@@ -164,33 +174,44 @@ class _Output(NamedTuple):
 
     columns: slice
     bias: Tensor
-    adapters: list[tuple[AdapterGroup, slice]]  # adapters, each with the columns of m it reads
+    adapters: AdapterGroup
+    inner: slice  # their columns of u
 
 
 def _outputs(w: Joined, shape: Shape) -> list[_Output]:
     """One of all columns, or two where attention and MLP have a dropout of their own."""
-    each = [(AdapterGroup((a,), OUT_MASKS + i), slice(a.start, a.end)) for i, a in enumerate(w.adapters_out)]
-    if not w.dropout:
-        return [_Output(slice(None), w.b_out[0] + w.b_out[1], each)]
+    if not w.layout.dropout:
+        return [_Output(slice(None), w.b_out[0] + w.b_out[1], _writing(w, w.adapters_out), slice(w.ranks_in, None))]
     cut = shape.attention_width
-    first, second = ([pair for pair in each if (pair[1].start < cut) == is_first] for is_first in (True, False))
-    return [_Output(slice(0, cut), w.b_out[0], first), _Output(slice(cut, None), w.b_out[1], second)]
+    first = tuple(adapter for adapter in w.adapters_out if adapter.start < cut)
+    groups = _writing(w, first), _writing(w, w.adapters_out[len(first) :], OUT_MASKS + len(first))
+    middle = w.ranks_in + sum(len(adapter.A) for adapter in first)
+    columns, inner = (slice(0, cut), slice(cut, None)), (slice(w.ranks_in, middle), slice(middle, None))
+    return list(map(_Output, columns, w.b_out, groups, inner))
 
 
-@custom_op("phi2::block", mutates_args=())
+def _reading(w: Joined) -> AdapterGroup:
+    """The adapters from n to columns of h."""
+    each = w.adapters_in
+    return group_of(each, [(0, w.w_in.shape[1])] * len(each), [(a.start, a.end) for a in each], IN_MASKS)
+
+
+def _writing(w: Joined, each: tuple[Adapter, ...], first_mask: int = OUT_MASKS) -> AdapterGroup:
+    """Adapters from columns of m to the residual stream."""
+    return group_of(each, [(a.start, a.end) for a in each], [(0, w.w_out.shape[1])] * len(each), first_mask)
+
+
 def _forward(
-    x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, tensors: list[Tensor],
-    eps: float, dropout: float, starts: list[int], ends: list[int], scalings: list[float], rates: list[float],
-    into: int, dims: list[int], dtype: torch.dtype, triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (B, T, C), and what the backward pass reads: h, the attention's output, mean, rstd, logsumexp."""
-    layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton)
-    w, shape, ops = joined(tensors, layout), Shape(*dims), _ops(triton)
+    x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, w: Joined
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y (B, T, C), and what the backward pass reads: h, attention's output, u of adapters, mean, rstd, logsumexp."""
+    eps, dropout, dtype = w.layout.eps, w.layout.dropout, w.layout.dtype
+    shape, ops = Shape(*w.layout.dims), _ops(w.layout.triton)
     rows = x.flatten(0, 1)  # (N, C)
     n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, eps, dtype)
     h = torch.addmm(w.b_in, n, w.w_in.T)  # (N, E)
-    for group in group_adapters(w.adapters_in, IN_MASKS):
-        add_adapters(group, n, [h[:, a.start : a.end] for a in group.adapters], seed)
+    u = torch.empty((len(n), w.ranks), dtype=torch.float32, device=x.device)  # inner products of all adapters
+    _reading(w).add(ops, n, h, u[:, : w.ranks_in], seed)
     h = h.unflatten(0, x.shape[:2])  # (B, T, E)
     ops.apply_rotary(shape.qk(h), *angles, inverse=False)
     m = torch.empty((*h.shape[:2], w.w_out.shape[0]), dtype=dtype, device=x.device)  # (B, T, M)
@@ -200,11 +221,10 @@ def _forward(
     stream = rows
     for number, output in enumerate(_outputs(w, shape)):
         y = torch.addmm(output.bias.to(dtype), m[:, output.columns], w.w_out[output.columns])  # (N, C)
-        for group, columns in output.adapters:
-            add_adapters(group, m[:, columns], [y], seed)
-        stream = stream + _dropped(y, w.dropout, seed, number)
+        output.adapters.add(ops, m, y, u[:, output.inner], seed)
+        stream = stream + _dropped(y, dropout, seed, number)
     attended = m[:, : shape.attention_width].clone()  # (N, H D), not a view: the rest of m may go
-    return stream.view(x.shape), h, attended, mean, rstd, lse
+    return stream.view(x.shape), h, attended, u, mean, rstd, lse
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None, number: int) -> Tensor:
@@ -215,22 +235,19 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None, number: int) -> Tensor:
     return x * keep_mask(x, p, seed, number) / (1 - p)
 
 
-@custom_op("phi2::block_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, saved: list[Tensor],
-    tensors: list[Tensor], needs: list[bool],
-    eps: float, dropout: float, starts: list[int], ends: list[int], scalings: list[float], rates: list[float],
-    into: int, dims: list[int], dtype: torch.dtype, triton: bool,
+    w: Joined, need: PerTensor,
 ) -> list[Tensor]:  # fmt: skip
     """dx, the gradients of `Joined`, each empty where none is needed, the LayerNorm's in one, dA and dB of adapters."""
-    layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton)
-    w, shape, ops, need = joined(tensors, layout), Shape(*dims), _ops(triton), unflatten(needs)
-    h, attended, mean, rstd, lse = saved
+    dropout, dtype = w.layout.dropout, w.layout.dtype
+    shape, ops = Shape(*w.layout.dims), _ops(w.layout.triton)
+    h, attended, u, mean, rstd, lse = saved
     rows, dy, flat = x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
     f, outputs = flat[:, shape.qkv_width :], _outputs(w, shape)
-    grads = [_dropped(dy, w.dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
+    grads = [_dropped(dy, dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
     db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if any(need.b_out) else []
-    grads = [grad.to(dtype) for grad in grads]
+    grads = [grad.to(dtype).contiguous() for grad in grads]  # sum().backward() sends expanded scalars
 
     dm = _side_by_side([grad @ w.w_out[o.columns].T for grad, o in zip(grads, outputs, strict=True)], dim=1)  # (N, M)
     dw_out, adapters_out = x.new_empty(0, dtype=dtype), []
@@ -239,8 +256,7 @@ def _backward(
         m[:, : shape.attention_width] = attended
         ops.gelu(f, m[:, shape.attention_width :])
         for grad, output in zip(grads, outputs, strict=True):
-            for group, columns in output.adapters:
-                adapters_out += adapters_backward(group, m[:, columns], [grad], dm[:, columns], seed)
+            adapters_out += output.adapters.backward(ops, m, u[:, output.inner], grad, dm, seed)
         if any(need.w_out):
             products = [m[:, o.columns].T @ grad for grad, o in zip(grads, outputs, strict=True)]
             dw_out = _side_by_side(products, dim=0)  # (M, C)
@@ -257,8 +273,7 @@ def _backward(
     if any(need.w_in) or w.adapters_in:
         n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
         dw_in = dh.T @ n if any(need.w_in) else dw_in  # (E, C)
-        for group in group_adapters(w.adapters_in, IN_MASKS):
-            adapters_in += adapters_backward(group, n, [dh[:, a.start : a.end] for a in group.adapters], dn, seed)
+        adapters_in = _reading(w).backward(ops, n, u[:, : w.ranks_in], dh, dn, seed)
     dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=any(need.norm))
     no_sums = x.new_empty(0, dtype=torch.float32)
     db_in = dh.sum(dim=0, dtype=torch.float32) if any(need.b_in) else no_sums
@@ -270,16 +285,41 @@ def _side_by_side(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-@_forward.register_fake
+# ---- as operators, which a tracer sees from outside ----
+
+
+@custom_op("phi2::block", mutates_args=())
+def _traced_forward(
+    x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, tensors: list[Tensor],
+    eps: float, dropout: float, starts: list[int], ends: list[int], scalings: list[float], rates: list[float],
+    into: int, dims: list[int], dtype: torch.dtype, triton: bool, adjacent: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton, adjacent)
+    return _forward(x, angles, tables, seed, joined(tensors, layout))
+
+
+@custom_op("phi2::block_backward", mutates_args=())
+def _traced_backward(
+    dy: Tensor, x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, saved: list[Tensor],
+    tensors: list[Tensor], needs: list[bool],
+    eps: float, dropout: float, starts: list[int], ends: list[int], scalings: list[float], rates: list[float],
+    into: int, dims: list[int], dtype: torch.dtype, triton: bool, adjacent: bool,
+) -> list[Tensor]:  # fmt: skip
+    layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton, adjacent)
+    return _backward(dy, x, angles, tables, seed, saved, joined(tensors, layout), unflatten(needs))
+
+
+@_traced_forward.register_fake
 def _(x, angles, tables, seed, tensors, *layout):
     layout = Layout(*layout)
     shape, E = Shape(*layout.dims), sum(map(len, unflatten(tensors).w_in))
     h = x.new_empty((*x.shape[:2], E), dtype=layout.dtype)
     attended = h.new_empty((h.shape[0] * h.shape[1], shape.attention_width))
-    return torch.empty_like(x), h, attended, *_ops(layout.triton).empty_statistics(x, shape)
+    u = x.new_empty((len(attended), sum(map(len, unflatten(tensors).matrices[::2]))), dtype=torch.float32)
+    return torch.empty_like(x), h, attended, u, *_ops(layout.triton).empty_statistics(x, shape)
 
 
-@_backward.register_fake
+@_traced_backward.register_fake
 def _(dy, x, angles, tables, seed, saved, tensors, needs, *layout):
     dtype, need, parts = Layout(*layout).dtype, unflatten(needs), unflatten(tensors)
     C, E, M = x.shape[2], sum(map(len, parts.w_in)), sum(w.shape[1] for w in parts.w_out)

@@ -1,23 +1,25 @@
 """LoRA inside a fused block: what adapters add to the output of a matmul, and their gradients.
 
-    y += s / (1 - p) (keep x) A^T B^T
+    u = s / (1 - p) (keep x) A^T        y += u B^T
+    dB = dy^T u        du = s / (1 - p) dy B        dA = du^T (keep x)        dx += keep (du A)
 
-Adapters that read the same x without dropout share one matmul with all their A; with dropout each has a mask, and so an
-input, of its own. Masks are made again in the backward pass (`dropout.py`). A and B are float32; x and the gradients
-stay in the dtype of the matmuls, and nothing of their size is float32 (`products.py`).
+All adapters that are added to one output go together. Each reads columns of x and writes columns of y: in the first
+matmul of a block all of x and a part of y, in the second a part of x and all of y. The three products are `inner`,
+`add` and `gradients` of `block_torch.py` or `block_triton.py`. A, B and u are float32; x and y stay in the dtype of the
+matmuls, and nothing of their size is float32 on a GPU.
 
-Dims: N rows, r LoRA rank.
+Dims: N rows, K columns that an adapter reads or writes, r LoRA rank, R sum of the ranks.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from phi2_kernels.dropout import keep_mask
-from phi2_kernels.products import add_product_, product
+Span = tuple[int, int]  # columns from, to
 
 
 class Adapter(NamedTuple):
@@ -35,69 +37,61 @@ class Adapter(NamedTuple):
         return self.scaling / (1 - self.dropout)
 
 
-class AdapterGroup(NamedTuple):
-    """Adapters that multiply the same input.
+class Side(NamedTuple):
+    """One side of some adapters, x or y.
 
     Attributes:
-        mask: number of the input's mask; it counts where there is one adapter with dropout.
+        factors: of each adapter A (r, K), or B (K, r), contiguous.
+        is_output: whether they are B.
+        spans: the columns that each reads or writes.
+        rates, masks: of each the dropout of what it reads, and the number of its mask; empty where nothing is dropped.
     """
 
-    adapters: tuple[Adapter, ...]
-    mask: int = 0
+    factors: tuple[Tensor, ...]
+    spans: tuple[Span, ...]
+    is_output: bool
+    rates: tuple[float, ...] = ()
+    masks: tuple[int, ...] = ()
 
-    def keep(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
-        p = self.adapters[0].dropout
-        if not p:
-            return None
-        assert seed is not None
-        return keep_mask(x, p, seed, self.mask)
-
-    def inner(self, x: Tensor) -> tuple[Tensor, ...]:
-        """s / (1 - p) x A^T of each adapter, (N, r)."""
-        together = product(x, torch.cat([adapter.A * adapter.factor for adapter in self.adapters]).T)
-        return together.split([len(adapter.A) for adapter in self.adapters], dim=1)
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(factor.shape[self.is_output] for factor in self.factors)
 
 
-def group_adapters(adapters: tuple[Adapter, ...], first_mask: int) -> list[AdapterGroup]:
-    """One for all adapters on an input, or one for each where they drop."""
-    if any(adapter.dropout for adapter in adapters):
-        return [AdapterGroup((adapter,), first_mask + i) for i, adapter in enumerate(adapters)]
-    return [AdapterGroup(adapters)] if adapters else []
+class AdapterGroup(NamedTuple):
+    """Adapters that are added to one output.
 
-
-def add_adapters(group: AdapterGroup, x: Tensor, outputs: list[Tensor], seed: Tensor | None) -> None:
-    """Adds every adapter to its output (N, out), given the input x (N, in) before dropout."""
-    keep = group.keep(x, seed)
-    inner = group.inner(x if keep is None else x * keep)
-    for adapter, u, y in zip(group.adapters, inner, outputs, strict=True):
-        add_product_(y, u, adapter.B.T)
-
-
-def adapters_backward(
-    group: AdapterGroup, x: Tensor, grads: list[Tensor], dx: Tensor, seed: Tensor | None
-) -> list[Tensor]:
-    """dA and dB of each adapter in turn; what they send to x is added to dx.
-
-    Args:
-        x: as given to `add_adapters`.
-        grads: of the outputs.
+    Attributes:
+        input, output: with the factors A, and with the factors B.
+        scales: s / (1 - p) of each.
     """
-    keep = group.keep(x, seed)
-    x = x if keep is None else x * keep
-    dB = [product(grad.T, u) for grad, u in zip(grads, group.inner(x), strict=True)]
-    dinner = torch.cat([product(grad, a.B) * a.factor for grad, a in zip(grads, group.adapters, strict=True)], dim=1)
-    dA = product(x.T, dinner).split([len(adapter.A) for adapter in group.adapters], dim=1)  # (in, r) each
-    del x  # as large as what comes
-    _add_kept(dx, dinner, torch.cat([adapter.A for adapter in group.adapters]), keep)
-    dA = [a.T.clone(memory_format=torch.contiguous_format) for a in dA]  # outputs of an op share no memory
-    return [grad for pair in zip(dA, dB, strict=True) for grad in pair]
+
+    input: Side
+    output: Side
+    scales: tuple[float, ...]
+
+    def add(self, ops: ModuleType, x: Tensor, y: Tensor, u: Tensor, seed: Tensor | None) -> None:
+        """Writes u (N, R) and adds to y (N, any), given the input x (N, any) before dropout."""
+        ops.inner(x, u, self.input, self.scales, seed)
+        ops.add(y, u, self.output, None)
+
+    def backward(
+        self, ops: ModuleType, x: Tensor, u: Tensor, dy: Tensor, dx: Tensor, seed: Tensor | None
+    ) -> list[Tensor]:
+        """dA and dB of each adapter in turn; what they send to x is added to dx. Arguments as those of `add`."""
+        du = torch.empty_like(u)
+        ops.inner(dy, du, self.output, self.scales, None)
+        ops.add(dx, du, self.input, seed)
+        dA, dB = ops.gradients(x, du, self.input, dy, u, self.output, seed)
+        return [gradient for pair in zip(dA, dB, strict=True) for gradient in pair]
 
 
-def _add_kept(dx: Tensor, dinner: Tensor, A: Tensor, keep: Tensor | None) -> None:
-    """dx += keep (dinner A): what is not kept is put back, so that no product of the size of dx is float32."""
-    if keep is None:
-        add_product_(dx, dinner, A)
-    else:
-        whole = dx.clone()
-        add_product_(whole, dinner, A)
-        torch.where(keep, whole, dx, out=dx)
+def group_of(adapters: tuple[Adapter, ...], reads: list[Span], writes: list[Span], first_mask: int) -> AdapterGroup:
+    """Adapters with the columns that they read and write, whose masks are numbered from `first_mask`."""
+    rates = tuple(adapter.dropout for adapter in adapters)
+    drops = (rates, tuple(range(first_mask, first_mask + len(rates)))) if any(rates) else ()
+    return AdapterGroup(
+        Side(tuple(adapter.A.contiguous() for adapter in adapters), tuple(reads), False, *drops),
+        Side(tuple(adapter.B.contiguous() for adapter in adapters), tuple(writes), True),
+        tuple(adapter.factor for adapter in adapters),
+    )

@@ -5,11 +5,15 @@ Each function fills columns of a buffer it is given, as the kernels do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from phi2_kernels.attention import attention
+from phi2_kernels.block_adapters import Side
+from phi2_kernels.dropout import keep_mask
 from phi2_kernels.rotary import rotary_
 from phi2_kernels.visibility import Tables, Visibility
 
@@ -86,3 +90,43 @@ def gelu(x: Tensor, y: Tensor) -> None:
 def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor) -> None:
     """Writes dx (N, F)."""
     dx.copy_(torch.ops.aten.gelu_backward(grad, x, approximate="tanh"))
+
+
+def inner(x: Tensor, u: Tensor, side: Side, scales: Sequence[float], seed: Tensor | None) -> None:
+    """Writes u (N, R): the columns of x (N, any) that each adapter reads, times its factor and its scale."""
+    for (columns, kept, part), factor, scale in zip(_parts(x, u, side, seed), _factors(side), scales, strict=True):
+        read = columns if kept is None else columns * kept
+        torch.mul(read.float() @ factor.T, scale, out=part)
+
+
+def add(y: Tensor, u: Tensor, side: Side, seed: Tensor | None) -> None:
+    """Adds to the columns of y (N, any) that each adapter writes its part of u (N, R) times its factor."""
+    for (columns, kept, part), factor in zip(_parts(y, u, side, seed), _factors(side), strict=True):
+        if kept is None and y.dtype == torch.float32:
+            columns.addmm_(part, factor)
+        else:
+            columns.add_(part @ factor * (1 if kept is None else kept))
+
+
+def gradients(
+    x: Tensor, du: Tensor, input: Side, dy: Tensor, u: Tensor, output: Side, seed: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each adapter its du times the columns of x (N, any), and its u (N, R) times those of dy (N, any): dA and dB."""
+    reads, writes = _parts(x, du, input, seed), _parts(dy, u, output, None)
+    dA = [part.T @ (columns if kept is None else columns * kept).float() for columns, kept, part in reads]
+    return dA, [columns.float().T @ part for columns, _, part in writes]
+
+
+def _factors(side: Side) -> list[Tensor]:
+    """(r, K) each."""
+    return [factor.T if side.is_output else factor for factor in side.factors]
+
+
+def _parts(x: Tensor, u: Tensor, side: Side, seed: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Of each adapter its columns of x, which of them are kept, and its part of u (N, r)."""
+    for i, ((start, end), part) in enumerate(zip(side.spans, u.split(side.ranks, dim=1), strict=True)):
+        columns, kept = x[:, start:end], None
+        if side.rates and side.rates[i]:
+            assert seed is not None
+            kept = keep_mask(columns, side.rates[i], seed, side.masks[i])
+        yield columns, kept, part

@@ -13,6 +13,9 @@ from phi2_kernels import (
     rotary_triton,
 )
 from phi2_kernels.attention_tiles_triton import tables_of as tables_of
+from phi2_kernels.block_adapters_triton import add as add
+from phi2_kernels.block_adapters_triton import gradients as gradients
+from phi2_kernels.block_adapters_triton import inner as inner
 from phi2_kernels.visibility import Tables
 
 

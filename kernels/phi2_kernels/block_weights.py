@@ -27,6 +27,7 @@ class Weights(NamedTuple):
         w_out, b_out: weights (C, in) and biases (C,) of dense, fc2.
         adapters_in, adapters_out: LoRA on columns of h, and on columns of m.
         dropout: of what is added to the residual stream.
+        adjacent: the caller has seen that w_in, b_in and the transposes of w_out are neighbours in memory.
     """
 
     norm_weight: Tensor
@@ -39,6 +40,7 @@ class Weights(NamedTuple):
     adapters_in: tuple[Adapter, ...] = ()
     adapters_out: tuple[Adapter, ...] = ()
     dropout: float = 0.0
+    adjacent: bool = False
 
 
 class PerTensor(NamedTuple):
@@ -76,6 +78,7 @@ class Layout(NamedTuple):
         dims: of `block.Shape`.
         dtype: of the matmuls.
         triton: whether the kernels run between them.
+        adjacent: as in `Weights`.
     """
 
     eps: float
@@ -88,39 +91,53 @@ class Layout(NamedTuple):
     dims: list[int]
     dtype: torch.dtype
     triton: bool
+    adjacent: bool
 
 
 def layout_of(w: Weights, dims: list[int], dtype: torch.dtype, triton: bool) -> Layout:
     adapters = w.adapters_in + w.adapters_out
     columns = [adapter.start for adapter in adapters], [adapter.end for adapter in adapters]
     scales = [adapter.scaling for adapter in adapters], [adapter.dropout for adapter in adapters]
-    return Layout(w.eps, w.dropout, *columns, *scales, len(w.adapters_in), dims, dtype, triton)
+    return Layout(w.eps, w.dropout, *columns, *scales, len(w.adapters_in), dims, dtype, triton, w.adjacent)
 
 
 class Joined(NamedTuple):
-    """The tensors of a block, those of each matmul together."""
+    """A block as its passes take it: the tensors of each matmul together, in the dtype that it computes in.
 
-    norm_weight: Tensor  # (C,)
-    norm_bias: Tensor  # (C,)
-    w_in: Tensor  # (E, C)
-    b_in: Tensor  # (E,)
-    w_out: Tensor  # (M, C)
-    b_out: tuple[Tensor, Tensor]  # (C,) each
+    Attributes:
+        w_in, b_in: (E, C) and (E,); w_out: (M, C); b_out: (C,) of dense and of fc2.
+        adapters_in, adapters_out: LoRA on columns of h, and on columns of m.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: tuple[Tensor, Tensor]
     adapters_in: tuple[Adapter, ...]
     adapters_out: tuple[Adapter, ...]
-    dropout: float
+    layout: Layout
+
+    @property
+    def ranks_in(self) -> int:
+        """The sum of the ranks of the adapters on h."""
+        return sum(adapter.A.shape[0] for adapter in self.adapters_in)
+
+    @property
+    def ranks(self) -> int:
+        """The sum of all adapters' ranks."""
+        return self.ranks_in + sum(adapter.A.shape[0] for adapter in self.adapters_out)
 
 
-def joined(flat: list[Tensor], layout: Layout) -> Joined:
-    """The matmuls' tensors in the dtype they compute in."""
+def joined(flat: Sequence[Tensor], layout: Layout) -> Joined:
     tensors, into = unflatten(flat), layout.into
     matrices = tensors.matrices[::2], tensors.matrices[1::2]
     adapters = tuple(map(Adapter, layout.starts, layout.ends, *matrices, layout.scalings, layout.rates))
     parts = tensors.w_in, tensors.b_in, [w.T for w in tensors.w_out]
-    w_in, b_in, w_out = (_one_matrix(each).to(layout.dtype) for each in parts)
+    w_in, b_in, w_out = (_one_matrix(each, layout.adjacent).to(layout.dtype) for each in parts)
     (weight, bias), (b_dense, b_fc2) = tensors.norm, tensors.b_out
-    groups = adapters[:into], adapters[into:]
-    return Joined(weight, bias, w_in, b_in, w_out, (b_dense, b_fc2), *groups, layout.dropout)
+    return Joined(weight, bias, w_in, b_in, w_out, (b_dense, b_fc2), adapters[:into], adapters[into:], layout)
 
 
 def apart(grads: list[Tensor], flat: list[Tensor]) -> list[Tensor]:
@@ -139,15 +156,17 @@ def apart(grads: list[Tensor], flat: list[Tensor]) -> list[Tensor]:
 
 def are_adjacent(parts: Sequence[Tensor]) -> bool:
     """Whether each tensor begins in memory where the one before it ends."""
-    ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
-    storages = {part.untyped_storage().data_ptr() for part in parts}
-    begins_at_end = all(part.data_ptr() == end for part, end in zip(parts[1:], ends, strict=False))
-    return len(storages) == 1 and begins_at_end and all(part.is_contiguous() for part in parts)
+    end = parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous():
+            return False
+        end += part.numel() * part.element_size()
+    return parts[0].untyped_storage().data_ptr() == parts[-1].untyped_storage().data_ptr()
 
 
-def _one_matrix(parts: Sequence[Tensor]) -> Tensor:
+def _one_matrix(parts: Sequence[Tensor], adjacent: bool) -> Tensor:
     """The tensors as one along dim 0: where they lie, if they are neighbours, else a copy."""
-    if not are_adjacent(parts):
+    if not adjacent and not are_adjacent(parts):
         return torch.cat(list(parts))
     first = parts[0]
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())

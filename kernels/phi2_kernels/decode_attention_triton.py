@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels._dispatch import architecture, cdiv, on_its_device, power_of_2, tl, triton
 from phi2_kernels.attention_tiles_triton import first_column, head_at, piece, pieces_of
 from phi2_kernels.strided import strided
 
@@ -134,7 +134,7 @@ def _combine_kernel(
 
 def splits_of(S: int) -> int:
     """How many splits the keys of a cache with room for S are cut into; the cache's size alone decides."""
-    return min(max(triton.cdiv(S, KEYS_PER_SPLIT), MIN_SPLITS), MAX_SPLITS)
+    return min(max(cdiv(S, KEYS_PER_SPLIT), MIN_SPLITS), MAX_SPLITS)
 
 
 @on_its_device
@@ -153,12 +153,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, until: Tenso
         *map(strided, (q, k, v)), lengths, until, partial, lse, lengths_stride, until_stride, S, G, D, scale_log2,
         **_attend_blocks(D, G, q.device),
     )  # fmt: skip
-    blocks = {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": triton.next_power_of_2(D)}
+    blocks = {"BLOCK_SPLITS": power_of_2(splits), "BLOCK_D": power_of_2(D)}
     _combine_kernel[B, H](partial, lse, strided(o), H, splits, D, **blocks, num_warps=4, enable_fp_fusion=True)
 
 
 def _attend_blocks(D: int, G: int, device: torch.device) -> dict[str, Any]:
-    BLOCK_G = triton.next_power_of_2(G)
+    BLOCK_G = power_of_2(G)
     launch = LAUNCH[architecture(device)]["attend"]
     lanes = max(16, launch.lanes // BLOCK_G)  # that the accumulators stay in registers
     blocks = {"PIECES": pieces_of(D), "BLOCK_G": BLOCK_G, "BLOCK_S": lanes}

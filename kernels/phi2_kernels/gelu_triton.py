@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels._dispatch import architecture, cdiv, on_its_device, tl, triton
 from phi2_kernels.strided import strided
 
 _TILE = {"BLOCK_N": 4, "BLOCK_F": 1024, "num_warps": 4}  # a thread holds 8 columns of 4 rows
@@ -74,5 +74,5 @@ def _launch(kernel, name: str, *tensors: Tensor) -> None:
     if tensors[0].numel() == 0:
         return
     launch = LAUNCH[architecture(tensors[0].device)][name]
-    grid = triton.cdiv(N, launch["BLOCK_N"]), triton.cdiv(F, launch["BLOCK_F"])
+    grid = cdiv(N, launch["BLOCK_N"]), cdiv(F, launch["BLOCK_F"])
     kernel[grid](*map(strided, tensors), N, F, **launch, enable_fp_fusion=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels._dispatch import architecture, cdiv, on_its_device, power_of_2, tl, triton
 from phi2_kernels.gelu_triton import gelu_tanh
 from phi2_kernels.gemv_lanes_triton import lane_sums
 from phi2_kernels.gemv_rows_triton import ROWS, row_sums
@@ -154,7 +154,7 @@ def each(
     if M == 0:
         return
     options = _options(x, codes[0], scales, zeros)
-    programs = sum(triton.cdiv(N, options["BLOCK_N"]) for N in sizes)
+    programs = sum(cdiv(N, options["BLOCK_N"]) for N in sizes)
     if programs:
         tensors = x, tuple(codes), *map(_given, (scales, zeros, biases)), tuple(ys)
         strides = x.stride(0), _strides(codes), _strides(ys)
@@ -173,7 +173,7 @@ def summed(
     tensors = tuple(xs), tuple(codes), *map(_given, (scales, zeros, biases)), skip, y
     strides = _strides(xs), _strides(codes), skip.stride(0), y.stride(0)
     depths, N = tuple(x.shape[1] for x in xs), y.shape[1]
-    _sum_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](*tensors, *strides, depths, N, len(y), **options)
+    _sum_kernel[(cdiv(N, options["BLOCK_N"]),)](*tensors, *strides, depths, N, len(y), **options)
 
 
 def _given(tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
@@ -194,7 +194,7 @@ def _options(x: Tensor, codes: Tensor, scales: list[Tensor], zeros: list[Tensor]
     return {
         "M": M,  # on tensor cores one variant serves all numbers of rows
         "GROUP": group,
-        "BLOCK_N": launch.rows if on_tensor_cores else max(2, launch.rows // triton.next_power_of_2(M)),
+        "BLOCK_N": launch.rows if on_tensor_cores else max(2, launch.rows // power_of_2(M)),
         "BLOCK_K": launch.columns,
         "PARTS": launch.num_warps if on_tensor_cores else 0,
         "UPCAST": not x.is_cuda,  # the interpreter multiplies bfloat16's bits as integers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, power_of_2, tl, triton
 from phi2_kernels.strided import strided
 
 PROGRAMS = {80: 432, 90: 528}  # of a backward pass that sums over rows: four for every multiprocessor
@@ -99,8 +99,8 @@ def _backward_kernel(
 
 def _pieces(C: int) -> dict[str, int]:
     """The row and its cut. The first piece is always full."""
-    first = max(1, triton.next_power_of_2(C) // 2)
-    return {"C": C, "C1": first, "C2": triton.next_power_of_2(max(1, C - first))}
+    first = max(1, power_of_2(C) // 2)
+    return {"C": C, "C1": first, "C2": power_of_2(max(1, C - first))}
 
 
 def _launch(x: Tensor, kernel: str) -> dict[str, int | bool]:
@@ -143,9 +143,10 @@ def backward(
         return torch.zeros((2, C if sums else 0), dtype=torch.float32, device=x.device)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()  # sum().backward() sends expanded scalars
     programs = min(N, PROGRAMS[architecture(x.device)]) if sums else N
-    partial = torch.empty((2, programs if sums else 0, C if sums else 0), dtype=torch.float32, device=x.device)
+    partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device) if sums else None
     past = None if skip is None else strided(skip)
-    tensors = strided(grad), strided(x), weight, mean, rstd, strided(dx), past, *partial
+    own = (None, None) if partial is None else partial
+    tensors = strided(grad), strided(x), weight, mean, rstd, strided(dx), past, *own
     flags = {"SUMS": sums} | _launch(x, "backward_sums" if sums else "backward")
     _backward_kernel[(programs,)](*tensors, N, **flags)
-    return partial.sum(dim=1)
+    return x.new_empty((2, 0), dtype=torch.float32) if partial is None else partial.sum(dim=1)

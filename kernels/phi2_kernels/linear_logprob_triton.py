@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels._dispatch import architecture, on_its_device, power_of_2, tl, triton
 
 _STATS = {"BLOCK_V": 8192, "num_warps": 32}  # one program fills a multiprocessor
 _GRADIENT = {"BLOCK_V": 4096, "num_warps": 8}  # reads each logit once: the cache does not matter
@@ -110,7 +110,7 @@ def _gradient_over(logits: Tensor, dtype: torch.dtype) -> Tensor:
 def _flags(logits: Tensor, grad: Tensor | None, kernel: str) -> dict[str, int | bool]:
     """Of a float32 gradient every thread writes what it has itself read; only a narrower one needs the barrier."""
     launch = LAUNCH[architecture(logits.device)][kernel] | {"enable_fp_fusion": True}
-    block = min(launch["BLOCK_V"], triton.next_power_of_2(logits.shape[1]))
+    block = min(launch["BLOCK_V"], power_of_2(logits.shape[1]))
     barrier = grad is not None and grad.dtype != torch.float32
     return launch | {"BLOCK_V": block, "BARRIER": barrier}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, on_its_device, tl, triton
+from phi2_kernels._dispatch import architecture, cdiv, on_its_device, power_of_2, tl, triton
 from phi2_kernels.strided import strided
 
 _APPLY = {"BLOCK_H": 32, "num_warps": 1}
@@ -102,7 +102,7 @@ def _apply_rotary_and_store_kernel(
 
 def _dims(cos: Tensor, D: int) -> dict[str, int]:
     half = cos.shape[1]
-    return {"HALF": half, "D": D, "BLOCK_R": triton.next_power_of_2(half)}
+    return {"HALF": half, "D": D, "BLOCK_R": power_of_2(half)}
 
 
 @on_its_device
@@ -119,8 +119,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor |
     rest = D - 2 * cos.shape[1]
     flags = {"INVERSE": inverse, "COPY_REST": y is not None and rest > 0}
     target = x if y is None else y
-    blocks = _dims(cos, D) | {"BLOCK_D": triton.next_power_of_2(max(1, rest))} | launch
-    grid = N, triton.cdiv(H, launch["BLOCK_H"])
+    blocks = _dims(cos, D) | {"BLOCK_D": power_of_2(max(1, rest))} | launch
+    grid = N, cdiv(H, launch["BLOCK_H"])
     tensors = strided(x), strided(target), cos, sin
     _apply_rotary_kernel[grid](*tensors, len(cos), H, **flags, **blocks, enable_fp_fusion=True)
 
@@ -134,8 +134,8 @@ def apply_rotary_and_store(
     if q.numel() == 0:
         return
     launch = LAUNCH[architecture(q.device)]["apply_rotary_and_store"]
-    rest = triton.next_power_of_2(max(1, D - 2 * cos.shape[1]))
-    blocks = _dims(cos, D) | {"BLOCK_REST": rest, "BLOCK_D": triton.next_power_of_2(D)} | launch
+    rest = power_of_2(max(1, D - 2 * cos.shape[1]))
+    blocks = _dims(cos, D) | {"BLOCK_REST": rest, "BLOCK_D": power_of_2(D)} | launch
     tensors = *map(strided, (q, k, v, keys, values)), cos, sin, slots
-    grid = B, triton.cdiv(max(H, H_kv), launch["BLOCK_H"]), 3
+    grid = B, cdiv(max(H, H_kv), launch["BLOCK_H"]), 3
     _apply_rotary_and_store_kernel[grid](*tensors, len(cos), keys.shape[2], H, H_kv, **blocks, enable_fp_fusion=True)

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from phi2_kernels import block as block_file
-from phi2_kernels import block_adapters, products
+from phi2_kernels import block_torch
 from phi2_kernels.attention import attention_ref
 from phi2_kernels.block import IN_MASKS, OUT_MASKS, Shape, Weights, block
-from phi2_kernels.block_adapters import Adapter, AdapterGroup, adapters_backward, add_adapters
+from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.block_weights import are_adjacent
 from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.rotary import rotary, rotary_angles

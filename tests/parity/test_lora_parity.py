@@ -13,7 +13,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from phi2.checkpoints.peft_files import load_adapter, save_adapter
 from phi2.config import Phi2Config
-from phi2.lora import LoraLinear, adapter_state, attach, disabled, merge
+from phi2.lora import Computed, LoraLinear, adapter_state, attach, disabled, merge
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 
@@ -93,7 +93,7 @@ def test_one_layer_is_pefts_bit_for_bit_when_the_scaling_is_a_power_of_two(dtype
     )
     theirs.base_layer.load_state_dict(base.state_dict())
     theirs.lora_A.float(), theirs.lora_B.float()  # what get_peft_model does on a half-precision base
-    mine = LoraLinear(base)
+    mine = LoraLinear(base, Computed("default"))
     mine.add("default", 4, 2.0, dropout)
     mine.activate("default")
     pairs = ((mine.lora_A, theirs.lora_A["default"]), (mine.lora_B, theirs.lora_B["default"]))
