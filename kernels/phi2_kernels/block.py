@@ -32,7 +32,6 @@ from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
 from phi2_kernels.attention import unsupported_heads
-from phi2_kernels.block_adapters import Adapter, AdapterGroup, group_of
 from phi2_kernels.block_weights import (
     Joined,
     Layout,
@@ -48,8 +47,6 @@ from phi2_kernels.block_weights import (
 from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.layer_norm import MAX_COLUMNS
 from phi2_kernels.visibility import Tables, Visibility
-
-IN_MASKS, OUT_MASKS = 2, 6  # numbers of the first masks of adapters; 0 and 1 are the residual stream's
 
 
 class Shape(NamedTuple):
@@ -72,11 +69,11 @@ class Shape(NamedTuple):
     def split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as views of h (B, T, E), contiguous: (B, H or H_kv, T, D)."""
         (B, T, E), D = h.shape, self.head_dim
-        place, views = h.storage_offset(), []
-        for heads in (self.heads, self.kv_heads, self.kv_heads):
-            views.append(h.as_strided((B, heads, T, D), (T * E, D, E, 1), place))
-            place += heads * D
-        return tuple(views)
+        strides, q = (T * E, D, E, 1), h.storage_offset()
+        k, keys = q + self.heads * D, (B, self.kv_heads, T, D)
+        v = k + self.kv_heads * D
+        first = h.as_strided((B, self.heads, T, D), strides, q)
+        return first, h.as_strided(keys, strides, k), h.as_strided(keys, strides, v)
 
     def qk(self, h: Tensor) -> Tensor:
         """q and k, the part of h (B, T, E) that is rotated, as (N, H + H_kv, D)."""
@@ -117,7 +114,13 @@ def block(
     seed = new_seed() if layout.dropout or any(layout.rates) else None
     flat_angles = [table.flatten(0, 2).contiguous() for table in angles]  # (L, R/2) twice
     tables = list(_ops(triton).tables_of(visibility, x.new_empty((0, shape.head_dim), dtype=dtype)))
-    return _BlockFunction.apply(x.contiguous(), flat_angles, tables, seed, layout, *flatten(tensors_of(weights)))
+    given, tensors = (x.contiguous(), flat_angles, tables, seed), tensors_of(weights)
+    if torch.compiler.is_compiling():
+        return _BlockFunction.apply(*given, layout, None, *flatten(tensors))
+    w = joined(tensors, layout)
+    if not torch.is_grad_enabled():
+        return _forward(*given, w)[0]
+    return _BlockFunction.apply(*given, layout, w, *flatten(tensors))
 
 
 def _unsupported_reason(x: Tensor, shape: Shape, visibility: Visibility) -> str:
@@ -144,61 +147,28 @@ def _ops(triton: bool) -> ModuleType:
 
 
 class _BlockFunction(torch.autograd.Function):
-    """`tensors` are a flat `PerTensor`. What traces sees operators; to others these are a detour."""
+    """`tensors` are a flat `PerTensor`, and w what is made of them. Without w it is traced, and sees operators."""
 
     @staticmethod
-    def forward(ctx, x, angles, tables, seed, layout, *tensors):
-        if torch.compiler.is_compiling():
-            y, *saved = _traced_forward(x, angles, tables, seed, list(tensors), *layout)
-        else:
-            y, *saved = _forward(x, angles, tables, seed, joined(tensors, layout))
-        ctx.layout = layout
+    def forward(ctx, x, angles, tables, seed, layout, w, *tensors):
+        given = x, angles, tables, seed
+        y, *saved = _traced_forward(*given, list(tensors), *layout) if w is None else _forward(*given, w)
+        ctx.layout, ctx.traced, ctx.w = layout, w is None, w if w is not None and w.is_view else None
         ctx.save_for_backward(x, *angles, *tables, seed, *saved, *tensors)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, cos, sin, until, key_ranges, query_ends, seed = ctx.saved_tensors[:7]
-        saved, tensors = list(ctx.saved_tensors[7:13]), ctx.saved_tensors[13:]
-        angles, tables, needs = [cos, sin], [until, key_ranges, query_ends], list(ctx.needs_input_grad[5:])
-        if torch.compiler.is_compiling():
-            dx, *grads = _traced_backward(dy, x, angles, tables, seed, saved, list(tensors), needs, *ctx.layout)
+        x, cos, sin, until, key_ranges, query_ends, seed, *others = ctx.saved_tensors
+        saved, tensors, needs = others[:6], others[6:], list(ctx.needs_input_grad[6:])
+        given = dy, x, [cos, sin], [until, key_ranges, query_ends], seed, saved
+        if ctx.traced:
+            dx, *grads = _traced_backward(*given, tensors, needs, *ctx.layout)
         else:
-            dx, *grads = _backward(dy, x, angles, tables, seed, saved, joined(tensors, ctx.layout), unflatten(needs))
+            w = joined(unflatten(tensors), ctx.layout) if ctx.w is None else ctx.w  # copies are not kept
+            dx, *grads = _backward(*given, w, unflatten(needs))
         each = zip(apart(grads, tensors), tensors, needs, strict=True)
-        return dx, None, None, None, None, *(grad.to(t.dtype) if need else None for grad, t, need in each)
-
-
-class _Output(NamedTuple):
-    """A product with columns of m that is added to the residual stream."""
-
-    columns: slice
-    bias: Tensor
-    adapters: AdapterGroup
-    inner: slice  # their columns of u
-
-
-def _outputs(w: Joined, shape: Shape) -> list[_Output]:
-    """One of all columns, or two where attention and MLP have a dropout of their own."""
-    if not w.layout.dropout:
-        return [_Output(slice(None), w.b_out[0] + w.b_out[1], _writing(w, w.adapters_out), slice(w.ranks_in, None))]
-    cut = shape.attention_width
-    first = tuple(adapter for adapter in w.adapters_out if adapter.start < cut)
-    groups = _writing(w, first), _writing(w, w.adapters_out[len(first) :], OUT_MASKS + len(first))
-    middle = w.ranks_in + sum(len(adapter.A) for adapter in first)
-    columns, inner = (slice(0, cut), slice(cut, None)), (slice(w.ranks_in, middle), slice(middle, None))
-    return list(map(_Output, columns, w.b_out, groups, inner))
-
-
-def _reading(w: Joined) -> AdapterGroup:
-    """The adapters from n to columns of h."""
-    each = w.adapters_in
-    return group_of(each, [(0, w.w_in.shape[1])] * len(each), [(a.start, a.end) for a in each], IN_MASKS)
-
-
-def _writing(w: Joined, each: tuple[Adapter, ...], first_mask: int = OUT_MASKS) -> AdapterGroup:
-    """Adapters from columns of m to the residual stream."""
-    return group_of(each, [(a.start, a.end) for a in each], [(0, w.w_out.shape[1])] * len(each), first_mask)
+        return dx, None, None, None, None, None, *(grad.to(t.dtype) if need else None for grad, t, need in each)
 
 
 def _forward(
@@ -211,7 +181,7 @@ def _forward(
     n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, eps, dtype)
     h = torch.addmm(w.b_in, n, w.w_in.T)  # (N, E)
     u = torch.empty((len(n), w.ranks), dtype=torch.float32, device=x.device)  # inner products of all adapters
-    _reading(w).add(ops, n, h, u[:, : w.ranks_in], seed)
+    w.reading.add(ops, n, h, u[:, : w.ranks_in], seed)
     h = h.unflatten(0, x.shape[:2])  # (B, T, E)
     ops.apply_rotary(shape.qk(h), *angles, inverse=False)
     m = torch.empty((*h.shape[:2], w.w_out.shape[0]), dtype=dtype, device=x.device)  # (B, T, M)
@@ -219,8 +189,9 @@ def _forward(
     m, f = m.flatten(0, 1), h.flatten(0, 1)[:, shape.qkv_width :]
     ops.gelu(f, m[:, shape.attention_width :])
     stream = rows
-    for number, output in enumerate(_outputs(w, shape)):
-        y = torch.addmm(output.bias.to(dtype), m[:, output.columns], w.w_out[output.columns])  # (N, C)
+    for number, output in enumerate(w.outputs):
+        bias = w.b_out[number] if dropout else w.b_out[0] + w.b_out[1]
+        y = torch.addmm(bias.to(dtype), m[:, output.columns], w.w_out[output.columns])  # (N, C)
         output.adapters.add(ops, m, y, u[:, output.inner], seed)
         stream = stream + _dropped(y, dropout, seed, number)
     attended = m[:, : shape.attention_width].clone()  # (N, H D), not a view: the rest of m may go
@@ -244,7 +215,7 @@ def _backward(
     shape, ops = Shape(*w.layout.dims), _ops(w.layout.triton)
     h, attended, u, mean, rstd, lse = saved
     rows, dy, flat = x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
-    f, outputs = flat[:, shape.qkv_width :], _outputs(w, shape)
+    f, outputs = flat[:, shape.qkv_width :], w.outputs
     grads = [_dropped(dy, dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
     db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if any(need.b_out) else []
     grads = [grad.to(dtype).contiguous() for grad in grads]  # sum().backward() sends expanded scalars
@@ -273,7 +244,7 @@ def _backward(
     if any(need.w_in) or w.adapters_in:
         n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
         dw_in = dh.T @ n if any(need.w_in) else dw_in  # (E, C)
-        adapters_in = _reading(w).backward(ops, n, u[:, : w.ranks_in], dh, dn, seed)
+        adapters_in = w.reading.backward(ops, n, u[:, : w.ranks_in], dh, dn, seed)
     dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=any(need.norm))
     no_sums = x.new_empty(0, dtype=torch.float32)
     db_in = dh.sum(dim=0, dtype=torch.float32) if any(need.b_in) else no_sums
@@ -295,7 +266,7 @@ def _traced_forward(
     into: int, dims: list[int], dtype: torch.dtype, triton: bool, adjacent: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton, adjacent)
-    return _forward(x, angles, tables, seed, joined(tensors, layout))
+    return _forward(x, angles, tables, seed, joined(unflatten(tensors), layout))
 
 
 @custom_op("phi2::block_backward", mutates_args=())
@@ -306,7 +277,7 @@ def _traced_backward(
     into: int, dims: list[int], dtype: torch.dtype, triton: bool, adjacent: bool,
 ) -> list[Tensor]:  # fmt: skip
     layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton, adjacent)
-    return _backward(dy, x, angles, tables, seed, saved, joined(tensors, layout), unflatten(needs))
+    return _backward(dy, x, angles, tables, seed, saved, joined(unflatten(tensors), layout), unflatten(needs))
 
 
 @_traced_forward.register_fake

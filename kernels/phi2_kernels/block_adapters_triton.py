@@ -214,7 +214,7 @@ def add(y: Tensor, u: Tensor, side: Side, seed: Tensor | None) -> None:
 def gradients(
     x: Tensor, du: Tensor, input: Side, dy: Tensor, u: Tensor, output: Side, seed: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each adapter its du times the columns of x (N, any), and its u (N, R) times those of dy (N, any): dA and dB."""
+    """dA and dB: of each adapter its du times the columns of x (N, any), its u (N, R) times those of dy (N, any)."""
     dA, dB = ([torch.empty_like(factor) for factor in side.factors] for side in (input, output))
     if not u.numel():
         return [grad.zero_() for grad in dA], [grad.zero_() for grad in dB]
@@ -247,7 +247,7 @@ def _factors(side: Side, parts: tuple[_Part, ...], factors: Sequence[Tensor]) ->
     """A factor, or a gradient that lies like one, for each part."""
     if len(parts) == len(factors):
         return tuple(factors)
-    return tuple(factors[part.adapter].narrow(side.is_output, part.first, part.rank) for part in parts)
+    return tuple(factors[part.adapter].narrow(int(side.is_output), part.first, part.rank) for part in parts)
 
 
 def _dropout(side: Side, parts: tuple[_Part, ...], seed: Tensor | None) -> tuple[Any, Any, int]:
@@ -260,5 +260,10 @@ def _dropout(side: Side, parts: tuple[_Part, ...], seed: Tensor | None) -> tuple
 
 
 def _options(launch: dict[str, int], parts: tuple[_Part, ...]) -> dict[str, Any]:
-    ranks = max(16, *(power_of_2(part.rank) for part in parts))  # a matrix instruction takes 16 at least
-    return {"BLOCK_R": ranks, "enable_fp_fusion": True, **launch}
+    return {"BLOCK_R": _block_of(parts), "enable_fp_fusion": True, **launch}
+
+
+@cache
+def _block_of(parts: tuple[_Part, ...]) -> int:
+    """A power of two, of which a matrix instruction takes 16 at least."""
+    return max(16, *(power_of_2(part.rank) for part in parts))

@@ -111,7 +111,7 @@ def add(y: Tensor, u: Tensor, side: Side, seed: Tensor | None) -> None:
 def gradients(
     x: Tensor, du: Tensor, input: Side, dy: Tensor, u: Tensor, output: Side, seed: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each adapter its du times the columns of x (N, any), and its u (N, R) times those of dy (N, any): dA and dB."""
+    """dA and dB: of each adapter its du times the columns of x (N, any), its u (N, R) times those of dy (N, any)."""
     reads, writes = _parts(x, du, input, seed), _parts(dy, u, output, None)
     dA = [part.T @ (columns if kept is None else columns * kept).float() for columns, kept, part in reads]
     return dA, [columns.float().T @ part for columns, _, part in writes]

@@ -9,13 +9,17 @@ Dims: C hidden, E columns of h, M columns of m (see `block.py`), r LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from phi2_kernels.block_adapters import Adapter
+from phi2_kernels.block_adapters import Adapter, AdapterGroup, group_of
+
+IN_MASKS, OUT_MASKS = 2, 6  # numbers of the first masks of adapters; 0 and 1 are the residual stream's
 
 
 class Weights(NamedTuple):
@@ -101,12 +105,22 @@ def layout_of(w: Weights, dims: list[int], dtype: torch.dtype, triton: bool) -> 
     return Layout(w.eps, w.dropout, *columns, *scales, len(w.adapters_in), dims, dtype, triton, w.adjacent)
 
 
-class Joined(NamedTuple):
+class Output(NamedTuple):
+    """A product with columns of m that is added to the residual stream, and its adapters with their columns of u."""
+
+    columns: slice
+    adapters: AdapterGroup
+    inner: slice
+
+
+@dataclass(frozen=True)
+class Joined:
     """A block as its passes take it: the tensors of each matmul together, in the dtype that it computes in.
 
     Attributes:
         w_in, b_in: (E, C) and (E,); w_out: (M, C); b_out: (C,) of dense and of fc2.
         adapters_in, adapters_out: LoRA on columns of h, and on columns of m.
+        is_view: whether this is no more than where the tensors lie; else the matmuls have copies.
     """
 
     norm_weight: Tensor
@@ -120,23 +134,54 @@ class Joined(NamedTuple):
     layout: Layout
 
     @property
+    def is_view(self) -> bool:
+        return self.layout.adjacent and self.norm_weight.dtype == self.layout.dtype
+
+    @cached_property
     def ranks_in(self) -> int:
         """The sum of the ranks of the adapters on h."""
         return sum(adapter.A.shape[0] for adapter in self.adapters_in)
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         """The sum of all adapters' ranks."""
         return self.ranks_in + sum(adapter.A.shape[0] for adapter in self.adapters_out)
 
+    @cached_property
+    def reading(self) -> AdapterGroup:
+        """The adapters from n to columns of h."""
+        each, C = self.adapters_in, self.w_in.shape[1]
+        return group_of(each, [(0, C)] * len(each), [(a.start, a.end) for a in each], IN_MASKS)
 
-def joined(flat: Sequence[Tensor], layout: Layout) -> Joined:
-    tensors, into = unflatten(flat), layout.into
-    matrices = tensors.matrices[::2], tensors.matrices[1::2]
+    @cached_property
+    def outputs(self) -> list[Output]:
+        """One of all columns of m, or two where attention and MLP have a dropout of their own."""
+        if not self.layout.dropout:
+            return [Output(slice(None), self._writing(self.adapters_out), slice(self.ranks_in, None))]
+        heads, _, head_dim = self.layout.dims
+        cut = heads * head_dim
+        first = tuple(adapter for adapter in self.adapters_out if adapter.start < cut)
+        second = self.adapters_out[len(first) :]
+        middle = self.ranks_in + sum(adapter.A.shape[0] for adapter in first)
+        return [
+            Output(slice(0, cut), self._writing(first), slice(self.ranks_in, middle)),
+            Output(slice(cut, None), self._writing(second, OUT_MASKS + len(first)), slice(middle, None)),
+        ]
+
+    def _writing(self, each: tuple[Adapter, ...], first_mask: int = OUT_MASKS) -> AdapterGroup:
+        """Adapters from columns of m to the residual stream."""
+        C = self.w_out.shape[1]
+        return group_of(each, [(a.start, a.end) for a in each], [(0, C)] * len(each), first_mask)
+
+
+@torch.no_grad()
+def joined(w: PerTensor, layout: Layout) -> Joined:
+    """The tensors of a block together, without gradient."""
+    into, matrices = layout.into, (w.matrices[::2], w.matrices[1::2])
     adapters = tuple(map(Adapter, layout.starts, layout.ends, *matrices, layout.scalings, layout.rates))
-    parts = tensors.w_in, tensors.b_in, [w.T for w in tensors.w_out]
+    parts = w.w_in, w.b_in, [weight.T for weight in w.w_out]
     w_in, b_in, w_out = (_one_matrix(each, layout.adjacent).to(layout.dtype) for each in parts)
-    (weight, bias), (b_dense, b_fc2) = tensors.norm, tensors.b_out
+    (weight, bias), (b_dense, b_fc2) = w.norm, w.b_out
     return Joined(weight, bias, w_in, b_in, w_out, (b_dense, b_fc2), adapters[:into], adapters[into:], layout)
 
 

@@ -1,24 +1,6 @@
-"""Products with float32 accumulation and result, of half-precision operands and of half and float32 ones.
-
-    matmul: a b        product: a b, b float32        add_product_: y += a b, a and b float32
-
-A large half-precision a times a skinny float32 b, as of LoRA, needs neither a float32 copy of a nor a matmul without
-tensor cores: b is written as two halves, whose products with a are added.
-
-    high = half(b)     low = half(b - high)     |b - high - low| <= 2^-17 |b| in bfloat16, 2^-23 |b| in float16
-
-Where a is float32 too, the product of the low halves is left out: another 2^-16 |a| |b|, or 2^-22 |a| |b|.
-
-In float16 a factor is first multiplied by a power of two. Its low half would often lie below the smallest float16 (B of
-LoRA starts at zero and takes small steps), and under a loss scale gradients times B can lie above the largest.
-bfloat16 has the exponents of float32.
-
-Source: splitting as in arXiv:1803.04014 and arXiv:2203.03341, which scales against underflow too.
-"""
+"""Products of half-precision operands with float32 accumulation and result."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -37,53 +19,3 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return result if bias is None else result.add_(bias)
     a, b = a.float(), b.float()
     return a @ b if bias is None else torch.addmm(bias, a, b)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, (n, m).
-
-    Args:
-        a: (n, k), half precision or float32.
-        b: (k, m) float32.
-    """
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.dtype == torch.bfloat16:
-        return _product(a, b)
-    shift = 15 - _exponent(b)  # the largest comes just under 2^15, so that small ones have most room
-    return torch.ldexp(_product(a, torch.ldexp(b, shift)), -shift)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    both = matmul(a, _halves(b, a.dtype, count=2, low=1))  # (n, 2 m)
-    return both.unflatten(1, (2, -1)).sum(dim=1)
-
-
-def add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y += a b in place, rounded once.
-
-    Args:
-        y: (n, m), half precision or float32, any row stride.
-        a, b: (n, r) and (r, m) float32.
-    """
-    if y.dtype == torch.float32:
-        y.addmm_(a, b)
-        return
-    if y.dtype == torch.float16:
-        # The sum cannot be multiplied back. With both factors of one size, what the smaller lose is under a bit of y.
-        shift = torch.div(_exponent(b) - _exponent(a), 2, rounding_mode="floor")
-        a, b = torch.ldexp(a, shift), torch.ldexp(b, -shift)
-    y.addmm_(_halves(a, y.dtype, count=3, low=1), _halves(b.T, y.dtype, count=3, low=2).T)
-
-
-def _halves(w: Tensor, dtype: torch.dtype, count: int, low: int) -> Tensor:
-    """w (n, k) side by side with itself, (n, count k): its high half, but the low one at place `low`."""
-    halves = w.new_empty((len(w), count, w.shape[1]), dtype=dtype)
-    halves.copy_(w[:, None])
-    torch.sub(w, halves[:, 0], out=halves[:, low])  # in float32, rounded as it is written
-    return halves.flatten(1)
-
-
-def _exponent(w: Tensor) -> Tensor:
-    """The least e with |w| < 2^e, as a tensor: no GPU is asked. 0 for zeros, and not so low that 2^-e is infinite."""
-    return torch.frexp(torch.linalg.vector_norm(w, math.inf)).exponent.clamp(min=-100)

@@ -1,151 +1,17 @@
-"""Products of half-precision and float32 tensors against float64: any shape, any scale, and nothing lost on the way."""
+"""Products of half-precision tensors with a float32 result."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from phi2_kernels import products
-from phi2_kernels.products import add_product_, matmul, product
-
-# Of a float32 number kept as two; of what both factors kept so and the product of their low parts leave out; of one.
-LOST = {torch.bfloat16: 2**-17, torch.float16: 2**-23}
-LOST_OF_BOTH = {torch.bfloat16: 2**-15, torch.float16: 2**-20}
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
-SMALLEST = {torch.bfloat16: 0.0, torch.float16: 2**-24}
-HALF = pytest.mark.parametrize("dtype", LOST, ids=str)
+from phi2_kernels.products import matmul
 
 
-def draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def check_product(a: Tensor, b: Tensor) -> None:
-    """a (n, k) half, b (k, m) float32: as good as float32 but for what two halves cannot hold."""
-    exact = a.double() @ b.double()
-    actual = product(a, b)
-    error, plain = ((result.double() - exact).abs() for result in (actual, a.float() @ b))
-    largest = a.double().abs().sum(dim=1, keepdim=True) * b.double().abs().max()  # (n, 1)
-    assert actual.dtype == torch.float32 and actual.shape == exact.shape
-    assert (error <= 4 * plain.max() + LOST[a.dtype] * largest).all()
-
-
-def check_sum(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y (n, m) half, a (n, r) and b (r, m) float32: one rounding, and what two pairs of halves cannot hold."""
-    exact, dtype = y.double() + a.double() @ b.double(), y.dtype
-    terms = a.double().abs() @ b.double().abs()
-    middle = (a.abs().max() * b.abs().max()).sqrt()  # what both factors are brought to in float16
-    add_product_(y, a, b)
-    floor = SMALLEST[dtype] * (1 + 2 * a.shape[1] * middle)
-    assert ((y.double() - exact).abs() <= ROUNDING[dtype] * exact.abs() + LOST_OF_BOTH[dtype] * terms + floor).all()
-
-
-def minus_rounded(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum that cancels: adding a b leaves what rounding took of it, so that a small error is a large one."""
-    return -(a @ b).to(dtype)
-
-
-FORMS = {
-    "x A^T": lambda x: (x, draw(16, 80, seed=1).T),
-    "g B": lambda x: (x, draw(80, 16, seed=1)),
-    "g^T u": lambda x: (x.T, draw(40, 3, seed=1)),
-    "x^T d": lambda x: (x[:, 7:].T, draw(40, 32, seed=1)[:, 16:]),
-}
-
-
-@HALF
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_products_are_as_good_as_float32(form, dtype, poison):
-    check_product(*form(draw(40, 80).to(dtype)))
-
-
-@HALF
-@pytest.mark.parametrize("rank", [1, 3, 16])
-def test_sums_take_one_rounding(rank, dtype, poison):
-    u, B = draw(40, rank), draw(80, rank, seed=1)
-    check_sum(draw(40, 80, seed=2).to(dtype), u, B.T)
-    check_sum(minus_rounded(u, B.T, dtype), u, B.T)
-    columns = draw(40, 96).to(dtype)
-    before = columns.clone()
-    check_sum(columns[:, 8:88], u, B.T)
-    assert torch.equal(columns[:, :8], before[:, :8]) and torch.equal(columns[:, 88:], before[:, 88:])
-
-
-@HALF
-def test_the_low_halves_are_needed(dtype, monkeypatch):
-    whole = products._halves
-
-    def without_low(w: Tensor, dtype: torch.dtype, count: int, low: int) -> Tensor:
-        halves = whole(w, dtype, count, low)
-        halves.unflatten(1, (count, -1))[:, low] = 0
-        return halves
-
-    monkeypatch.setattr(products, "_halves", without_low)
-    for form in FORMS.values():
-        with pytest.raises(AssertionError):
-            check_product(*form(draw(40, 80).to(dtype)))
-    with pytest.raises(AssertionError):
-        check_sum(minus_rounded(draw(40, 3), draw(3, 80, seed=1), dtype), draw(40, 3), draw(3, 80, seed=1))
-
-
-sizes, ranks, scales = st.integers(1, 40), st.sampled_from([1, 3, 16]), st.floats(-6, 4).map(lambda power: 10**power)
-settled = settings(max_examples=60, deadline=None)
-
-
-@settled
-@given(st.sampled_from(list(LOST)), sizes, sizes, ranks, scales, st.integers(0, 99))
-def test_products_of_any_shape_and_scale(dtype, n, k, rank, scale, seed):
-    a = draw(n, k, seed=seed).to(dtype)
-    check_product(a, draw(k, rank, scale=scale, seed=seed + 1))
-    check_product(a, torch.zeros(k, rank))
-
-
-@settled
-@given(st.sampled_from(list(LOST)), sizes, sizes, ranks, scales, st.floats(-4, 1), st.integers(0, 99))
-def test_sums_of_any_shape_and_scale(dtype, n, m, rank, scale, power, seed):
-    """One factor is small where the other is large: the sum has to be a number of its dtype."""
-    a, b = draw(n, rank, scale=scale, seed=seed), draw(rank, m, scale=10**power / scale, seed=seed + 1)
-    check_sum(draw(n, m, seed=seed + 2).to(dtype), a, b)
-    check_sum(minus_rounded(a, b, dtype), a, b)
-    for pair in ((torch.zeros_like(a), b), (a, torch.zeros_like(b))):
-        y = draw(n, m).to(dtype)
-        before = y.clone()
-        add_product_(y, *pair)
-        assert torch.equal(y, before)
-
-
-@HALF
-def test_factors_beyond_the_range_of_float16(dtype):
-    a = draw(8, 8).to(dtype)
-    for scale in (1e-30, 1e30):
-        check_product(a, draw(8, 3, scale=scale))
-    assert product(a, draw(8, 3, scale=1e-42)).abs().max() < 1e-40  # where float32 ends, too
-
-
-@HALF
-def test_what_is_not_finite_is_not_hidden(dtype):
-    for value in (float("inf"), float("nan")):
-        a = draw(8, 3)
-        a[2, 1] = value
-        y = torch.zeros(8, 5, dtype=dtype)
-        add_product_(y, a, draw(3, 5))
-        assert not y[2].isfinite().any() and not product(draw(4, 8).to(dtype), a)[:, 1].isfinite().any()
-
-
-def test_float32_is_not_split(monkeypatch):
-    monkeypatch.setattr(products, "_halves", lambda *_: pytest.fail("split"))
-    a, b, y = draw(8, 3), draw(3, 5), draw(8, 5)
-    assert torch.equal(product(a, b), a @ b)
-    expected = y + a @ b
-    add_product_(y, a, b)
-    torch.testing.assert_close(y, expected)
-
-
-@HALF
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_matmul_of_halves_has_a_float32_result(dtype):
-    a, b, bias = draw(8, 16).to(dtype), draw(16, 5).to(dtype), draw(5)
+    normal = torch.Generator().manual_seed(0)
+    a, b, bias = (torch.randn(shape, generator=normal) for shape in ((8, 16), (16, 5), (5,)))
+    a, b = a.to(dtype), b.to(dtype)
     assert torch.equal(matmul(a, b), a.float() @ b.float())
     torch.testing.assert_close(matmul(a, b, bias), a.float() @ b.float() + bias)

@@ -125,8 +125,16 @@ def test_a_run_asks_for_two_forms_of_a_kernel_at_most_and_all_within_two_passes(
     first = {kernel: set(found) for kernel, found in variants.items()}
     for _ in range(BATCHES - 2):
         train(model, rng)
-    assert len(variants) > 5 and {kernel: len(found) for kernel, found in variants.items() if len(found) > MOST} == {}
+    assert (
+        len(variants) > 5
+        and {kernel: len(found) for kernel, found in variants.items() if len(found) > most(kernel)} == {}
+    )
     assert variants == first
+
+
+def most(kernel: str) -> int:
+    """LoRA's are made for each of the matmuls that have adapters, three with residual dropout, and for A and for B."""
+    return 2 * 3 if kernel.startswith("block_adapters") else MOST
 
 
 def answer(model: Phi2ForCausalLM, slots: int, rng: random.Random) -> None:
