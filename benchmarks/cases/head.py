@@ -94,20 +94,18 @@ def _linear_cross_entropy() -> Callable[..., Tensor]:
     )
 
 
-# The kernels read logits (n, V) and write their gradient over them. Candidates: columns at a time, warps.
-ROWS = dict(logits="CHUNK V:float32", bias="V", targets="CHUNK:int64%V", lse="CHUNK:float32", grad_dtype=torch.bfloat16)
+# The kernel reads logits (n, V) and writes their gradient. Candidates: columns at a time, warps.
 STATS = Call(
     "linear_logprob_triton.stats",
-    ROWS | dict(logp="CHUNK:float32", entropies=None),
+    dict(
+        logits="CHUNK V:float32", bias="V", targets="CHUNK:int64%V", logp="CHUNK:float32", entropies=None,
+        grad="CHUNK V",
+    ),
     also=dict(entropies="CHUNK:float32"),
-)
-GRADIENT = Call("linear_logprob_triton.gradient", ROWS | dict(scale="CHUNK:float32"))
+)  # fmt: skip
 STATS_ROWS = spec.on_both((8192, 32), (4096, 32), (4096, 16), (8192, 16), (2048, 8))
-GRADIENT_ROWS = spec.on_both((4096, 8), (2048, 4), (2048, 8), (4096, 16), (8192, 16))
-FILE = "linear_logprob_triton"
 spec.ENTRIES |= {
-    "linear_logprob_stats": Entry(FILE, "stats", "linear_logprob stats", STATS_ROWS, (STATS,)),
-    "linear_logprob_gradient": Entry(FILE, "gradient", "linear_logprob gradient", GRADIENT_ROWS, (GRADIENT,)),
+    "linear_logprob_stats": Entry("linear_logprob_triton", "stats", "linear_logprob stats", STATS_ROWS, (STATS,))
 }
 
 
@@ -118,7 +116,6 @@ def unordered() -> None:
     flags = linear_logprob_triton._flags
     with mock.patch.object(linear_logprob_triton, "_flags", lambda *call: flags(*call) | {"BARRIER": False}):
         STATS.compile(spec.PHI2)
-        GRADIENT.compile(spec.PHI2)
 
 
 spec.FORMS[spec.UNORDERED] = unordered

@@ -1,6 +1,6 @@
 """Products with float32 accumulation and result, of half-precision operands and of half and float32 ones.
 
-    matmul: a b        product: a b, b float32        add_product_: y += a b, a and b float32
+    matmul: a b    weighted_matmul: a diag(w) b    product: a b, b float32    add_product_: y += a b, a and b float32
 
 A large half-precision a times a skinny float32 b, as of LoRA, needs neither a float32 copy of a nor a matmul without
 tensor cores: b is written as two halves, whose products with a are added.
@@ -37,6 +37,26 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return result if bias is None else result.add_(bias)
     a, b = a.float(), b.float()
     return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def weighted_matmul(a: Tensor, weights: Tensor, b: Tensor) -> Tensor:
+    """a diag(weights) b in float32, (n, m). The rows of b are multiplied, and rounded to the dtype of a.
+
+    In float16 they are so by weights of at most 1: under a loss scale they would be infinite, and without one vanish.
+
+    Args:
+        a: (n, k), any strides.
+        weights: (k, 1) float32.
+        b: (k, m).
+    """
+    if a.dtype != torch.float16:
+        return matmul(a, _weighted(b, weights, a.dtype))
+    exponent = _exponent(weights)
+    return torch.ldexp(matmul(a, _weighted(b, torch.ldexp(weights, -exponent), a.dtype)), exponent)
+
+
+def _weighted(b: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(b, weights, out=torch.empty_like(b, dtype=dtype))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
