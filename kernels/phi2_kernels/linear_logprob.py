@@ -33,7 +33,7 @@ from phi2_kernels.products import matmul, product, weighted_matmul
 CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on a CPU
 GPU_CHUNK_BYTES = 400 * 2**20  # 2048 rows of 51200: smaller matmuls leave a GPU idle at their ends
 KEPT_BYTES = 512 * 2**20  # of D on a CPU, in float32: a pass of 2048 rows of 51200
-GPU_KEPT_BYTES = 2 * 2**30  # 20000 rows of 51200 in half precision, a third of Phi-2's own weights
+GPU_KEPT_BYTES = 2 * 2**30  # 20000 rows of 51200 in half precision, as many as a pass of an 80 GB card predicts
 FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -84,10 +84,10 @@ def linear_logprob(
         raise ValueError(f"bias must be of shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     triton = use_triton(impl, hidden, lambda: unsupported_layout(hidden, bias=bias, targets=targets[:, None]))
     needs_grad = [x is not None and x.requires_grad for x in (hidden, weight, bias, adapter_hidden, adapter_weight)]
-    has_grad = torch.is_grad_enabled() and any(needs_grad)
-    trains_head = has_grad and (needs_grad[1] or needs_grad[2] or needs_grad[4])
+    trains_head = torch.is_grad_enabled() and (needs_grad[1] or needs_grad[2] or needs_grad[4])
+    trains_below = torch.is_grad_enabled() and any(needs_grad) and not trains_head
     inputs = hidden, weight, bias, targets, adapter_hidden, adapter_weight
-    logp, entropies, *_ = _linear_logprob(*inputs, entropy, has_grad, trains_head, triton)
+    logp, entropies, *_ = _linear_logprob(*inputs, entropy, trains_below, trains_head, triton)
     return logp, entropies if entropy else None
 
 
@@ -169,8 +169,8 @@ def _chunk_rows(vocabulary: int, on_gpu: bool) -> int:
     return max(1, (GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * vocabulary))
 
 
-def _chunks(rows: int, size: int, start: int = 0) -> list[slice]:
-    return [slice(start, min(start + size, rows)) for start in range(start, rows, size)]
+def _chunks(first: int, rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(first, rows, size)]
 
 
 def kept_rows(rows: int, weight: Tensor) -> int:
@@ -187,40 +187,38 @@ def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:
 @custom_op("phi2::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, adapter_hidden: Tensor | None,
-    adapter_weight: Tensor | None, entropy: bool, has_grad: bool, trains_head: bool, triton: bool,
+    adapter_weight: Tensor | None, entropy: bool, trains_below: bool, trains_head: bool, triton: bool,
 ) -> FiveTensors:  # fmt: skip
-    """logp and entropies (N,) in float32, and what is kept: D W (N, C), D B (N, r) for a frozen head, else D.
+    """logp and entropies (N,) in float32; what is kept of a frozen head, D W (N, C) and D B (N, r), or D.
 
     What was not asked for is empty.
     """
-    results = _new_results(hidden, weight, adapter_hidden, entropy, has_grad, trains_head)
+    results = _new_results(hidden, weight, adapter_hidden, entropy, trains_below, trains_head)
     logp, entropies, grad_hidden, grad_adapter_hidden, kept = results
     head, targets = _Head(weight, bias, adapter_weight, triton), targets.contiguous()
-    for chunk in _chunks(len(hidden), _chunk_rows(len(weight), weight.is_cuda)):
+    for chunk in _chunks(0, len(hidden), _chunk_rows(len(weight), weight.is_cuda)):
         logits = head.logits(hidden[chunk], _rows(adapter_hidden, chunk))  # (n, V)
-        is_kept, is_used = chunk.stop <= len(kept), has_grad and not trains_head
-        grad = kept[chunk] if is_kept else head.room_over(logits) if is_used else None
+        grad = kept[chunk] if chunk.stop <= len(kept) else head.room_over(logits) if trains_below else None
         head.stats(logits, targets[chunk], logp[chunk], entropies[chunk] if entropy else None, grad)
-        if grad is not None and is_used:
+        if grad is not None and trains_below:
             grad_hidden[chunk] = head.hidden_grad(grad)
-            if adapter_hidden is not None:
-                grad_adapter_hidden[chunk] = head.adapter_grad(grad)
-        del logits, grad  # one tensor: it goes before the next one comes
+        if grad is not None and trains_below and adapter_hidden is not None:
+            grad_adapter_hidden[chunk] = head.adapter_grad(grad)
+        del logits, grad  # they go before the next ones come
     return results
 
 
 def _new_results(
-    hidden: Tensor, weight: Tensor, adapter_hidden: Tensor | None, entropy: bool, has_grad: bool, trains_head: bool
+    hidden: Tensor, weight: Tensor, adapter_hidden: Tensor | None, entropy: bool, trains_below: bool, trains_head: bool
 ) -> FiveTensors:
     rows = hidden.shape[0]  # len() would be a constant to torch.compile
     logp = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     kept = kept_rows(rows, weight) if trains_head else 0
-    frozen = has_grad and not trains_head
     return (
         logp,
         _room(logp, entropy, hidden),
-        _room(hidden, frozen, hidden),
-        _room(adapter_hidden, frozen, hidden),
+        _room(hidden, trains_below, hidden),
+        _room(adapter_hidden, trains_below, hidden),
         torch.empty((kept, len(weight)), dtype=operand_dtype(weight), device=hidden.device),
     )
 
@@ -233,8 +231,8 @@ def _room(x: Tensor | None, wanted: bool, beside: Tensor) -> Tensor:
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, has_grad, trains_head, triton):
-    return _new_results(hidden, weight, adapter_hidden, entropy, has_grad, trains_head)
+def _(hidden, weight, bias, targets, adapter_hidden, adapter_weight, entropy, trains_below, trains_head, triton):
+    return _new_results(hidden, weight, adapter_hidden, entropy, trains_below, trains_head)
 
 
 @custom_op("phi2::linear_logprob_backward", mutates_args=())
@@ -267,7 +265,7 @@ def _linear_logprob_backward(
 
 def _chunks_behind(kept: int, rows: int, size: int) -> list[slice]:
     """The kept rows as one chunk, if there are any, and the others in chunks of a size."""
-    return [slice(0, kept)] * (kept > 0) + _chunks(rows, size, kept)
+    return _chunks(0, kept, kept or 1) + _chunks(kept, rows, size)
 
 
 def _plus(total: Tensor, part: Tensor) -> Tensor:

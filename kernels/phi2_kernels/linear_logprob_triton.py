@@ -26,7 +26,7 @@ LAUNCH = {80: {"stats": _STATS}, 90: {"stats": _STATS}}
 
 @triton.jit
 def _load_logits(logits_ptr, bias_ptr, cols, V):
-    """-inf behind the last column, in either term. The bias is read by all rows: 102 KB of the L1 cache.  # [BLOCK_V]"""
+    """-inf behind the last column, in either term. All rows read the bias: L1 is to keep it.  # [BLOCK_V]"""
     logits = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + cols, mask=cols < V, other=0.0, eviction_policy="evict_last").to(tl.float32)

@@ -165,11 +165,10 @@ def kept_bytes_of_token(model: Phi2ForCausalLM) -> float:
 
 def head_bytes_of_token(model: Phi2ForCausalLM) -> float:
     """Bytes that the head keeps of one more target: with a head that trains above all the gradient of its logits."""
-    sizes = {"dtype": model.dtype, "device": model.device}
 
     def logps(tokens: Tensor) -> object:
-        hidden = torch.zeros((len(tokens), model.config.hidden_size), **sizes, requires_grad=True)
-        return head_logps(model.lm_head, hidden, torch.zeros_like(tokens))
+        hidden = model.model.embed_tokens.weight.new_zeros(len(tokens), model.config.hidden_size)
+        return head_logps(model.lm_head, hidden.requires_grad_(), tokens % 2)
 
     return _of_one_more(model, logps)
 

@@ -182,8 +182,7 @@ def test_a_trainable_head_keeps_one_number_a_logit_and_no_more(trainable, as_on_
     assert [size for place, size in saved.items() if place not in given] == [40 * 257 * 2]
 
 
-@pytest.mark.parametrize("kept", KEPT_ROWS)
-@pytest.mark.parametrize("trainable", ["frozen head", "everything"])
+@pytest.mark.parametrize(("trainable", "kept"), [("frozen head", 0), ("everything", 7), ("everything", 10**6)])
 def test_it_runs_under_activation_checkpointing(trainable, kept, monkeypatch):
     keep(monkeypatch, kept, V=101)
     wanted, results = TRAINABLE[trainable], []

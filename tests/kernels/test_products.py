@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phi2_kernels import products
-from phi2_kernels.products import add_product_, matmul, product
+from phi2_kernels.products import add_product_, matmul, product, weighted_matmul
 
 # Of a float32 number kept as two; of what both factors kept so and the product of their low parts leave out; of one.
 LOST = {torch.bfloat16: 2**-17, torch.float16: 2**-23}
@@ -60,6 +60,22 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_products_are_as_good_as_float32(form, dtype, poison):
     check_product(*form(draw(40, 80).to(dtype)))
+
+
+@HALF
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
+def test_weights_between_two_factors_cost_one_rounding_at_any_scale(scale, dtype, poison):
+    """In float16 the weighted rows would vanish at the first scale and be infinite at the last."""
+    a, b, weights = draw(40, 80).to(dtype), draw(80, 24, seed=1).to(dtype), draw(80, 1, scale=scale, seed=2)
+    actual, terms = weighted_matmul(a, weights, b), weights.double() * b.double()
+    allowed = a.double().abs() @ (ROUNDING[dtype] * terms.abs() + SMALLEST[dtype] * weights.abs().max())
+    assert actual.dtype == torch.float32 and actual.isfinite().all()
+    assert ((actual - a.double() @ terms).abs() <= allowed).all()
+
+
+def test_weights_between_float32_factors_are_not_rounded():
+    a, b, weights = draw(40, 80), draw(80, 24, seed=1), draw(80, 1, seed=2)
+    torch.testing.assert_close(weighted_matmul(a, weights, b), a @ (weights * b))
 
 
 @HALF
