@@ -21,8 +21,9 @@ from phi2_kernels import linear_logprob as op
 from phi2_kernels.linear_logprob import linear_logprob, linear_logprob_ref
 
 ARGUMENTS = "hidden weight bias targets"
-# Rows of other chunks. The product of a chunk's gradient and the weight has a tile of 128 x 256 for each multiprocessor
-# once or twice: 100 and 210 of an A100's 108, 120, 130 and 260 of an H100's 132. The shipped 2048 rows have 160.
+# Rows of other chunks. The product of a chunk's gradient and the weight has 10 tiles of 128 x 256 for 128 rows, which a
+# GPU's multiprocessors take in rounds: 100 of 108 and 210 of 216 on an A100; 120 and 130 of 132, and 260 of 264 on an
+# H100. The 160 of the shipped 2048 rows leave a second round of either mostly idle.
 CHUNKS = (1280, 1536, 1664, 2688, 3328)
 
 
