@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi2.lora_config import LoraConfig
+from phi2.losses.head import target_logps
 from phi2.training import dpo, loop, objective, scoring, sft, two_phases
-from phi2.training.passes import Passes, bytes_of_token
+from phi2.training.passes import Passes, bytes_of_token, head_bytes_of_token, most_tokens
 from phi2.training.session import start
+from phi2_kernels.linear_logprob import GPU_KEPT_BYTES
 
 windows = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
@@ -134,15 +136,41 @@ def test_the_bytes_of_a_token_are_those_of_a_longer_pass(dpo_config, lora, fuse)
         assert per_token == pytest.approx(bytes_of_token(model) / (1 + 2 / model.config.num_hidden_layers))
 
 
-def kept(model, tokens: int) -> int:
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, target_modules=("q_proj", "lm_head")), None], ids=["lora", "full"])
+def test_the_bytes_of_a_target_are_those_of_more_targets(dpo_config, lora):
+    config = dpo_config(lora=lora)
+    with start(config).policy(config) as model:
+        per_token = (kept(model.train(), 200, targets=200) - kept(model, 200, targets=100)) / 100
+        logits = model.config.vocab_size * model.dtype.itemsize
+        assert head_bytes_of_token(model) == per_token and logits < per_token < logits + 20 * model.config.hidden_size
+
+
+def test_a_frozen_head_keeps_no_logits(dpo_config):
+    config = dpo_config(lora=LoraConfig(r=4, target_modules=("q_proj",)))
+    with start(config).policy(config) as model:
+        assert head_bytes_of_token(model) < 2 * model.config.hidden_size * model.dtype.itemsize
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(2**31, 10**12))
+def test_as_many_tokens_are_held_as_the_memory_allows_with_the_budget_of_the_head(each, of_head, left):
+    def needed(tokens: int) -> int:
+        return tokens * each + min(tokens * of_head, GPU_KEPT_BYTES)
+
+    tokens = most_tokens(left, each, of_head)
+    assert needed(tokens) <= left < needed(tokens + 1)
+
+
+def kept(model, tokens: int, targets: int = 0) -> int:
     """Bytes of all storages that autograd holds, found by walking what it saved."""
     found = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: found.setdefault(id(x), x), lambda x: x):
         hidden = model.model(torch.ones((1, tokens), dtype=torch.long))
+        places = torch.arange(targets)
+        logps = target_logps(model, hidden, places, places % 7)[0] if targets else None
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found.values()}
-    assert hidden.requires_grad
-    return sum(size for place, size in sizes.items() if place not in weights)
+    assert hidden.requires_grad and (logps is None or logps.requires_grad)
+    return sum(size for place, size in sizes.items() if place not in weights | {places.untyped_storage().data_ptr()})
 
 
 def test_with_activation_checkpointing_a_token_costs_less(dpo_config):

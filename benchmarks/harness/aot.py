@@ -32,7 +32,7 @@ from phi2_kernels._dispatch import architecture
 
 STACK = 16  # bytes of a thread that may not fit its registers
 TILED = ("attention forward", "attention dkdv", "attention dq")  # tiles go from DRAM to the matrix instructions
-IN_PLACE = ("linear_logprob stats", "linear_logprob gradient")  # a half-precision gradient over its own logits
+IN_PLACE = ("linear_logprob stats",)  # a half-precision gradient over its own logits
 WANTED_WARPS = 8  # a multiprocessor should hold, two for each of its schedulers
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor; each of its programs costs 1 KiB more
 REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # of a multiprocessor, on both

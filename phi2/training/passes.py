@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from phi2.data.encoded import Encoded
 from phi2.data.flat import largest
+from phi2.losses.head import head_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.training.config import TrainingConfig
 from phi2.training.packing import best_fit
+from phi2_kernels.linear_logprob import GPU_KEPT_BYTES
 
 Cut = Callable[[Sequence[int]], list[list[int]]]  # of the tokens of each sample: the samples of each pass
 Result = TypeVar("Result")
@@ -27,7 +30,7 @@ AUTO = "auto"
 CPU_TOKENS = 2048  # of a pass: shorter ones cost more, longer ones gain nothing
 PROBES = (64, 128)  # tokens of the passes on which memory is counted
 SHARE = 0.9  # of a GPU's free memory; allocators leave gaps
-HEAD_BYTES = 2**30  # of logits and their gradient, which the head has some rows at a time
+HEAD_BYTES = 2**30  # of logits and their gradient, which the head has some rows at a time, and of its other tensors
 
 
 class Passes:
@@ -123,7 +126,18 @@ def fitting_tokens(model: Phi2ForCausalLM) -> int:
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     left = SHARE * (free + unused) - 12 * trained - HEAD_BYTES  # a gradient and AdamW's two moments, in float32
-    return max(1, int(left / bytes_of_token(model)))
+    return most_tokens(left, bytes_of_token(model), head_bytes_of_token(model))
+
+
+def most_tokens(left: float, each: float, each_of_head: float) -> int:
+    """How many tokens some memory holds, were each of them a target.
+
+    Args:
+        left: bytes.
+        each: bytes of a token, the head apart.
+        each_of_head: bytes of a token that the head keeps, up to its budget.
+    """
+    return max(1, int(left / (each + each_of_head)), int((left - GPU_KEPT_BYTES) / each))
 
 
 def bytes_of_token(model: Phi2ForCausalLM) -> float:
@@ -145,13 +159,28 @@ def bytes_of_token(model: Phi2ForCausalLM) -> float:
 
 
 def kept_bytes_of_token(model: Phi2ForCausalLM) -> float:
-    """Bytes that are kept for the backward pass of one more token: the difference of two short passes."""
+    """Bytes that are kept of one more token for the backward pass of the blocks."""
+    return _of_one_more(model, lambda tokens: model.model(torch.zeros_like(tokens)[None]))
+
+
+def head_bytes_of_token(model: Phi2ForCausalLM) -> float:
+    """Bytes that the head keeps of one more target: with a head that trains above all the gradient of its logits."""
+
+    def logps(tokens: Tensor) -> object:
+        hidden = model.model.embed_tokens.weight.new_zeros(len(tokens), model.config.hidden_size)
+        return head_logps(model.lm_head, hidden.requires_grad_(), tokens % 2)
+
+    return _of_one_more(model, logps)
+
+
+def _of_one_more(model: Phi2ForCausalLM, forward: Callable[[Tensor], object]) -> float:
+    """Bytes kept of one more token of a pass, given its places: the difference of two short passes."""
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        short, longer = (_kept_bytes(model, tokens) for tokens in PROBES)
+        short, longer = (_kept_bytes(model, partial(forward, torch.arange(n, device=model.device))) for n in PROBES)
     return (longer - short) / (PROBES[1] - PROBES[0])
 
 
-def _kept_bytes(model: Phi2ForCausalLM, tokens: int) -> int:
+def _kept_bytes(model: Phi2ForCausalLM, forward: Callable[[], object]) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -162,7 +191,7 @@ def _kept_bytes(model: Phi2ForCausalLM, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        hidden = model.model(torch.zeros((1, tokens), dtype=torch.long, device=model.device))
+        result = forward()
         total = sum(kept.values())
-    del hidden  # until here all that is kept is alive, so no two tensors are at one address
+    del result  # until here all that is kept is alive, so no two tensors are at one address
     return total
