@@ -61,7 +61,7 @@ def compare_dpo_step(
         plain=Implementation(lambda *given: _by_definition(policy(dtype), loss, *given)),
         peers={
             "ours, not fused": lambda: Implementation(lambda *given: _ours(policy(dtype), loss, *given)),
-            "transformers, peft": lambda: Implementation(partial(_theirs, _peft_model(policy(dtype)), loss)),
+            "transformers, peft": lambda: Implementation(partial(_theirs, peft_model(policy(dtype)), loss)),
         },
         work=Work(6 * tokens * multiplied, 0),  # two passes forward, and the gradients of what they multiply
         targets={"transformers, peft": 1.25},
@@ -117,7 +117,7 @@ def _logp(model: Phi2ForCausalLM, prompt: np.ndarray, answer: np.ndarray) -> Ten
 
 
 @cache
-def _peft_model(ours: Phi2ForCausalLM) -> nn.Module:
+def peft_model(ours: Phi2ForCausalLM) -> nn.Module:
     """The same weights and adapter in transformers and peft."""
     import peft
 

@@ -1,0 +1,137 @@
+"""What the host does for a training pass, in microseconds of a processor that do not depend on a GPU.
+
+A GPU waits wherever the host has not launched its next kernel. Here the tensors are tiny and lie on the CPU, so that
+nothing but the way to the kernels takes time: Python, torch's dispatch and autograd, and what Triton does to find a
+compiled kernel by its arguments. The launch itself is left out. Times are the process's own (CPU time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import process_time
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import nn
+
+from benchmarks.cases.dpo_step import LORA, peft_model
+from benchmarks.harness.models import random_model
+from benchmarks.registry import GateError, Measure, Report, case, versions
+from phi2.config import Phi2Config
+from phi2.fused import fuse
+from phi2.lora import disabled
+from phi2.model import Phi2ForCausalLM
+from phi2_kernels import _dispatch
+
+TOKENS = 2
+TOLERANCE = 1e-3  # of gradients in float32, relative
+
+
+def shape(layers: int) -> Phi2Config:
+    """As many layers as are wanted, and tensors too small to take time."""
+    return Phi2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+
+
+@case("host_time", turns=15, summary="the host's part of a DPO pass of 32 layers: reference, forward and backward")
+def host_time(turns: int) -> Report:
+    return compare_host_time(turns, layers=32)
+
+
+def compare_host_time(turns: int, layers: int) -> Report:
+    """Ours fused, as on a GPU by default, beside ours unfused and transformers with peft."""
+    difference = gate(layers)
+    fused, unfused = (random_model(shape(layers), torch.device("cpu"), torch.bfloat16, LORA.r) for _ in range(2))
+    fuse(fused)
+    theirs = peft_model(unfused)
+    with kernels_not_launched() as launches:
+        passes = {"fused": pass_of(fused), "unfused": pass_of(unfused), "theirs": pass_of(theirs)}
+        counts = {name: _count(launches, run) for name, run in passes.items()}
+        times = timed(passes, turns)
+    per_layer = {name: [1e6 * seconds / layers for seconds in each] for name, each in times.items()}
+    return Report(
+        peer=versions("transformers", "peft", "torch", "triton"),
+        gate=f"gradients of all adapters as theirs in float32, {difference:.1e} apart",
+        measures=[
+            Measure.of(name, "us a layer", per_layer["fused"], per_layer[other])
+            for name, other in (("fused, by transformers and peft", "theirs"), ("fused, by unfused", "unfused"))
+        ],
+        facts={f"Triton launches a layer, {name}": round(count / layers, 1) for name, count in counts.items()},
+    )
+
+
+def gate(layers: int) -> float:
+    """How far apart ours fused and theirs are, where everything is computed.
+
+    Raises:
+        GateError: if they are not the same.
+    """
+    ours = random_model(shape(layers), torch.device("cpu"), torch.float32, LORA.r)
+    theirs = peft_model(ours)
+    fuse(ours)
+    grads = []
+    for model in (ours, theirs):
+        pass_of(model)()
+        trained = {name.split("layers.")[1]: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grads.append(torch.cat([grad.flatten() for _, grad in sorted(trained.items())]))
+    difference = ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
+    if not difference <= TOLERANCE:
+        raise GateError(f"the gradients of adapters are {difference:.1e} apart")
+    return difference
+
+
+def pass_of(model: Phi2ForCausalLM | nn.Module) -> Callable[[], None]:
+    """The reference's forward pass, and the policy's with gradients."""
+    ids = torch.arange(TOKENS)[None]
+    off = disabled if isinstance(model, Phi2ForCausalLM) else lambda model: model.disable_adapter()
+
+    def run() -> None:
+        with torch.no_grad(), off(model):
+            model(input_ids=ids)
+        logits = model(input_ids=ids)
+        getattr(logits, "logits", logits).float().square().sum().backward()
+
+    return run
+
+
+@contextmanager
+def kernels_not_launched() -> Iterator[list[str]]:
+    """Within, our kernels are looked up by their arguments, as for an A100, and listed instead of launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    found, launched = JITFunction.run, []
+
+    def look_up(self, *args, grid, warmup, **constants):
+        launched.append(self.fn.__name__)
+        return found(self, *args, grid=grid, warmup=True, **constants)
+
+    asked = {"device": lambda: 0, "stream": lambda device: 0, "target": lambda: GPUTarget("cuda", 80, 32)}
+    driver.set_active(SimpleNamespace(**{f"get_current_{name}": answer for name, answer in asked.items()}))
+    everything = {"default_impl": "triton", "_unsupported_tensor": lambda x: ""}
+    with mock.patch.object(JITFunction, "run", look_up), mock.patch.multiple(_dispatch, **everything):
+        yield launched
+
+
+def _count(launches: list[str], run: Callable[[], None]) -> int:
+    """Of a second pass: the first one compiles."""
+    run()
+    before = len(launches)
+    run()
+    return len(launches) - before
+
+
+def timed(passes: dict[str, Callable[[], None]], turns: int) -> dict[str, list[float]]:
+    """Seconds of processor time of each, which take turns."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(turns):
+        for name, run in passes.items():
+            begin = process_time()
+            run()
+            times[name].append(process_time() - begin)
+    return times
