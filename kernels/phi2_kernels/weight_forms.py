@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phi2_kernels._dispatch import unsupported_layout
+
 
 class Weight(NamedTuple):
     """A weight in one of the forms, and its bias.
@@ -89,3 +91,34 @@ def unpack_int4(packed: Tensor, group: int = 32) -> Tensor:
     """The codes (N, K/G, G) uint8, in the order of the weight's columns."""
     halves = packed.view(packed.shape[0], -1, group // 2)
     return torch.cat((halves & 15, halves >> 4), dim=-1)
+
+
+def check_product(x: Tensor, weight: Weight) -> None:
+    """That x (..., K) can be multiplied by a weight, whose parts agree.
+
+    Raises:
+        ValueError: where they do not.
+    """
+    (N, K), codes = weight.shape, weight.codes
+    if x.shape[-1] != K:
+        raise ValueError(f"x must have {K} columns, as the weight has, got {x.shape[-1]}")
+    if (weight.scales is None) != codes.is_floating_point() or (weight.zeros is None) != (codes.dtype != torch.uint8):
+        raise ValueError(
+            f"a weight must be floating point, int8 with scales, or uint8 with scales and zeros, got {codes.dtype}"
+        )
+    sizes = {"bias": (N,), "scales": (N,) if weight.zeros is None else (N, K // weight.group)}
+    for name, size in (sizes | {"zeros": sizes["scales"]}).items():
+        part = getattr(weight, name)
+        if part is not None and part.shape != size:
+            raise ValueError(f"{name} must be of shape {size}, got {tuple(part.shape)}")
+
+
+def unsupported_weight(first: Tensor, x: Tensor, weight: Weight) -> str:
+    """What keeps kernels from multiplying x by a weight on the device of `first`, as the end of a sentence, or ""."""
+    if weight.group not in (0, 16, 32, 64, 128, 256):
+        return f"group must be a power of two from 16 to 256, got {weight.group}"
+    for name in ("scales", "zeros"):
+        part = getattr(weight, name)
+        if part is not None and not part.is_contiguous():
+            return f"{name} must be contiguous, got strides {part.stride()}"
+    return unsupported_layout(first, x=x, **weight._asdict())
