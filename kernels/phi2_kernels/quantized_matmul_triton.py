@@ -1,7 +1,7 @@
 """The Triton kernels of `quantized_matmul.py`: tiles of a weight are read as codes and made half precision on the chip.
 
-A byte of int4 holds two columns half a group apart, so that a tile of bytes is two tiles of a weight: both meet their
-own columns of x, or become their own columns of dx. Scales of int8 meet the sums of y; all others meet the tile.
+A byte of int4 holds two columns half a group apart: the thread that reads 16 bytes has 32 neighbouring columns. Scales
+of int8 meet the sums of y; all others meet the tile.
 """
 
 from __future__ import annotations
@@ -25,44 +25,25 @@ class MatmulLaunch(NamedTuple):
     num_stages: int
 
 
-FEW = 64  # rows whose product is the reading of the weight; there must be programs enough to read it
-_FEW = MatmulLaunch(32, 16, 256, num_warps=4, num_stages=4)
-_FLOAT32 = MatmulLaunch(32, 32, 32, num_warps=4, num_stages=2)
-_DENSE = MatmulLaunch(1, 16, 256, num_warps=4, num_stages=1)
-LAUNCH = {
-    80: {
-        "few rows": _FEW,
-        "forward": MatmulLaunch(64, 128, 64, num_warps=4, num_stages=3),
-        "backward": MatmulLaunch(64, 64, 128, num_warps=4, num_stages=3),
-        "float32": _FLOAT32,
-        "dense": _DENSE,
-    },
-    90: {
-        "few rows": _FEW,
-        "forward": MatmulLaunch(128, 128, 64, num_warps=8, num_stages=3),
-        "backward": MatmulLaunch(128, 64, 128, num_warps=8, num_stages=3),
-        "float32": _FLOAT32,
-        "dense": _DENSE,
-    },
+# With two hundred rows a small tile is what makes programs enough; with many, cuBLAS multiplies.
+_LAUNCH = {
+    "forward": MatmulLaunch(64, 64, 64, num_warps=4, num_stages=4),
+    "backward": MatmulLaunch(64, 64, 64, num_warps=4, num_stages=4),
+    "float32": MatmulLaunch(32, 32, 32, num_warps=4, num_stages=2),
+    "dense": MatmulLaunch(1, 16, 256, num_warps=4, num_stages=1),
 }
-
-
-@triton.jit
-def _columns(start, i: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Where the columns of the i-th tile lie in the weight.  # [BLOCK_K / TILES]"""
-    WIDTH: tl.constexpr = GROUP // TILES
-    j = tl.arange(0, BLOCK_K // TILES)
-    return start + j // WIDTH * GROUP + j % WIDTH + i * WIDTH
+LAUNCH = {80: {**_LAUNCH}, 90: {**_LAUNCH}}
 
 
 @triton.jit
 def _apart(tile):
-    """The same numbers; what it is made of stays as it was read.
+    """The same numbers; what is before it stays with the threads that read the codes.
 
-    Without this sum over one number Triton lays the codes, byte by byte, as matrix instructions want a transposed
-    operand. Behind it they are made half precision where they are, each once, and turned in shared memory.
+    Without this sum over one number Triton deals out the codes, byte by byte, as matrix instructions want them, and
+    each is made half precision in several warps. Behind it they are so where they were read, once each and 16 bytes at
+    a time, and are dealt out as half precision.
     """
-    return tl.sum(tile[:, :, :, None], axis=3)
+    return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1], 1)), axis=2)
 
 
 @triton.jit
@@ -72,41 +53,39 @@ def _one_and_sixteenths(code_at_top_of_mantissa):
 
 
 @triton.jit
-def _tiles(
-    codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype: tl.constexpr,
-    SCALED: tl.constexpr, APART: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Rows n of a weight from column `start` on: one tile of int8, two of int4.  # [BLOCK_N, BLOCK_K / tiles] each
+def _from_int8(code):
+    """A float32, put together from its bits as 2^23 + 128 + code, since conversions are slow."""
+    return ((code.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
 
-    SCALED: int8 with its scale, which else is left to the caller.
-    """
-    TILES: tl.constexpr = 1 if zeros_ptr is None else 2
-    WIDTH: tl.constexpr = GROUP // TILES  # bytes of a group
+
+@triton.jit
+def _tile(
+    codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype: tl.constexpr,
+    SCALED: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows n of a weight from column `start` on; without SCALED int8 lacks its scale.  # [BLOCK_N, BLOCK_K]"""
     BLOCK_G: tl.constexpr = BLOCK_K // GROUP
+    PACKED: tl.constexpr = 1 if zeros_ptr is None else 2  # columns of a byte
+    WIDTH: tl.constexpr = GROUP // PACKED
     rows, groups = n.to(tl.int64)[:, None], tl.cdiv(K, GROUP)
     g = start // GROUP + tl.arange(0, BLOCK_G)[None, :]
-    i = tl.arange(0, WIDTH)[None, None, :]
+    columns = (g * WIDTH)[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
     mask = (n < N)[:, None] & (g < groups)
-    bytes_ = (g * WIDTH)[:, :, None] + i
-    codes_mask = mask[:, :, None] & (bytes_ < K // TILES)
-    codes = tl.load(codes_ptr + (rows * codes_stride)[:, :, None] + bytes_, mask=codes_mask, other=0)
+    codes_mask = mask[:, :, None] if PACKED == 2 else (n < N)[:, None, None] & (columns < K)
+    codes = tl.load(codes_ptr + (rows * codes_stride)[:, :, None] + columns, mask=codes_mask, other=0)
     if zeros_ptr is None:
-        tiles = (codes,)
+        tile = _from_int8(codes)
         if SCALED:
-            scales = tl.load(scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-            tiles = (codes.to(tl.float32) * scales[:, None, None],)
+            tile *= tl.load(scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None, None]
     else:
         scales = tl.load(scales_ptr + rows * groups + g, mask=mask, other=0.0).to(tl.float32)
         zeros = tl.load(zeros_ptr + rows * groups + g, mask=mask, other=0.0).to(tl.float32)
         slope, offset = (16.0 * scales)[:, :, None], (scales * (16.0 + zeros))[:, :, None]
         codes = codes.to(tl.int32)
-        low, high = _one_and_sixteenths((codes & 0x0F) << 19), _one_and_sixteenths((codes & 0xF0) << 15)
-        tiles = (low * slope - offset, high * slope - offset)
-    made = ()
-    for j in tl.static_range(TILES):
-        tile = _apart(tiles[j]) if APART else tiles[j]
-        made = made + (tl.reshape(tile.to(dtype), (n.shape[0], BLOCK_G * WIDTH)),)
-    return made
+        low = _one_and_sixteenths((codes & 0x0F) << 19) * slope - offset
+        high = _one_and_sixteenths((codes & 0xF0) << 15) * slope - offset
+        tile = tl.permute(tl.join(low, high), (0, 1, 3, 2))  # [BLOCK_N, BLOCK_G, 2, WIDTH]
+    return _apart(tl.reshape(tile, (n.shape[0], BLOCK_K))).to(dtype)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -121,13 +100,10 @@ def _forward_kernel(
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * x_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        tiles = _tiles(
-            codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, False, False, GROUP, BLOCK_K
-        )
-        for i in tl.static_range(len(tiles)):
-            k = _columns(start, i, len(tiles), GROUP, BLOCK_K)[None, :]
-            x = tl.load(x_ptrs + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(dtype)
-            acc = tl.dot(x, tl.trans(tiles[i]), acc, input_precision="ieee")
+        w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, False, GROUP, BLOCK_K)
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptrs + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(dtype)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
     if zeros_ptr is None:
         acc *= tl.load(scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
@@ -143,25 +119,15 @@ def _backward_kernel(
 ):  # fmt: skip
     m, start = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_K
     dtype: tl.constexpr = tl.float32 if UPCAST else dy_ptr.dtype.element_ty
-    TILES: tl.constexpr = 1 if zeros_ptr is None else 2
     dy_ptrs = dy_ptr + m.to(tl.int64)[:, None] * dy_stride
-    sums = ()
-    for _ in tl.static_range(TILES):
-        sums = sums + (tl.zeros((BLOCK_M, BLOCK_K // TILES), tl.float32),)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
+        w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, True, GROUP, BLOCK_K)
         dy = tl.load(dy_ptrs + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(dtype)
-        tiles = _tiles(
-            codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, True, True, GROUP, BLOCK_K
-        )
-        added = ()
-        for i in tl.static_range(TILES):
-            added = added + (tl.dot(dy, tiles[i], sums[i], input_precision="ieee"),)
-        sums = added
-    for i in tl.static_range(TILES):
-        k = _columns(start, i, TILES, GROUP, BLOCK_K)[None, :]
-        dx_ptrs = dx_ptr + m.to(tl.int64)[:, None] * dx_stride + k
-        tl.store(dx_ptrs, sums[i], mask=(m < M)[:, None] & (k < K))
+        acc = tl.dot(dy, w, acc, input_precision="ieee")
+    k = start + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(dx_ptr + m.to(tl.int64)[:, None] * dx_stride + k, acc, mask=(m < M)[:, None] & (k < K))
 
 
 @triton.jit
@@ -171,10 +137,9 @@ def _dense_kernel(
 ):  # fmt: skip
     n, start = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    tiles = _tiles(codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, True, False, GROUP, BLOCK_K)
-    for i in tl.static_range(len(tiles)):
-        k = _columns(start, i, len(tiles), GROUP, BLOCK_K)[None, :]
-        tl.store(weight_ptr + n.to(tl.int64)[:, None] * K + k, tiles[i], mask=(n < N)[:, None] & (k < K))
+    w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, True, GROUP, BLOCK_K)
+    k = start + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(weight_ptr + n.to(tl.int64)[:, None] * K + k, w, mask=(n < N)[:, None] & (k < K))
 
 
 @on_its_device
@@ -185,7 +150,7 @@ def forward(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias
         codes, scales, zeros, bias: see `weight_forms.Weight`.
     """
     M, N, K = len(x), len(codes), x.shape[1]
-    options = _options("few rows" if M <= FEW else "forward", x, codes, scales, zeros)
+    options = _options("forward", x, codes, scales, zeros)
     grid = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"])
     strides = x.stride(0), codes.stride(0), y.stride(0)
     _forward_kernel[grid](x, codes, scales, zeros, bias, y, *strides, M, N, K, **options)

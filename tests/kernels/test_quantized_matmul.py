@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phi2_kernels import quantized_matmul as op
-from phi2_kernels import quantized_matmul_triton
 from phi2_kernels.quantized_matmul import quantized_matmul, quantized_matmul_backward, quantized_matmul_ref
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
 
@@ -185,20 +184,6 @@ def test_they_compile_to_one_graph_with_equal_results(device):
 def test_the_reference_is_the_formula():
     weight = make("int4", 3, 32)
     torch.testing.assert_close(quantized_matmul_ref(x, weight).double(), exact(x, weight), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("first", [0, 64])
-def test_few_rows_and_many_are_launched_otherwise(first, device, monkeypatch):
-    monkeypatch.setattr(quantized_matmul_triton, "FEW", first)
-    x, weight = (
-        normal(12, 64, dtype=torch.float16, device=device),
-        make("int8", 9, 64, dtype=torch.float16, device=device),
-    )
-    keys = []
-    options = quantized_matmul_triton._options
-    monkeypatch.setattr(quantized_matmul_triton, "_options", lambda key, *a: keys.append(key) or options(key, *a))
-    quantized_matmul(x, weight, impl="triton")
-    assert keys == ["few rows" if first else "forward"]
 
 
 def test_torchs_packed_int8_kernel_takes_our_codes():
