@@ -152,8 +152,8 @@ def quantize_model(model: nn.Module, format: str, device: torch.device | None = 
         _check_groups(linears)
     in_block, head = FORMATS[format]
     for name in list(linears):
-        linear = linears.pop(name).to(device)  # the last reference: its memory is free before the next one is made
-        model.set_submodule(name, head(linear) if name == "lm_head" else in_block(linear))
+        # Nothing here refers to the linear: the memory of its weight is free before the next one is there.
+        model.set_submodule(name, (head if name == "lm_head" else in_block)(linears.pop(name).to(device)))
     model.to(device)
 
 

@@ -16,6 +16,8 @@ Dims: M rows, N outputs, K inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,7 @@ from phi2_kernels._dispatch import use_triton
 from phi2_kernels.weight_forms import Weight, check_product, unsupported_weight
 
 DENSE_FROM = 512  # rows
+Product = Callable[[Tensor, Weight], Tensor]
 
 
 def quantized_matmul_ref(x: Tensor, weight: Weight) -> Tensor:
@@ -90,14 +93,7 @@ def _product(x: Tensor, weight: Weight) -> Tensor:
 @custom_op("phi2::quantized_matmul", mutates_args=())
 def _quantized_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N)."""
-    from phi2_kernels import quantized_matmul_triton
-
-    if len(x) >= DENSE_FROM:
-        return F.linear(x, _dense(x.dtype, codes, scales, zeros), bias)
-    y = x.new_empty(len(x), len(codes))
-    if y.numel():
-        quantized_matmul_triton.forward(x, codes, scales, zeros, bias, y)
-    return y
+    return _either_way(x, Weight(codes, scales, zeros, bias), _tiled, lambda x, w: F.linear(x, _dense(x, w), w.bias))
 
 
 @_quantized_matmul.register_fake
@@ -108,14 +104,7 @@ def _(x, codes, scales, zeros, bias):
 @custom_op("phi2::quantized_matmul_backward", mutates_args=())
 def _quantized_matmul_backward(dy: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """dy (M, N) -> (M, K)."""
-    from phi2_kernels import quantized_matmul_triton
-
-    if len(dy) >= DENSE_FROM:
-        return dy @ _dense(dy.dtype, codes, scales, zeros)
-    dx = dy.new_empty(len(dy), Weight(codes, scales, zeros).shape[1])
-    if dx.numel():
-        quantized_matmul_triton.backward(dy, codes, scales, zeros, dx)
-    return dx
+    return _either_way(dy, Weight(codes, scales, zeros), _tiled_backward, lambda dy, w: dy @ _dense(dy, w))
 
 
 @_quantized_matmul_backward.register_fake
@@ -123,10 +112,41 @@ def _(dy, codes, scales, zeros):
     return dy.new_empty(len(dy), Weight(codes, scales, zeros).shape[1])
 
 
-def _dense(dtype: torch.dtype, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """W (N, K) in a dtype, without another copy of it."""
+_COMPILED: set[tuple] = set()  # products, devices, dtypes and forms
+
+
+def _either_way(x: Tensor, weight: Weight, tiled: Product, whole: Product) -> Tensor:
+    """The product by tiles, or with the whole weight. The first of a form goes both ways: none is compiled later."""
+    way, other = (whole, tiled) if len(x) >= DENSE_FROM else (tiled, whole)
+    form = tiled, x.device, x.dtype, weight.codes.dtype, weight.group
+    if form not in _COMPILED:
+        _COMPILED.add(form)
+        other(x[:1], weight)
+    return way(x, weight)
+
+
+def _tiled(x: Tensor, weight: Weight) -> Tensor:
     from phi2_kernels import quantized_matmul_triton
 
-    weight = torch.empty(Weight(codes, scales, zeros).shape, dtype=dtype, device=codes.device)
-    quantized_matmul_triton.dense(codes, scales, zeros, weight)
-    return weight
+    y = x.new_empty(len(x), weight.shape[0])
+    if y.numel():
+        quantized_matmul_triton.forward(x, *weight, y)
+    return y
+
+
+def _tiled_backward(dy: Tensor, weight: Weight) -> Tensor:
+    from phi2_kernels import quantized_matmul_triton
+
+    dx = dy.new_empty(len(dy), weight.shape[1])
+    if dx.numel():
+        quantized_matmul_triton.backward(dy, *weight[:3], dx)
+    return dx
+
+
+def _dense(x: Tensor, weight: Weight) -> Tensor:
+    """W (N, K) in the dtype of x, without another copy of it."""
+    from phi2_kernels import quantized_matmul_triton
+
+    dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    quantized_matmul_triton.dense(*weight[:3], dense)
+    return dense

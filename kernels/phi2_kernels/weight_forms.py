@@ -14,12 +14,15 @@ Source: arXiv:2210.17323 section 4 for grouped 4-bit weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from phi2_kernels._dispatch import unsupported_layout
+
+SLICE = 1 << 22  # weights that are rounded at a time
 
 
 class Weight(NamedTuple):
@@ -60,11 +63,14 @@ class Weight(NamedTuple):
 
 def quantize_int8(weight: Tensor) -> Weight:
     """W (N, K) in 8 bits; a scale has the dtype of the weight."""
-    w = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    largest = torch.linalg.vector_norm(w, ord=torch.inf, dim=1)
-    scales = torch.where(largest > 0, largest / 127, 1.0).to(weight.dtype)
-    # Codes are found with the scales as they are kept, so that their rounding is not an error of the weight.
-    return Weight(w.div_(scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales)
+    codes, scales = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
+    for w, code, scale in _in_slices(weight, codes, scales):
+        w = w.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        largest = torch.linalg.vector_norm(w, ord=torch.inf, dim=1)
+        scale.copy_(torch.where(largest > 0, largest / 127, 1.0))
+        # Codes are found with the scales as they are kept, so that their rounding is not an error of the weight.
+        code.copy_(w.div_(scale.float()[:, None]).round_().clamp_(-127, 127))
+    return Weight(codes, scales)
 
 
 def quantize_int4(weight: Tensor, group: int = 32) -> Weight:
@@ -76,15 +82,25 @@ def quantize_int4(weight: Tensor, group: int = 32) -> Weight:
     N, K = weight.shape
     if group < 2 or group % 2 or K % group:
         raise ValueError(f"group must be even and divide the {K} columns of the weight, got {group}")
-    w = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(N, K // group, group)
-    low, high = w.amin(dim=-1).clamp(max=0.0), w.amax(dim=-1).clamp(min=0.0)
-    scales = ((high - low) / 15).to(weight.dtype)
-    scales = torch.where(scales > 0, scales, 1.0)
-    zeros = (-low / scales.float()).to(weight.dtype)
-    # Codes are found with the scales and zeros as they are kept, so that their rounding is not an error of the weight.
-    w.div_(scales.float()[..., None]).add_(zeros.float()[..., None])
-    first, second = w.round_().clamp_(0, 15).to(torch.uint8).chunk(2, dim=-1)
-    return Weight((first | second << 4).view(N, K // 2), scales, zeros)
+    packed = weight.new_empty((N, K // 2), dtype=torch.uint8)
+    scales, zeros = (weight.new_empty((N, K // group)) for _ in range(2))
+    for w, code, scale, zero in _in_slices(weight, packed, scales, zeros):
+        w = w.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(len(w), -1, group)
+        low, high = w.amin(dim=-1).clamp(max=0.0), w.amax(dim=-1).clamp(min=0.0)
+        scale.copy_((high - low) / 15)
+        scale.masked_fill_(scale <= 0, 1.0)
+        zero.copy_(-low / scale.float())
+        # Codes are found with scales and zeros as they are kept: their rounding is not an error of the weight.
+        w.div_(scale.float()[..., None]).add_(zero.float()[..., None])
+        first, second = w.round_().clamp_(0, 15).to(torch.uint8).chunk(2, dim=-1)
+        code.copy_((first | second << 4).view(code.shape))
+    return Weight(packed, scales, zeros)
+
+
+def _in_slices(weight: Tensor, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The weight and its parts, some rows at a time: in float32 a whole one would take twice its memory again."""
+    rows = max(1, SLICE // weight.shape[1])
+    return zip(*(each.split(rows) for each in (weight, *parts)), strict=True)
 
 
 def unpack_int4(packed: Tensor, group: int = 32) -> Tensor:

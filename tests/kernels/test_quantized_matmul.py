@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phi2_kernels import quantized_matmul as op
+from phi2_kernels import quantized_matmul_triton
 from phi2_kernels.quantized_matmul import quantized_matmul, quantized_matmul_backward, quantized_matmul_ref
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
 
@@ -69,27 +70,40 @@ def test_the_gradient_of_x_is_no_further_off_than_torchs_with_the_rounded_weight
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_weight_that_is_made_whole_is_rounded_once(form, dtype, device):
     weight = make(form, 35, 288, dtype=dtype, device=device)
-    whole = op._dense(dtype, weight.codes, weight.scales, weight.zeros)
+    whole = op._dense(normal(1, 1, dtype=dtype, device=device), weight)
     torch.testing.assert_close(whole.double(), weight.dense().double(), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_weight_is_made_whole_in_float32_and_with_few_rows_none_at_all(form, device, monkeypatch):
-    x, weight = (
-        normal(20, 64, dtype=torch.float16, device=device),
-        make(form, 24, 64, dtype=torch.float16, device=device),
-    )
-    expected = exact(x, weight), exact(x, weight)[:, :24] @ weight.dense().double()
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_weight_is_made_whole_with_many_rows_only_and_never_in_float32(form, whole, device, monkeypatch):
+    kind = dict(dtype=torch.float16, device=device)
+    x, dy, weight = normal(20, 64, **kind), normal(20, 24, **kind), make(form, 24, 64, **kind)
+    expected = exact(x, weight), dy.double() @ weight.dense().double()
+    quantized_matmul_backward(
+        quantized_matmul(x, weight, impl="triton"), weight, impl="triton"
+    )  # the first go both ways
     made = []
     monkeypatch.setattr(Weight, "dense", None)
-    monkeypatch.setattr(op, "_dense", lambda dtype, *parts, make=op._dense: made.append(dtype) or make(dtype, *parts))
-    for whole, first in (([], 21), ([torch.float16] * 2, 20)):
-        monkeypatch.setattr(op, "DENSE_FROM", first)
-        y = quantized_matmul(x, weight, impl="triton")
-        dx = quantized_matmul_backward(y, weight, impl="triton")
-        assert made == whole
-        torch.testing.assert_close(y.double(), expected[0], rtol=2e-3, atol=5e-3)
-        torch.testing.assert_close(dx.double(), expected[1], rtol=2e-3, atol=2e-2)
+    monkeypatch.setattr(op, "_dense", lambda *parts, make=op._dense: made.append(make(*parts)) or made[-1])
+    monkeypatch.setattr(op, "DENSE_FROM", 20 if whole else 21)
+    products = quantized_matmul(x, weight, impl="triton"), quantized_matmul_backward(dy, weight, impl="triton")
+    assert [each.dtype for each in made] == [torch.float16] * (2 if whole else 0)
+    for product, right in zip(products, expected, strict=True):
+        torch.testing.assert_close(product.double(), right, rtol=2e-3, atol=5e-3)
+
+
+def test_the_first_product_of_a_form_compiles_what_other_numbers_of_rows_will_need(device, monkeypatch):
+    monkeypatch.setattr(op, "_COMPILED", set())
+    ways = []
+    for name in ("forward", "backward", "dense"):
+        launch = getattr(quantized_matmul_triton, name)
+        monkeypatch.setattr(quantized_matmul_triton, name, lambda *a, n=name, f=launch: ways.append(n) or f(*a))
+    weight = make("int8", 4, 32, device=device)
+    for _ in range(2):
+        quantized_matmul(normal(9, 32, device=device), weight, impl="triton")
+    quantized_matmul_backward(normal(op.DENSE_FROM, 4, device=device), weight, impl="triton")
+    assert ways == ["dense", "forward", "forward", "backward", "dense"]
 
 
 @pytest.mark.parametrize("group", [16, 64, 256])

@@ -28,6 +28,7 @@ from phi2.quantize import quantize_model
 from phi2.training.packing import row_of_answers, row_of_sequences
 from phi2.training.scoring import row_logps
 from phi2.training.sft import forward
+from phi2_kernels import quantized_matmul
 
 from .conftest import INTERPRETED
 
@@ -122,8 +123,10 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_asks_for_two_forms_of_a_kernel_at_most_and_all_within_two_passes(variants, name):
+def test_a_run_asks_for_two_forms_of_a_kernel_at_most_and_all_within_two_passes(variants, monkeypatch, name):
     train, kind = RUNS[name]
+    monkeypatch.setattr(quantized_matmul, "_COMPILED", set())
+    monkeypatch.setattr(quantized_matmul, "DENSE_FROM", 150)  # more than some passes here, and less than others
     rng, model = random.Random(0), make(**kind)
     train(model, rng)
     train(model, rng)
