@@ -60,14 +60,14 @@ def _from_int8(code):
 
 @triton.jit
 def _tile(
-    codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype: tl.constexpr,
+    codes_ptr, codes_stride, scales_ptr, zeros_ptr, groups, n, start, N, K, dtype: tl.constexpr,
     SCALED: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows n of a weight from column `start` on; without SCALED int8 lacks its scale.  # [BLOCK_N, BLOCK_K]"""
     BLOCK_G: tl.constexpr = BLOCK_K // GROUP
     PACKED: tl.constexpr = 1 if zeros_ptr is None else 2  # columns of a byte
     WIDTH: tl.constexpr = GROUP // PACKED
-    rows, groups = n.to(tl.int64)[:, None], tl.cdiv(K, GROUP)
+    rows = n.to(tl.int64)[:, None]
     g = start // GROUP + tl.arange(0, BLOCK_G)[None, :]
     columns = (g * WIDTH)[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
     mask = (n < N)[:, None] & (g < groups)
@@ -90,7 +90,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["M"])
 def _forward_kernel(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr, x_stride, codes_stride, y_stride, M, N, K,
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr, x_stride, codes_stride, y_stride, groups, M, N, K,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Programs of one tile of the weight are neighbours: it is read from memory once."""
@@ -100,7 +100,7 @@ def _forward_kernel(
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * x_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, False, GROUP, BLOCK_K)
+        w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, groups, n, start, N, K, dtype, False, GROUP, BLOCK_K)
         k = start + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_ptrs + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(dtype)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
@@ -114,7 +114,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _backward_kernel(
-    dy_ptr, codes_ptr, scales_ptr, zeros_ptr, dx_ptr, dy_stride, codes_stride, dx_stride, M, N, K,
+    dy_ptr, codes_ptr, scales_ptr, zeros_ptr, dx_ptr, dy_stride, codes_stride, dx_stride, groups, M, N, K,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     m, start = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_K
@@ -123,7 +123,7 @@ def _backward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, True, GROUP, BLOCK_K)
+        w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, groups, n, start, N, K, dtype, True, GROUP, BLOCK_K)
         dy = tl.load(dy_ptrs + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(dtype)
         acc = tl.dot(dy, w, acc, input_precision="ieee")
     k = start + tl.arange(0, BLOCK_K)[None, :]
@@ -132,12 +132,12 @@ def _backward_kernel(
 
 @triton.jit
 def _dense_kernel(
-    codes_ptr, scales_ptr, zeros_ptr, weight_ptr, codes_stride, N, K,
+    codes_ptr, scales_ptr, zeros_ptr, weight_ptr, codes_stride, groups, N, K,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n, start = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, n, start, N, K, dtype, True, GROUP, BLOCK_K)
+    w = _tile(codes_ptr, codes_stride, scales_ptr, zeros_ptr, groups, n, start, N, K, dtype, True, GROUP, BLOCK_K)
     k = start + tl.arange(0, BLOCK_K)[None, :]
     tl.store(weight_ptr + n.to(tl.int64)[:, None] * K + k, w, mask=(n < N)[:, None] & (k < K))
 
@@ -153,7 +153,7 @@ def forward(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias
     options = _options("forward", x, codes, scales, zeros)
     grid = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"])
     strides = x.stride(0), codes.stride(0), y.stride(0)
-    _forward_kernel[grid](x, codes, scales, zeros, bias, y, *strides, M, N, K, **options)
+    _forward_kernel[grid](x, codes, scales, zeros, bias, y, *strides, triton.cdiv(K, options["GROUP"]), M, N, K, **options)
 
 
 @on_its_device
@@ -163,7 +163,7 @@ def backward(dy: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, dx
     options = _options("backward", dy, codes, scales, zeros)
     grid = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(K, options["BLOCK_K"])
     strides = dy.stride(0), codes.stride(0), dx.stride(0)
-    _backward_kernel[grid](dy, codes, scales, zeros, dx, *strides, M, N, K, **options)
+    _backward_kernel[grid](dy, codes, scales, zeros, dx, *strides, triton.cdiv(K, options["GROUP"]), M, N, K, **options)
 
 
 @on_its_device
@@ -171,8 +171,9 @@ def dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, weight: Tensor) -
     """Writes W (N, K), contiguous."""
     (N, K), launch = weight.shape, LAUNCH[architecture(codes.device)]["dense"]
     grid = triton.cdiv(N, launch.block_n), triton.cdiv(K, launch.block_k)
+    group = _group(codes, scales, zeros)
     _dense_kernel[grid](
-        codes, scales, zeros, weight, codes.stride(0), N, K, GROUP=_group(codes, scales, zeros),
+        codes, scales, zeros, weight, codes.stride(0), triton.cdiv(K, group), N, K, GROUP=group,
         BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, num_warps=launch.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
