@@ -28,9 +28,10 @@ class GemvLaunch(NamedTuple):
     num_stages: int
 
 
-# With one row of x: rows of the weight become fewer with more, that accumulators fit. Out of a layer 2560 outputs are 19
-# a multiprocessor, of which a round reads 512 columns: 19 KB in half precision, of the 18 to 22 KB that must be on their
-# way to an H100 or H200, and to an A100 of 13. int8 reads 1024, which is as much; int4's limit is its arithmetic.
+# With one row of x: rows of the weight become fewer with more, that accumulators fit. Out of a layer, 2560 outputs are
+# 19 a multiprocessor, and a round reads 512 columns of each: in half precision 19 KB, where an H100 or H200 needs 18 to
+# 22 on their way to hide its latency, and an A100 10 to 13. int8 reads 1024, which is as much; int4 with its 16
+# instructions a byte waits for arithmetic.
 _LANES = {
     "half": GemvLaunch(512, 8, num_warps=4, num_stages=1),
     "int8": GemvLaunch(1024, 4, num_warps=4, num_stages=1),

@@ -156,8 +156,8 @@ def forward(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias
     M, N, K = len(x), len(codes), x.shape[1]
     options = _options("forward", x, codes, scales, zeros)
     grid = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"])
-    strides = x.stride(0), codes.stride(0), y.stride(0)
-    _forward_kernel[grid](x, codes, scales, zeros, bias, y, *strides, triton.cdiv(K, options["GROUP"]), M, N, K, **options)
+    strides = x.stride(0), codes.stride(0), y.stride(0), triton.cdiv(K, options["GROUP"])
+    _forward_kernel[grid](x, codes, scales, zeros, bias, y, *strides, M, N, K, **options)
 
 
 @on_its_device
@@ -166,19 +166,19 @@ def backward(dy: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, dx
     M, N, K = len(dy), len(codes), dx.shape[1]
     options = _options("backward", dy, codes, scales, zeros)
     grid = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(K, options["BLOCK_K"])
-    strides = dy.stride(0), codes.stride(0), dx.stride(0)
-    _backward_kernel[grid](dy, codes, scales, zeros, dx, *strides, triton.cdiv(K, options["GROUP"]), M, N, K, **options)
+    strides = dy.stride(0), codes.stride(0), dx.stride(0), triton.cdiv(K, options["GROUP"])
+    _backward_kernel[grid](dy, codes, scales, zeros, dx, *strides, M, N, K, **options)
 
 
 @on_its_device
 def dense(codes: Tensor, scales: Tensor, zeros: Tensor | None, weight: Tensor) -> None:
     """Writes W (N, K), contiguous."""
-    (N, K), launch = weight.shape, LAUNCH[architecture(codes.device)]["dense"]
+    (N, K), launch, group = weight.shape, LAUNCH[architecture(codes.device)]["dense"], _group(codes, scales, zeros)
     grid = triton.cdiv(N, launch.block_n), triton.cdiv(K, launch.block_k)
-    group = _group(codes, scales, zeros)
     _dense_kernel[grid](
-        codes, scales, zeros, weight, codes.stride(0), triton.cdiv(K, group), N, K, GROUP=group,
-        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, num_warps=launch.num_warps, enable_fp_fusion=True,
+        codes, scales, zeros, weight, codes.stride(0), triton.cdiv(K, group), N, K,
+        GROUP=group, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
