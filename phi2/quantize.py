@@ -6,8 +6,8 @@ A decode step reads every weight for every token and computes little with it: fe
     int4    32 neighbours of a row share a scale and a zero point; the head, whose errors nothing averages, stays int8
 
 Embeddings, LayerNorms, biases and activations keep their dtype. The forms of a weight are `phi2_kernels.weight_forms`,
-the products on a GPU `phi2_kernels.gemv`. On a CPU torch's packed kernels multiply, which take bfloat16 only; with
-another dtype a CPU makes the whole weight again in every pass.
+the products on a GPU `phi2_kernels.gemv` and, of more rows, `phi2_kernels.quantized_matmul`. On a CPU torch's packed
+kernels multiply, which take bfloat16 only; with another dtype a CPU makes the whole weight again in every pass.
 
 Dims: N outputs, K inputs, G neighbours that share a scale.
 """

@@ -2,6 +2,7 @@
 
     quantized_matmul             y = x W^T + bias
     quantized_matmul_backward    dx = dy W
+    dense                        W
 
 Tiles of codes become half precision on the chip, where tensor cores multiply them: of a weight nothing else is ever in
 memory. With very many rows a tile is unpacked over and over, and the matmuls of cuBLAS are faster than ours: from
@@ -69,6 +70,15 @@ def quantized_matmul_backward(dy: Tensor, weight: Weight, *, impl: str = "auto")
     return dx.view(*dy.shape[:-1], K)
 
 
+def dense(weight: Weight, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
+    """W (N, K): itself, or of codes in a dtype, on a GPU without another copy. For what must have it whole."""
+    if weight.scales is None:
+        return weight.codes
+    if use_triton(impl, weight.scales, lambda: unsupported_weight(weight.codes, weight.codes, weight)):
+        return _dense(dtype, weight)
+    return weight.dense().to(dtype)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(M, columns), each row in one piece; gradients of sums have no strides."""
     rows = x.reshape(-1, x.shape[-1])
@@ -93,7 +103,9 @@ def _product(x: Tensor, weight: Weight) -> Tensor:
 @custom_op("phi2::quantized_matmul", mutates_args=())
 def _quantized_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N)."""
-    return _either_way(x, Weight(codes, scales, zeros, bias), _tiled, lambda x, w: F.linear(x, _dense(x, w), w.bias))
+    return _either_way(
+        x, Weight(codes, scales, zeros, bias), _tiled, lambda x, w: F.linear(x, _dense(x.dtype, w), w.bias)
+    )
 
 
 @_quantized_matmul.register_fake
@@ -104,7 +116,7 @@ def _(x, codes, scales, zeros, bias):
 @custom_op("phi2::quantized_matmul_backward", mutates_args=())
 def _quantized_matmul_backward(dy: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """dy (M, N) -> (M, K)."""
-    return _either_way(dy, Weight(codes, scales, zeros), _tiled_backward, lambda dy, w: dy @ _dense(dy, w))
+    return _either_way(dy, Weight(codes, scales, zeros), _tiled_backward, lambda dy, w: dy @ _dense(dy.dtype, w))
 
 
 @_quantized_matmul_backward.register_fake
@@ -143,10 +155,9 @@ def _tiled_backward(dy: Tensor, weight: Weight) -> Tensor:
     return dx
 
 
-def _dense(x: Tensor, weight: Weight) -> Tensor:
-    """W (N, K) in the dtype of x, without another copy of it."""
+def _dense(dtype: torch.dtype, weight: Weight) -> Tensor:
     from phi2_kernels import quantized_matmul_triton
 
-    dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-    quantized_matmul_triton.dense(*weight[:3], dense)
-    return dense
+    whole = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+    quantized_matmul_triton.dense(*weight[:3], whole)
+    return whole

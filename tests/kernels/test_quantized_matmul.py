@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phi2_kernels import quantized_matmul as op
 from phi2_kernels import quantized_matmul_triton
-from phi2_kernels.quantized_matmul import quantized_matmul, quantized_matmul_backward, quantized_matmul_ref
+from phi2_kernels.quantized_matmul import dense, quantized_matmul, quantized_matmul_backward, quantized_matmul_ref
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
 
 from .conftest import INTERPRETED
@@ -70,7 +70,8 @@ def test_the_gradient_of_x_is_no_further_off_than_torchs_with_the_rounded_weight
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_weight_that_is_made_whole_is_rounded_once(form, dtype, device):
     weight = make(form, 35, 288, dtype=dtype, device=device)
-    whole = op._dense(normal(1, 1, dtype=dtype, device=device), weight)
+    whole = dense(weight, dtype, impl="triton")
+    assert whole.dtype == dtype
     torch.testing.assert_close(whole.double(), weight.dense().double(), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
