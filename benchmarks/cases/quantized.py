@@ -91,7 +91,10 @@ ENTRIES = [
         "backward", dict(dy="256 F", **INT8, dx="256 C"),
         (64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (128, 64, 128, 8, 3), (64, 32, 128, 4, 3),
     ),
-    entry("dense", dict(**INT8, weight="F C"), (1, 16, 256, 4, 1), (1, 32, 256, 8, 1), (1, 8, 512, 4, 1)),
+    entry(
+        "dense", dict(**INT8, weight="F C"),
+        (1, 16, 256, 4, 1), (1, 32, 256, 8, 1), (1, 8, 512, 4, 1), (1, 8, 256, 4, 1),
+    ),
 ]  # fmt: skip
 spec.ENTRIES |= {f"quantized_{entry.key}": entry for entry in ENTRIES}
 spec.USEFUL |= {"quantized_matmul forward": useful, "quantized_matmul backward": useful}

@@ -30,10 +30,10 @@ class MatmulLaunch(NamedTuple):
 _LAUNCH = {
     "forward": MatmulLaunch(64, 64, 128, num_warps=4, num_stages=3),
     "backward": MatmulLaunch(64, 64, 128, num_warps=4, num_stages=3),
-    "float32": MatmulLaunch(32, 32, 32, num_warps=4, num_stages=2),
     "dense": MatmulLaunch(1, 16, 256, num_warps=4, num_stages=1),
 }
 LAUNCH = {80: {**_LAUNCH}, 90: {**_LAUNCH}}
+FLOAT32 = MatmulLaunch(32, 32, 32, num_warps=4, num_stages=2)  # without tensor cores
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _group(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> int:
 
 
 def _options(key: str, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Any]:
-    launch = LAUNCH[architecture(x.device)][key if x.element_size() == 2 else "float32"]
+    launch = FLOAT32 if x.element_size() == 4 else LAUNCH[architecture(x.device)][key]
     group = _group(codes, scales, zeros)
     return {
         "GROUP": group,
