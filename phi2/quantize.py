@@ -6,8 +6,8 @@ A decode step reads every weight for every token and computes little with it: fe
     int4    32 neighbours of a row share a scale and a zero point; the head, whose errors nothing averages, stays int8
 
 Embeddings, LayerNorms, biases and activations keep their dtype. The forms of a weight are `phi2_kernels.weight_forms`,
-the products on a GPU `phi2_kernels.gemv`. On a CPU torch's packed kernels multiply, which take bfloat16 only; with
-another dtype a CPU makes the whole weight again in every pass.
+the products on a GPU `phi2_kernels.gemv` and, of more rows, `phi2_kernels.quantized_matmul`. On a CPU torch's packed
+kernels multiply, which take bfloat16 only; with another dtype a CPU makes the whole weight again in every pass.
 
 Dims: N outputs, K inputs, G neighbours that share a scale.
 """
@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from phi2.linear import PhiLinear
-from phi2_kernels.gemv import gemv
+from phi2_kernels.gemv import MAX_ROWS, gemv
+from phi2_kernels.quantized_matmul import quantized_matmul, quantized_matmul_backward
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8, unpack_int4
 
 GROUP = 32
 
 
 class FrozenProduct(torch.autograd.Function):
-    """y = x W^T + bias with a weight that does not train: only x has a gradient, dy W, for which W is made again."""
+    """y = x W^T + bias with a weight that does not train: only x has a gradient, dy W."""
 
     @staticmethod
     def forward(ctx, x: Tensor, linear: QuantizedLinear | Int4LinearOnCPU) -> Tensor:
@@ -36,7 +37,7 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return dy @ ctx.linear.dense().to(dy.dtype), None
+        return ctx.linear.backward_product(dy), None
 
 
 class QuantizedLinear(PhiLinear):
@@ -65,7 +66,12 @@ class QuantizedLinear(PhiLinear):
         return FrozenProduct.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        return gemv(x, self._weight)
+        is_step = x.numel() <= MAX_ROWS * self.in_features
+        return gemv(x, self._weight) if is_step else quantized_matmul(x, self._weight)
+
+    def backward_product(self, dy: Tensor) -> Tensor:
+        """dy W."""
+        return quantized_matmul_backward(dy, self._weight)
 
     def dense(self) -> Tensor:
         """W (N, K) float32."""
@@ -95,6 +101,10 @@ class Int4LinearOnCPU(PhiLinear):
     def product(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self.weight, GROUP, self.scales)
         return (y + self.bias).view(*x.shape[:-1], -1)
+
+    def backward_product(self, dy: Tensor) -> Tensor:
+        """dy W, for which W is made again."""
+        return dy @ self.dense()
 
     def dense(self) -> Tensor:
         """W (N, K) bfloat16: what the kernel makes of the rows of an identity."""
@@ -142,8 +152,8 @@ def quantize_model(model: nn.Module, format: str, device: torch.device | None = 
         _check_groups(linears)
     in_block, head = FORMATS[format]
     for name in list(linears):
-        linear = linears.pop(name).to(device)  # the last reference: its memory is free before the next one is made
-        model.set_submodule(name, head(linear) if name == "lm_head" else in_block(linear))
+        # Nothing here refers to the linear: the memory of its weight is free before the next one is there.
+        model.set_submodule(name, (head if name == "lm_head" else in_block)(linears.pop(name).to(device)))
     model.to(device)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.cases import attention, block, decode, dpo_step, elementwise, head, prefix
+from benchmarks.cases import attention, block, decode, dpo_step, elementwise, head, prefix, quantized
 from benchmarks.cases.prefix import Layout, Pair
 from benchmarks.harness import comparison, gpu
 from benchmarks.harness.comparison import OURS, Comparison, Implementation, Work
@@ -49,6 +49,8 @@ COMPARISONS = {
         f"gemv {form}": lambda dtype, form=form: decode.compare_gemv(DEVICE, dtype, form, 1, 48, 64)
         for form in decode.WEIGHT_FORMS
     },
+    "many rows": lambda dtype: quantized.compare_forward(DEVICE, dtype, "int4", 20, 48, 64),
+    "many rows, gradient": lambda dtype: quantized.compare_backward(DEVICE, dtype, "int8", 20, 48, 64),
 }
 BLOCKS = {
     "DPO step": lambda dtype: dpo_step.compare_dpo_step(DEVICE, dtype, SMALL_MODEL, pairs=2, answer=9),
@@ -216,7 +218,7 @@ def test_a_peer_that_is_wrong_missing_or_failing_is_left_out_and_named():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", [*GPU_CASES, "decode_step"])
+@pytest.mark.parametrize("name", [*GPU_CASES, "decode_step", "quantized_matmul"])
 def test_without_a_gpu_a_case_ends_with_one_line(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     assert run.main(["--case", name]) == 1

@@ -11,6 +11,7 @@ from phi2.lora import attach, disabled, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
+from phi2.quantize import quantize_model
 
 SHAPE = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 ROWS = torch.tensor([0, 9, 3, 3, 6])  # out of order and repeated, as prefix-shared pairs name them
@@ -46,6 +47,20 @@ def test_values_equal_those_of_whole_logits(lora):
     expected_logps, expected_entropy = from_whole_logits(model, hidden)
     torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_quantised_head_counts_by_the_numbers_that_its_codes_stand_for(lora):
+    model, hidden = small_model(), hidden_states()
+    quantize_model(model, "int8")
+    if lora:
+        attach(model, LoraConfig(r=4, target_modules=("lm_head",)))
+        torch.nn.init.normal_(model.lm_head.lora_B.weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    logps, _ = target_logps(model, hidden, ROWS, TARGETS)
+    expected, _ = from_whole_logits(model, hidden)
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    found = [torch.autograd.grad(each.sum(), hidden)[0] for each in (logps, expected)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])

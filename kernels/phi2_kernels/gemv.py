@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import unsupported_layout, use_triton
-from phi2_kernels.weight_forms import Weight
+from phi2_kernels.quantized_matmul import quantized_matmul
+from phi2_kernels.weight_forms import Weight, check_product, unsupported_weight
 
 MAX_ROWS = 8  # more are a matmul
 
@@ -47,34 +48,31 @@ def gemv(x: Tensor, weight: Weight, *, impl: str = "auto") -> Tensor:
 def gemv_each(x: Tensor, weights: list[Weight], *, gelu_last: bool = False, impl: str = "auto") -> list[Tensor]:
     """`gemv` with each of several weights of one form in one launch; `gelu_last`: the last goes through GELU (tanh)."""
     for weight in weights:
-        _check(x, weight)
+        check_product(x, weight)
     if use_triton(impl, x, lambda: _unsupported_reason([x] * len(weights), weights)):
         ys = _gemv_each(x.reshape(-1, x.shape[-1]), *_parts(weights), gelu_last)
         return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
-    *ys, last = (_product(x, weight) for weight in weights)
+    *ys, last = (_product(x, weight, impl) for weight in weights)
     return [*ys, F.gelu(last, approximate="tanh") if gelu_last else last]
 
 
 def gemv_sum(xs: list[Tensor], weights: list[Weight], skip: Tensor, *, impl: str = "auto") -> Tensor:
     """skip (..., N) plus each x (..., K) times its own weight, of one form, in one launch and rounded once."""
     for x, weight in zip(xs, weights, strict=True):
-        _check(x, weight)
+        check_product(x, weight)
         if skip.shape != (*x.shape[:-1], weight.shape[0]):
             raise ValueError(f"skip must be of shape {(*x.shape[:-1], weight.shape[0])}, got {tuple(skip.shape)}")
     if use_triton(impl, skip, lambda: _unsupported_reason(xs, weights) or unsupported_layout(xs[0], skip=skip)):
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
         return _gemv_sum(rows, *_parts(weights), skip.reshape(-1, skip.shape[-1])).view(skip.shape)
-    return sum((_product(x, weight) for x, weight in zip(xs, weights, strict=True)), skip)
+    return sum((_product(x, weight, impl) for x, weight in zip(xs, weights, strict=True)), skip)
 
 
-def _product(x: Tensor, weight: Weight) -> Tensor:
-    """`gemv` in torch. On a CPU its packed kernel takes int8 in bfloat16 only."""
-    codes, scales, zeros, bias = weight
-    packs = x.device.type == "cpu" and codes.dtype == torch.int8 and x.dtype == torch.bfloat16
-    if packs and scales is not None and scales.dtype == x.dtype and x.shape[-1] % 16 == 0:
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), codes, scales)
-        return (y if bias is None else y + bias).view(*x.shape[:-1], len(codes))
-    return F.linear(x, weight.dense().to(x.dtype), bias)
+def _product(x: Tensor, weight: Weight, impl: str) -> Tensor:
+    """`gemv` where its kernels do not run: in torch, or with more rows than are theirs."""
+    if weight.scales is not None:
+        return quantized_matmul(x, weight, impl=impl)
+    return F.linear(x, weight.codes.to(x.dtype), weight.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -128,22 +126,6 @@ def _new(x: Tensor, columns: int) -> Tensor:
     return torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
 
 
-def _check(x: Tensor, weight: Weight) -> None:
-    """That shapes agree."""
-    (N, K), codes = weight.shape, weight.codes
-    if x.shape[-1] != K:
-        raise ValueError(f"x must have {K} columns, as the weight has, got {x.shape[-1]}")
-    if (weight.scales is None) != codes.is_floating_point() or (weight.zeros is None) != (codes.dtype != torch.uint8):
-        raise ValueError(
-            f"a weight must be floating point, int8 with scales, or uint8 with scales and zeros, got {codes.dtype}"
-        )
-    sizes = {"bias": (N,), "scales": (N,) if weight.zeros is None else (N, K // weight.group)}
-    for name, size in (sizes | {"zeros": sizes["scales"]}).items():
-        part = getattr(weight, name)
-        if part is not None and part.shape != size:
-            raise ValueError(f"{name} must be of shape {size}, got {tuple(part.shape)}")
-
-
 def _unsupported_reason(xs: list[Tensor], weights: list[Weight]) -> str:
     """What keeps the kernels from this call."""
     rows = xs[0].shape[:-1].numel()
@@ -152,15 +134,5 @@ def _unsupported_reason(xs: list[Tensor], weights: list[Weight]) -> str:
     forms = {(w.codes.dtype, w.group, w.bias is None) for w in weights}
     if len(forms) > 1 or len({(x.dtype, x.shape[:-1]) for x in xs}) > 1:
         return "all weights of a call must have one form, all or none a bias, and all x one dtype and number of rows"
-    if weights[0].group not in (0, 16, 32, 64, 128, 256):
-        return f"group must be a power of two from 16 to 256, got {weights[0].group}"
-    reasons = (_unsupported_weight(xs[0], x, weight) for x, weight in zip(xs, weights, strict=True))
+    reasons = (unsupported_weight(xs[0], x, weight) for x, weight in zip(xs, weights, strict=True))
     return next(filter(None, reasons), "")
-
-
-def _unsupported_weight(first: Tensor, x: Tensor, weight: Weight) -> str:
-    parts = {name: part for name, part in weight._asdict().items() if part is not None}
-    for name in parts.keys() & {"scales", "zeros"}:
-        if not parts[name].is_contiguous():
-            return f"{name} must be contiguous, got strides {parts[name].stride()}"
-    return unsupported_layout(first, x=x, **parts)

@@ -68,8 +68,9 @@ def _int4_products(
     x_ptr, x_stride, packed_ptr, packed_stride, scales_ptr, zeros_ptr, n, m, N, K, x_rows,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The sums of `gemv_lanes_triton._int4_products`, a group a part; sum x is a product with ones, to lie like others.
+    """Group by group, sum scale (code - zero) x = scale (16 sum (1 + code / 16) x - (16 + zero) sum x).
 
+    The last sum is a product with ones, to lie like the other.
     A tile for each group of a block.  # [BLOCK_G, BLOCK_N, ROWS]
     """
     BLOCK_G: tl.constexpr = tl.constexpr(max(1, BLOCK_K // GROUP))

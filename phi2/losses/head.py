@@ -9,6 +9,7 @@ from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
 from phi2.model import Phi2ForCausalLM
 from phi2_kernels.linear_logprob import linear_logprob
+from phi2_kernels.quantized_matmul import dense
 
 
 def target_logps(
@@ -34,7 +35,9 @@ def head_logps(
     head: PhiLinear, picked: Tensor, targets: Tensor, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`target_logps` of hidden states that were picked already, (N, C)."""
-    device, weight, adapter = picked.device.type, head.weight, (None, None)
+    form = (head.base if isinstance(head, LoraLinear) else head).form
+    assert form is not None
+    device, weight, adapter = picked.device.type, dense(form, picked.dtype), (None, None)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         picked, weight = picked.to(dtype), weight.to(dtype)

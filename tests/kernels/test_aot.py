@@ -97,6 +97,16 @@ def test_strides_that_nothing_is_known_of_lose_the_asynchronous_copies(rows, for
     assert forward.copies > 0
 
 
+def test_under_every_triton_tiles_of_codes_are_copied_16_bytes_at_a_time(phi2_rows):
+    """And so is what they are multiplied by: all copies that wide together are no less than both."""
+    products = [row for row in phi2_rows if re.fullmatch("quantized_matmul (forward|backward)", row.kernel)]
+    for row in products:
+        m, n, k = map(int, re.match(r"m(\d+) n(\d+) k(\d+)", row.launch).groups())
+        codes = n * k // (2 if "zeros" in row.launch else 1)
+        assert 16 * row.copies * 32 * row.warps >= codes + 2 * m * (n if row.kernel.endswith("backward") else k)
+    assert len(products) == 4
+
+
 def test_a_launch_that_spills_breaks_its_budget(rows):
     spilling = of(rows, "gelu_forward", 80, "gelu forward")
     assert spilling.launch == "n16 f1024" and re.fullmatch(r"\d+ bytes of stack", *spilling.violations)

@@ -24,9 +24,11 @@ from phi2.inference.engine import Engine, Request
 from phi2.lora import attach, disabled
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
+from phi2.quantize import quantize_model
 from phi2.training.packing import row_of_answers, row_of_sequences
 from phi2.training.scoring import row_logps
 from phi2.training.sft import forward
+from phi2_kernels import quantized_matmul
 
 from .conftest import INTERPRETED
 
@@ -71,8 +73,11 @@ def variants(monkeypatch) -> Iterator[Variants]:
     yield found
 
 
-def make(lora: bool = True, fused: bool = False) -> Phi2ForCausalLM:
-    model = Phi2ForCausalLM(CONFIG).to(torch.bfloat16)
+def make(lora: bool = True, fused: bool = False, quantized: str | None = None) -> Phi2ForCausalLM:
+    model = Phi2ForCausalLM(CONFIG)
+    if quantized:
+        quantize_model(model, quantized)  # in float32, of which a CPU has no form of its own
+    model.to(torch.bfloat16)
     if lora:
         attach(model, LoraConfig(r=4, target_modules=LINEARS), 0)
     if fused:
@@ -111,14 +116,17 @@ def train_on_sequences(model: Phi2ForCausalLM, rng: random.Random) -> None:
 RUNS = {
     "dpo": (train_on_pairs, {}),
     "dpo, fused": (train_on_pairs, {"fused": True}),
+    "dpo, int4": (train_on_pairs, {"quantized": "int4"}),
     "sft, all weights": (train_on_sequences, {"lora": False}),
     "sft, fused": (train_on_sequences, {"fused": True}),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_asks_for_two_forms_of_a_kernel_at_most_and_all_within_two_passes(variants, name):
+def test_a_run_asks_for_two_forms_of_a_kernel_at_most_and_all_within_two_passes(variants, monkeypatch, name):
     train, kind = RUNS[name]
+    monkeypatch.setattr(quantized_matmul, "_COMPILED", set())
+    monkeypatch.setattr(quantized_matmul, "DENSE_FROM", 150)  # more than some passes here, and less than others
     rng, model = random.Random(0), make(**kind)
     train(model, rng)
     train(model, rng)
