@@ -82,8 +82,7 @@ def test_only_filled_and_visible_keys_count(impl, device):
     until = int32([[50] * 50, [0] * 9 + [50] * 41, [0] * 20 + [50] * 30, [50] * 50], device)
     until[0, 10:20] = 30  # a document that ended
     out = decode_attention(q, k, v, lengths, until, impl=impl)
-    # Ours is exact but for float32; a GPU's SDPA multiplies float32 as several TF32 numbers.
-    assert largest_error(out, exact_attention(q, k, v, lengths, until)) <= (2e-6 if impl == "triton" else 1e-5)
+    assert largest_error(out, exact_attention(q, k, v, lengths, until)) <= 2e-6
     assert not out[2:].any()  # pads alone, and an empty row
     assert largest_error(out, exact_attention(q, k, v, lengths)) > 1e-2  # a dropped mask would be seen
     assert largest_error(out, exact_attention(q, k, v, None, until)) > 1e-2
