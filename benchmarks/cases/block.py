@@ -174,7 +174,7 @@ SPANS = tuple((sum(WIDTHS[:i]), sum(WIDTHS[: i + 1])) for i in range(4))
 def side(widths: tuple[int, ...], spans: tuple[tuple[int, int], ...], is_output: bool) -> Side:
     """Of adapters of rank 16."""
     sizes = [f"{width} 16:float32" if is_output else f"16 {width}:float32" for width in widths]
-    return Side(tuple(sizes), spans, is_output)
+    return Side(tuple(sizes), spans, is_output, (16,) * 4)
 
 
 A_IN, B_IN = side((2560,) * 4, ((0, 2560),) * 4, False), side(WIDTHS, SPANS, True)

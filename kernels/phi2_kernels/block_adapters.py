@@ -44,18 +44,16 @@ class Side(NamedTuple):
         factors: of each adapter A (r, K), or B (K, r), contiguous.
         is_output: whether they are B.
         spans: the columns that each reads or writes.
+        ranks: r of each.
         rates, masks: of each the dropout of what it reads, and the number of its mask; empty where nothing is dropped.
     """
 
     factors: tuple[Tensor, ...]
     spans: tuple[Span, ...]
     is_output: bool
+    ranks: tuple[int, ...]
     rates: tuple[float, ...] = ()
     masks: tuple[int, ...] = ()
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(factor.shape[self.is_output] for factor in self.factors)
 
 
 class AdapterGroup(NamedTuple):
@@ -88,10 +86,10 @@ class AdapterGroup(NamedTuple):
 
 def group_of(adapters: tuple[Adapter, ...], reads: list[Span], writes: list[Span], first_mask: int) -> AdapterGroup:
     """Adapters with the columns that they read and write, whose masks are numbered from `first_mask`."""
-    rates = tuple(adapter.dropout for adapter in adapters)
+    rates, ranks = tuple(a.dropout for a in adapters), tuple(a.A.shape[0] for a in adapters)
     drops = (rates, tuple(range(first_mask, first_mask + len(rates)))) if any(rates) else ()
     return AdapterGroup(
-        Side(tuple(adapter.A.contiguous() for adapter in adapters), tuple(reads), False, *drops),
-        Side(tuple(adapter.B.contiguous() for adapter in adapters), tuple(writes), True),
-        tuple(adapter.factor for adapter in adapters),
+        Side(tuple(a.A.contiguous() for a in adapters), tuple(reads), False, ranks, *drops),
+        Side(tuple(a.B.contiguous() for a in adapters), tuple(writes), True, ranks),
+        tuple(a.factor for a in adapters),
     )

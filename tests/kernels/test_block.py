@@ -124,7 +124,7 @@ def dropped_by_kernels(x: Tensor, p: float, number: int) -> Tensor:
     from phi2_kernels import block_adapters_triton
 
     kept, (N, K) = torch.zeros(x.shape), x.shape
-    side = Side((torch.ones(1, K),), ((0, K),), False, (p,), (number,))
+    side = Side((torch.ones(1, K),), ((0, K),), False, (1,), (p,), (number,))
     block_adapters_triton.add(kept, torch.ones(N, 1), side, SEED)
     return x * kept / (1 - p) if p else x
 

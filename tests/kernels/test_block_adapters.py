@@ -97,7 +97,7 @@ def test_a_sum_takes_one_rounding(dtype, ops):
 
 @OPS
 def test_what_no_adapter_writes_stays(ops):
-    side = Side((draw(20, 3), draw(12, 2)), ((5, 25), (30, 42)), True)
+    side = Side((draw(20, 3), draw(12, 2)), ((5, 25), (30, 42)), True, (3, 2))
     y, u = draw(N, 50), draw(N, 5, seed=1)
     before = y.clone()
     ops.add(y, u, side, None)
@@ -130,7 +130,7 @@ def masks_of(ops: ModuleType, adapters: AdapterGroup) -> list[Tensor]:
     """What each adapter keeps of x: what `add` adds where there is nothing, of factors that are one."""
     found, sides = [], zip(adapters.input.spans, adapters.input.rates, adapters.input.masks, strict=True)
     for (start, end), rate, mask in sides:
-        side = Side((torch.ones(1, end - start),), ((start, end),), False, (rate,), (mask,))
+        side = Side((torch.ones(1, end - start),), ((start, end),), False, (1,), (rate,), (mask,))
         kept = torch.zeros(N, end)
         ops.add(kept, torch.ones(N, 1), side, SEED)
         found.append(kept[:, start:])
