@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.cases import training
+from benchmarks.harness import trainers
 from benchmarks.harness.processes import WARM_UP, compare
 from benchmarks.registry import CASES, Case, GateError, Measure, Report, Spread
 
@@ -149,8 +149,8 @@ class Turns:
 def test_our_loop_takes_turns_one_for_each_update(kind, tiny_phi, pair_data, sft_data, tmp_path, monkeypatch):
     (tmp_path / "base").symlink_to(tiny_phi)
     (tmp_path / "rows.jsonl").symlink_to(pair_data if kind == "preference" else sft_data)
-    monkeypatch.setitem(training.LORA, "target_modules", ["q_proj"])
+    monkeypatch.setitem(trainers.LORA, "target_modules", ["q_proj"])
     turns = Turns()
     with pytest.raises(KeyboardInterrupt):
-        training.ours(turns, training.Job(kind, batch_size=2, gradient_checkpointing=False, folder=tmp_path))
+        trainers.ours(turns, trainers.Job(kind, tmp_path, batch_size=2))
     assert turns.told == ["start", "stop", {"loss", "grad_norm"}] * 2

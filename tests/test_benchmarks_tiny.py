@@ -29,7 +29,7 @@ def test_a_case_runs_on_tiny_shapes_and_keeps_no_result(name, results, capsys):
     assert run.main(["--case", name, "--tiny"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{name}: {CASES[name].summary}\n  gate green: ")
-    assert said.endswith("\n  tiny shapes: times, if there are any, mean nothing; no result is kept\n")
+    assert said.endswith("\n  tiny shapes: their times mean nothing, so none is told or kept\n")
     assert not results.exists()
     if not torch.cuda.is_available():
         missing = re.findall(r"(?m)^  [^:\n]*, without ([^:\n]+): ", said)

@@ -42,20 +42,29 @@ def shared_folder() -> Path:
     return folder
 
 
-def save_random(config: Phi2Config, folder: Path, endless: bool = False) -> tuple[Phi2ForCausalLM, Tokenizer]:
-    """Writes a random model with the tokenizer of phi-2-instruct; it says no id that has no token.
+def initialized(config: Phi2Config) -> Phi2ForCausalLM:
+    """A model as training from nothing starts it, float32 on the CPU."""
+    model = Phi2ForCausalLM(config)
+    model.init_weights(seed=0)
+    return model
+
+
+def save(model: Phi2ForCausalLM, folder: Path, endless: bool = False) -> Tokenizer:
+    """Writes a model with the tokenizer of phi-2-instruct; it says no id that has no token.
 
     Args:
         endless: it never ends a reply either.
     """
-    tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
-    model = Phi2ForCausalLM(config)
-    model.init_weights(seed=0)
-    silence(model, range(len(tokenizer), config.vocab_size))
+    tokenizer = instruct_tokenizer()
+    silence(model, range(len(tokenizer), model.config.vocab_size))
     if endless:
         silence(model, tokenizer.stop_ids)
     save_pretrained(model, tokenizer, folder)
-    return model, tokenizer
+    return tokenizer
+
+
+def instruct_tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ What a process runs is a function `worker(timer, job)`. It prepares what it need
     timer.report(loss=...)     what came of it
 
 until `start` ends the process. A machine that slows down slows both, and the peak of a process's memory is the peak of
-one library. What both report is compared after every turn: that is the gate.
+one library: on a GPU that of the memory that its torch has given out. What both report is compared after every turn:
+that is the gate.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +43,7 @@ class Turn(NamedTuple):
 
     Attributes:
         seconds, cpu_seconds: between `start` and `stop`, on the clock and of all the process's threads together.
-        resident, peak: bytes of memory of the process before the first turn, and at most since the second one began.
+        resident, peak: bytes of its memory before the first turn, and at most since the second one began.
         outcome: what was reported; both must report the same.
     """
 
@@ -55,27 +57,29 @@ class Turn(NamedTuple):
 class Timer:
     """The worker's end of the line."""
 
-    def __init__(self, line: Connection) -> None:
-        self._line, self._resident, self._count = line, 0, 0
+    def __init__(self, line: Connection, device: str) -> None:
+        self._line, self._meter, self._resident, self._count = line, meter(device), 0, 0
 
     def start(self) -> None:
         if self._count == 0:
-            self._resident = memory("VmRSS")
+            self._resident = self._meter.held()
             self._line.send("ready")
         try:
             self._line.recv()
         except (EOFError, ConnectionResetError):  # the other end is closed: nothing more to do
             sys.exit()
         if self._count == 1:
-            forget_peak()
+            self._meter.forget_peak()
+        self._meter.wait()
         self._start = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
+        self._meter.wait()
         self._took = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
         self._count += 1
 
     def report(self, **outcome: Any) -> None:
-        self._line.send(Turn(*self._took, self._resident, memory("VmHWM"), outcome))
+        self._line.send(Turn(*self._took, self._resident, self._meter.peak(), outcome))
 
 
 def memory(name: str) -> int:
@@ -89,13 +93,35 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+class Meter(NamedTuple):
+    """What the work of a process is measured with, by the device that does it.
+
+    Attributes:
+        wait: until the device has done all that it was given.
+        held, peak: bytes of memory now, and at most since `forget_peak`.
+    """
+
+    wait: Callable[[], None]
+    held: Callable[[], int]
+    peak: Callable[[], int]
+    forget_peak: Callable[[], None]
+
+
+def meter(device: str) -> Meter:
+    if device == "cpu":
+        return Meter(lambda: None, partial(memory, "VmRSS"), partial(memory, "VmHWM"), forget_peak)
+    from torch import cuda
+
+    return Meter(cuda.synchronize, cuda.memory_allocated, cuda.max_memory_allocated, cuda.reset_peak_memory_stats)
+
+
 class _Process:
     """A worker in its process."""
 
-    def __init__(self, worker: Worker, job: Any) -> None:
+    def __init__(self, worker: Worker, job: Any, device: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, (self._line, theirs) = worker.__name__, context.Pipe()
-        self._process = context.Process(target=_work, args=(worker, job, theirs), daemon=True)
+        self._process = context.Process(target=_work, args=(worker, job, theirs, device), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -114,10 +140,10 @@ class _Process:
         self._process.join()
 
 
-def _work(worker: Worker, job: Any, line: Connection) -> None:
+def _work(worker: Worker, job: Any, line: Connection, device: str) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  trainers print; the report is the parent's
-    worker(Timer(line), job)
+    worker(Timer(line, device), job)
 
 
 class Result(NamedTuple):
@@ -126,6 +152,11 @@ class Result(NamedTuple):
     ours: list[Turn]
     theirs: list[Turn]
     largest_difference: dict[str, float]
+
+    def agreement(self) -> str:
+        """The gate in words."""
+        apart = ", ".join(f"{name} by at most {value:.1e}" for name, value in self.largest_difference.items())
+        return f"{len(self.ours)} turns, relative differences: {apart}"
 
     def relative(self, name: str, value: Callable[[Turn], float], **settings: Any) -> Measure:
         """Of the turns behind the warm-up, in units of the peer's median."""
@@ -147,6 +178,15 @@ class Result(NamedTuple):
             self.relative("tokens per CPU time", lambda turn: 1 / turn.cpu_seconds, more_is_better=True, **target),
         ]
 
+    def seconds_and_peak(self, name: str, time: float, peak: float) -> list[Measure]:
+        """Seconds of a turn, and the most memory that torch gave out in one, weights included; with their targets."""
+        seconds = ([turn.seconds for turn in turns[WARM_UP:]] for turns in (self.ours, self.theirs))
+        gib = ([turns[-1].peak / 2**30] for turns in (self.ours, self.theirs))
+        return [
+            Measure.of(f"{name}: time", "s", *seconds, target=time),
+            Measure.of(f"{name}: peak", "GiB", *gib, target=peak),
+        ]
+
     def memory(self, **target: float) -> list[Measure]:
         """Peak of the whole process, and how far that is above what stood there before the first turn."""
         last = self.ours[-1], self.theirs[-1]
@@ -157,19 +197,22 @@ class Result(NamedTuple):
         ]
 
 
-def compare(ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mapping[str, float]) -> Result:
+def compare(
+    ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mapping[str, float], device: str = "cpu"
+) -> Result:
     """Lets both take `turns` turns behind the warm-up, one after the other.
 
     Args:
         ours, theirs: importable functions; they are called in processes of their own.
         job: what both are given; it is pickled.
         tolerance: how far each thing that both report may differ, as a share of its largest number.
+        device: where both work, "cpu" or "cuda".
     Raises:
         GateError: as soon as they differ by more.
         ChildProcessError: when one fails.
     """
     with mock.patch.dict(os.environ, SETTINGS):
-        processes = [_Process(worker, job) for worker in (ours, theirs)]
+        processes = [_Process(worker, job, device) for worker in (ours, theirs)]
     result = Result([], [], dict.fromkeys(tolerance, 0.0))
     try:
         for process in processes:
