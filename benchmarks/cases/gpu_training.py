@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import stream
 from benchmarks.harness.gpu import any_device, device
-from benchmarks.harness.models import PHI2, TINY, instruct_tokenizer, random_model
+from benchmarks.harness.models import PHI2, TINY_WITH_TEXT, instruct_tokenizer, random_model
 from benchmarks.harness.processes import compare
 from benchmarks.harness.trainers import Job, ours, prepare, real_records, with_trl
 from benchmarks.registry import Measure, Report, case, versions
@@ -64,11 +64,9 @@ def full(kind: str) -> Setting:
 
 def tiny(kind: str) -> Setting:
     """In float32, where both must say the same to many more digits."""
-    changes = dict(vocab_size=512, max_position_embeddings=512, bos_token_id=509, eos_token_id=509, resid_pdrop=0.0)
-    config = replace(TINY, **changes)
     records = load_records(TOY_DATA[kind], kind).records[:256]
     exact = {"loss": 1e-4, "grad_norm": 1e-3}
-    return Setting(config, any_device(), torch.float32, load_tokenizer(resolve("nano")), records, 64, exact)
+    return Setting(TINY_WITH_TEXT, any_device(), torch.float32, load_tokenizer(resolve("nano")), records, 64, exact)
 
 
 def compare_updates(kind: str, updates: Sequence[Update], setting: Setting, turns: int) -> Report:

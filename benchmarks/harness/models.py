@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,10 @@ TINY = Phi2Config(  # Phi-2's head dim, and sizes that an interpreter is quick w
     vocab_size=120, hidden_size=160, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
     max_position_embeddings=64, eos_token_id=0, bos_token_id=0,
 )  # fmt: skip
+
+TINY_WITH_TEXT = replace(  # that goes with nano's tokenizer, and has no dropout
+    TINY, vocab_size=512, max_position_embeddings=512, bos_token_id=509, eos_token_id=509, resid_pdrop=0.0
+)
 
 
 def shared_folder() -> Path:
