@@ -18,17 +18,15 @@ from benchmarks import stream
 from benchmarks.harness.gpu import any_device, device
 from benchmarks.harness.models import PHI2, TINY_WITH_TEXT, instruct_tokenizer, random_model
 from benchmarks.harness.processes import compare
-from benchmarks.harness.trainers import Job, ours, prepare, real_records, with_trl
+from benchmarks.harness.trainers import EXACT, ROUNDED, Job, ours, prepare, real_records, toy_records, with_trl
 from benchmarks.registry import Measure, Report, case, versions
 from phi2.checkpoints.weights import load_tokenizer
 from phi2.config import Phi2Config
 from phi2.data.records import Record
-from phi2.data.sources import load_records
 from phi2.hub import resolve
 from phi2.tokenizer import Tokenizer
 
 PEAK = 0.3  # of trl's memory, allowed
-TOY_DATA = {"preference": "toy-dpo", "supervised": "toy-sft"}
 
 
 class Update(NamedTuple):
@@ -52,21 +50,15 @@ class Setting(NamedTuple):
 
 
 def full(kind: str) -> Setting:
-    """Phi-2 in the precision of its recipe, without dropout, which no two libraries draw alike.
-
-    What bfloat16 rounds moves losses by some 1e-3 and norms by some 1e-2.
-    """
-    near = {"loss": 5e-3, "grad_norm": 5e-2}
-    return Setting(
-        replace(PHI2, resid_pdrop=0.0), device(), torch.bfloat16, instruct_tokenizer(), real_records(kind), 768, near
-    )
+    """Phi-2 in the precision of its recipe, without dropout, which no two libraries draw alike."""
+    config, records = replace(PHI2, resid_pdrop=0.0), real_records(kind)
+    return Setting(config, device(), torch.bfloat16, instruct_tokenizer(), records, 768, ROUNDED)
 
 
 def tiny(kind: str) -> Setting:
     """In float32, where both must say the same to many more digits."""
-    records = load_records(TOY_DATA[kind], kind).records[:256]
-    exact = {"loss": 1e-4, "grad_norm": 1e-3}
-    return Setting(TINY_WITH_TEXT, any_device(), torch.float32, load_tokenizer(resolve("nano")), records, 64, exact)
+    tokenizer, records = load_tokenizer(resolve("nano")), toy_records(kind)
+    return Setting(TINY_WITH_TEXT, any_device(), torch.float32, tokenizer, records, 64, EXACT)
 
 
 def compare_updates(kind: str, updates: Sequence[Update], setting: Setting, turns: int) -> Report:

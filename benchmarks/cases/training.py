@@ -8,10 +8,8 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.harness.models import MEDIUM, initialized, instruct_tokenizer
 from benchmarks.harness.processes import compare
-from benchmarks.harness.trainers import Job, ours, prepare, real_records, with_trl
+from benchmarks.harness.trainers import EXACT, Job, ours, prepare, real_records, with_trl
 from benchmarks.registry import Report, case, versions
-
-TOLERANCE = {"loss": 1e-4, "grad_norm": 1e-3}
 
 
 def compare_steps(turns: int, kind: str, batch_size: int, checkpointing: bool, time: float) -> Report:
@@ -19,7 +17,7 @@ def compare_steps(turns: int, kind: str, batch_size: int, checkpointing: bool, t
     with TemporaryDirectory() as folder:
         job = Job(kind, Path(folder), batch_size, gradient_checkpointing=checkpointing)
         prepare(job, initialized(MEDIUM), instruct_tokenizer(), real_records(kind))
-        result = compare(ours, with_trl, job, turns, TOLERANCE)
+        result = compare(ours, with_trl, job, turns, EXACT)
     return Report(
         peer=versions("trl", "transformers", "peft"),
         gate=result.agreement(),

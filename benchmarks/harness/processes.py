@@ -1,4 +1,4 @@
-"""Two libraries compared: each lives in a process of its own, and they take turns at the same work.
+"""Libraries compared: each lives in a process of its own, and they take turns at the same work.
 
 What a process runs is a function `worker(timer, job)`. It prepares what it needs, then goes around
 
@@ -7,8 +7,8 @@ What a process runs is a function `worker(timer, job)`. It prepares what it need
     timer.stop()               stops the clock
     timer.report(loss=...)     what came of it
 
-until `start` ends the process. A machine that slows down slows both, and the peak of a process's memory is the peak of
-one library: on a GPU that of the memory that its torch has given out. What both report is compared after every turn:
+until `start` ends the process. A machine that slows down slows all, and the peak of a process's memory is the peak of
+one library: on a GPU that of the memory that its torch has given out. What all report is compared after every turn:
 that is the gate.
 """
 
@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -164,11 +164,11 @@ class Result(NamedTuple):
         unit = np.median(theirs)
         return Measure.of(name, "relative", np.divide(ours, unit), np.divide(theirs, unit), **settings)
 
-    def times(self, target: float) -> list[Measure]:
+    def times(self, target: float | None, name: str = "") -> list[Measure]:
         """Of a turn, on the clock and of the processors."""
         return [
-            self.relative("time", lambda turn: turn.seconds, target=target),
-            self.relative("CPU time", lambda turn: turn.cpu_seconds),
+            self.relative(f"{name}time", lambda turn: turn.seconds, target=target),
+            self.relative(f"{name}CPU time", lambda turn: turn.cpu_seconds),
         ]
 
     def speeds(self, **target: float) -> list[Measure]:
@@ -200,33 +200,54 @@ class Result(NamedTuple):
 def compare(
     ours: Worker, theirs: Worker, job: Any, turns: int, tolerance: Mapping[str, float], device: str = "cpu"
 ) -> Result:
-    """Lets both take `turns` turns behind the warm-up, one after the other.
+    """`compare_all` with one other."""
+    (result,) = compare_all(ours, [theirs], job, turns, tolerance, device)
+    return result
+
+
+def compare_all(
+    ours: Worker,
+    others: Sequence[Worker],
+    job: Any,
+    turns: int,
+    tolerance: Mapping[str, float],
+    device: str = "cpu",
+) -> list[Result]:
+    """Lets all take `turns` turns behind the warm-up, one after the other; ours beside each of the others.
 
     Args:
-        ours, theirs: importable functions; they are called in processes of their own.
-        job: what both are given; it is pickled.
-        tolerance: how far each thing that both report may differ, as a share of its largest number.
-        device: where both work, "cpu" or "cuda".
+        ours, others: importable functions; they are called in processes of their own.
+        job: what all are given; it is pickled.
+        tolerance: how far each thing that all report may differ from ours, as a share of its largest number.
+        device: where all work, "cpu" or "cuda".
     Raises:
-        GateError: as soon as they differ by more.
+        GateError: as soon as one differs by more.
         ChildProcessError: when one fails.
     """
     with mock.patch.dict(os.environ, SETTINGS):
-        processes = [_Process(worker, job, device) for worker in (ours, theirs)]
-    result = Result([], [], dict.fromkeys(tolerance, 0.0))
+        processes = [_Process(worker, job, device) for worker in (ours, *others)]
+    mine: list[Turn] = []
+    results = [Result(mine, [], dict.fromkeys(tolerance, 0.0)) for _ in others]
     try:
         for process in processes:
             process.wait()
-        for number in range(1, WARM_UP + turns + 1):
-            for process, taken in zip(processes, result, strict=False):
+        for _ in range(WARM_UP + turns):
+            for process, taken in zip(processes, [mine, *(result.theirs for result in results)], strict=True):
                 taken.append(process.turn())
-            for name, allowed in tolerance.items():
-                mine, reference = (np.asarray(taken[-1].outcome[name], dtype=float) for taken in result[:2])
-                apart = float(np.abs(mine - reference).max() / max(np.abs(reference).max(), 1e-12))
-                result.largest_difference[name] = max(result.largest_difference[name], apart)
-                if not apart <= allowed:
-                    raise GateError(f"turn {number}: {name} differs by {apart:.1e} of its size, allowed {allowed:.0e}")
+            for result in results:
+                _require_agreement(result, tolerance)
     finally:
         for process in processes:
             process.stop()
-    return result
+    return results
+
+
+def _require_agreement(result: Result, tolerance: Mapping[str, float]) -> None:
+    """Of both sides' last turns; notes how far they are apart."""
+    for name, allowed in tolerance.items():
+        mine, reference = (np.asarray(taken[-1].outcome[name], dtype=float) for taken in (result.ours, result.theirs))
+        apart = float(np.abs(mine - reference).max() / max(np.abs(reference).max(), 1e-12))
+        result.largest_difference[name] = max(result.largest_difference[name], apart)
+        if not apart <= allowed:
+            number = len(result.ours)
+            raise GateError(f"turn {number}: {name} differs by {apart:.1e} of its size, allowed {allowed:.0e}")

@@ -37,6 +37,8 @@ from phi2.training.packing import wrapped
 LORA: dict[str, Any] = dict(r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"])
 DATA = {"preference": "preference/dpo_en_200.jsonl", "supervised": "sft/alpaca_600.jsonl"}
 SEED = 42
+EXACT = {"loss": 1e-4, "grad_norm": 1e-3}  # how far two sides may be apart in float32, as shares
+ROUNDED = {"loss": 5e-3, "grad_norm": 5e-2}  # in bfloat16, whose rounding moves them by some 1e-3 and 1e-2
 
 
 class Job(NamedTuple):
@@ -70,6 +72,11 @@ class Job(NamedTuple):
             learning_rate=self.learning_rate,
             seed=SEED,
         )
+
+
+def toy_records(kind: str) -> list[Record]:
+    """Some short ones, for nano's tokenizer."""
+    return load_records({"preference": "toy-dpo", "supervised": "toy-sft"}[kind], kind).records[:256]
 
 
 def real_records(kind: str) -> list[Record]:
