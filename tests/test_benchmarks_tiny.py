@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run
+from benchmarks.harness import processes
 from benchmarks.registry import CASES, Case, GateError, Report
 
 NOT_ON_A_CPU = ("Liger", "SDPA cuDNN", "SDPA mem-efficient", "FlexAttention")
@@ -24,6 +26,15 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results"
 
 
+@pytest.fixture
+def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes begin with the libraries of both sides, which are imported once: that takes longest by far."""
+    imported = ("trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "transformers.models.phi.modeling_phi", "peft")
+    multiprocessing.set_forkserver_preload([*imported, "benchmarks.harness.trainers"])
+    monkeypatch.setattr(processes, "START", "forkserver")
+
+
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize("name", TINY)
 def test_a_case_runs_on_tiny_shapes_and_keeps_no_result(name, results, capsys):
     assert run.main(["--case", name, "--tiny"]) == 0

@@ -32,6 +32,7 @@ from benchmarks.registry import GateError, Measure
 
 THREADS = 2  # of torch, in either process
 WARM_UP = 2  # turns that are compared but not timed
+START = "spawn"  # how a process begins: with nothing of this one, so that its memory is its own
 MIB = 2**20
 SETTINGS = {"OMP_NUM_THREADS": str(THREADS), "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -119,7 +120,7 @@ class _Process:
     """A worker in its process."""
 
     def __init__(self, worker: Worker, job: Any, device: str) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
         self.name, (self._line, theirs) = worker.__name__, context.Pipe()
         self._process = context.Process(target=_work, args=(worker, job, theirs, device), daemon=True)
         self._process.start()
