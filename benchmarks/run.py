@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -79,7 +80,8 @@ def run_tiny(name: str) -> None:
     """Prints what a case says of tiny shapes. Triton reads when it is imported whether it is to interpret."""
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-    report = CASES[name].tiny()
+    with mock.patch.object(stream, "tell", lambda *_, **__: None):
+        report = CASES[name].tiny()
     print(table(name, replace(report, measures=[], table=[])))
     print("\n  tiny shapes: their times mean nothing, so none is told or kept")
 

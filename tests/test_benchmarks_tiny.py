@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import run, stream
 from benchmarks.harness import processes
-from benchmarks.registry import CASES, Case, GateError, Report
+from benchmarks.registry import CASES, Case, GateError, Measure, Report
 
 NOT_ON_A_CPU = ("Liger", "SDPA cuDNN", "SDPA mem-efficient", "FlexAttention")
 TINY = [name for name, case in CASES.items() if case.tiny]
@@ -45,6 +45,18 @@ def test_a_case_runs_on_tiny_shapes_and_keeps_no_result(name, results, capsys):
     if not torch.cuda.is_available():
         missing = re.findall(r"(?m)^  [^:\n]*, without ([^:\n]+): ", said)
         assert [each for each in missing if not each.startswith(NOT_ON_A_CPU)] == []
+
+
+def test_a_visit_is_told_nothing_of_tiny_shapes(results, monkeypatch, tmp_path):
+    def measure() -> Report:
+        one = Measure.of("time", "s", [1.0], [2.0])
+        stream.measured("toy", [one])
+        return Report({"peer": "1.0"}, "all equal", [one])
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setitem(CASES, "toy", Case(lambda turns: None, 1, "a toy", measure))
+    assert run.main(["--case", "toy", "--tiny"]) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_red_gate_is_told_on_tiny_shapes_too(results, monkeypatch, capsys):
