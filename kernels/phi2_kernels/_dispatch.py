@@ -57,6 +57,11 @@ def use_triton(impl: str, x: Tensor, unsupported_reason: Callable[[], str] = str
     return not reason
 
 
+def is_auto(impl: str) -> bool:
+    """Whether neither the caller nor PHI2_IMPL named an implementation, so that an op may choose among several."""
+    return impl == default_impl == "auto"
+
+
 def _unsupported_tensor(x: Tensor) -> str:
     """What keeps every kernel from running on a tensor."""
     if not _HAS_TRITON:

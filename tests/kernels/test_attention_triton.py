@@ -340,7 +340,7 @@ def test_a_broken_kernel_is_caught(name, broken, device, monkeypatch):
 def test_the_op_keeps_torchs_rules(device):
     q, k, v = make_qkv(20, H=2, device=device)
     visibility = make_visibility(20, 20, [20] * 10 + [15] * 5 + [20] * 5, device=device)
-    torch.library.opcheck(_attention, (q, k, v, *tables(visibility, q)))
+    torch.library.opcheck(_attention, (q, k, v, *tables(visibility, q), True))
 
 
 @pytest.mark.parametrize("rows", [[], [LAYOUTS["prefix-shared pair"]]], ids=["causal", "pair"])
