@@ -86,11 +86,16 @@ class GateError(Exception):
 
 
 class Case(NamedTuple):
-    """A case: `run(turns)` measures that many repetitions."""
+    """A case: `run(turns)` measures that many repetitions.
+
+    Attributes:
+        tiny: what wants a GPU or a large model, on tiny shapes wherever it is: its gate, and times that mean nothing.
+    """
 
     run: Callable[[int], Report]
     turns: int
     summary: str
+    tiny: Callable[[], Report] | None = None
 
 
 CASES: dict[str, Case] = {}
@@ -102,12 +107,18 @@ def load() -> None:
         import_module(f"benchmarks.cases.{file.stem}")
 
 
-def case(name: str, turns: int, summary: str) -> Callable[[Callable[[int], Report]], Callable[[int], Report]]:
-    """Registers a case under a name, with its number of repetitions and one line of what is measured."""
+def case(
+    name: str, turns: int, summary: str, tiny: Callable[[], Report] | None = None
+) -> Callable[[Callable[[int], Report]], Callable[[int], Report]]:
+    """Registers a case under a name, with its number of repetitions and one line of what is measured.
+
+    Args:
+        tiny: what `benchmarks.run --tiny` runs; see `Case`.
+    """
 
     def register(run: Callable[[int], Report]) -> Callable[[int], Report]:
         assert name not in CASES, name
-        CASES[name] = Case(run, turns, summary)
+        CASES[name] = Case(run, turns, summary, tiny)
         return run
 
     return register

@@ -2,9 +2,11 @@
 
     python -m benchmarks.run --case dpo_step_vs_trl
     python -m benchmarks.run --list
+    python -m benchmarks.run --case head --tiny
 
 The JSON line is also appended to benchmarks/results/<device>.jsonl. No number comes out of a case whose sides do not
-compute the same.
+compute the same. --tiny runs what wants a GPU on tiny shapes wherever it is, its gate included: that it works is all
+that it says, so its times mean nothing, and no line is kept.
 """
 
 from __future__ import annotations
@@ -35,23 +37,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=sorted(CASES), action="append", default=[], help="what to measure")
     parser.add_argument("--turns", type=int, help="repetitions, in place of the case's own number")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, a GPU or not: the gate, and no result")
     parser.add_argument("--list", action="store_true", help="say what there is to measure")
     options = parser.parse_args(arguments)
+    if options.tiny:
+        require_tiny(parser, options)
     if options.list or not options.case:
         width = max(map(len, CASES))
         print("\n".join(f"{name:<{width}}  {case.summary}" for name, case in CASES.items()))
         return 0
     for name in options.case:
-        load = os.getloadavg()[0]
         try:
-            report = CASES[name].run(options.turns or CASES[name].turns)
+            run_tiny(name) if options.tiny else run(name, options.turns)
         except (GateError, DeviceError, FileNotFoundError, ChildProcessError) as error:
             print(f"{name}: no number: {error}", file=sys.stderr)
             return 1
-        print(text := table(name, report))
-        stream.tell(text)
-        publish(name, report, load)
     return 0
+
+
+def run(name: str, turns: int | None) -> None:
+    """Measures a case and publishes what it found."""
+    load = os.getloadavg()[0]
+    report = CASES[name].run(turns or CASES[name].turns)
+    print(text := table(name, report))
+    stream.tell(text)
+    publish(name, report, load)
+
+
+def require_tiny(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program where a case has no tiny shapes, or a number of repetitions is given for what is not timed."""
+    if not options.case:
+        parser.error("--tiny needs a --case")
+    if options.turns is not None:
+        parser.error("--tiny measures nothing, so it takes no --turns")
+    if missing := [name for name in options.case if CASES[name].tiny is None]:
+        known = ", ".join(name for name, case in CASES.items() if case.tiny)
+        parser.error(f"--tiny: {', '.join(missing)} has no tiny shapes; those that have: {known}")
+
+
+def run_tiny(name: str) -> None:
+    """Prints what a case says of tiny shapes. Triton reads when it is imported whether it is to interpret."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    print(table(name, CASES[name].tiny()))
+    print("\n  tiny shapes: times, if there are any, mean nothing; no result is kept")
 
 
 def table(name: str, report: Report) -> str:

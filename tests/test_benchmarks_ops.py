@@ -282,12 +282,10 @@ def test_a_case_prints_and_keeps_its_report(clock, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("name", GPU_CASES)
-def test_each_case_sets_the_targets_of_the_project(name, clock, monkeypatch):
+def test_each_case_sets_the_targets_of_the_project(name, monkeypatch):
     seen: list[Comparison] = []
-    monkeypatch.setattr(gpu, "report", lambda compared, turns: seen.extend(compared))
-    for module in (block, dpo_step, prefix):
-        monkeypatch.setattr(module, "Phi2Config", lambda: SMALL)
-    CASES[name].run(1)
+    monkeypatch.setattr(gpu, "report_of_gate", seen.extend)
+    CASES[name].tiny()
     found = {target for one in seen for target in one.targets.items()}
     expected = {
         "training_step": {("transformers, peft", 1.25)},

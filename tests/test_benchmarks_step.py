@@ -19,12 +19,6 @@ SMALL = Phi2Config(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def can_record(request) -> None:
-    if DEVICE.type == "cpu":
-        request.getfixturevalue("recordings")
-
-
 def compare(format: str | None, dtype: torch.dtype = torch.float32) -> Comparison:
     return step.compare_step(DEVICE, dtype, SMALL, 5, format)
 

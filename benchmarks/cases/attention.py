@@ -5,7 +5,7 @@ Dims: B batch, H heads, S tokens, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -26,19 +26,25 @@ PADDED = 128  # columns, the next power of two after 80
 SCORES = 2**28  # that the reference holds at a time
 
 
-def compare_shapes(device: torch.device, backward: bool) -> list[Comparison]:
+SHAPES = (8, 2048), (32, 512), (2, 8192)  # B and S
+TINY = dict(H=2, shapes=((2, 21), (2, 9), (1, 33)))
+
+
+def compare_shapes(
+    device: torch.device, backward: bool, H: int = 32, shapes: Sequence[tuple[int, int]] = SHAPES
+) -> list[Comparison]:
     """The first has targets, and FlexAttention as a peer, which takes long to compile."""
-    at = partial(compare_attention, device, H=32, D=80, backward=backward)
-    first = at(torch.bfloat16, B=8, S=2048)
-    others = at(torch.float16, B=8, S=2048), at(torch.bfloat16, B=32, S=512), at(torch.bfloat16, B=2, S=8192)
+    at = partial(compare_attention, device, H=H, D=80, backward=backward)
+    first, *others = [at(torch.bfloat16, B=B, S=S) for B, S in shapes]
+    others.insert(0, at(torch.float16, B=shapes[0][0], S=shapes[0][1]))
     peers = [{name: peer for name, peer in each.peers.items() if name != "FlexAttention"} for each in others]
     return [first, *(replace(each, targets={}, peers=own) for each, own in zip(others, peers, strict=True))]
 
 
-gpu_case("attention_forward", turns=50, summary="causal attention of 8 x 32 heads of 80 dims over 2048 tokens")(
+gpu_case("attention_forward", 50, "causal attention of 8 x 32 heads of 80 dims over 2048 tokens", tiny=TINY)(
     partial(compare_shapes, backward=False)
 )
-gpu_case("attention_forward_backward", turns=50, summary="the same with its gradients")(
+gpu_case("attention_forward_backward", 50, "the same with its gradients", tiny=TINY)(
     partial(compare_shapes, backward=True)
 )
 

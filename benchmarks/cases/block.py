@@ -19,10 +19,9 @@ from benchmarks.cases.attention import attention_work, scores_of
 from benchmarks.harness import comparison
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
 from benchmarks.harness.gpu import gpu_case
-from benchmarks.harness.models import random_model
+from benchmarks.harness.models import PHI2, TINY, random_model
 from phi2.config import Phi2Config
 from phi2.fused import fused_forward
-from phi2.lora import attach
 from phi2.lora_config import LoraConfig
 from phi2.model import Block
 from phi2_kernels import _dispatch
@@ -30,14 +29,26 @@ from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
 
 TRANSFORMERS = ("transformers", "transformers, torch.compile")
+PEFT = ".default.weight"  # ends peft's names of an adapter's weights, where ours end in ".weight"
 NEARLY_ZERO = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
-@gpu_case("block", turns=30, summary="one layer of Phi-2 over 4 x 2048 tokens with its gradients, LoRA and in full")
-def block(device: torch.device) -> list[Comparison]:
+@gpu_case(
+    "block",
+    turns=30,
+    summary="one layer of Phi-2 over 4 x 2048 tokens with its gradients, LoRA and in full",
+    tiny=dict(dtype=torch.float32, config=TINY, B=2, T=9),
+)
+def block(
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    config: Phi2Config = PHI2,
+    B: int = 4,
+    T: int = 2048,
+) -> list[Comparison]:
     """At least 1.25 x the layer of transformers, and 1.1 x the same compiled."""
-    positions = torch.arange(2048, device=device)[None]
-    return [compare_block(torch.bfloat16, Phi2Config(), rank, 4, positions) for rank in (16, 0)]
+    positions = torch.arange(T, device=device)[None]
+    return [compare_block(dtype, config, rank, B, positions) for rank in (16, 0)]
 
 
 def compare_block(
@@ -120,7 +131,7 @@ def implementation(impl: str) -> AbstractContextManager:
 
 def of_layer(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Implementation:
     """A layer with the gradients of its input and of everything it trains."""
-    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    parameters = {name.replace(PEFT, ".weight"): p for name, p in layer.named_parameters() if p.requires_grad}
 
     def run(x: Tensor, dy: Tensor) -> Outputs:
         y = forward(x)
@@ -156,8 +167,15 @@ def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Modul
     weight, theirs = layer.input_layernorm.weight, PhiConfig(**config.to_dict())
     theirs._attn_implementation = "sdpa"
     theirs = PhiDecoderLayer(theirs, 0).eval().to(weight.device, weight.dtype)
+    weights = layer.state_dict()
+    adapter = {f"{name.removesuffix('.weight')}{PEFT}": weights.pop(name) for name in [*weights] if ".lora_" in name}
+    theirs.load_state_dict(weights)
     if rank:
-        theirs.adapters = {}  # as a whole model has
-        attach(theirs, LoraConfig(r=rank))
-    theirs.load_state_dict(layer.state_dict())
+        import peft
+
+        settings = LoraConfig(r=rank)
+        names = dict(r=rank, lora_alpha=settings.lora_alpha, target_modules=list(settings.target_modules))
+        peft.inject_adapter_in_model(peft.LoraConfig(**names), theirs)
+        for name, weight in adapter.items():
+            theirs.get_parameter(name).data = weight.clone()
     return theirs

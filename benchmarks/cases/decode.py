@@ -5,7 +5,7 @@ Dims: B batch, H heads, S keys, D head dim, M rows of a product, K its inputs, N
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from phi2_kernels.gemv import gemv
 from phi2_kernels.weight_forms import Weight, quantize_int4, quantize_int8
 
 GROUP = 32  # columns of an int4 weight that share a scale
+PRODUCTS = (17920, 2560), (2560, 12800), (51200, 2560)  # N and K: into a layer, out of it, and the head
 WEIGHT_FORMS: dict[str, Callable[[Tensor], Weight]] = {
     "bf16": Weight,
     "int8": quantize_int8,
@@ -28,12 +29,19 @@ WEIGHT_FORMS: dict[str, Callable[[Tensor], Weight]] = {
 }
 
 
-@gpu_case("decode_ops", turns=50, summary="attention to a cache of 2048 keys; gemv of bf16, int8 and int4 weights")
-def decode_ops(device: torch.device) -> list[Comparison]:
-    """Each timed inside a CUDA graph, as a decode step runs; into a layer, out of it, and the head."""
-    dtype, shapes = torch.bfloat16, ((17920, 2560), (2560, 12800), (51200, 2560))
+@gpu_case(
+    "decode_ops",
+    turns=50,
+    summary="attention to a cache of 2048 keys; gemv of bf16, int8 and int4 weights",
+    tiny=dict(H=2, S=33, shapes=((48, 64),)),
+)
+def decode_ops(
+    device: torch.device, H: int = 32, S: int = 2048, shapes: Sequence[tuple[int, int]] = PRODUCTS
+) -> list[Comparison]:
+    """Each timed inside a CUDA graph, as a decode step runs."""
+    dtype = torch.bfloat16
     return [
-        *(compare_decode_attention(device, dtype, B, H=32, S=2048, D=80) for B in (1, 8)),
+        *(compare_decode_attention(device, dtype, B, H, S, D=80) for B in (1, 8)),
         *(compare_gemv(device, dtype, form, 1, N, K) for N, K in shapes for form in WEIGHT_FORMS),
     ]
 

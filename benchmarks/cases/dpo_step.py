@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Inputs, Outputs, Work
 from benchmarks.harness.gpu import gpu_case
-from benchmarks.harness.models import random_model, twin
+from benchmarks.harness.models import PHI2, TINY, random_model, twin
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPreference
 from phi2.data.records import PAIR, Origin
@@ -32,10 +32,15 @@ from phi2.training.scoring import score_answers
 LORA = LoraConfig(r=16)
 
 
-@gpu_case("training_step", 10, "LoRA DPO of Phi-2 over 4 and 16 pairs: reference, forward and backward pass")
-def training_step(device: torch.device) -> list[Comparison]:
+@gpu_case(
+    "training_step",
+    turns=10,
+    summary="LoRA DPO of Phi-2 over 4 and 16 pairs: reference, forward and backward pass",
+    tiny=dict(shape=TINY, answer=9),
+)
+def training_step(device: torch.device, shape: Phi2Config = PHI2, answer: int = 256) -> list[Comparison]:
     """At the recipe's 4 pairs, and at 16: the four micro-batches of its window in one pass."""
-    return [compare_dpo_step(device, torch.bfloat16, Phi2Config(), pairs, answer=256) for pairs in (4, 16)]
+    return [compare_dpo_step(device, torch.bfloat16, shape, pairs, answer) for pairs in (4, 16)]
 
 
 def compare_dpo_step(

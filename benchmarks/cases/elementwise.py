@@ -23,14 +23,21 @@ from phi2_kernels.rotary import rotary, rotary_angles
 EPS = 1e-5
 
 
-@gpu_case("elementwise", turns=50, summary="layer_norm, gelu and rotary with their gradients, over 8192 tokens")
-def elementwise(device: torch.device) -> list[Comparison]:
-    dtype, N = torch.bfloat16, 8192
+@gpu_case(
+    "elementwise",
+    turns=50,
+    summary="layer_norm, gelu and rotary with their gradients, over 8192 tokens",
+    tiny=dict(B=1, T=9, H=2, C=48, F=96),
+)
+def elementwise(
+    device: torch.device, B: int = 4, T: int = 2048, H: int = 32, C: int = 2560, F: int = 10240
+) -> list[Comparison]:
+    dtype, N = torch.bfloat16, B * T
     return [
-        compare_layer_norm(device, dtype, N, C=2560, trainable=False),
-        compare_layer_norm(device, dtype, N, C=2560, trainable=True),
-        compare_gelu(device, dtype, N, F=10240),
-        compare_rotary(device, dtype, B=4, T=2048, H=32, D=80, R=32),
+        compare_layer_norm(device, dtype, N, C, trainable=False),
+        compare_layer_norm(device, dtype, N, C, trainable=True),
+        compare_gelu(device, dtype, N, F),
+        compare_rotary(device, dtype, B, T, H, D=80, R=32),
     ]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.cases import attention, block
 from benchmarks.harness.comparison import Comparison, Implementation, Inputs, Outputs, of_function
 from benchmarks.harness.gpu import gpu_case
+from benchmarks.harness.models import PHI2, TINY
 from phi2.config import Phi2Config
 from phi2.data.encode import EncodedPreference, EncodedSequence
 from phi2.data.records import PAIR
@@ -38,12 +39,23 @@ class Pair(NamedTuple):
     rejected: int
 
 
-@gpu_case("prefix_sharing", 20, "packed pairs, 16384 tokens unshared, with shared prompts against without")
-def prefix_sharing(device: torch.device) -> list[Comparison]:
-    layout = Layout(sample_pairs(16384), device)
+@gpu_case(
+    "prefix_sharing",
+    turns=20,
+    summary="packed pairs, 16384 tokens unshared, with shared prompts against without",
+    tiny=dict(dtype=torch.float32, pairs=[Pair(5, 3, 4), Pair(2, 4, 1)], config=TINY),
+)
+def prefix_sharing(
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    pairs: list[Pair] | None = None,
+    config: Phi2Config = PHI2,
+) -> list[Comparison]:
+    """Of pairs of random lengths, unless they are given."""
+    layout = Layout(pairs or sample_pairs(16384), device)
     return [
-        compare_attention(layout, torch.bfloat16, H=32, D=80),
-        *(compare_block(layout, torch.bfloat16, Phi2Config(), rank) for rank in (16, 0)),
+        compare_attention(layout, dtype, config.num_attention_heads, config.head_dim),
+        *(compare_block(layout, dtype, config, rank) for rank in (16, 0)),
     ]
 
 

@@ -8,6 +8,7 @@ Dims: V vocabulary, C hidden, F mlp.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -18,7 +19,7 @@ from benchmarks.cases.block import implementation
 from benchmarks.harness import comparison
 from benchmarks.harness.comparison import ROUNDING, Comparison, Implementation, Outputs, Work
 from benchmarks.harness.gpu import gpu_case
-from benchmarks.harness.models import random_model, twin
+from benchmarks.harness.models import PHI2, TINY, random_model, twin
 from phi2.cache import KVCache, PackedPass
 from phi2.config import Phi2Config
 from phi2.inference import step
@@ -32,9 +33,14 @@ BEFORE = (1, 2)  # tokens before the one that is compared: our step is launched 
 ROOM = 1024  # tokens that calls may add
 
 
-@gpu_case("decode_step", turns=100, summary="one token of the whole of Phi-2 behind 1024 others")
-def decode_step(device: torch.device) -> list[Comparison]:
-    return [compare_step(device, torch.bfloat16, Phi2Config(), 1024, format) for format in BITS]
+@gpu_case(
+    "decode_step",
+    turns=100,
+    summary="one token of the whole of Phi-2 behind 1024 others",
+    tiny=dict(config=TINY, context=5),
+)
+def decode_step(device: torch.device, config: Phi2Config = PHI2, context: int = 1024) -> list[Comparison]:
+    return [compare_step(device, torch.bfloat16, config, context, format) for format in BITS]
 
 
 def compare_step(
@@ -116,8 +122,16 @@ def going_on(step: Callable[[Tensor], Tensor], device: torch.device) -> Implemen
 def recorded(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:
     if format:
         quantize_model(model, format)
-    step = RecordedStep(model, cache, rows=1)
-    return going_on(lambda ids: step(model, ids, [0]), model.device)
+    one = RecordedStep(model, cache, rows=1)
+    on_gpu = step.can_record(model.device)
+    with nullcontext() if on_gpu else mock.patch.object(step, "record", launched_again):
+        return going_on(lambda ids: one(model, ids, [0]), model.device)
+
+
+def launched_again(launch: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """In the place of a recording, where nothing can be recorded: the same calls once more, into the same memory."""
+    result = launch().clone()
+    return lambda: result.copy_(launch()), result
 
 
 def recorded_as_written(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:

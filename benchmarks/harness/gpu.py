@@ -6,7 +6,7 @@ What passed the gate is timed in turns, one call each, so that a clock that drop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,14 +37,28 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def gpu_case(name: str, turns: int, summary: str) -> Callable[[Callable[[torch.device], list[Comparison]]], Any]:
-    """Registers what makes the comparisons of a case, given the GPU."""
+def gpu_case(
+    name: str, turns: int, summary: str, tiny: Mapping[str, Any]
+) -> Callable[[Callable[..., list[Comparison]]], Any]:
+    """Registers what makes the comparisons of a case, given the GPU.
 
-    def register(make: Callable[[torch.device], list[Comparison]]):
-        case(name, turns, summary)(lambda turns: report(make(device()), turns))
+    Args:
+        tiny: sizes in place of those that it has by default, for `benchmarks.run --tiny`: the gate alone, of the same
+            comparisons, where kernels are interpreted if there is no GPU.
+    """
+
+    def register(make: Callable[..., list[Comparison]]):
+        case(name, turns, summary, lambda: report_of_gate(make(any_device(), **tiny)))(
+            lambda turns: report(make(device()), turns)
+        )
         return make
 
     return register
+
+
+def any_device() -> torch.device:
+    """The GPU, or the CPU where there is none: what runs there means something, but not how fast."""
+    return device() if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Rates(NamedTuple):
@@ -144,6 +158,21 @@ def report(comparisons: list[Comparison], turns: int, facts: Cells | None = None
     return Report(
         versions(*PACKAGES), f"all outputs within {error:.1e} of their size of the reference", measures, facts, table
     )
+
+
+def report_of_gate(comparisons: list[Comparison]) -> Report:
+    """Gate of each comparison, and who passed it.
+
+    Raises:
+        GateError: when ours is wrong in one.
+    """
+    error, facts = 0.0, {}
+    for each in comparisons:
+        passed = gate(each)
+        error = max(error, passed.errors[OURS])
+        facts[each.name] = ", ".join(passed.implementations)
+        facts |= {f"{each.name}, without {name}": reason for name, reason in passed.absent.items()}
+    return Report(versions(*PACKAGES), f"all outputs within {error:.1e} of their size of the reference", [], facts)
 
 
 def _speeds(comparison: Comparison, times: dict[str, list[float]]) -> list[Measure]:

@@ -20,6 +20,12 @@ MEDIUM = Phi2Config(  # 105 M parameters, Phi-2's head dim and vocabulary
     hidden_size=640, intermediate_size=2560, num_hidden_layers=8, num_attention_heads=8, resid_pdrop=0.0
 )
 
+PHI2 = Phi2Config()  # 2.78 billion
+TINY = Phi2Config(  # Phi-2's head dim, and sizes that an interpreter is quick with
+    vocab_size=120, hidden_size=160, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=64, eos_token_id=0, bos_token_id=0,
+)  # fmt: skip
+
 
 def shared_folder() -> Path:
     """The folder of real tokenizers and data.

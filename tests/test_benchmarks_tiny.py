@@ -1,0 +1,68 @@
+"""Whatever wants a GPU runs on tiny shapes without one: its gate, all peers that a CPU has, and no result."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.registry import CASES, Case, GateError, Report
+
+NOT_ON_A_CPU = ("Liger", "SDPA cuDNN", "SDPA mem-efficient", "FlexAttention")
+TINY = [name for name, case in CASES.items() if case.tiny]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_case_runs_on_tiny_shapes_and_keeps_no_result(name, results, capsys):
+    assert run.main(["--case", name, "--tiny"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}: {CASES[name].summary}\n  gate green: ")
+    assert said.endswith("\n  tiny shapes: times, if there are any, mean nothing; no result is kept\n")
+    assert not results.exists()
+    if not torch.cuda.is_available():
+        missing = re.findall(r"(?m)^  [^:\n]*, without ([^:\n]+): ", said)
+        assert [each for each in missing if not each.startswith(NOT_ON_A_CPU)] == []
+
+
+def test_a_red_gate_is_told_on_tiny_shapes_too(results, monkeypatch, capsys):
+    def red() -> Report:
+        raise GateError("output is off")
+
+    monkeypatch.setitem(CASES, "toy", Case(lambda turns: None, 1, "a toy", red))
+    assert run.main(["--case", "toy", "--tiny"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == "toy: no number: output is off\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "dpo_step_vs_trl"], "--tiny: dpo_step_vs_trl has no tiny shapes; those that have: "),
+        (["--case", "head", "--turns", "3"], "--tiny measures nothing, so it takes no --turns"),
+        ([], "--tiny needs a --case"),
+    ],
+)
+def test_what_tiny_would_ignore_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run.main([*arguments, "--tiny"])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_command_without_a_gpu_interprets_the_kernels():
+    own = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.run", "--case", "elementwise", "--tiny"]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "gelu: ours, eager" in done.stdout, done.stderr
