@@ -15,7 +15,7 @@ export OUT=${OUT:-$(mktemp -d)}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}  # one for all steps, torch.compile's too, and for the next visit
 python=${PYTHON:-python3}
 
-all="tests training_step decode_step decode_ops attention_forward_backward attention_forward head block prefix_sharing elementwise"
+all="tests training_step decode_step decode_ops attention_forward_backward attention_forward attention_as_sm80 attention_packed head block prefix_sharing elementwise"
 limit=525 steps=$*
 case $steps in
   "") steps=$all ;;

@@ -14,7 +14,7 @@ import torch
 from benchmarks import run
 from benchmarks.registry import CASES, Case, GateError, Report
 
-NOT_ON_A_CPU = ("Liger", "SDPA cuDNN", "SDPA mem-efficient", "FlexAttention")
+NOT_ON_A_CPU = ("Liger", "SDPA cuDNN", "SDPA mem-efficient", "FlexAttention", "varlen_attn")
 TINY = [name for name, case in CASES.items() if case.tiny]
 
 
