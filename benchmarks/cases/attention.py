@@ -203,23 +203,34 @@ BACKWARD = Call(  # while one of its kernels has another launch, the others run 
     dict.fromkeys(("do", "q", "k", "v", "o", "dq", "dk", "dv"), HEADS) | dict(lse="B H S:float32"),
     also=DOCUMENTS | dict(ends="B S 2:int32=S"),
 )
-# Candidates: block_m queries, block_n keys, warps, stages. With 16 rows a warp, shared memory binds; with 32, registers
-# do. No tile has warps that would do the same work twice. Forward and dq are shipped with one block_m: they change
-# together.
+# Candidates: block_m queries, block_n keys, warps, stages; then tma and maxnreg. With 16 rows a warp, shared memory
+# binds; with 32, registers do. No tile has warps that would do the same work twice. Forward and dq are shipped with one
+# block_m: they change together. With tma a thread keeps 20 to 60 registers fewer, so that a multiprocessor holds two
+# programs of 8 warps forward. Triton 3.6 to 3.9 specialise no warps of these loops: asked to, they do nothing with 8
+# warps and fail with 4.
 TILES = {
     "forward": {
         80: [(128, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3)],
-        90: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)],
+        90: [
+            (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3),
+            (128, 128, 8, 2, True), (128, 64, 8, 3, True, 128), (64, 64, 4, 3, True),
+        ],
     },
     "dkdv": {
         80: [(32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)],
-        90: [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
+        90: [
+            (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2),
+            (64, 128, 8, 2, True), (64, 128, 8, 3, True),
+        ],
     },
     "dq": {
         80: [(128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)],
-        90: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+        90: [
+            (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2),
+            (128, 64, 8, 2, True), (64, 64, 4, 2, True),
+        ],
     },
-}
+}  # fmt: skip
 CALLS = {"forward": FORWARD, "dkdv": BACKWARD, "dq": BACKWARD}
 ENTRIES = {
     f"attention_{key}": Entry("attention_tiles_triton", key, f"attention {key}", TILES[key], (call,))

@@ -19,12 +19,19 @@ from phi2_kernels.visibility import Tables, Visibility
 
 
 class AttentionLaunch(NamedTuple):
-    """A kernel's tile, BLOCK_M queries by BLOCK_N keys, and how it is laid on the machine."""
+    """A kernel's tile, BLOCK_M queries by BLOCK_N keys, and how it is laid on the machine.
+
+    Attributes:
+        tma: Hopper's copy engine fetches the tiles of a loop, so that no thread keeps an address of them.
+        maxnreg: registers of a thread at most; None is what the compiler likes best.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    maxnreg: int | None = None
 
 
 # By architecture. Forward and dq read one table of key ranges, so their block_m is equal.
@@ -67,6 +74,11 @@ def first_column(pieces, i):
     return sum(pieces[:i])
 
 
+@triton.constexpr_function
+def columns_of(pieces):
+    return sum(pieces)
+
+
 @triton.jit
 def load_rows(ptr, stride, rows, mask, PIECES: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
     """Rows of a head as one [BLOCK, piece] tile per piece; rows that are masked are 0."""
@@ -82,6 +94,32 @@ def load_rows(ptr, stride, rows, mask, PIECES: tl.constexpr, MASKED: tl.constexp
             tile = tile.to(tl.float32)
         tiles = tiles + (tile,)
     return tiles
+
+
+@triton.jit
+def rows_of(x, tiles, b, h, N, PIECES: tl.constexpr):
+    """What `read_rows` reads: head h of batch row b of a `Strided` of N rows, or of the `descriptors_of` it."""
+    if tiles is None:
+        return head_at(x, b, h), x.strides[2]
+    else:
+        return tiles, (b * N).to(tl.int32), h.to(tl.int32) * columns_of(PIECES)
+
+
+@triton.jit
+def read_rows(source, begin, rows, inside, PIECES: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+    """The rows `begin + rows` of a head, as `load_rows`. Descriptors read rows that are not inside, too."""
+    if len(source) == 2:
+        ptr, stride = source
+        return load_rows(ptr + begin.to(tl.int64) * stride, stride, rows, inside, PIECES, MASKED, UPCAST)
+    else:
+        tiles, first_row, first = source
+        read = ()
+        for i in tl.static_range(len(PIECES)):
+            tile = tiles[i].load([first_row + begin, first + first_column(PIECES, i)])
+            if UPCAST:
+                tile = tile.to(tl.float32)
+            read = read + (tile,)
+        return read
 
 
 @triton.jit
@@ -198,6 +236,22 @@ def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
     return (LAUNCH[arch] | (NARROW.get(arch, {}) if x.shape[-1] <= 64 else {}))[kernel]
 
 
+def descriptors_of(x: Tensor, block: int, launch: AttentionLaunch) -> tuple[Any, ...] | None:
+    """x (B, H, N, D) as the copy engine sees it, a matrix (B N, H D): tiles of `block` rows, a size for each piece.
+
+    None where the launch does without, or where x is no such matrix with rows at multiples of 16 bytes.
+    """
+    if not launch.tma:
+        return None
+    B, H, N, D = x.shape
+    is_matrix = x.stride(1) == D and (B == 1 or x.stride(0) == N * x.stride(2))
+    if not is_matrix or x.data_ptr() % 16 or x.stride(2) * x.element_size() % 16:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return tuple(TensorDescriptor(x, [B * N, H * D], [x.stride(2), 1], [block, columns]) for columns in pieces_of(D))
+
+
 def tables_of(visibility: Visibility, q: Tensor) -> Tables:
     """The tables of the kernels' own block sizes; of q the device, dtype and head dim count."""
     ranges = visibility.key_ranges(launch_of("forward", q).block_m)
@@ -215,5 +269,6 @@ def options(launch: AttentionLaunch, q: Tensor, k: Tensor) -> dict[str, Any]:
         "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter multiplies its bits as integers
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "maxnreg": launch.maxnreg,
         "enable_fp_fusion": True,
     }
