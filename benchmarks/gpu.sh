@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What wants a GPU, in order of worth, each step in processes of its own:
-#     benchmarks/gpu.sh                      the tests of the kernels and every case: within 9 minutes on 16 cores
+#     benchmarks/gpu.sh                      the tests of the kernels and the cases: within 9 minutes on 16 cores
 #     benchmarks/gpu.sh quick                the tests and what a user waits for: within 4 minutes
 #     benchmarks/gpu.sh tests head block     some of it
+#     benchmarks/gpu.sh training_step        not part of everything: a step without trl around it and the optimizer
 #     benchmarks/gpu.sh tune                 not part of everything: which launch of attention and gemv is fastest
 # It may be killed at any moment: results.txt and results.jsonl in $OUT (default: a new folder) tell each test, each
 # measurement and each step as it ends (benchmarks/stream.py), output.txt has all that was printed. Exit code 1 when
@@ -15,15 +16,25 @@ export OUT=${OUT:-$(mktemp -d)}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}  # one for all steps, torch.compile's too, and for the next visit
 python=${PYTHON:-python3}
 
-all="tests training_step decode_step decode_ops attention_forward_backward attention_forward attention_as_sm80 attention_packed head block prefix_sharing elementwise"
+all="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers gpu_sft_step_vs_trl decode_step attention_forward_backward
+attention_forward attention_as_sm80 attention_packed head block decode_ops prefix_sharing elementwise"
 limit=525 steps=$*
 case $steps in
   "") steps=$all ;;
-  quick) limit=225 steps="tests training_step decode_step attention_forward_backward" ;;
+  quick) limit=225 steps="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers" ;;
 esac
 limit=${LIMIT:-$limit}
 
-weight() { case $1 in tests) echo 8 ;; training_step | block | decode_step | tune) echo 3 ;; *) echo 2 ;; esac }
+weight() {
+  case $1 in
+    tests) echo 9 ;;
+    gpu_dpo_step_vs_trl) echo 7 ;;  # it starts both libraries twice
+    gpu_decode_vs_transformers) echo 5 ;;
+    gpu_sft_step_vs_trl) echo 4 ;;
+    training_step | block | decode_step | tune) echo 3 ;;
+    *) echo 2 ;;
+  esac
+}
 
 # A test that hangs ends its worker, and another worker takes its place.
 flags=(-q -p benchmarks.stream)

@@ -89,7 +89,7 @@ class Case(NamedTuple):
     """A case: `run(turns)` measures that many repetitions.
 
     Attributes:
-        tiny: what wants a GPU or a large model, on tiny shapes wherever it is: its gate, and times that mean nothing.
+        tiny: what wants a GPU or a large model, on tiny shapes wherever it is: its gate counts, and its times do not.
     """
 
     run: Callable[[int], Report]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pytest
 
+    from benchmarks.registry import Measure
+
 LENGTH = 300  # of a line that somebody else wrote
 
 
@@ -53,6 +55,13 @@ def task_measured(rows: list[dict], absent: dict[str, str]) -> None:
         f"without {name} ({why})" for name, why in absent.items()
     ]
     tell(f"  {rows[0]['task']}: {', '.join(said)}", task=rows[0]["task"], sides=rows, absent=absent)
+
+
+def measured(name: str, measures: list[Measure]) -> None:
+    """Tells of what was measured on both sides, of a part of a case."""
+    said = [f"{m.name} {m.ours.median:.3f} {m.unit}, theirs {m.theirs.median:.3f}" for m in measures]
+    ratios = {m.name: round(m.ratio, 4) for m in measures}
+    tell(f"  {'; '.join(said)}", task=name, ratios=ratios)
 
 
 def step_ended(name: str, seconds: int, code: int, output: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.cases import training
-from benchmarks.harness.processes import WARM_UP, compare
+from benchmarks.cases import bfloat16
+from benchmarks.harness import trainers
+from benchmarks.harness.processes import WARM_UP, compare, compare_all
 from benchmarks.registry import CASES, Case, GateError, Measure, Report, Spread
 
 WORKERS = """
@@ -78,6 +79,11 @@ def test_two_that_differ_end_without_a_number(workers):
         compare(workers.wrong, workers.slow, 0, turns=1, tolerance={"loss": 1e-3})
 
 
+def test_each_of_several_is_held_to_ours(workers):
+    with pytest.raises(GateError, match="turn 1: loss differs by 9.9e-03 of its size"):
+        compare_all(workers.fast, [workers.fast, workers.wrong], 0, turns=1, tolerance={"loss": 1e-3})
+
+
 def test_one_that_fails_is_named(workers):
     with pytest.raises(ChildProcessError, match="broken ended before its turn"):
         compare(workers.broken, workers.slow, 0, turns=1, tolerance={"loss": 1e-3})
@@ -111,6 +117,17 @@ def test_a_red_gate_prints_no_number_and_fails(results, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out == "" and said.err == "toy: no number: turn 1: loss differs\n"
     assert not results.exists()
+
+
+@pytest.mark.parametrize(("flags", "is_measured"), [({"avx2", "avx512_bf16"}, True), ({"avx2"}, False)])
+def test_bfloat16_is_measured_where_the_cpu_has_it(flags, is_measured, results, monkeypatch, capsys):
+    monkeypatch.setattr(bfloat16, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(bfloat16, "report_of", lambda *_: report_of(EVEN, EVEN))
+    monkeypatch.setattr(bfloat16, "instruct_tokenizer", lambda: None)
+    monkeypatch.setattr(bfloat16, "real_records", lambda kind: None)
+    assert run.main(["--case", "dpo_step_bf16_vs_fp32"]) == (0 if is_measured else 1)
+    needed = "it needs a CPU with one of amx_bf16, avx512_bf16, bf16, and this one has none"
+    assert (needed in capsys.readouterr().err) is not is_measured
 
 
 def test_without_the_real_data_it_says_what_is_needed(results, monkeypatch, capsys):
@@ -149,8 +166,8 @@ class Turns:
 def test_our_loop_takes_turns_one_for_each_update(kind, tiny_phi, pair_data, sft_data, tmp_path, monkeypatch):
     (tmp_path / "base").symlink_to(tiny_phi)
     (tmp_path / "rows.jsonl").symlink_to(pair_data if kind == "preference" else sft_data)
-    monkeypatch.setitem(training.LORA, "target_modules", ["q_proj"])
+    monkeypatch.setitem(trainers.LORA, "target_modules", ["q_proj"])
     turns = Turns()
     with pytest.raises(KeyboardInterrupt):
-        training.ours(turns, training.Job(kind, batch_size=2, gradient_checkpointing=False, folder=tmp_path))
+        trainers.ours(turns, trainers.Job(kind, tmp_path, batch_size=2))
     assert turns.told == ["start", "stop", {"loss", "grad_norm"}] * 2

@@ -29,7 +29,7 @@ def test_a_case_runs_on_tiny_shapes_and_keeps_no_result(name, results, capsys):
     assert run.main(["--case", name, "--tiny"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{name}: {CASES[name].summary}\n  gate green: ")
-    assert said.endswith("\n  tiny shapes: times, if there are any, mean nothing; no result is kept\n")
+    assert said.endswith("\n  tiny shapes: their times mean nothing, so none is told or kept\n")
     assert not results.exists()
     if not torch.cuda.is_available():
         missing = re.findall(r"(?m)^  [^:\n]*, without ([^:\n]+): ", said)
@@ -66,3 +66,10 @@ def test_a_command_without_a_gpu_interprets_the_kernels():
     command = [sys.executable, "-m", "benchmarks.run", "--case", "elementwise", "--tiny"]
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "gelu: ours, eager" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("steps", ["all", "limit=225 steps"])
+def test_a_visit_to_a_gpu_asks_for_cases_that_can_be_tried_without_one(steps):
+    script = Path(run.__file__).with_name("gpu.sh").read_text()
+    names = re.search(rf'{steps}="tests ([^"]+)"', script)[1].split()
+    assert len(names) > 1 and set(names) <= set(TINY)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi2.lora_config import LoraConfig
-from phi2.training import dpo, loop, objective, scoring, sft, two_phases
+from phi2.training import dpo, loop, objective, passes, scoring, sft, two_phases
 from phi2.training.passes import Passes, bytes_of_token
 from phi2.training.session import start
 
@@ -159,6 +159,69 @@ def test_counting_leaves_torchs_random_state_alone(dpo_config):
         before = torch.get_rng_state()
         bytes_of_token(model.train())
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def gpu_memory(monkeypatch):
+    """The CPU says that it has so many bytes free, and an optimizer that needs none: gpu_memory(bytes)."""
+
+    def free(size: float) -> None:
+        monkeypatch.setattr(passes, "has_own_memory", lambda device: True)
+        monkeypatch.setattr(passes, "free_bytes", lambda device: int(size))
+
+    return free
+
+
+def need_of_longest(config) -> tuple[int, float]:
+    """Tokens of the longest row, and the bytes that training it certainly takes."""
+    session = start(config)
+    longest = max(row.tokens for row in session.rows.train)
+    with session.policy(config) as model:
+        return longest, longest * passes.held_bytes_of_token(model)[0] + passes.optimizer_bytes(model)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_a_device_without_the_memory_for_the_longest_row_is_told_before_any_work(
+    kind, dpo_config, sft_config, gpu_memory, monkeypatch
+):
+    config, module = (dpo_config(), dpo) if kind == "dpo" else (sft_config(), sft)
+    longest, need = need_of_longest(config)
+    gpu_memory(need - 1)
+    monkeypatch.setattr(module, "updates_of", None)
+    monkeypatch.setattr(dpo, "make_reference", None)
+    told = rf" row \d+ has {longest} tokens, and the free memory of cpu holds a pass of {longest - 1} at most: "
+    with pytest.raises(ValueError, match=told + "set a lower max_length .*, gradient_checkpointing: true") as caught:
+        module.train(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_may_fit_is_tried(dpo_config, gpu_memory):
+    """All of the free memory is just what the row holds: estimates of what else it takes refuse nothing."""
+    config = dpo_config(max_steps=1)
+    gpu_memory(need_of_longest(config)[1] + 1)
+    assert (dpo.train(config).path / "adapter").is_dir()
+
+
+def test_what_is_set_already_is_no_advice(dpo_config, gpu_memory):
+    gpu_memory(1)
+    with pytest.raises(ValueError, match="holds a pass of 0 at most: set a lower max_length") as caught:
+        dpo.train(dpo_config(gradient_checkpointing=True))
+    assert "gradient_checkpointing" not in str(caught.value)
+
+
+def test_memory_that_does_not_hold_the_passes_that_count_holds_no_row(dpo_config, gpu_memory, monkeypatch):
+    def runs_out(model, tokens):
+        raise torch.OutOfMemoryError("too much")
+
+    gpu_memory(10**9)
+    monkeypatch.setattr(passes, "_kept_bytes", runs_out)
+    with pytest.raises(ValueError, match="holds a pass of 0 at most"):
+        dpo.train(dpo_config())
+
+
+def test_a_max_tokens_per_pass_of_ones_own_tries_any_row(dpo_config, gpu_memory):
+    gpu_memory(1)
+    assert (dpo.train(dpo_config(max_steps=1, max_tokens_per_pass=500)).path / "adapter").is_dir()
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from benchmarks.harness.models import save_random, shared_folder
+from benchmarks.harness.models import initialized, save, shared_folder
 from benchmarks.harness.processes import Timer, compare
 from benchmarks.registry import Report, case, versions
 from phi2.config import Phi2Config
@@ -44,7 +44,7 @@ def compare_answers(
     with TemporaryDirectory() as name:
         folder = resolve("nano") if shots else Path(name)
         if not shots:
-            save_random(RANDOM, folder)
+            save(initialized(RANDOM), folder)
         job = Job(folder, tasks, samples, shots, batch_size)
         result = compare(ours, theirs, job, turns, TOLERANCE)
     return Report(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.models import MEDIUM, random_model, save_random, twin
+from benchmarks.harness.models import MEDIUM, initialized, random_model, save, twin
 from benchmarks.harness.processes import Timer, compare
 from benchmarks.registry import Report, case, versions
 from phi2.cache import KVCache, PackedPass
@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 def compare_generating(turns: int, prompt_tokens: int, new_tokens: int) -> Report:
     with TemporaryDirectory() as folder:
-        _, tokenizer = save_random(MEDIUM, Path(folder), endless=True)
+        tokenizer = save(initialized(MEDIUM), Path(folder), endless=True)
         prompt = tokenizer.decode(tokenizer.encode(WORDS * prompt_tokens)[:prompt_tokens])
         job = Job(Path(folder), prompt, new_tokens)
         result = compare(ours, transformers_generate, job, turns, {"token_ids": 0.0, "logprobs": 1e-4})

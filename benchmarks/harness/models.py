@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ TINY = Phi2Config(  # Phi-2's head dim, and sizes that an interpreter is quick w
     max_position_embeddings=64, eos_token_id=0, bos_token_id=0,
 )  # fmt: skip
 
+TINY_WITH_TEXT = replace(  # that goes with nano's tokenizer, and has no dropout
+    TINY, vocab_size=512, max_position_embeddings=512, bos_token_id=509, eos_token_id=509, resid_pdrop=0.0
+)
+
 
 def shared_folder() -> Path:
     """The folder of real tokenizers and data.
@@ -42,20 +47,29 @@ def shared_folder() -> Path:
     return folder
 
 
-def save_random(config: Phi2Config, folder: Path, endless: bool = False) -> tuple[Phi2ForCausalLM, Tokenizer]:
-    """Writes a random model with the tokenizer of phi-2-instruct; it says no id that has no token.
+def initialized(config: Phi2Config) -> Phi2ForCausalLM:
+    """A model as training from nothing starts it, float32 on the CPU."""
+    model = Phi2ForCausalLM(config)
+    model.init_weights(seed=0)
+    return model
+
+
+def save(model: Phi2ForCausalLM, folder: Path, endless: bool = False) -> Tokenizer:
+    """Writes a model with the tokenizer of phi-2-instruct; it says no id that has no token.
 
     Args:
         endless: it never ends a reply either.
     """
-    tokenizer = Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
-    model = Phi2ForCausalLM(config)
-    model.init_weights(seed=0)
-    silence(model, range(len(tokenizer), config.vocab_size))
+    tokenizer = instruct_tokenizer()
+    silence(model, range(len(tokenizer), model.config.vocab_size))
     if endless:
         silence(model, tokenizer.stop_ids)
     save_pretrained(model, tokenizer, folder)
-    return model, tokenizer
+    return tokenizer
+
+
+def instruct_tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(shared_folder() / "tokenizer" / "phi-2-instruct")
 
 
 @torch.no_grad()

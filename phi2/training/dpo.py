@@ -27,6 +27,8 @@ from phi2.training.loop import Updates, Watch, updates_of
 from phi2.training.moving_reference import MovingReference
 from phi2.training.needs import require_both_labels, require_neighbours, rows_for, tell_unused
 from phi2.training.objective import Objective
+from phi2.training.passes import require_memory
+from phi2.training.precision import autocast
 from phi2.training.reference import make_reference, other_reference
 from phi2.training.scoring import mismatched
 from phi2.training.session import Session, require_fit, start
@@ -64,6 +66,8 @@ def fit(session: Session[EncodedPreference], config: DPOConfig, watch: Watch | N
         others = others_to_score(config, loss, windows, total, rows, held_out)
         seen = Joined(rows, held_out, others)
         require_fit(config, model, tokenizer, seen)
+        with autocast(config):
+            require_memory(config, model, seen)
         require_dropout(config, model)
         scored = Joined(rows.take(windows.until(total)), held_out, others)
         reference = None if loss.reference_free else make_reference(session, config, model, checkpoint, scored)

@@ -93,7 +93,7 @@ def passes_of(config: TrainingConfig, model: Phi2ForCausalLM, rows: Sequence[Enc
         ValueError: for a number of tokens that does not hold the longest row.
     """
     if config.max_tokens_per_pass == AUTO:
-        return Passes(fitting_tokens(model) if model.device.type == "cuda" else CPU_TOKENS)
+        return Passes(fitting_tokens(model) if has_own_memory(model.device) else CPU_TOKENS)
     longest = largest(rows, "tokens")
     if longest.tokens > int(config.max_tokens_per_pass):
         raise ValueError(
@@ -119,20 +119,66 @@ def rewind_of(device: torch.device) -> Callable[[], None]:
 
 def fitting_tokens(model: Phi2ForCausalLM) -> int:
     """How many tokens of a pass the free memory of the model's GPU holds beside what training adds to it."""
-    free, _ = torch.cuda.mem_get_info(model.device)
-    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    left = SHARE * (free + unused) - 12 * trained - HEAD_BYTES  # a gradient and AdamW's two moments, in float32
+    left = SHARE * free_bytes(model.device) - optimizer_bytes(model) - HEAD_BYTES
     return max(1, int(left / bytes_of_token(model)))
 
 
+def require_memory(config: TrainingConfig, model: Phi2ForCausalLM, rows: Sequence[Encoded]) -> None:
+    """Refuses a row that a pass of its own cannot hold: what it keeps is more than all of the GPU's free memory.
+
+    What a pass needs beside that is an estimate, so a row that may fit is tried. With a max_tokens_per_pass of one's
+    own, any row is.
+
+    Raises:
+        ValueError: naming the longest row, and what would fit.
+    """
+    if config.max_tokens_per_pass != AUTO or not has_own_memory(model.device):
+        return
+    longest, room = largest(rows, "tokens"), free_bytes(model.device) - optimizer_bytes(model)
+    try:
+        fits = max(0, int(room / held_bytes_of_token(model)[0]))
+    except torch.OutOfMemoryError:  # not even the passes that count
+        fits = 0
+    if longest.tokens > fits:
+        held = f"the free memory of {model.device} holds a pass of {fits} at most"
+        recompute = "" if config.gradient_checkpointing else ", gradient_checkpointing: true"
+        raise ValueError(
+            f"{longest.origin} has {longest.tokens} tokens, and {held}: set a lower max_length (for packing: wrapped,"
+            f" packing_length){recompute}, or a max_tokens_per_pass that holds the row, to try it all the same"
+        )
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a pass is limited by the memory of the device, which says how much of it is free."""
+    return device.type == "cuda"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, with what torch has taken of it and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def optimizer_bytes(model: Phi2ForCausalLM) -> int:
+    """A gradient and AdamW's two moments of all that is trained, in float32."""
+    return 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def bytes_of_token(model: Phi2ForCausalLM) -> float:
-    """Memory of one more token of a pass: what is kept of it for the backward pass, and what one block works with.
+    """Memory of one more token of a pass: what it holds for the backward pass, and what one block works with.
 
-        kept + 2 kept / L without activation checkpointing; with it, L inputs of blocks and 3 / L of kept without it
+    Gradients of what a block has kept stand beside its own working memory.
+    """
+    held, of_block = held_bytes_of_token(model)
+    return held + 2 * of_block
 
-    What is kept is counted on the model, since it depends on its adapters, dropout, dtype and kernels. Gradients of
-    what a block has kept stand beside its own working memory.
+
+def held_bytes_of_token(model: Phi2ForCausalLM) -> tuple[float, float]:
+    """Memory that one more token certainly holds when its backward pass begins, and how much of it one block keeps.
+
+        kept without activation checkpointing; with it, L inputs of blocks, and what is kept of the block made again
+
+    What is kept is counted on the model, since it depends on its adapters, dropout, dtype and kernels.
     """
     blocks, training = model.config.num_hidden_layers, model.training
     checkpointing = model.model.activation_checkpointing
@@ -140,8 +186,8 @@ def bytes_of_token(model: Phi2ForCausalLM) -> float:
     kept = kept_bytes_of_token(model)
     model.train(training).model.activation_checkpointing = checkpointing
     if not checkpointing:
-        return kept * (1 + 2 / blocks)
-    return blocks * model.config.hidden_size * model.dtype.itemsize + kept * 3 / blocks
+        return kept, kept / blocks
+    return blocks * model.config.hidden_size * model.dtype.itemsize + kept / blocks, kept / blocks
 
 
 def kept_bytes_of_token(model: Phi2ForCausalLM) -> float:

@@ -25,7 +25,7 @@ from phi2.training.config import SFTConfig
 from phi2.training.loop import updates_of
 from phi2.training.optim import Optimizer
 from phi2.training.packing import TokenRow, best_fit, row_of_sequences, wrapped
-from phi2.training.passes import Cut
+from phi2.training.passes import Cut, require_memory
 from phi2.training.precision import autocast
 from phi2.training.session import Session, require_fit, start
 from phi2.training.window import total_steps, windows_of
@@ -72,6 +72,8 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Run:
     with session.policy(config, checkpoint) as model:
         seen = Joined(samples.rows, eval_rows)
         require_fit(config, model, tokenizer, seen)
+        with autocast(config):
+            require_memory(config, model, seen)
         with updates_of(config, model, tokenizer, windows, seen, checkpoint, "sft") as updates:
             model.train()
             cut = updates.passes.cut
