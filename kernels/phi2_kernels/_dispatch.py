@@ -20,7 +20,7 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 default_impl = os.environ.get("PHI2_IMPL", "auto")  # what "auto" stands for
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_LAZY = {"triton": "triton", "tl": "triton.language"}
+_LAZY = {"triton": "triton", "tl": "triton.language", "tensor_descriptor": "triton.tools.tensor_descriptor"}
 _HAS_TRITON = find_spec("triton") is not None  # here: torch.compile of torch 2.11 traces no search
 
 

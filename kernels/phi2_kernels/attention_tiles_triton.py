@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, tensor_descriptor, tl, triton
 from phi2_kernels.visibility import Tables, Visibility
 
 
@@ -247,9 +247,8 @@ def descriptors_of(x: Tensor, block: int, launch: AttentionLaunch) -> tuple[Any,
     is_matrix = x.stride(1) == D and (B == 1 or x.stride(0) == N * x.stride(2))
     if not is_matrix or x.data_ptr() % 16 or x.stride(2) * x.element_size() % 16:
         return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return tuple(TensorDescriptor(x, [B * N, H * D], [x.stride(2), 1], [block, columns]) for columns in pieces_of(D))
+    descriptor = tensor_descriptor.TensorDescriptor
+    return tuple(descriptor(x, [B * N, H * D], [x.stride(2), 1], [block, columns]) for columns in pieces_of(D))
 
 
 def tables_of(visibility: Visibility, q: Tensor) -> Tables:
