@@ -17,7 +17,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}  # one for all st
 python=${PYTHON:-python3}
 
 all="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers gpu_sft_step_vs_trl decode_step attention_forward_backward
-attention_forward head block decode_ops prefix_sharing elementwise"
+attention_forward attention_as_sm80 attention_packed head block decode_ops prefix_sharing elementwise"
 limit=525 steps=$*
 case $steps in
   "") steps=$all ;;

@@ -16,7 +16,7 @@ from benchmarks import run, stream
 from benchmarks.harness import processes
 from benchmarks.registry import CASES, Case, GateError, Measure, Report
 
-NOT_ON_A_CPU = ("Liger", "SDPA cuDNN", "SDPA mem-efficient", "FlexAttention")
+NOT_ON_A_CPU = ("Liger", "SDPA cuDNN", "SDPA mem-efficient", "FlexAttention", "varlen_attn")
 TINY = [name for name, case in CASES.items() if case.tiny]
 
 

@@ -111,7 +111,7 @@ def compiler(monkeypatch, tmp_path) -> None:
 
     def compiled(jobs):
         stacks = [0] * (len(jobs) - 1) + [64]
-        return [[Row("gelu forward", "", name, arch, 4, 64, stack, 0, 0, True, [], 0)]
+        return [[Row("gelu forward", "", name, arch, f"sm_{arch}", 4, 64, stack, 0, 0, True, [], 0)]
                 for (arch, name, _), stack in zip(jobs, stacks, strict=True)]  # fmt: skip
 
     monkeypatch.setattr(aot, "compiled", compiled)

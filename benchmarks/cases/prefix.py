@@ -102,13 +102,16 @@ class Layout:
 
     def beside(self, shared: Comparison, unshared: Implementation, dim: int) -> Comparison:
         """What is compared on the shared row, with the same on the unshared row as its peer; tokens are in `dim`."""
-        peer = replace(
+        name = "without sharing"
+        return replace(shared, peers={name: lambda: self.of_copies(unshared, dim)}, targets={name: 1.4})
+
+    def of_copies(self, unshared: Implementation, dim: int) -> Implementation:
+        """What computes the unshared row, given inputs of the shared row and giving outputs of it."""
+        return replace(
             unshared,
             prepare=partial(self.spread_out, dim),
             finish=lambda outputs: unshared.finish(self.folded(dim, outputs)),
         )
-        name = "without sharing"
-        return replace(shared, peers={name: lambda: peer}, targets={name: 1.4})
 
     def spread_out(self, dim: int, *inputs: Tensor) -> Inputs:
         """Inputs of the unshared row. The last one is the gradient of the output: only a token's first copy gets it."""

@@ -10,6 +10,7 @@ Triton's cache keeps what it compiled: a launch is compiled once, whoever asks.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class Row:
     Attributes:
         launch: the tile, and what is switched on.
         form: one of `spec.FORMS`, or the entry that it is a candidate of.
+        target: what its PTX is for.
         registers, stack: of a thread; the stack is in bytes, and so is the shared memory of a program.
         copies: instructions that copy from global to shared memory past the registers, of the loop with the fewest.
         is_written_behind: every loop that reads and writes does so with a barrier between.
@@ -56,6 +58,7 @@ class Row:
     launch: str
     form: str
     arch: int
+    target: str
     warps: int
     registers: int
     stack: int
@@ -182,6 +185,7 @@ def _row(kernel, compiled, constants: dict, code: Code, form: str, arch: int) ->
         launch=_launch(types, constants),
         form=form,
         arch=arch,
+        target=re.search(r"\.target (\w+)", compiled.asm["ptx"])[1],
         warps=warps,
         registers=code.registers,
         stack=code.stack,

@@ -25,6 +25,7 @@ from benchmarks.harness.comparison import Outputs
 
 SHIPPED = "shipped"  # what Phi-2 launches in half precision
 ALSO_SHIPPED, OTHER_WIDTHS = "64 dims, float32", "other widths"  # of heads
+AS_SM80 = "sm_80"  # what an A100 launches, whatever the architecture
 PADDED, UNALIGNED, UNORDERED = "padded", "unaligned", "unordered"  # must not pass
 ARCHITECTURES = (80, 90)
 FAKE = torch.device("meta")  # of tensors that are only compiled for

@@ -19,7 +19,7 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 default_impl = os.environ.get("PHI2_IMPL", "auto")  # what "auto" stands for
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_LAZY = {"triton": "triton", "tl": "triton.language"}
+_LAZY = {"triton": "triton", "tl": "triton.language", "tensor_descriptor": "triton.tools.tensor_descriptor"}
 _HAS_TRITON = find_spec("triton") is not None  # here: torch.compile of torch 2.11 traces no search
 
 
@@ -54,6 +54,11 @@ def use_triton(impl: str, x: Tensor, unsupported_reason: Callable[[], str] = str
     if reason and impl == "triton":
         raise ValueError(f"impl='triton' cannot run: {reason}")
     return not reason
+
+
+def is_auto(impl: str) -> bool:
+    """Whether neither the caller nor PHI2_IMPL named an implementation, so that an op may choose among several."""
+    return impl == default_impl == "auto"
 
 
 def _unsupported_tensor(x: Tensor) -> str:

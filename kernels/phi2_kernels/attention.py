@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from phi2_kernels._dispatch import use_triton
+from phi2_kernels import attention_cudnn
+from phi2_kernels._dispatch import is_auto, use_triton
 from phi2_kernels.decode_attention import decode_attention, unsupported_head_dim
 from phi2_kernels.visibility import Visibility
 
@@ -52,7 +53,8 @@ def attention(
         k, v: (B, H_kv, S, D); H must be a multiple of H_kv. Query head h reads key-value head h // (H / H_kv).
         visibility: which keys each query sees.
         dropout: probability of dropping an attention weight.
-        impl: see `use_triton`; "torch" is its fused kernels.
+        impl: see `use_triton`; "torch" is its fused kernels, "triton" ours. "auto" takes cuDNN's forward pass in place
+            of ours where `attention_cudnn.py` says so.
     Returns:
         (B, H, T, D) in the dtype of q.
     Raises:
@@ -62,7 +64,7 @@ def attention(
     if visibility.queries == 1 and not dropout and not has_gradient:
         return decode_attention(q, k, v, until=visibility.until, impl=impl)
     if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, visibility, dropout)):
-        return _attention_on_triton(q, k, v, visibility)[0]
+        return _attention_by_kernels(q, k, v, visibility, impl)[0]
     if visibility.until is not None and visibility.queries == visibility.keys:
         return _attention_by_calls(q, k, v, visibility, dropout)
     mask = None if visibility.is_causal else visibility.mask
@@ -83,16 +85,16 @@ def attention_with_lse(
         ValueError: when Triton was named and cannot run.
     """
     if use_triton(impl, q, lambda: _unsupported_reason(q, k, v, visibility, 0.0)):
-        return _attention_on_triton(q, k, v, visibility)
+        return _attention_by_kernels(q, k, v, visibility, impl)
     with torch.no_grad():
         lse = _scores_ref(q, k, visibility).logsumexp(dim=-1)
     return attention(q, k, v, visibility, impl="torch"), lse
 
 
-def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
+def _attention_by_kernels(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, impl: str) -> tuple[Tensor, Tensor]:
     from phi2_kernels.attention_tiles_triton import tables_of
 
-    return _attention(q, k, v, *tables_of(visibility, q))
+    return _attention(q, k, v, *tables_of(visibility, q), is_auto(impl))
 
 
 def _unsupported_reason(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, dropout: float) -> str:
@@ -140,11 +142,20 @@ def _new_lse(q: Tensor) -> Tensor:
 
 @custom_op("phi2::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, until: Tensor | None, key_ranges: Tensor | None, query_ends: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """o (B, H, T, D) and lse (B, H, T) float32, which carries no gradient. The tables are those of `Visibility`."""
+    q: Tensor, k: Tensor, v: Tensor,
+    until: Tensor | None, key_ranges: Tensor | None, query_ends: Tensor | None, auto: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o (B, H, T, D) and lse (B, H, T) float32, which carries no gradient.
+
+    Args:
+        until, key_ranges, query_ends: the tables of `Visibility`.
+        auto: the forward pass may be cuDNN's.
+    """
     from phi2_kernels import attention_forward_triton
 
+    if auto and attention_cudnn.is_chosen(q, k, v, until):
+        o, lse = attention_cudnn.forward(q, k, v)
+        return o.transpose(1, 2).contiguous().transpose(1, 2), lse
     o, lse = _heads_last(q), _new_lse(q)
     attention_forward_triton.forward(q, k, v, o, lse, until, key_ranges)
     return o, lse
@@ -164,7 +175,7 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _(q, k, v, until, key_ranges, query_ends):
+def _(q, k, v, until, key_ranges, query_ends, auto):
     return _heads_last(q), _new_lse(q)
 
 
@@ -174,13 +185,13 @@ def _(do, q, k, v, o, lse, until, key_ranges, query_ends):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, *tables = inputs
+    q, k, v, *tables, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, *tables)
 
 
 def _backward(ctx, do: Tensor, _) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(do, *ctx.saved_tensors), None, None, None
+    return *_attention_backward(do, *ctx.saved_tensors), None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -21,12 +21,15 @@ from phi2_kernels._dispatch import cdiv, on_its_device, power_of_2, tl, triton
 from phi2_kernels.attention_tiles_triton import (
     LOG2E,
     add_product,
+    descriptors_of,
     head_at,
     inner,
     key_ranges,
     launch_of,
     load_rows,
     options,
+    read_rows,
+    rows_of,
     scaled,
     seen,
     seen_keys,
@@ -59,7 +62,7 @@ def _delta_kernel(
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, keys, until, scale_log2, ranges,
+    dk, dv, k, v, q_rows, do_rows, lse_ptr, delta_ptr, keys, until, scale_log2, ranges,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Walks over ranges of queries. Scores are transposed, so that no p or ds ever has to be."""
@@ -67,7 +70,7 @@ def _dkdv_loop(
     for i in range(tiles_in(ranges, BLOCK_M, MASKED)):
         begin, end = tile_at(i, ranges, BLOCK_M, MASKED)
         inside = begin + rows < end
-        q = load_rows(q_ptr + begin.to(tl.int64) * q_stride, q_stride, rows, inside, PIECES, MASKED, UPCAST)
+        q = read_rows(q_rows, begin, rows, inside, PIECES, MASKED, UPCAST)
         p = tl.exp2(inner(k, q, PRECISION) * scale_log2 - _load_row(lse_ptr + begin, rows, inside, MASKED) * LOG2E)
         if MASKED:
             own = None
@@ -76,7 +79,7 @@ def _dkdv_loop(
             p = tl.where(
                 seen(rows[None, :], (keys - begin)[:, None], own) & inside[None, :], p, 0.0
             )  # [BLOCK_N, BLOCK_M]
-        do = load_rows(do_ptr + begin.to(tl.int64) * do_stride, do_stride, rows, inside, PIECES, MASKED, UPCAST)
+        do = read_rows(do_rows, begin, rows, inside, PIECES, MASKED, UPCAST)
         dv = add_product(dv, p.to(do[0].dtype), do, PRECISION)
         ds = p * (inner(v, do, PRECISION) - _load_row(delta_ptr + begin, rows, inside, MASKED))
         dk = add_product(dk, ds.to(q[0].dtype), q, PRECISION)
@@ -112,7 +115,7 @@ def _query_ranges(table_ptr, first_key, offset, T, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _dkdv_kernel(
-    q, k, v, do, lse_ptr, delta_ptr, dk, dv, until_ptr, ends_ptr, H_kv, T, S, scale,
+    q, k, v, do, lse_ptr, delta_ptr, dk, dv, until_ptr, ends_ptr, q_tiles, do_tiles, H_kv, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -132,20 +135,19 @@ def _dkdv_kernel(
     k_tiles = load_rows(k_ptr, k.strides[2], rows, exists, PIECES, True, UPCAST)
     v_tiles = load_rows(v_ptr, v.strides[2], rows, exists, PIECES, True, UPCAST)
     dk_tiles, dv_tiles = zero_tiles(BLOCK_N, PIECES), zero_tiles(BLOCK_N, PIECES)
-    q_ptr, do_ptr = head_at(q, b, h * GROUP), head_at(do, b, h * GROUP)
     lse_ptr += (b * H_kv + h) * GROUP * T
     delta_ptr += (b * H_kv + h) * GROUP * T
-    for _ in range(GROUP):  # the query heads of a group, one after another
+    for i in range(GROUP):  # the query heads of a group, one after another
+        q_rows = rows_of(q, q_tiles, b, h * GROUP + i, T, PIECES)
+        do_rows = rows_of(do, do_tiles, b, h * GROUP + i, T, PIECES)
         dk_tiles, dv_tiles = _dkdv_loop(
-            dk_tiles, dv_tiles, k_tiles, v_tiles, q_ptr, do_ptr, lse_ptr, delta_ptr, q.strides[2], do.strides[2],
+            dk_tiles, dv_tiles, k_tiles, v_tiles, q_rows, do_rows, lse_ptr, delta_ptr,
             keys, until, scale * LOG2E, (before, behind), True, BLOCK_M, PIECES, PRECISION, UPCAST,
         )  # fmt: skip
         dk_tiles, dv_tiles = _dkdv_loop(
-            dk_tiles, dv_tiles, k_tiles, v_tiles, q_ptr, do_ptr, lse_ptr, delta_ptr, q.strides[2], do.strides[2],
+            dk_tiles, dv_tiles, k_tiles, v_tiles, q_rows, do_rows, lse_ptr, delta_ptr,
             keys, until, scale * LOG2E, (whole, whole), False, BLOCK_M, PIECES, PRECISION, UPCAST,
         )  # fmt: skip
-        q_ptr += q.strides[1]
-        do_ptr += do.strides[1]
         lse_ptr += T
         delta_ptr += T
     dk_ptr = head_at(dk, b, h) + row.to(tl.int64) * dk.strides[2]
@@ -156,7 +158,7 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse, delta, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, ranges,
+    dq, q, do, lse, delta, k_rows, v_rows, until_ptr, queries, scale_log2, ranges,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Walks over ranges of keys, as `_forward_loop` does."""
@@ -165,8 +167,8 @@ def _dq_loop(
     for i in range(tiles_in(ranges, BLOCK_N, TWO)):
         begin, end = tile_at(i, ranges, BLOCK_N, TWO)
         inside = begin + rows < end
-        k = load_rows(k_ptr + begin.to(tl.int64) * k_stride, k_stride, rows, inside, PIECES, MASKED, UPCAST)
-        v = load_rows(v_ptr + begin.to(tl.int64) * v_stride, v_stride, rows, inside, PIECES, MASKED, UPCAST)
+        k = read_rows(k_rows, begin, rows, inside, PIECES, MASKED, UPCAST)
+        v = read_rows(v_rows, begin, rows, inside, PIECES, MASKED, UPCAST)
         p = tl.exp2(inner(q, k, PRECISION) * scale_log2 - (lse * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         if MASKED:
             p = tl.where(seen_keys(queries, rows, begin, inside, until_ptr), p, 0.0)
@@ -177,7 +179,7 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _dq_kernel(
-    q, k, v, do, lse_ptr, delta_ptr, dq, until_ptr, ranges_ptr, H, T, S, scale,
+    q, k, v, do, lse_ptr, delta_ptr, dq, until_ptr, ranges_ptr, k_tiles, v_tiles, H, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +190,7 @@ def _dq_kernel(
     exists = row + rows < T
     q_ptr = head_at(q, b, h) + row.to(tl.int64) * q.strides[2]
     do_ptr = head_at(do, b, h) + row.to(tl.int64) * do.strides[2]
-    k_ptr, v_ptr = head_at(k, b, h // GROUP), head_at(v, b, h // GROUP)
+    k_rows, v_rows = rows_of(k, k_tiles, b, h // GROUP, S, PIECES), rows_of(v, v_tiles, b, h // GROUP, S, PIECES)
     if until_ptr is not None:
         until_ptr += b * S
         ranges_ptr += (b * tl.num_programs(0) + block) * 6
@@ -200,11 +202,11 @@ def _dq_kernel(
     queries = S - T + row + rows
     dq_tiles = zero_tiles(BLOCK_M, PIECES)
     dq_tiles = _dq_loop(
-        dq_tiles, q_tiles, do_tiles, lse, delta, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries,
+        dq_tiles, q_tiles, do_tiles, lse, delta, k_rows, v_rows, until_ptr, queries,
         scale * LOG2E, (whole1, whole2), False, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
     dq_tiles = _dq_loop(
-        dq_tiles, q_tiles, do_tiles, lse, delta, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries,
+        dq_tiles, q_tiles, do_tiles, lse, delta, k_rows, v_rows, until_ptr, queries,
         scale * LOG2E, (masked1, masked2), True, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
     dq_ptr = head_at(dq, b, h) + row.to(tl.int64) * dq.strides[2]
@@ -236,12 +238,14 @@ def backward(
         strided(o), strided(do), delta, H, T, **blocks, num_warps=4, enable_fp_fusion=True
     )
     launch = launch_of("dkdv", q)
+    tiles = (descriptors_of(x, launch.block_m, launch) for x in (q, do))
     _dkdv_kernel[cdiv(S, launch.block_n), B * H_kv](
-        *map(strided, (q, k, v, do)), lse, delta, strided(dk), strided(dv), until, ends, H_kv, T, S, D**-0.5,
+        *map(strided, (q, k, v, do)), lse, delta, strided(dk), strided(dv), until, ends, *tiles, H_kv, T, S, D**-0.5,
         **options(launch, q, k),
     )  # fmt: skip
     launch = launch_of("dq", q)
+    tiles = (descriptors_of(x, launch.block_n, launch) for x in (k, v))
     _dq_kernel[cdiv(T, launch.block_m), B * H](
-        *map(strided, (q, k, v, do)), lse, delta, strided(dq), until, ranges, H, T, S, D**-0.5,
+        *map(strided, (q, k, v, do)), lse, delta, strided(dq), until, ranges, *tiles, H, T, S, D**-0.5,
         **options(launch, q, k),
     )  # fmt: skip

@@ -18,12 +18,15 @@ from phi2_kernels.attention_tiles_triton import (
     LOG2E,
     LOWEST,
     add_product,
+    descriptors_of,
     head_at,
     inner,
     key_ranges,
     launch_of,
     load_rows,
     options,
+    read_rows,
+    rows_of,
     scaled,
     seen_keys,
     store_rows,
@@ -36,7 +39,7 @@ from phi2_kernels.strided import strided
 
 @triton.jit
 def _forward_loop(
-    row_max, row_sum, acc, q, k_ptr, v_ptr, until_ptr, k_stride, v_stride, queries, scale_log2, ranges,
+    row_max, row_sum, acc, q, k_rows, v_rows, until_ptr, queries, scale_log2, ranges,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Walks over two ranges of keys. row_max: largest score so far, in log2; row_sum: of exp; acc: weighted values."""
@@ -45,7 +48,7 @@ def _forward_loop(
     for i in range(tiles_in(ranges, BLOCK_N, TWO)):
         begin, end = tile_at(i, ranges, BLOCK_N, TWO)
         inside = begin + rows < end
-        k = load_rows(k_ptr + begin.to(tl.int64) * k_stride, k_stride, rows, inside, PIECES, MASKED, UPCAST)
+        k = read_rows(k_rows, begin, rows, inside, PIECES, MASKED, UPCAST)
         s = inner(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             s = tl.where(seen_keys(queries, rows, begin, inside, until_ptr), s, float("-inf"))
@@ -53,7 +56,7 @@ def _forward_loop(
         p = tl.exp2(s * scale_log2 - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
-        v = load_rows(v_ptr + begin.to(tl.int64) * v_stride, v_stride, rows, inside, PIECES, MASKED, UPCAST)
+        v = read_rows(v_rows, begin, rows, inside, PIECES, MASKED, UPCAST)
         acc = add_product(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, PRECISION)
         row_max = new_max
     return row_max, row_sum, acc
@@ -61,7 +64,7 @@ def _forward_loop(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _forward_kernel(
-    q, k, v, o, lse_ptr, until_ptr, ranges_ptr, H, T, S, scale,
+    q, k, v, o, lse_ptr, until_ptr, ranges_ptr, k_tiles, v_tiles, H, T, S, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +74,7 @@ def _forward_kernel(
     rows = tl.arange(0, BLOCK_M)
     exists = row + rows < T
     q_ptr = head_at(q, b, h) + row.to(tl.int64) * q.strides[2]
-    k_ptr, v_ptr = head_at(k, b, h // GROUP), head_at(v, b, h // GROUP)
+    k_rows, v_rows = rows_of(k, k_tiles, b, h // GROUP, S, PIECES), rows_of(v, v_tiles, b, h // GROUP, S, PIECES)
     if until_ptr is not None:
         until_ptr += b * S
         ranges_ptr += (b * tl.num_programs(0) + block) * 6
@@ -82,11 +85,11 @@ def _forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = zero_tiles(BLOCK_M, PIECES)
     row_max, row_sum, acc = _forward_loop(
-        row_max, row_sum, acc, q_tiles, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries, scale * LOG2E,
+        row_max, row_sum, acc, q_tiles, k_rows, v_rows, until_ptr, queries, scale * LOG2E,
         (whole1, whole2), False, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
     row_max, row_sum, acc = _forward_loop(
-        row_max, row_sum, acc, q_tiles, k_ptr, v_ptr, until_ptr, k.strides[2], v.strides[2], queries, scale * LOG2E,
+        row_max, row_sum, acc, q_tiles, k_rows, v_rows, until_ptr, queries, scale * LOG2E,
         (masked1, masked2), True, BLOCK_N, PIECES, PRECISION, UPCAST,
     )  # fmt: skip
     saw = row_sum > 0
@@ -112,6 +115,7 @@ def forward(
     if q.numel() == 0:
         return
     launch = launch_of("forward", q)
+    tiles = (descriptors_of(x, launch.block_n, launch) for x in (k, v))
     _forward_kernel[cdiv(T, launch.block_m), B * H](
-        *map(strided, (q, k, v, o)), lse, until, ranges, H, T, k.shape[2], D**-0.5, **options(launch, q, k)
+        *map(strided, (q, k, v, o)), lse, until, ranges, *tiles, H, T, k.shape[2], D**-0.5, **options(launch, q, k)
     )

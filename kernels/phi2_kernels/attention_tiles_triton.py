@@ -9,6 +9,7 @@ Tiles that every query of the block sees whole are in a loop of their own, which
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,19 @@ from phi2_kernels.visibility import Tables, Visibility
 
 
 class AttentionLaunch(NamedTuple):
-    """A kernel's tile, BLOCK_M queries by BLOCK_N keys, and how it is laid on the machine."""
+    """A kernel's tile, BLOCK_M queries by BLOCK_N keys, and how it is laid on the machine.
+
+    Attributes:
+        tma: Hopper's copy engine fetches the tiles of a loop, so that no thread keeps an address of them.
+        maxnreg: registers of a thread at most; None is what the compiler likes best.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    maxnreg: int | None = None
 
 
 # By architecture. Forward and dq read one table of key ranges, so their block_m is equal.
@@ -52,6 +60,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the largest score of none: -inf - -inf would be NaN
 
 
+@cache
 def pieces_of(D: int) -> tuple[int, ...]:
     """The powers of two that sum up to a head dim, the largest first."""
     return tuple(1 << bit for bit in reversed(range(D.bit_length())) if D >> bit & 1)
@@ -65,6 +74,11 @@ def piece(pieces, i):
 @triton.constexpr_function
 def first_column(pieces, i):
     return sum(pieces[:i])
+
+
+@triton.constexpr_function
+def columns_of(pieces):
+    return sum(pieces)
 
 
 @triton.jit
@@ -82,6 +96,32 @@ def load_rows(ptr, stride, rows, mask, PIECES: tl.constexpr, MASKED: tl.constexp
             tile = tile.to(tl.float32)
         tiles = tiles + (tile,)
     return tiles
+
+
+@triton.jit
+def rows_of(x, tiles, b, h, N, PIECES: tl.constexpr):
+    """What `read_rows` reads: head h of batch row b of a `Strided` of N rows, or of the `descriptors_of` it."""
+    if tiles is None:
+        return head_at(x, b, h), x.strides[2]
+    else:
+        return tiles, (b * N).to(tl.int32), h.to(tl.int32) * columns_of(PIECES)
+
+
+@triton.jit
+def read_rows(source, begin, rows, inside, PIECES: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+    """The rows `begin + rows` of a head, as `load_rows`. Descriptors read rows that are not inside, too."""
+    if len(source) == 2:
+        ptr, stride = source
+        return load_rows(ptr + begin.to(tl.int64) * stride, stride, rows, inside, PIECES, MASKED, UPCAST)
+    else:
+        tiles, first_row, first = source
+        read = ()
+        for i in tl.static_range(len(PIECES)):
+            tile = tiles[i].load([first_row + begin, first + first_column(PIECES, i)])
+            if UPCAST:
+                tile = tile.to(tl.float32)
+            read = read + (tile,)
+        return read
 
 
 @triton.jit
@@ -195,7 +235,8 @@ def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
     if x.dtype == torch.float32:
         return FLOAT32[kernel]
     arch = architecture(x.device)
-    return (LAUNCH[arch] | (NARROW.get(arch, {}) if x.shape[-1] <= 64 else {}))[kernel]
+    narrow = NARROW.get(arch, {}) if x.shape[-1] <= 64 else {}
+    return narrow.get(kernel, LAUNCH[arch][kernel])
 
 
 def tables_of(visibility: Visibility, q: Tensor) -> Tables:
@@ -205,15 +246,22 @@ def tables_of(visibility: Visibility, q: Tensor) -> Tables:
 
 
 def options(launch: AttentionLaunch, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """What the three big kernels have in common. Float32 is multiplied as torch multiplies it, exactly by default."""
+    """What the three big kernels have in common."""
     return {
         "GROUP": q.shape[1] // k.shape[1],
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "PIECES": pieces_of(q.shape[-1]),
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "PRECISION": _precision_of(q),
         "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter multiplies its bits as integers
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "maxnreg": launch.maxnreg,
         "enable_fp_fusion": True,
     }
+
+
+def _precision_of(q: Tensor) -> str:
+    """Float32 is multiplied as torch multiplies it, exactly by default; for others it means nothing."""
+    takes_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if takes_tf32 else "ieee"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from phi2_kernels import (
     attention_backward_triton,
+    attention_cudnn,
     attention_forward_triton,
     gelu_triton,
     layer_norm_triton,
@@ -54,8 +55,16 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> None:
     rotary_triton.apply_rotary(x, cos, sin, inverse)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tables: Tables) -> Tensor:
-    """Writes o (B, H, T, D) and returns the logsumexp (B, H, T)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tables: Tables, *, auto: bool = False) -> Tensor:
+    """Writes o (B, H, T, D) and returns the logsumexp (B, H, T).
+
+    Args:
+        auto: it may be by cuDNN, where `attention_cudnn.py` says so.
+    """
+    if auto and attention_cudnn.is_chosen(q, k, v, tables.until):
+        attended, lse = attention_cudnn.forward(q, k, v)
+        o.copy_(attended)
+        return lse
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attention_forward_triton.forward(q, k, v, o, lse, tables.until, tables.key_ranges)
     return lse

@@ -16,12 +16,14 @@ from benchmarks.harness.aot import Row
 from benchmarks.harness.spec import (
     ALSO_SHIPPED,
     ARCHITECTURES,
+    AS_SM80,
     PADDED,
     SHIPPED,
     UNALIGNED,
     UNORDERED,
 )
 from benchmarks.registry import GateError
+from phi2_kernels.attention_tiles_triton import LAUNCH
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
 
@@ -90,6 +92,15 @@ def test_padding_80_dims_to_128_breaks_the_budget_of_multiply_adds(rows, arch, k
     padded, ours = (of(rows, form, arch, f"attention {kernel}") for form in (PADDED, SHIPPED))
     assert any("multiply-adds" in text for text in padded.violations)
     assert {5 * n for n in padded.multiply_adds} == {8 * n for n in ours.multiply_adds}
+
+
+def test_under_every_triton_an_a100s_attention_is_made_for_sm_90_out_of_its_own_ptx():
+    rows = {row.kernel: row for row in compiled((90, AS_SM80))}
+    assert rows.keys() == {*aot.TILED, "attention delta"} and {row.target for row in rows.values()} == {"sm_80"}
+    for kernel in aot.TILED:
+        row, launch = rows[kernel], LAUNCH[80][kernel.removeprefix("attention ")]
+        assert row.launch == f"d80 m{launch.block_m} n{launch.block_n}"
+        assert row.copies and set(row.multiply_adds) == {row.useful}  # cp.async, and matrix instructions of a warp
 
 
 def test_strides_that_nothing_is_known_of_lose_the_asynchronous_copies(rows, forward):
@@ -206,6 +217,6 @@ def test_matrix_instructions_of_ampere_are_of_one_warp_each():
     ],
 )
 def test_a_multiprocessor_holds_what_registers_memory_and_warps_allow(kernel, programs):
-    row = Row("gelu forward", "", SHIPPED, 80, **{"warps": 4, "shared": 0, **kernel}, stack=0,
+    row = Row("gelu forward", "", SHIPPED, 80, "sm_80", **{"warps": 4, "shared": 0, **kernel}, stack=0,
               copies=0, is_written_behind=True, multiply_adds=[], useful=0)  # fmt: skip
     assert row.programs == programs

@@ -89,11 +89,12 @@ def test_half_precision_is_within_its_rounding_of_the_formula(dtype):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("T", [1, 20])
-def test_results_over_disjoint_keys_are_joined_by_their_lse(impl, T):
-    q, k, v = (x[:, :, -n:] for x, n in zip(qkv(1, 48, H=4, H_kv=2), (T, 48, 48), strict=True))
-    whole = Visibility(T, 48, None, q.device)
-    first = Visibility(T, 48, torch.tensor([[48] * 17 + [0] * 31]).int(), q.device)
-    second = Visibility(T, 48, torch.tensor([[0] * 17 + [48] * 31]).int(), q.device)
+def test_results_over_disjoint_keys_are_joined_by_their_lse(impl, T, device):
+    q, k, v = (x[:, :, -n:].to(device) for x, n in zip(qkv(1, 48, H=4, H_kv=2), (T, 48, 48), strict=True))
+    whole, first, second = (
+        Visibility(T, 48, until and torch.tensor([until], device=device).int(), q.device)
+        for until in (None, [48] * 17 + [0] * 31, [0] * 17 + [48] * 31)
+    )
     (o1, lse1), (o2, lse2) = (attention_with_lse(q, k, v, part, impl=impl) for part in (first, second))
     o, lse = attention_with_lse(q, k, v, whole, impl=impl)
     joined = torch.logaddexp(lse1, lse2)

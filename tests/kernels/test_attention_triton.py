@@ -108,7 +108,10 @@ def test_blocks_need_not_be_square(M, N, rows, device, poison, monkeypatch):
         pytest.skip("a float32 tile of this size spills, and takes a minute to compile")
     launch = AttentionLaunch(M, N, num_warps=4, num_stages=1)
     monkeypatch.setattr(attention_tiles_triton, "FLOAT32", {"forward": launch, "dkdv": launch, "dq": launch})
-    check(*make_qkv(70, device=device), make_visibility(70, 70, *rows, device=device))
+    D = (
+        80 if device == "cpu" else 48
+    )  # a compiler takes half a minute and more for 80 exact dims; 48 are two tiles as well
+    check(*make_qkv(70, D=D, device=device), make_visibility(70, 70, *rows, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -340,7 +343,7 @@ def test_a_broken_kernel_is_caught(name, broken, device, monkeypatch):
 def test_the_op_keeps_torchs_rules(device):
     q, k, v = make_qkv(20, H=2, device=device)
     visibility = make_visibility(20, 20, [20] * 10 + [15] * 5 + [20] * 5, device=device)
-    torch.library.opcheck(_attention, (q, k, v, *tables(visibility, q)))
+    torch.library.opcheck(_attention, (q, k, v, *tables(visibility, q), True))
 
 
 @pytest.mark.parametrize("rows", [[], [LAYOUTS["prefix-shared pair"]]], ids=["causal", "pair"])
