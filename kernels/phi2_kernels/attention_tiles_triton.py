@@ -239,6 +239,21 @@ def launch_of(kernel: str, x: Tensor) -> AttentionLaunch:
     return narrow.get(kernel, LAUNCH[arch][kernel])
 
 
+def descriptors_of(x: Tensor, block: int, launch: AttentionLaunch) -> tuple[Any, ...] | None:
+    """x (B, H, N, D) as the copy engine sees it, a matrix (B N, H D): tiles of `block` rows, a size for each piece.
+
+    None where the launch does without, or where x is no such matrix with rows at multiples of 16 bytes.
+    """
+    if not launch.tma:
+        return None
+    B, H, N, D = x.shape
+    is_matrix = x.stride(1) == D and (B == 1 or x.stride(0) == N * x.stride(2))
+    if not is_matrix or x.data_ptr() % 16 or x.stride(2) * x.element_size() % 16:
+        return None
+    descriptor = tensor_descriptor.TensorDescriptor
+    return tuple(descriptor(x, [B * N, H * D], [x.stride(2), 1], [block, columns]) for columns in pieces_of(D))
+
+
 def tables_of(visibility: Visibility, q: Tensor) -> Tables:
     """The tables of the kernels' own block sizes; of q the device, dtype and head dim count."""
     ranges = visibility.key_ranges(launch_of("forward", q).block_m)
