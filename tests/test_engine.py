@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import phi2.inference.engine
+import phi2.inference.slots
 from phi2.config import Phi2Config
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine, Request, default_slots
@@ -88,7 +89,7 @@ def arrivals(draw):
 def test_a_reply_does_not_depend_on_who_stands_beside_it(events, slots, pass_tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phi2.inference.engine, "PASS_TOKENS", pass_tokens)
-        patch.setattr(phi2.inference.engine, "WORTH_WAITING", 4)
+        patch.setattr(phi2.inference.slots, "WORTH_WAITING", 4)
         engine, said, now = Engine(MODEL, CHOICES, slots=slots), {}, 0
         left = list(events)
         while left or not engine.is_idle:
