@@ -15,11 +15,11 @@ export OUT=${OUT:-$(mktemp -d)}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}  # one for all steps, torch.compile's too, and for the next visit
 python=${PYTHON:-python3}
 
-all="tests training_step decode_step decode_ops attention_forward_backward attention_forward head block prefix_sharing elementwise"
+all="tests training_step decode_loop decode_step decode_ops attention_forward_backward attention_forward head block prefix_sharing elementwise"
 limit=525 steps=$*
 case $steps in
   "") steps=$all ;;
-  quick) limit=225 steps="tests training_step decode_step attention_forward_backward" ;;
+  quick) limit=225 steps="tests training_step decode_loop decode_step attention_forward_backward" ;;
 esac
 limit=${LIMIT:-$limit}
 
@@ -32,7 +32,7 @@ case $("$python" -c "from importlib.util import find_spec as has; print(has('xdi
   "1 None") flags+=(-n 12) ;;
   "None 1") flags+=(--timeout=30) ;;
 esac
-read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py}"
+read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_run_ahead.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py}"
 
 command_of() {
   case $1 in

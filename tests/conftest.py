@@ -359,6 +359,7 @@ class Recording(TorchDispatchMode):
 
     Attributes:
         replays: how often it was replayed.
+        is_replaying: whether that is what happens now.
     """
 
     ASKING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -366,7 +367,7 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls = []
-        self.replays = 0
+        self.replays, self.is_replaying = 0, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function not in self.ASKING, f"{function} cannot be recorded"
@@ -376,13 +377,13 @@ class Recording(TorchDispatchMode):
 
     def replay(self) -> None:
         self.replays += 1
-        if self.replays == 1:
-            return
-        for function, args, kwargs, recorded in self.calls:
+        self.is_replaying = self.replays > 1
+        for function, args, kwargs, recorded in self.calls if self.is_replaying else ():
             again = function(*args, **kwargs)
             for memory, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
                 if isinstance(memory, torch.Tensor) and memory.data_ptr() != new.data_ptr():
                     memory.copy_(new)
+        self.is_replaying = False
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_the_hash_is_split_mix_64():
 
 @pytest.mark.parametrize("bits", [0, -1, -(2**63), 2**63 - 1])
 def test_no_hash_makes_noise_that_is_not_finite(bits, monkeypatch):
-    monkeypatch.setattr(phi2.inference.sampling, "_mix", lambda z: torch.full_like(z, bits))
+    monkeypatch.setattr(phi2.inference.sampling, "_mix_", lambda z: torch.full_like(z, bits))
     assert gumbel_noise(column(0), column(0), 3).isfinite().all()
 
 
@@ -181,7 +181,14 @@ MIXED = [
 ]
 
 
-def test_rows_of_any_settings_choose_together_what_each_chooses_alone():
+HOW = {
+    "all stages for all": lambda rows, logits, every, places: rows.choose(logits, every, Stages.of(MIXED), places),
+    "apart": lambda rows, logits, every, places: rows.choose_apart(logits, every, MIXED, places),
+}
+
+
+@pytest.mark.parametrize("choose_mixed", HOW.values(), ids=HOW)
+def test_rows_of_any_settings_choose_together_what_each_chooses_alone(choose_mixed):
     rows, every = rows_of(50, *MIXED, prompt=(1,)), list(range(len(MIXED)))
     alone = [rows_of(50, params, prompt=(1,)) for params in MIXED]
     for place in range(1, 7):  # what was said before counts too
@@ -191,7 +198,7 @@ def test_rows_of_any_settings_choose_together_what_each_chooses_alone():
             own.choose(logits[slot : slot + 1], [0], Stages.of([params]), places[:1]).item()
             for slot, (own, params) in enumerate(zip(alone, MIXED, strict=True))
         ]
-        assert rows.choose(logits, every, Stages.of(MIXED), places).tolist() == expected
+        assert choose_mixed(rows, logits, every, places).tolist() == expected
 
 
 @pytest.mark.parametrize("params", MIXED)

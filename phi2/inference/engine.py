@@ -182,9 +182,9 @@ class Engine:
 
     def _choose(self, slots: list[int], logits: Tensor, counts: dict[int, int]) -> list[Token]:
         """The next token of each of these slots from its logits; `counts` are the tokens of the pass that made them."""
-        stages = Stages.of(request.params for request in self._slots.requests(slots).values())
+        params = (request.params for request in self._slots.requests(slots).values())
         places = torch.tensor([self._slots[slot].count for slot in slots]).to(logits.device)
-        chosen = self._slots.rows.choose(logits, slots, stages, places)
+        chosen = self._slots.rows.choose_apart(logits, slots, params, places)
         return self._tokens(slots, told(logits, chosen).tolist(), logits, counts)
 
     # ---- recorded steps, one of them ahead of what has been read ----

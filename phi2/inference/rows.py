@@ -8,7 +8,7 @@ Dims: S tokens a slot of the cache has room for, V ids to choose from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -76,6 +76,20 @@ class Rows:
         """The first rows go on to the tokens that were chosen, (rows,); one whose slot is full is no longer active."""
         self.ids[:rows] = chosen
         self.at[:, :rows].add_(self.at[0, :rows] < self._spare)
+
+    def choose_apart(
+        self, logits: Tensor, slots: list[int], params: Iterable[SamplingParams], places: Tensor
+    ) -> Tensor:
+        """`choose`, rows that need the same stages together: none waits for what only another needs."""
+        alike: dict[Stages, list[int]] = {}
+        for row, own in enumerate(params):
+            alike.setdefault(Stages.of([own]), []).append(row)
+        if len(alike) == 1:
+            return self.choose(logits, slots, next(iter(alike)), places)
+        chosen = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
+        for stages, rows in alike.items():
+            chosen[rows] = self.choose(logits[rows], [slots[row] for row in rows], stages, places[rows])
+        return chosen
 
     def choose(self, logits: Tensor, slots: slice | list[int], stages: Stages, places: Tensor) -> Tensor:
         """The next token of each of some slots, (B,), which the repetition penalty counts as said from now on.

@@ -147,8 +147,9 @@ def draw(scores: Tensor, settings: Settings, places: Tensor) -> Tensor:
     The largest of score + Gumbel noise is such a draw. The largest score is taken off before, since noise that is added
     to thousands, as a low temperature makes them, would be rounded away.
     """
-    noise = gumbel_noise(settings.seed, places[:, None], scores.shape[-1]).masked_fill(settings.temperature == 0, 0.0)
-    return (scores - scores.amax(dim=-1, keepdim=True) + noise).argmax(dim=-1)
+    noise = gumbel_noise(settings.seed, places[:, None], scores.shape[-1])
+    noise.masked_fill_(settings.temperature == 0, 0.0)
+    return noise.add_(scores - scores.amax(dim=-1, keepdim=True)).argmax(dim=-1)
 
 
 def gumbel_noise(seeds: Tensor, places: Tensor, V: int) -> Tensor:
@@ -161,22 +162,22 @@ def gumbel_noise(seeds: Tensor, places: Tensor, V: int) -> Tensor:
         places: (B, 1) whole numbers.
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
-    begin = _mix(_mix(seeds + GOLDEN) + places.long() * GOLDEN)
+    begin = _mix_(_mix_(seeds + GOLDEN) + places.long() * GOLDEN)
     turns = torch.arange(1, V + 1, device=seeds.device) * GOLDEN
-    u = (_shifted(_mix(begin + turns), 8).float() + 0.5) * 2.0**-56
-    return -(-(-u.clamp(max=BELOW_1)).log1p()).log()
+    u = _shifted(_mix_(begin + turns), 8).float().add_(0.5).mul_(2.0**-56).clamp_(max=BELOW_1)
+    return u.neg_().log1p_().neg_().log_().neg_()
 
 
-def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's output for each state: every bit of it depends on every bit of z."""
-    z = (z ^ _shifted(z, 30)) * MIX[0]
-    z = (z ^ _shifted(z, 27)) * MIX[1]
-    return z ^ _shifted(z, 31)
+def _mix_(z: Tensor) -> Tensor:
+    """SplitMix64's output for each state, in its place: every bit of it depends on every bit of z."""
+    for bits, factor in zip((30, 27), MIX, strict=True):
+        z.bitwise_xor_(_shifted(z, bits)).mul_(factor)
+    return z.bitwise_xor_(_shifted(z, 31))
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
     """z >> bits of an int64 whose sign is a bit like the others."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def told(logits: Tensor, chosen: Tensor) -> Tensor:
