@@ -218,6 +218,14 @@ def test_every_request_is_answered_by_its_own_adapter(way, monkeypatch):
     assert len({tuple(t.token_id for t in said[request]) for request in requests[:3]}) == 3
 
 
+@pytest.mark.parametrize("how", [{}, dict(temperature=1.0, seed=3, top_p=0.95, repetition_penalty=1.2)])
+def test_a_reply_that_is_taken_up_in_the_middle_goes_on_as_it_did(way, how):
+    whole = Request([5, 6, 7], SamplingParams(max_new_tokens=20, **how))
+    tokens = [token.token_id for token in finish(Engine(MODEL, CHOICES), whole)[whole]]
+    rest = Request([5, 6, 7, *tokens[:8]], SamplingParams(max_new_tokens=12, **how))
+    assert [token.token_id for token in finish(Engine(MODEL, CHOICES), rest)[rest]] == tokens[8:]
+
+
 def test_an_adapter_never_goes_on_from_what_another_has_read():
     model = tiny_model()
     attach(model, LoraConfig(r=4))

@@ -216,7 +216,7 @@ def test_an_engine_is_as_new_after_logits_that_were_not_finite(way):
 
 
 def test_a_step_that_could_not_be_launched_loses_no_token(recordings, monkeypatch):
-    engine, asked = Engine(MODEL, CHOICES, slots=1), request(1, 2, new=12, **SAMPLED | {"repetition_penalty": 1.0})
+    engine, asked = Engine(MODEL, CHOICES, slots=1), request(1, 2, new=12, **SAMPLED)
     engine.add(asked)
     said = [*engine.step(), *engine.step(), *engine.step()]
 
@@ -269,15 +269,15 @@ def test_a_step_costs_the_host_one_copy_and_one_look_at_it(recordings, monkeypat
 @pytest.mark.parametrize("how", [{}, SAMPLED])
 def test_a_gpu_is_never_waited_for_but_for_what_a_step_told(how):
     model = tiny_model().cuda()
-    engine, asked = Engine(model, CHOICES, slots=2), [request(1, 2, new=30, **how), request(3, 4, 5, new=20, **how)]
-    said = {own: [] for own in asked}
+    engine, asked = Engine(model, CHOICES, slots=2), [request(1, 2, new=30, **how), request(3, 4, 5, new=30, **how)]
+    said: dict[Request, list[Token]] = {own: [] for own in asked}
     for own in asked:
         engine.add(own)
     try:
         while not engine.is_idle:
             for token in engine.step():
                 said[token.request].append(token)
-            torch.cuda.set_sync_debug_mode("error" if len(said[asked[0]]) > 4 else "default")
+            torch.cuda.set_sync_debug_mode("error" if len(said[asked[0]]) > 4 else "default")  # recorded by then
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [ids_of(said[own]) for own in asked] == [alone(own, model) for own in asked]

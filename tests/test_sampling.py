@@ -18,7 +18,7 @@ EVERY = Stages(draws=True, penalty=True, top_k=64, top_p=True, min_p=True)
 
 
 def of(*params: SamplingParams) -> tuple[Settings, Stages]:
-    return Settings.unpack(torch.stack([pack(p) for p in params])), Stages.of(params)
+    return Settings.unpack(torch.stack([pack(p) for p in params])), Stages.of_all(map(Stages.of, params))
 
 
 def column(*numbers: int) -> Tensor:
@@ -182,8 +182,8 @@ MIXED = [
 
 
 HOW = {
-    "all stages for all": lambda rows, logits, every, places: rows.choose(logits, every, Stages.of(MIXED), places),
-    "apart": lambda rows, logits, every, places: rows.choose_apart(logits, every, MIXED, places),
+    "all stages for all": lambda rows, logits, every, places: rows.choose(logits, every, rows.stages(every), places),
+    "apart": lambda rows, logits, every, places: rows.choose_apart(logits, every, places),
 }
 
 
@@ -195,8 +195,8 @@ def test_rows_of_any_settings_choose_together_what_each_chooses_alone(choose_mix
         logits = torch.randn(len(MIXED), 50, generator=torch.Generator().manual_seed(place))
         places = torch.full((len(MIXED),), place)
         expected = [
-            own.choose(logits[slot : slot + 1], [0], Stages.of([params]), places[:1]).item()
-            for slot, (own, params) in enumerate(zip(alone, MIXED, strict=True))
+            own.choose(logits[slot : slot + 1], [0], own.stages([0]), places[:1]).item()
+            for slot, own in enumerate(alone)
         ]
         assert choose_mixed(rows, logits, every, places).tolist() == expected
 
@@ -211,7 +211,7 @@ def test_the_stages_of_others_change_no_bit_of_a_row(params):
 
 
 def test_few_values_of_the_largest_top_k_are_told_apart():
-    ks = {Stages.of([SamplingParams(temperature=1.0, top_k=k), MIXED[1]]).top_k for k in range(33, 65)}
+    ks = {of(SamplingParams(temperature=1.0, top_k=k), MIXED[1])[1].top_k for k in range(33, 65)}
     assert ks == {64}
 
 
@@ -220,14 +220,15 @@ def test_ids_past_the_choices_are_never_taken(temperature):
     logits = torch.zeros(64, 20)
     logits[:, 12:] = 1e4
     params = [SamplingParams(temperature=temperature).of_row(row) for row in range(64)]
-    rows, stages = rows_of(12, *params), Stages.of(params)
+    rows = rows_of(12, *params)
+    stages = rows.stages(range(64))
     assert max(rows.choose(logits, slice(64), stages, torch.full((64,), i)).max().item() for i in range(20)) < 12
 
 
 def test_the_repetition_penalty_counts_prompt_and_reply():
     params = SamplingParams(repetition_penalty=2.0)
     rows, logits = rows_of(4, params, prompt=(1, 7)), torch.tensor([[1.0, 1.1, 0.9, 0.8]])  # 7 is no choice
-    said = [rows.choose(logits, [0], Stages.of([params]), torch.tensor([place])).item() for place in range(3)]
+    said = [rows.choose(logits, [0], Stages.of(params), torch.tensor([place])).item() for place in range(3)]
     assert said == [0, 2, 3]
 
 

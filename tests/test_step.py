@@ -83,7 +83,7 @@ def test_replays_equal_passes_that_the_host_counts(recordings, impl):
 
 def greedy_step(model: Phi2ForCausalLM, cache: KVCache, count: int) -> tuple[RecordedStep, Rows]:
     rows = Rows(count, cache.max_length, model.config.vocab_size, cache.keys.device)
-    return RecordedStep(model, cache, rows, count, Stages.of([SamplingParams()])), rows
+    return RecordedStep(model, cache, rows, count, Stages.of(SamplingParams())), rows
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_what_the_device_has_chosen_stays_where_other_rows_become_active():
 
 def test_a_row_that_is_not_active_says_nothing_that_counts():
     params = SamplingParams(repetition_penalty=2.0)
-    rows, stages, logits = Rows(2, 9, 3, torch.device("cpu")), Stages.of([params]), torch.tensor([[1.0, 0.9, 0.8]] * 2)
+    rows, stages, logits = Rows(2, 9, 3, torch.device("cpu")), Stages.of(params), torch.tensor([[1.0, 0.9, 0.8]] * 2)
     for slot in range(2):
         rows.occupy(slot, params, [2])
     assert rows.choose(logits, slice(2), stages, torch.tensor([5, 9 + 1])).tolist() == [0, 0]
@@ -227,6 +227,30 @@ def test_recorded_steps_serve_the_replies_that_follow(recordings, tiny_tokenizer
     again = [generate(model, tiny_tokenizer, prompt, max_new_tokens=12) for prompt in (PROMPTS[2], PROMPTS[1])]
     assert len(recordings) == count == 1
     assert again[1].token_ids == first.token_ids
+
+
+def test_a_stop_string_ends_a_recorded_reply_where_it_ends_any_other(recordings, tiny_tokenizer, monkeypatch):
+    model = tiny_model()
+    stop = str(generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=30))[6:8]
+    said = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, stop=stop)
+    never_record(monkeypatch)
+    plain = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, stop=stop)
+    assert [(row.text, row.token_ids, row.finish_reason) for row in said] == [
+        (row.text, row.token_ids, row.finish_reason) for row in plain
+    ]
+    assert said[1].finish_reason == "stop_string"
+
+
+def test_a_stream_that_is_closed_leaves_nothing_to_the_next_reply(recordings, tiny_tokenizer, monkeypatch):
+    model = tiny_model()
+    chunks = stream(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=30)
+    for _ in range(4):
+        next(chunks)
+    chunks.close()
+    said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+    never_record(monkeypatch)
+    assert said.token_ids == generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12).token_ids
+    assert len(recordings) == 1
 
 
 @pytest.mark.parametrize("change", ["trained", "moved", "adapter", "switched off"])

@@ -34,7 +34,7 @@ from phi2_kernels.weight_forms import quantize_int4, quantize_int8
 BITS = {None: (16, 16), "int8": (8, 8), "int4": (4 + 2 * 16 / GROUP, 8)}  # of a weight in the blocks, and in the head
 BEFORE = (1, 2)  # tokens before the one that is compared: our step is launched at the first, recorded at the second
 ROOM = 1024  # tokens that calls may add
-GREEDY = Stages.of([SamplingParams()])
+GREEDY = Stages.of(SamplingParams())
 
 
 @gpu_case("decode_step", turns=100, summary="one token of the whole of Phi-2 behind 1024 others")

@@ -182,19 +182,17 @@ class Engine:
 
     def _choose(self, slots: list[int], logits: Tensor, counts: dict[int, int]) -> list[Token]:
         """The next token of each of these slots from its logits; `counts` are the tokens of the pass that made them."""
-        params = (request.params for request in self._slots.requests(slots).values())
         places = torch.tensor([self._slots[slot].count for slot in slots]).to(logits.device)
-        chosen = self._slots.rows.choose_apart(logits, slots, params, places)
+        chosen = self._slots.rows.choose_apart(logits, slots, places)
         return self._tokens(slots, told(logits, chosen).tolist(), logits, counts)
 
     # ---- recorded steps, one of them ahead of what has been read ----
 
     def _decode_ahead(self, slots: list[int]) -> list[Token]:
         """The tokens of the step that is under way, or else of a new one; before they are read, the next one starts."""
-        flight = self._flight or self._launch(slots)
-        self._flight = None
-        if following := self._following(slots):
-            self._flight = self._launch(following, ahead=1)
+        self._flight = flight = self._flight or self._launch(slots)
+        following = self._following(slots)
+        self._flight = self._launch(following, ahead=1) if following else None
         return self._land(flight)
 
     def _launch(self, slots: list[int], ahead: int = 0) -> _Flight:
@@ -205,7 +203,7 @@ class Engine:
         if expected != (requests, places):
             ids = None if ahead else {slot: self._slots.ids[slot, place] for slot, place in places.items()}
             self._slots.rows.activate(places, ids)
-        step = self._recorded(slots[-1] + 1, Stages.of(request.params for request in requests.values()))
+        step = self._recorded(slots[-1] + 1, self._slots.rows.stages(slots))
         numbers = step(self.model)
         self._expected = requests, {slot: place + 1 for slot, place in places.items()}
         return _Flight(requests, numbers, step.logits)

@@ -37,10 +37,12 @@ class Rows:
         self._next = torch.zeros((3, slots), dtype=torch.int32, device=device)
         self.ids, self.at = self._next[0], self._next[1:]
         self._settings = torch.zeros((slots, len(Settings._fields)), dtype=torch.int64, device=device)
+        self._stages = [Stages.of(SamplingParams())] * slots
         self._seen: Tensor | None = None  # (slots, V) bool, what each has said; from the first repetition penalty on
 
     def occupy(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """A reply begins, for which the repetition penalty counts the prompt as said."""
+        self._stages[slot] = Stages.of(params)
         upload(self._settings[slot], pack(params))
         if params.repetition_penalty == 1.0:
             return
@@ -53,6 +55,7 @@ class Rows:
 
     def swap(self, one: int, other: int) -> None:
         """Exchanges how two slots choose."""
+        self._stages[one], self._stages[other] = self._stages[other], self._stages[one]
         for table in (self._settings, self._seen):
             if table is not None:
                 table[[one, other]] = table[[other, one]]
@@ -77,15 +80,17 @@ class Rows:
         self.ids[:rows] = chosen
         self.at[:, :rows].add_(self.at[0, :rows] < self._spare)
 
-    def choose_apart(
-        self, logits: Tensor, slots: list[int], params: Iterable[SamplingParams], places: Tensor
-    ) -> Tensor:
-        """`choose`, rows that need the same stages together: none waits for what only another needs."""
+    def stages(self, slots: Iterable[int]) -> Stages:
+        """What some of these need."""
+        return Stages.of_all(self._stages[slot] for slot in slots)
+
+    def choose_apart(self, logits: Tensor, slots: list[int], places: Tensor) -> Tensor:
+        """`choose`, slots that need the same stages together: none waits for what only another needs."""
         alike: dict[Stages, list[int]] = {}
-        for row, own in enumerate(params):
-            alike.setdefault(Stages.of([own]), []).append(row)
+        for row, slot in enumerate(slots):
+            alike.setdefault(self._stages[slot], []).append(row)
         if len(alike) == 1:
-            return self.choose(logits, slots, next(iter(alike)), places)
+            return self.choose(logits, slots, self._stages[slots[0]], places)
         chosen = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
         for stages, rows in alike.items():
             chosen[rows] = self.choose(logits[rows], [slots[row] for row in rows], stages, places[rows])
@@ -96,14 +101,18 @@ class Rows:
 
         Args:
             logits: (B, at least V) float32.
+            stages: what they need, or more.
             places: (B,) where those tokens stand; behind the end of the slot where the row is not active.
         """
+        logits = logits[:, : self._choices]
+        if not (stages.draws or stages.penalty):
+            return logits.argmax(dim=-1)
         settings = Settings.unpack(self._settings[slots])
         if not stages.penalty:
-            return choose(logits[:, : self._choices], settings, stages, places)
+            return choose(logits, settings, stages, places)
         assert self._seen is not None
         seen = self._seen[slots]
-        chosen = choose(logits[:, : self._choices], settings, stages, places, seen)
+        chosen = choose(logits, settings, stages, places, seen)
         said = seen.gather(1, chosen[:, None]) | (places <= self._spare)[:, None]
         self._seen[slots] = seen.scatter(1, chosen[:, None], said)
         return chosen

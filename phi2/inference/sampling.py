@@ -31,12 +31,12 @@ BELOW_1 = 1 - 2**-24  # the largest such float32
 
 
 class Stages(NamedTuple):
-    """What some of the rows that stand side by side need.
+    """What a row needs, or some of those that stand side by side.
 
     Attributes:
-        draws: a row has a temperature.
-        penalty: a row has a repetition penalty.
-        top_k: the next power of two from the largest k on, 0 for none: few values, so that few graphs are recorded.
+        draws: it has a temperature.
+        penalty: it has a repetition penalty.
+        top_k: the next power of two from k on, 0 for none: few values, so that few graphs are recorded.
     """
 
     draws: bool
@@ -46,16 +46,18 @@ class Stages(NamedTuple):
     min_p: bool
 
     @classmethod
-    def of(cls, params: Iterable[SamplingParams]) -> Stages:
-        rows = list(params)
-        top_k = max(p.top_k for p in rows)
+    def of(cls, params: SamplingParams) -> Stages:
         return cls(
-            draws=any(p.temperature for p in rows),
-            penalty=any(p.repetition_penalty != 1 for p in rows),
-            top_k=1 << (top_k - 1).bit_length() if top_k else 0,
-            top_p=any(p.top_p < 1 for p in rows),
-            min_p=any(p.min_p for p in rows),
+            draws=params.temperature > 0,
+            penalty=params.repetition_penalty != 1,
+            top_k=1 << (params.top_k - 1).bit_length() if params.top_k else 0,
+            top_p=params.top_p < 1,
+            min_p=params.min_p > 0,
         )
+
+    @classmethod
+    def of_all(cls, rows: Iterable[Stages]) -> Stages:
+        return cls(*map(max, zip(*rows, strict=True)))
 
 
 class Settings(NamedTuple):
@@ -95,9 +97,7 @@ def choose(logits: Tensor, settings: Settings, stages: Stages, places: Tensor, s
         seen: as in `process_logits`.
     """
     scores = process_logits(logits, settings, stages, seen)
-    if not stages.draws:
-        return scores.argmax(dim=-1)
-    return draw(scores, settings, places)
+    return draw(scores, settings, places) if stages.draws else scores.argmax(dim=-1)
 
 
 def process_logits(logits: Tensor, settings: Settings, stages: Stages, seen: Tensor | None = None) -> Tensor:

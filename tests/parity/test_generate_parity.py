@@ -89,7 +89,7 @@ def test_processed_logits_equal_those_of_transformers(seed, rounded, **settings)
     params = SamplingParams(**settings)
     rows = Settings.unpack(torch.stack([pack(params)] * 3))
     assert torch.equal(
-        process_logits(logits, rows, Stages.of([params]), seen), their_scores(logits.clone(), said, params)
+        process_logits(logits, rows, Stages.of(params), seen), their_scores(logits.clone(), said, params)
     )
 
 
