@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh quick                the tests and what a user waits for: within 4 minutes
 #     benchmarks/gpu.sh tests head block     some of it
 #     benchmarks/gpu.sh training_step        not part of everything: a step without trl around it and the optimizer
-#     benchmarks/gpu.sh tune                 not part of everything: which launch of attention and gemv is fastest
+#     benchmarks/gpu.sh tune                 not part of everything: which launch of attention, LoRA and quantised products is fastest
 # It may be killed at any moment: results.txt and results.jsonl in $OUT (default: a new folder) tell each test, each
 # measurement and each step as it ends (benchmarks/stream.py), output.txt has all that was printed. Exit code 1 when
 # anything failed.
@@ -16,12 +16,13 @@ export OUT=${OUT:-$(mktemp -d)}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}  # one for all steps, torch.compile's too, and for the next visit
 python=${PYTHON:-python3}
 
-all="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers gpu_sft_step_vs_trl decode_step attention_forward_backward
-attention_forward attention_as_sm80 attention_packed head block decode_ops prefix_sharing elementwise"
+all="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers gpu_sft_step_vs_trl decode_loop decode_step
+attention_forward_backward attention_forward attention_as_sm80 attention_packed head block decode_ops quantized_matmul
+prefix_sharing elementwise"
 limit=525 steps=$*
 case $steps in
   "") steps=$all ;;
-  quick) limit=225 steps="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers" ;;
+  quick) limit=225 steps="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers decode_loop" ;;
 esac
 limit=${LIMIT:-$limit}
 
@@ -31,7 +32,7 @@ weight() {
     gpu_dpo_step_vs_trl) echo 7 ;;  # it starts both libraries twice
     gpu_decode_vs_transformers) echo 5 ;;
     gpu_sft_step_vs_trl) echo 4 ;;
-    training_step | block | decode_step | tune) echo 3 ;;
+    training_step | block | decode_loop | decode_step | tune) echo 3 ;;
     *) echo 2 ;;
   esac
 }
@@ -43,12 +44,12 @@ case $("$python" -c "from importlib.util import find_spec as has; print(has('xdi
   "1 None") flags+=(-n 12) ;;
   "None 1") flags+=(--timeout=30) ;;
 esac
-read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py}"
+read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_run_ahead.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py}"
 
 command_of() {
   case $1 in
     tests) command=("$python" -m pytest "${flags[@]}" "${files[@]}") ;;
-    tune) command=("$python" -m benchmarks.tune attention_{forward,dkdv,dq} gemv_{half,int8,int4}) ;;
+    tune) command=("$python" -m benchmarks.tune attention_{forward,dkdv,dq} lora_{inner,add,gradients} gemv_{half,int8,int4} quantized_{forward,backward}) ;;
     *) command=("$python" -m benchmarks.run --case "$1") ;;
   esac
 }

@@ -64,6 +64,11 @@ class KVCache:
             buffer[:, target, :, :length] = buffer[:, source, :, :length]
         self.lengths[target] = length
 
+    def clear_ends(self) -> None:
+        """Empties every slot behind its tokens, where a pass that failed may have left what is no number."""
+        for slot, length in enumerate(self.lengths):
+            self.keys[:, slot, :, length:], self.values[:, slot, :, length:] = 0, 0
+
     def swap(self, one: int, other: int) -> None:
         """Exchanges what two slots hold."""
         length = max(self.lengths[one], self.lengths[other])
@@ -143,18 +148,19 @@ class StepPass:
         cache: as in `PackedPass`.
         rows: B.
         length: tokens of a slot that are looked at, where the host knows that no active one holds more.
+        at: (2, B) int32, `slots` and `filled` in memory that others write to: nobody calls `start` then, nor `finish`.
 
     Attributes:
         slots: (B,) int32, where in its slot each row's token goes.
         filled: (B,) int32, how many keys each row sees, its own among them.
     """
 
-    def __init__(self, cache: KVCache, rows: int, length: int | None = None) -> None:
+    def __init__(self, cache: KVCache, rows: int, length: int | None = None, at: Tensor | None = None) -> None:
         self.cache, self.rows, self.length = cache, rows, length
         self.keys, self.values = cache.keys[:, :rows], cache.values[:, :rows]
-        state = torch.zeros((3, rows), dtype=torch.int32, device=cache.keys.device)
-        self.slots, self.filled, self._rows = state
-        self._rows += torch.arange(rows, dtype=torch.int32, device=state.device)
+        device = cache.keys.device
+        self.slots, self.filled = torch.zeros((2, rows), dtype=torch.int32, device=device) if at is None else at
+        self._rows = torch.arange(rows, dtype=torch.int32, device=device)
         self._active: list[int] = []
         self._all_filled = False
 

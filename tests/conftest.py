@@ -353,8 +353,13 @@ def shift_logps() -> Callable[[Path, float], None]:
 class Recording(TorchDispatchMode):
     """Stands in for a CUDA graph on a CPU: every operator call of a launch, with the very tensors it was given.
 
-    A replay runs the calls again on that memory. Numbers that came from the host are frozen, as in a CUDA graph, and a
-    call that asks the device for a number cannot be recorded.
+    A replay runs the calls again on that memory; the first one has run while it was recorded, and what a launch changes
+    must change once. Numbers that came from the host are frozen, as in a CUDA graph, and a call that asks the device
+    for a number cannot be recorded.
+
+    Attributes:
+        replays: how often it was replayed.
+        is_replaying: whether that is what happens now.
     """
 
     ASKING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -362,6 +367,7 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls = []
+        self.replays, self.is_replaying = 0, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function not in self.ASKING, f"{function} cannot be recorded"
@@ -370,11 +376,14 @@ class Recording(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        for function, args, kwargs, recorded in self.calls:
+        self.replays += 1
+        self.is_replaying = self.replays > 1
+        for function, args, kwargs, recorded in self.calls if self.is_replaying else ():
             again = function(*args, **kwargs)
             for memory, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
                 if isinstance(memory, torch.Tensor) and memory.data_ptr() != new.data_ptr():
                     memory.copy_(new)
+        self.is_replaying = False
 
 
 @pytest.fixture

@@ -258,7 +258,7 @@ def test_a_peer_that_is_wrong_missing_or_failing_is_left_out_and_named():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", [*GPU_CASES, "decode_step", "quantized_matmul"])
+@pytest.mark.parametrize("name", [*GPU_CASES, "decode_step", "decode_loop", "quantized_matmul"])
 def test_without_a_gpu_a_case_ends_with_one_line(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     assert run.main(["--case", name]) == 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import phi2.inference.engine
+import phi2.inference.slots
 from phi2.config import Phi2Config
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine, Request, default_slots
@@ -40,9 +41,20 @@ def finish(engine: Engine, *requests: Request) -> dict[Request, list]:
     return said
 
 
-def alone(request: Request) -> list:
-    again = Request(request.ids, request.params, request.stop_ids, request.top_logprobs)
-    return finish(Engine(MODEL, CHOICES, slots=1), again)[again]
+def alone(request: Request, model: Phi2ForCausalLM = MODEL) -> list:
+    """Its tokens from an engine of its own, which never runs ahead."""
+    again = Request(request.ids, request.params, request.stop_ids, request.top_logprobs, request.adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phi2.inference.engine, "can_record", lambda device: False)
+        return finish(Engine(model, CHOICES, slots=1), again)[again]
+
+
+@pytest.fixture(params=["one by one", "ahead"])
+def way(request) -> str:
+    """How tokens are decoded: each step after the last one was read, or recorded steps that run ahead."""
+    if request.param == "ahead":
+        request.getfixturevalue("recordings")
+    return request.param
 
 
 def assert_same_reply(tokens: list, expected: list) -> None:
@@ -73,22 +85,39 @@ def arrivals(draw):
         rest = draw(st.lists(st.integers(0, 49), min_size=1, max_size=12))
         ids = draw(st.sampled_from([[], *beginnings])) + rest
         temperature = draw(st.sampled_from([0.0, 0.9]))
-        seed = draw(st.integers(0, 99)) if temperature else 0
-        penalty = draw(st.sampled_from([1.0, 1.3]))
-        new = draw(st.integers(1, 60))
-        params = SamplingParams(max_new_tokens=new, temperature=temperature, seed=seed, repetition_penalty=penalty)
+        shape = draw(st.sampled_from([{}, dict(top_k=7), dict(top_p=0.8, min_p=0.02)])) if temperature else {}
+        params = SamplingParams(
+            max_new_tokens=draw(st.integers(1, 60)),
+            temperature=temperature,
+            seed=draw(st.integers(0, 99)) if temperature else 0,
+            repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+            **shape,
+        )
         stop = frozenset(draw(st.sets(st.integers(0, 49), max_size=4)))
         cancelled = draw(st.one_of(st.none(), st.integers(0, 20)))
         events.append((draw(st.integers(0, 12)), Request(ids, params, stop), cancelled))
     return events
 
 
+EVENTS = arrivals(), st.integers(1, 4), st.sampled_from([5, 2048])
+
+
 @settings(max_examples=60, deadline=None)
-@given(arrivals(), st.integers(1, 4), st.sampled_from([5, 2048]))
+@given(*EVENTS)
 def test_a_reply_does_not_depend_on_who_stands_beside_it(events, slots, pass_tokens):
+    assert_all_say_what_each_says_alone(events, slots, pass_tokens)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(*EVENTS)
+def test_nor_does_a_reply_whose_steps_run_ahead(recordings, events, slots, pass_tokens):
+    assert_all_say_what_each_says_alone(events, slots, pass_tokens)
+
+
+def assert_all_say_what_each_says_alone(events, slots: int, pass_tokens: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phi2.inference.engine, "PASS_TOKENS", pass_tokens)
-        patch.setattr(phi2.inference.engine, "WORTH_WAITING", 4)
+        patch.setattr(phi2.inference.slots, "WORTH_WAITING", 4)
         engine, said, now = Engine(MODEL, CHOICES, slots=slots), {}, 0
         left = list(events)
         while left or not engine.is_idle:
@@ -108,7 +137,7 @@ def test_a_reply_does_not_depend_on_who_stands_beside_it(events, slots, pass_tok
 
 
 @torch.no_grad()
-def test_a_reply_is_the_argmax_of_whole_passes():
+def test_a_reply_is_the_argmax_of_whole_passes(way):
     request = Request([5, 6, 7], GREEDY)
     ids, reply = [5, 6, 7], finish(Engine(MODEL, CHOICES), request)[request]
     for token in reply:
@@ -134,7 +163,7 @@ def test_a_long_prompt_is_read_in_parts_while_others_go_on(monkeypatch):
     assert beside == [[short], [short], [long, short]]
 
 
-def test_a_common_beginning_is_read_once_also_by_those_who_come_together(monkeypatch):
+def test_a_common_beginning_is_read_once_also_by_those_who_come_together(way, monkeypatch):
     counts = tokens_read(monkeypatch)
     shots = list(range(40))
     requests = [Request([*shots, 3, i, i], GREEDY) for i in range(6)]
@@ -145,7 +174,7 @@ def test_a_common_beginning_is_read_once_also_by_those_who_come_together(monkeyp
         assert_same_reply(said[request], alone(request))
 
 
-def test_what_follows_a_reply_reads_only_what_is_new(monkeypatch):
+def test_what_follows_a_reply_reads_only_what_is_new(way, monkeypatch):
     counts = tokens_read(monkeypatch)
     engine = Engine(MODEL, CHOICES, slots=2)
     first = Request([1, 2, 3, 4, 5], GREEDY)
@@ -169,7 +198,7 @@ def test_what_was_read_with_other_weights_is_forgotten():
     assert again.cached_tokens == 0
 
 
-def test_every_request_is_answered_by_its_own_adapter(monkeypatch):
+def test_every_request_is_answered_by_its_own_adapter(way, monkeypatch):
     model = tiny_model()
     for seed, name in enumerate(("one", "two")):
         attach(model, LoraConfig(r=4), seed, name)
@@ -185,9 +214,16 @@ def test_every_request_is_answered_by_its_own_adapter(monkeypatch):
         assert said[request][0].logprob == pytest.approx(
             logits.log_softmax(-1)[said[request][0].token_id].item(), abs=1e-5
         )
-        alone = Request(request.ids, GREEDY, adapter=request.adapter)
-        assert_same_reply(said[request], finish(Engine(model, CHOICES, slots=1), alone)[alone])
+        assert_same_reply(said[request], alone(request, model))
     assert len({tuple(t.token_id for t in said[request]) for request in requests[:3]}) == 3
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=1.0, seed=3, top_p=0.95, repetition_penalty=1.2)])
+def test_a_reply_that_is_taken_up_in_the_middle_goes_on_as_it_did(way, how):
+    whole = Request([5, 6, 7], SamplingParams(max_new_tokens=20, **how))
+    tokens = [token.token_id for token in finish(Engine(MODEL, CHOICES), whole)[whole]]
+    rest = Request([5, 6, 7, *tokens[:8]], SamplingParams(max_new_tokens=12, **how))
+    assert [token.token_id for token in finish(Engine(MODEL, CHOICES), rest)[rest]] == tokens[8:]
 
 
 def test_an_adapter_never_goes_on_from_what_another_has_read():
@@ -211,7 +247,7 @@ def test_few_rows_that_are_left_do_not_pay_for_those_that_have_gone():
     assert rows[1] == 8 and set(rows[2:]) == {1}
 
 
-def test_the_likeliest_tokens_are_told_where_they_are_wanted():
+def test_the_likeliest_tokens_are_told_where_they_are_wanted(way):
     wanted, other = Request([1, 2, 3], GREEDY, top_logprobs=3), Request([4, 5], GREEDY)
     said = finish(Engine(MODEL, CHOICES, slots=2), wanted, other)
     with torch.no_grad():
@@ -221,7 +257,7 @@ def test_the_likeliest_tokens_are_told_where_they_are_wanted():
     assert all(token.top == () for token in said[other])
 
 
-def test_the_context_ends_a_reply():
+def test_the_context_ends_a_reply(way):
     (tokens,) = finish(Engine(MODEL, CHOICES), Request([1] * 60, SamplingParams(max_new_tokens=99))).values()
     assert (len(tokens), tokens[-1].finish_reason) == (4, "length")
 
@@ -235,7 +271,7 @@ def test_the_cache_stays_within_its_bound():
         assert default_slots(model, length) == min(64, 4 * 2**30 // (per_token * length))
 
 
-def test_an_engine_that_forgets_says_what_a_new_one_says_to_the_last_bit():
+def test_an_engine_that_forgets_says_what_a_new_one_says_to_the_last_bit(way):
     def requests(first: int) -> list[Request]:
         prompts = [[first, 7, *range(1 + n % 5), *range(n % 3)] for n in range(9)]
         return [Request(ids, SamplingParams(max_new_tokens=3 + n % 4)) for n, ids in enumerate(prompts)]

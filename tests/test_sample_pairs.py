@@ -88,7 +88,8 @@ def test_what_the_template_was_given_stays_with_the_pair(make_phi, sampled):
     template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ tools | length }}{{ mood }}"
     (folder / "chat_template.jinja").write_text(template)
     given = {"tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "glad"}}
-    for pair in rows_of(sampled([{"prompt": "Q", **given}], model=str(folder)).output):
+    score = "def total(prompt, answer, row):\n    return sum(map(ord, answer))\n"
+    for pair in rows_of(sampled([{"prompt": "Q", **given}], score, model=str(folder)).output):
         assert given.items() <= pair.items()
 
 

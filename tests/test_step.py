@@ -17,7 +17,10 @@ import phi2.inference.step
 from phi2.cache import KVCache, PackedPass, StepPass
 from phi2.config import Phi2Config
 from phi2.inference.chat import ChatSession
+from phi2.inference.config import SamplingParams
 from phi2.inference.generate import generate, stream
+from phi2.inference.rows import Rows
+from phi2.inference.sampling import Stages
 from phi2.inference.step import RecordedStep, block_step, record
 from phi2.lora import attach, disabled
 from phi2.lora_config import LoraConfig
@@ -63,18 +66,60 @@ def test_replays_equal_passes_that_the_host_counts(recordings, impl):
     for cache in caches:
         prompts = torch.cat([tokens[row, :n] for row, n in read.items()])[None]
         model(prompts, cached=PackedPass(cache, read))
-    step = RecordedStep(model, caches[0], 3)
+    step, rows = greedy_step(model, caches[0], 3)
     for i in range(3):
         active = [0, 1, 2] if i < 2 else [0, 2]  # row 1 has left
-        ids = torch.stack([tokens[row, n + i] for row, n in read.items()])
-        logits = step(model, ids[:, None], active)
+        rows.activate({row: read[row] + i for row in active}, {row: tokens[row, read[row] + i] for row in active})
+        step(model)
         for row in active:
-            expected = model(ids[None, row : row + 1], cached=PackedPass(caches[1], {row: 1}))
-            torch.testing.assert_close(logits[row], expected[0, 0], atol=2e-5, rtol=2e-5)
-    assert len(recordings) == 1 and caches[0].lengths == caches[1].lengths == [8, 4, 6]
-    for row, length in enumerate(caches[0].lengths):
+            ids = tokens[row, read[row] + i]
+            expected = model(ids[None, None], cached=PackedPass(caches[1], {row: 1}))
+            torch.testing.assert_close(step.logits[row], expected[0, 0], atol=2e-5, rtol=2e-5)
+    assert len(recordings) == 1 and caches[1].lengths == [8, 4, 6]
+    for row, length in enumerate(caches[1].lengths):
         ours, theirs = (cache.keys[:, row, :, :length] for cache in caches)
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def greedy_step(model: Phi2ForCausalLM, cache: KVCache, count: int) -> tuple[RecordedStep, Rows]:
+    rows = Rows(count, cache.max_length, model.config.vocab_size, cache.keys.device)
+    return RecordedStep(model, cache, rows, count, Stages.of(SamplingParams())), rows
+
+
+@torch.no_grad()
+def test_replays_go_on_by_themselves_to_the_end_of_each_slot(recordings):
+    model = tiny_model()
+    cache, truth = (KVCache(model.config, 2, 6, torch.float32) for _ in range(2))
+    step, rows = greedy_step(model, cache, 2)
+    for held in (cache, truth):
+        model(torch.tensor([[1, 2, 3, 4, 5]]), cached=PackedPass(held, {0: 2, 1: 3}))
+    rows.activate({0: 2, 1: 3}, {0: 8, 1: 9})
+    told = [[int(number) for number, _, _ in step(model).wait()] for _ in range(5)]  # each slot is full before
+    for row, (token, n) in enumerate(((8, 4), (9, 3))):
+        for i in range(n):
+            token = model(torch.tensor([[token]]), cached=PackedPass(truth, {row: 1}))[0, 0].argmax().item()
+            assert told[i][row] == token
+        torch.testing.assert_close(cache.keys[:, row, :, :6], truth.keys[:, row, :, :6], atol=2e-5, rtol=2e-5)
+    assert rows.at[0].tolist() == [6, 6] and recordings[0].replays == 4
+
+
+def test_what_the_device_has_chosen_stays_where_other_rows_become_active():
+    rows = Rows(3, 9, 50, torch.device("cpu"))
+    rows.activate({0: 4, 2: 7}, {0: 11, 2: 12})
+    assert rows.ids.tolist() == [11, 0, 12] and rows.at.tolist() == [[4, 9, 7], [5, 1, 8]]
+    rows.advance(2, torch.tensor([21, 22]))
+    assert rows.ids.tolist() == [21, 22, 12] and rows.at.tolist() == [[5, 9, 7], [6, 1, 8]]
+    rows.activate({0: 5}, None)
+    assert rows.ids.tolist() == [21, 22, 12] and rows.at.tolist() == [[5, 9, 9], [6, 1, 1]]
+
+
+def test_a_row_that_is_not_active_says_nothing_that_counts():
+    params = SamplingParams(repetition_penalty=2.0)
+    rows, stages, logits = Rows(2, 9, 3, torch.device("cpu")), Stages.of(params), torch.tensor([[1.0, 0.9, 0.8]] * 2)
+    for slot in range(2):
+        rows.occupy(slot, params, [2])
+    assert rows.choose(logits, slice(2), stages, torch.tensor([5, 9 + 1])).tolist() == [0, 0]
+    assert rows.choose(logits, slice(2), stages, torch.tensor([6, 6])).tolist() == [1, 0]
 
 
 class Launches(TorchDispatchMode):
@@ -184,6 +229,30 @@ def test_recorded_steps_serve_the_replies_that_follow(recordings, tiny_tokenizer
     assert again[1].token_ids == first.token_ids
 
 
+def test_a_stop_string_ends_a_recorded_reply_where_it_ends_any_other(recordings, tiny_tokenizer, monkeypatch):
+    model = tiny_model()
+    stop = str(generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=30))[6:8]
+    said = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, stop=stop)
+    never_record(monkeypatch)
+    plain = generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=30, stop=stop)
+    assert [(row.text, row.token_ids, row.finish_reason) for row in said] == [
+        (row.text, row.token_ids, row.finish_reason) for row in plain
+    ]
+    assert said[1].finish_reason == "stop_string"
+
+
+def test_a_stream_that_is_closed_leaves_nothing_to_the_next_reply(recordings, tiny_tokenizer, monkeypatch):
+    model = tiny_model()
+    chunks = stream(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=30)
+    for _ in range(4):
+        next(chunks)
+    chunks.close()
+    said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12)
+    never_record(monkeypatch)
+    assert said.token_ids == generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=12).token_ids
+    assert len(recordings) == 1
+
+
 @pytest.mark.parametrize("change", ["trained", "moved", "adapter", "switched off"])
 @torch.no_grad()
 def test_recorded_steps_of_other_weights_are_never_replayed(recordings, tiny_tokenizer, monkeypatch, change):
@@ -228,11 +297,13 @@ def test_a_kept_engine_goes_with_its_model(recordings, tiny_tokenizer):
 def test_a_cuda_graph_says_what_its_kernels_say_one_by_one(dtype):
     model, tokens = tiny_model().to("cuda", dtype), torch.randint(0, 300, (2, 12), device="cuda")
     caches = [KVCache(model.config, 2, 20, dtype, "cuda") for _ in range(2)]
-    steps = [RecordedStep(model, cache, 2) for cache in caches]
+    steps = [greedy_step(model, cache, 2) for cache in caches]
     for i in range(12):
-        recorded = steps[0](model, tokens[:, i : i + 1], [0, 1]).clone()
-        steps[1]._logits = steps[1]._replay = None  # launches kernel by kernel again
-        assert torch.equal(recorded, steps[1](model, tokens[:, i : i + 1], [0, 1]))
+        steps[1][0]._launched = False  # launches kernel by kernel again
+        for step, rows in steps:
+            rows.activate({0: i, 1: i}, {0: tokens[0, i].item(), 1: tokens[1, i].item()})
+            step(model)
+        assert torch.equal(steps[0][0].logits, steps[1][0].logits)
 
 
 @pytest.mark.gpu

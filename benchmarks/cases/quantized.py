@@ -22,12 +22,19 @@ from phi2_kernels.weight_forms import Weight
 FORMS = ("int8", "int4")
 
 
-@gpu_case("quantized_matmul", turns=30, summary="64 to 2560 rows by int8 and int4 weights, and their gradients")
-def quantized_matmuls(device: torch.device) -> list[Comparison]:
-    dtype, N, K = torch.bfloat16, 10240, 2560
+@gpu_case(
+    "quantized_matmul",
+    turns=30,
+    summary="64 to 2560 rows by int8 and int4 weights, and their gradients",
+    tiny=dict(rows=(20,), N=48, K=64),
+)
+def quantized_matmuls(
+    device: torch.device, rows: tuple[int, ...] = (64, 256, 2560), N: int = 10240, K: int = 2560
+) -> list[Comparison]:
+    dtype = torch.bfloat16
     return [
-        *(compare_forward(device, dtype, form, M, N, K) for form in FORMS for M in (64, 256, 2560)),
-        *(compare_backward(device, dtype, form, M, N, K) for form in FORMS for M in (256, 2560)),
+        *(compare_forward(device, dtype, form, M, N, K) for form in FORMS for M in rows),
+        *(compare_backward(device, dtype, form, M, N, K) for form in FORMS for M in rows[-2:]),
     ]
 
 

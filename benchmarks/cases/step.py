@@ -1,6 +1,7 @@
 """One token of the whole of Phi-2 behind a long context: our recorded step, with weights of three widths.
 
-Caches begin with random numbers, which cost what real ones cost; every call adds a token to the cache of its own.
+Ours chooses its next token too, and sends it to the host; what the loop around it costs is in `loop.py`. Caches begin
+with random numbers, which cost what real ones cost; every call adds a token to the cache of its own.
 
 Dims: V vocabulary, C hidden, F mlp.
 """
@@ -8,8 +9,9 @@ Dims: V vocabulary, C hidden, F mlp.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,6 +25,9 @@ from benchmarks.harness.models import PHI2, TINY, random_model, twin
 from phi2.cache import KVCache, PackedPass
 from phi2.config import Phi2Config
 from phi2.inference import step
+from phi2.inference.config import SamplingParams
+from phi2.inference.rows import Rows
+from phi2.inference.sampling import Stages
 from phi2.inference.step import RecordedStep
 from phi2.model import Phi2ForCausalLM
 from phi2.quantize import GROUP, quantize_model
@@ -31,6 +36,7 @@ from phi2_kernels.weight_forms import quantize_int4, quantize_int8
 BITS = {None: (16, 16), "int8": (8, 8), "int4": (4 + 2 * 16 / GROUP, 8)}  # of a weight in the blocks, and in the head
 BEFORE = (1, 2)  # tokens before the one that is compared: our step is launched at the first, recorded at the second
 ROOM = 1024  # tokens that calls may add
+GREEDY = Stages.of(SamplingParams())
 
 
 @gpu_case(
@@ -79,11 +85,11 @@ def compare_step(
     )
 
 
-def step_work(config: Phi2Config, context: int, bits: float, head_bits: float) -> Work:
-    """Bytes: every weight of a matmul once, and the keys and values of the context in half precision."""
+def step_work(config: Phi2Config, context: int, bits: float, head_bits: float, rows: int = 1) -> Work:
+    """Bytes: every weight of a matmul once, and the keys and values of each row's context in half precision."""
     C, F, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    blocks, head, cached = layers * (4 * C * C + 2 * C * F), config.vocab_size * C, 2 * layers * context * C
-    return Work(2 * (blocks + head + cached), round((blocks * bits + head * head_bits) / 8) + 2 * cached)
+    blocks, head, cached = layers * (4 * C * C + 2 * C * F), config.vocab_size * C, 2 * layers * rows * context * C
+    return Work(2 * (rows * (blocks + head) + cached), round((blocks * bits + head * head_bits) / 8) + 2 * cached)
 
 
 def rounded(model: Phi2ForCausalLM, format: str | None) -> Phi2ForCausalLM:
@@ -122,16 +128,36 @@ def going_on(step: Callable[[Tensor], Tensor], device: torch.device) -> Implemen
 def recorded(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:
     if format:
         quantize_model(model, format)
-    one = RecordedStep(model, cache, rows=1)
-    on_gpu = step.can_record(model.device)
-    with nullcontext() if on_gpu else mock.patch.object(step, "record", launched_again):
-        return going_on(lambda ids: one(model, ids, [0]), model.device)
+    rows = Rows(1, cache.max_length, model.config.vocab_size, model.device)
+    rows.activate({0: cache.lengths[0]}, {0: 0})
+    one = RecordedStep(model, cache, rows, 1, GREEDY)
+
+    def read(ids: Tensor) -> Tensor:
+        rows.ids.copy_(ids[0])  # in the place of what the step before has chosen
+        one(model)
+        return one.logits
+
+    with recordable(model.device):
+        return going_on(read, model.device)
 
 
-def launched_again(launch: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """In the place of a recording, where nothing can be recorded: the same calls once more, into the same memory."""
-    result = launch().clone()
-    return lambda: result.copy_(launch()), result
+def recordable(device: torch.device) -> AbstractContextManager:
+    """Within, a step is recorded at its second launch, on a CPU too: there it is launched again and again."""
+    on_gpu = step.can_record(device)
+    return nullcontext() if on_gpu else mock.patch.object(step, "record", launched_again)
+
+
+def launched_again(launch: Callable[[], tuple[Tensor, ...]], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """In the place of a recording: the same calls, into the same memory. The first replay has been launched already."""
+    results, is_due = launch(), [False]
+
+    def replay() -> None:
+        if is_due[0]:
+            for memory, new in zip(results, launch(), strict=True):
+                memory.copy_(new)
+        is_due[0] = True
+
+    return replay, results
 
 
 def recorded_as_written(model: Phi2ForCausalLM, cache: KVCache, format: str | None) -> Implementation:

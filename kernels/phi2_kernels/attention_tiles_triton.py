@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phi2_kernels._dispatch import architecture, tl, triton
+from phi2_kernels._dispatch import architecture, tensor_descriptor, tl, triton
 from phi2_kernels.visibility import Tables, Visibility
 
 

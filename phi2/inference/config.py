@@ -44,8 +44,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Makes every token of the prompt and the reply less likely (above 1) or more (below 1)."""
     seed: int | None = 0
-    """Row i of a batch draws from its own generator, seeded with seed + i; null takes a new one each time and tells it:
-    in Python it stands in the attribute afterwards."""
+    """What draws begin from, on every device alike; row i of a batch has seed + i. null takes a new one each time and
+    tells it: in Python it stands in the attribute afterwards."""
     stop: Sequence[str] | str | None = ()
     """String the reply ends before; on the command line give the flag again for another."""
 

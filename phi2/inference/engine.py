@@ -1,24 +1,22 @@
 """The engine under everything that generates: a batch whose rows come and go. Token ids in, token ids out.
 
-A request waits for a free slot of the key-value cache and keeps it until it ends. Each `step` first reads prompts, or
-parts of them, packed into one row without pads, and then adds a token to every reply that is under way. What a row says
-does not depend on who stands beside it, and neither does what it draws: the seed belongs to the request.
+A request waits for a free slot of the key-value cache and keeps it until it ends (`slots.py`). Each `step` first reads
+prompts, or parts of them, packed into one row without pads, and then adds a token to every reply that is under way.
+What a row says and draws does not depend on who stands beside it: the seed belongs to the request.
 
-A slot that becomes free keeps what it has read. A request whose prompt begins like what any slot holds copies that much
-and reads only the rest; so the next turn of a chat reads only what is new, and the common beginning of many prompts is
-read once. This takes no memory beside the slots, whose number and length are fixed when the engine is made.
+A GPU is kept busy: where nothing that the host has yet to see can change who is computed next, the next step is
+launched before the last one's tokens are read. What it computes for a reply that those tokens end is thrown away; the
+host counts a token, in the cache too, only when it has read it.
 
-Dims: V vocabulary.
+Dims: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from weakref import ref
 
 import numpy as np
@@ -27,39 +25,15 @@ from torch import Tensor, nn
 
 from phi2.cache import KVCache, PackedPass, StepPass
 from phi2.config import Phi2Config
-from phi2.inference.config import SamplingParams
-from phi2.inference.sampling import Sampler, choose
-from phi2.inference.step import RecordedStep, can_record
+from phi2.inference.sampling import Stages, told
+from phi2.inference.slots import Request, Slots, is_sparse
+from phi2.inference.step import Arriving, RecordedStep, can_record
 from phi2.lora import computing
 from phi2.model import Phi2ForCausalLM
 
 CACHE_BYTES = 4 * 2**30  # of keys and values, in an engine that is not told how many slots to have
 MAX_SLOTS = 64  # likewise
 PASS_TOKENS = 2048  # of prompts, read in one pass
-WORTH_WAITING = 32  # tokens that another row is about to read, and that a request had better copy than read itself
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt that is to be answered.
-
-    Attributes:
-        ids: the prompt; `check_prompt` has passed it.
-        params: how to sample, and how many tokens at most; `stop` is for whoever makes text of them.
-        stop_ids: a token that ends the reply.
-        top_logprobs: how many of the likeliest tokens to report at each place.
-        adapter: name of the model's adapter that answers; None: the base alone.
-        cached_tokens: of the prompt, those that were not read for this request; known once it has a slot.
-        started: when it got its slot, by `perf_counter`.
-    """
-
-    ids: Sequence[int]
-    params: SamplingParams
-    stop_ids: frozenset[int] = frozenset()
-    top_logprobs: int = 0
-    adapter: str | None = None
-    cached_tokens: int = field(default=0, init=False)
-    started: float = field(default=0.0, init=False)
 
 
 class Token(NamedTuple):
@@ -79,22 +53,18 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass
-class _Slot:
-    """What a slot of the cache is used for.
+class _Flight(NamedTuple):
+    """A recorded step whose tokens the host has not read.
 
     Attributes:
-        count: tokens that it holds or is about to read.
-        adapter: what it has read them with.
-        request: who uses it; None when it is free.
-        freed: when it became free, counted in steps.
+        requests: who gets one, by slot.
+        told: (B, 3), see `told`.
+        logits: (B, V) float32, until the next step.
     """
 
-    count: int = 0
-    adapter: str | None = None
-    request: Request | None = None
-    sampler: Sampler | None = None
-    freed: int = 0
+    requests: dict[int, Request]
+    told: Arriving
+    logits: Tensor
 
 
 class Engine:
@@ -118,10 +88,10 @@ class Engine:
         self._model, self.choices = ref(model), choices
         self.cache = KVCache(model.config, slots, length, model.dtype, model.device)
         self.waiting: deque[Request] = deque()
-        self._slots = [_Slot() for _ in range(slots)]
-        self._ids = np.zeros((slots, length), dtype=np.int64)  # the tokens of each slot, `count` of them
-        self._steps: dict[tuple[int, str | None], RecordedStep] = {}
-        self._now = 0
+        self._slots = Slots(self.cache, choices)
+        self._steps: dict[tuple[int, str | None, Stages], RecordedStep] = {}
+        self._flight: _Flight | None = None
+        self._expected: tuple[dict[int, Request], dict[int, int]] | None = None  # who the next step finds, and where
 
     @property
     def model(self) -> Phi2ForCausalLM:
@@ -131,7 +101,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self.waiting and not self._active()
+        return not self.waiting and not self._slots.active()
 
     def add(self, request: Request) -> None:
         """Queues a request."""
@@ -142,28 +112,28 @@ class Engine:
         """Ends a request, wherever it is; of one that has ended already, nothing happens."""
         if request in self.waiting:
             self.waiting.remove(request)
-        for slot in self._active():
+        for slot in self._slots.active():
             if self._slots[slot].request is request:
-                self._free(slot)
+                self._slots.free(slot)
 
     def forget(self) -> None:
         """Empties the slots that nobody uses, as if the engine were new: their tokens were read with other weights."""
-        for number, slot in enumerate(self._slots):
-            if slot.request is None:
-                self.cache.truncate(number, 0)
-                slot.count = slot.freed = 0
+        self._slots.forget()
 
     @torch.no_grad()
     def step(self) -> list[Token]:
         """Gives free slots to waiting requests, reads a pass of prompts, and adds a token to every other reply.
 
+        While a step is under way that was launched ahead, nobody gets a slot.
+
         Raises:
             ValueError: when logits are not finite, naming the module where they first are so.
         """
-        self._now += 1
-        self._admit()
-        self._compact()
-        unread = {slot: self._slots[slot].count - self.cache.lengths[slot] for slot in self._active()}
+        if self._flight is None or not self._passengers(self._flight):
+            self._flight = None
+            self._slots.admit(self.waiting)
+            self._slots.compact()
+        unread = {slot: self._slots[slot].count - self.cache.lengths[slot] for slot in self._slots.active()}
         tokens: list[Token] = []
         for adapter in sorted({self._slots[slot].adapter for slot in unread}, key=str):
             own = {slot: n for slot, n in unread.items() if self._slots[slot].adapter == adapter}
@@ -173,58 +143,6 @@ class Engine:
                 tokens += self._read(reading) if reading else []
                 tokens += self._decode(replying) if replying else []
         return tokens
-
-    def _active(self) -> list[int]:
-        return [number for number, slot in enumerate(self._slots) if slot.request is not None]
-
-    # ---- who is in which slot ----
-
-    def _admit(self) -> None:
-        """The longest beginning that any slot holds is taken over; one that is just being read is waited for."""
-        free = sorted(set(range(len(self._slots))) - set(self._active()), key=lambda n: self._slots[n].freed)
-        while self.waiting and free:
-            request = self.waiting[0]
-            shared = self._shared(np.asarray(request.ids[:-1]), request.adapter)
-            held = np.minimum(shared, self.cache.lengths)
-            source = int(held.argmax())
-            if shared.max() - held[source] >= WORTH_WAITING:
-                return
-            slot = source if source in free else free[0]
-            free.remove(slot)
-            self._occupy(slot, self.waiting.popleft(), source, int(held[source]))
-
-    def _shared(self, ids: np.ndarray, adapter: str | None) -> np.ndarray:
-        """(slots,), with how many of these tokens each slot's own begin; none if another adapter has read them."""
-        counts = np.array([slot.count if slot.adapter == adapter else 0 for slot in self._slots])
-        equal = (self._ids[:, : len(ids)] == ids) & (np.arange(len(ids)) < counts[:, None])
-        return np.where(equal.all(axis=1), len(ids), (~equal).argmax(axis=1) if len(ids) else 0)
-
-    def _occupy(self, number: int, request: Request, source: int, held: int) -> None:
-        if number == source:
-            self.cache.truncate(number, held)
-        else:
-            self.cache.copy(source, number, held)
-        slot = self._slots[number]
-        slot.request, slot.count, slot.adapter = request, len(request.ids), request.adapter
-        self._ids[number, : slot.count] = request.ids
-        slot.sampler = Sampler(request.params, request.ids, self.choices, self.model.device)
-        request.cached_tokens, request.started = held, perf_counter()
-
-    def _free(self, number: int) -> None:
-        slot = self._slots[number]
-        slot.request, slot.sampler, slot.freed = None, None, self._now
-        slot.count = self.cache.lengths[number]
-
-    def _compact(self) -> None:
-        """Brings the slots in use to the front once they are fewer than half of those that a step computes."""
-        active = self._active()
-        if not active or 2 * len(active) > active[-1] + 1:
-            return
-        for front, number in enumerate(active):
-            if front != number:
-                self.cache.swap(front, number)
-                self._ids[[front, number]] = self._ids[[number, front]]
-                self._slots[front], self._slots[number] = self._slots[number], self._slots[front]
 
     # ---- the two kinds of passes ----
 
@@ -241,77 +159,136 @@ class Engine:
             return []
         logits = self.model.lm_head(hidden[last[done]]).float()
         slots = list(counts)
-        return self._tokens([slots[place] for place in done], logits, counts)
+        return self._choose([slots[place] for place in done], logits, counts)
 
     def _packed(self, counts: dict[int, int]) -> tuple[Tensor, Tensor]:
         """Hidden states (N, C) of the next tokens of some slots, and the place of each slot's last."""
         starts = self.cache.lengths
-        ids = np.concatenate([self._ids[slot, starts[slot] : starts[slot] + n] for slot, n in counts.items()])
+        ids = np.concatenate([self._slots.ids[slot, starts[slot] : starts[slot] + n] for slot, n in counts.items()])
         cached = PackedPass(self.cache, counts)
         return self.model.model(torch.from_numpy(ids)[None].to(self.model.device), cached=cached)[0], cached.last
 
     def _decode(self, slots: list[int]) -> list[Token]:
         """One more token of these slots, in a step over all slots up to the last of them."""
-        ids = torch.zeros((slots[-1] + 1, 1), dtype=torch.int64)
-        ids[slots, 0] = torch.from_numpy(self._ids[slots, [self.cache.lengths[slot] for slot in slots]])
-        logits = self._stepped(ids.to(self.model.device), slots)
-        return self._tokens(slots, logits if len(slots) == len(logits) else logits[slots], dict.fromkeys(slots, 1))
-
-    def _stepped(self, ids: Tensor, slots: list[int]) -> Tensor:
-        """(B, V) float32 logits."""
         if can_record(self.model.device):
-            rows = min(len(self._slots), 1 << (len(ids) - 1).bit_length())  # few recordings serve all sizes
-            key = rows, self.model.computed_adapter
-            if key not in self._steps:
-                self._steps[key] = RecordedStep(self.model, self.cache, rows)
-            return self._steps[key](self.model, ids, slots)[: len(ids)]
-        cached = StepPass(self.cache, len(ids), 1 + max(self.cache.lengths[slot] for slot in slots))
+            return self._decode_ahead(slots)
+        places = [self.cache.lengths[slot] for slot in slots]
+        ids = torch.zeros((slots[-1] + 1, 1), dtype=torch.int64)
+        ids[slots, 0] = torch.from_numpy(self._slots.ids[slots, places])
+        cached = StepPass(self.cache, len(ids), 1 + max(places))
         cached.start(slots)
-        return self.model.lm_head(self.model.model(ids, cached=cached)[:, 0]).float()
+        logits = self.model.lm_head(self.model.model(ids.to(self.model.device), cached=cached)[:, 0]).float()
+        return self._choose(slots, logits if len(slots) == len(logits) else logits[slots], dict.fromkeys(slots, 1))
 
-    # ---- from logits to tokens ----
+    def _choose(self, slots: list[int], logits: Tensor, counts: dict[int, int]) -> list[Token]:
+        """The next token of each of these slots from its logits; `counts` are the tokens of the pass that made them."""
+        places = torch.tensor([self._slots[slot].count for slot in slots]).to(logits.device)
+        chosen = self._slots.rows.choose_apart(logits, slots, places)
+        return self._tokens(slots, told(logits, chosen).tolist(), logits, counts)
 
-    def _tokens(self, slots: list[int], logits: Tensor, counts: dict[int, int]) -> list[Token]:
-        """Chooses the next token of every slot; `counts` are the tokens of the pass that made the logits."""
-        samplers = [sampler for slot in slots if (sampler := self._slots[slot].sampler) is not None]
-        chosen = choose(logits, samplers)
-        lse, finite = logits.logsumexp(dim=-1), logits.isfinite().all(dim=-1)
-        logprobs = logits.gather(1, chosen[:, None])[:, 0] - lse
-        numbers = torch.stack((chosen, logprobs, finite), dim=1).tolist()  # float32 holds ids; one wait for the device
+    # ---- recorded steps, one of them ahead of what has been read ----
+
+    def _decode_ahead(self, slots: list[int]) -> list[Token]:
+        """The tokens of the step that is under way, or else of a new one; before they are read, the next one starts."""
+        self._flight = flight = self._flight or self._launch(slots)
+        following = self._following(slots)
+        self._flight = self._launch(following, ahead=1) if following else None
+        return self._land(flight)
+
+    def _launch(self, slots: list[int], ahead: int = 0) -> _Flight:
+        """Starts a step of these slots; one that is ahead (1) reads ids which the device alone knows yet."""
+        requests = self._slots.requests(slots)
+        places = {slot: self.cache.lengths[slot] + ahead for slot in slots}
+        expected, self._expected = self._expected, None
+        if expected != (requests, places):
+            ids = None if ahead else {slot: self._slots.ids[slot, place] for slot, place in places.items()}
+            self._slots.rows.activate(places, ids)
+        step = self._recorded(slots[-1] + 1, self._slots.rows.stages(slots))
+        numbers = step(self.model)
+        self._expected = requests, {slot: place + 1 for slot, place in places.items()}
+        return _Flight(requests, numbers, step.logits)
+
+    def _recorded(self, rows: int, stages: Stages) -> RecordedStep:
+        rows = min(len(self._slots), 1 << (rows - 1).bit_length())  # few recordings serve all sizes
+        key = rows, self.model.computed_adapter, stages
+        if key not in self._steps:
+            self._steps[key] = RecordedStep(self.model, self.cache, self._slots.rows, rows, stages)
+        return self._steps[key]
+
+    def _following(self, slots: list[int]) -> list[int]:
+        """Who says another token after the one under way; nobody where the host has something else to do before."""
+        going = [slot for slot in slots if not self._ends(slot, unread=1)]
+        others_compute, admits = slots != self._slots.active(), self.waiting and len(going) < len(self._slots)
+        if others_compute or admits or is_sparse(going) or self._most_tops(slots):
+            return []
+        return going
+
+    def _passengers(self, flight: _Flight) -> list[int]:
+        """The slots of those requests that have not been cancelled meanwhile."""
+        return [slot for slot, request in flight.requests.items() if self._slots[slot].request is request]
+
+    def _land(self, flight: _Flight) -> list[Token]:
+        slots, numbers = self._passengers(flight), flight.told.wait()
+        for slot in slots:
+            self.cache.lengths[slot] += 1
+        logits = flight.logits[slots] if self._most_tops(slots) else None
+        return self._tokens(slots, [numbers[slot] for slot in slots], logits, dict.fromkeys(slots, 1))
+
+    # ---- from numbers to tokens ----
+
+    def _tokens(
+        self, slots: list[int], numbers: list[list[float]], logits: Tensor | None, counts: dict[int, int]
+    ) -> list[Token]:
+        """What `told` tells of each slot, as tokens; logits are needed where the likeliest are to be reported."""
         if not all(finite for _, _, finite in numbers):
-            raise ValueError(f"non-finite logits; first in {self._nonfinite_module(counts)} ({self.model.dtype})")
-        tops = self._tops(slots, logits, lse)
+            self._refuse(counts)
+        tops = self._tops(slots, logits)
         return [self._said(slot, int(n[0]), n[1], top) for slot, n, top in zip(slots, numbers, tops, strict=True)]
 
-    def _tops(self, slots: list[int], logits: Tensor, lse: Tensor) -> list[tuple[tuple[int, float], ...]]:
-        wanted = [request.top_logprobs for slot in slots if (request := self._slots[slot].request) is not None]
-        if not any(wanted):
+    def _most_tops(self, slots: list[int]) -> int:
+        return max(request.top_logprobs for request in self._slots.requests(slots).values())
+
+    def _tops(self, slots: list[int], logits: Tensor | None) -> list[tuple[tuple[int, float], ...]]:
+        most = self._most_tops(slots)
+        if logits is None or not most:
             return [()] * len(slots)
-        values, ids = logits.topk(max(wanted))  # (B, k) twice
-        rows = zip(ids.tolist(), (values - lse[:, None]).tolist(), wanted, strict=True)
+        values, ids = logits.log_softmax(dim=-1).topk(most)  # (B, k) twice
+        wanted = [request.top_logprobs for request in self._slots.requests(slots).values()]
+        rows = zip(ids.tolist(), values.tolist(), wanted, strict=True)
         return [tuple(zip(ids[:n], values[:n], strict=True)) for ids, values, n in rows]
 
     def _said(self, number: int, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Token:
         slot = self._slots[number]
         request = slot.request
         assert request is not None
-        self._ids[number, slot.count] = token_id
+        self._slots.ids[number, slot.count] = token_id
         slot.count += 1
-        if token_id in request.stop_ids:
-            finish_reason: str | None = "stop"
-        elif slot.count - len(request.ids) == request.params.max_new_tokens or slot.count == self.cache.max_length:
-            finish_reason = "length"
-        else:
-            finish_reason = None
+        stops = token_id in request.stop_ids
+        finish_reason = "stop" if stops else "length" if self._ends(number) else None
         if finish_reason:
-            self._free(number)
+            self._slots.free(number)
         return Token(request, token_id, logprob, finish_reason, top)
 
-    def _nonfinite_module(self, counts: dict[int, int]) -> str:
-        """Repeats the last pass and names the first module whose output is not finite."""
-        for slot, n in counts.items():
-            self.cache.truncate(slot, self.cache.lengths[slot] - n)
-        return first_nonfinite_module(self.model, lambda: self.model.lm_head(self._packed(counts)[0]))
+    def _ends(self, number: int, unread: int = 0) -> bool:
+        """Whether a reply that has so many more tokens than the host has read has all that it may have."""
+        slot = self._slots[number]
+        assert slot.request is not None
+        count = slot.count + unread
+        return count - len(slot.request.ids) == slot.request.params.max_new_tokens or count == self.cache.max_length
+
+    def _refuse(self, counts: dict[int, int]) -> NoReturn:
+        """Repeats the last pass to name the module; what that pass did, and a step ahead of it, is forgotten."""
+        starts = {slot: self.cache.lengths[slot] - n for slot, n in counts.items()}
+        self._flight = None
+        self._rewind(starts)
+        module = first_nonfinite_module(self.model, lambda: self.model.lm_head(self._packed(counts)[0]))
+        self._rewind(starts)
+        self.cache.clear_ends()
+        raise ValueError(f"non-finite logits; first in {module} ({self.model.dtype})")
+
+    def _rewind(self, lengths: dict[int, int]) -> None:
+        for slot, length in lengths.items():
+            self.cache.truncate(slot, length)
 
 
 def default_slots(model: Phi2ForCausalLM, length: int) -> int:

@@ -2,7 +2,8 @@
 
 A step is some two hundred kernels, six a block, of a few microseconds each, and launching them one by one takes longer
 than running them. A replay launches them all at once, with the very arguments of the recording: what changes from step
-to step lies in device memory, which the step itself reads.
+to step lies in device memory (`rows.py`), which the step itself reads and moves on. So the next replay can be launched
+before anybody has seen what this one has chosen.
 
 Dims: B rows, C hidden, H heads, H_kv key-value heads, D head dim, R rotary dims, S tokens there is room for,
 V vocabulary.
@@ -11,64 +12,89 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from phi2.cache import KVCache, StepPass
+from phi2.inference.rows import Rows
+from phi2.inference.sampling import Stages, told
 from phi2.linear import PhiLinear
 from phi2.model import Block, Phi2ForCausalLM
 from phi2_kernels.gemv import gemv_each, gemv_sum
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.weight_forms import Weight
 
+Result = TypeVar("Result")
+
 
 class RecordedStep:
-    """Logits of one more token of each of the first slots, again and again, whoever is in them.
+    """One more token of each of the first slots, again and again, whoever is in them.
 
     Args:
-        cache: holds the tokens before; it counts along.
-        rows: B, the slots that are computed.
+        cache: holds the tokens before; what its host counts is left to the caller.
+        rows: what the step reads and moves on.
+        count: B, the rows that are computed.
+        stages: of the choices of all active rows.
+
+    Attributes:
+        logits: (B, V) float32, of the last step; the next one overwrites them.
     """
 
-    def __init__(self, model: Phi2ForCausalLM, cache: KVCache, rows: int) -> None:
-        self.cached, device = StepPass(cache, rows), cache.keys.device
-        self._input_ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
-        every = torch.arange(cache.max_length + 1, device=device)[None]
+    logits: Tensor
+    _told: Tensor
+
+    def __init__(self, model: Phi2ForCausalLM, cache: KVCache, rows: Rows, count: int, stages: Stages) -> None:
+        self._cached, self._rows = StepPass(cache, count, at=rows.at[:, :count]), rows
+        self._count, self._stages, self._device = count, stages, cache.keys.device
+        every = torch.arange(cache.max_length + 1, device=self._device)[None]
         self._tables = rotary_angles(
             every, model.config.rotary_dim, model.config.rope_theta
         )  # (1, S + 1, 1, R/2) twice
-        self._logits: Tensor | None = None
+        self._launched = False
         self._replay: Callable[[], None] | None = None
 
-    def __call__(self, model: Phi2ForCausalLM, input_ids: Tensor, active: Sequence[int]) -> Tensor:
-        """(B, V) float32 logits after the tokens; the next call may overwrite them.
+    def __call__(self, model: Phi2ForCausalLM) -> Arriving:
+        """Starts the step; its numbers, (B, 3) as `told` has them, are on their way.
 
         Args:
             model: the same in every call.
-            input_ids: (B, 1), or fewer rows where the last ones are not active.
-            active: the rows whose tokens count; what the others hold is left alone.
-        Raises:
-            ValueError: when a slot is full.
         """
-        self.cached.start(active)
-        self._input_ids[: len(input_ids)].copy_(input_ids)
-        if self._logits is None:
-            self._logits = self._launch(model)  # compiles kernels and makes workspaces, which a recording may not
+        if not self._launched:
+            self._told, self.logits = self._launch(model)  # compiles and makes workspaces, which a recording may not
+            self._launched = True
         else:
             if self._replay is None:
-                self._replay, self._logits = record(lambda: self._launch(model), self._input_ids.device)
+                self._replay, (self._told, self.logits) = record(lambda: self._launch(model), self._device)
             self._replay()
-        self.cached.finish()
-        return self._logits
+        return Arriving(self._told)
 
-    def _launch(self, model: Phi2ForCausalLM) -> Tensor:
-        positions = self.cached.positions  # (B, 1)
+    def _launch(self, model: Phi2ForCausalLM) -> tuple[Tensor, Tensor]:
+        positions = self._cached.positions  # (B, 1)
         cos, sin = (table[0, positions] for table in self._tables)  # (B, 1, 1, R/2) twice
-        x = model.model.embed_tokens(self._input_ids)  # (B, 1, C)
+        x = model.model.embed_tokens(self._rows.ids[: self._count, None])  # (B, 1, C)
         for block in model.model.blocks:
-            x = block_step(block, x, (cos, sin), self.cached)
-        return model.lm_head(model.model.final_layernorm(x)[:, -1]).float()
+            x = block_step(block, x, (cos, sin), self._cached)
+        logits = model.lm_head(model.model.final_layernorm(x)[:, -1]).float()
+        chosen = self._rows.choose(logits, slice(self._count), self._stages, positions[:, 0] + 1)
+        self._rows.advance(self._count, chosen)
+        return told(logits, chosen), logits
+
+
+class Arriving:
+    """Numbers of a step on their way to the host, which does not wait for them until it wants them."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        on_gpu = numbers.is_cuda
+        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
+        self._numbers.copy_(numbers, non_blocking=True)
+        self._arrival = torch.cuda.current_stream(numbers.device).record_event() if on_gpu else None
+
+    def wait(self) -> list[list[float]]:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._numbers.tolist()
 
 
 def block_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], cached: StepPass) -> Tensor:
@@ -96,7 +122,7 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def record(launch: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+def record(launch: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
     """Records what `launch` puts on a GPU without running it: a function that runs it, and its result's memory.
 
     The GPU need not be torch's current one, and other threads may go on allocating.

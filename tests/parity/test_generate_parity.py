@@ -17,7 +17,7 @@ from phi2.checkpoints.weights import load
 from phi2.config import Phi2Config
 from phi2.inference.config import SamplingParams
 from phi2.inference.generate import generate
-from phi2.inference.sampling import process_logits
+from phi2.inference.sampling import Settings, Stages, pack, process_logits
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 
@@ -87,7 +87,10 @@ def test_processed_logits_equal_those_of_transformers(seed, rounded, **settings)
     said = torch.randint(V, (3, 7), generator=generator)
     seen = torch.zeros(3, V, dtype=torch.bool).scatter_(1, said, True)
     params = SamplingParams(**settings)
-    assert torch.equal(process_logits(logits, params, seen), their_scores(logits.clone(), said, params))
+    rows = Settings.unpack(torch.stack([pack(params)] * 3))
+    assert torch.equal(
+        process_logits(logits, rows, Stages.of(params), seen), their_scores(logits.clone(), said, params)
+    )
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
