@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -185,23 +186,15 @@ def _transformers_layer(layer: Block, config: Phi2Config, rank: int) -> nn.Modul
 
 # ---- the products of LoRA, as of q, k, v and fc1 ----
 
-WIDTHS = (2560, 2560, 2560, 10240)
-SPANS = tuple((sum(WIDTHS[:i]), sum(WIDTHS[: i + 1])) for i in range(4))
-
-
-def side(widths: tuple[int, ...], spans: tuple[tuple[int, int], ...], is_output: bool) -> Side:
-    """Of adapters of rank 16."""
-    sizes = [f"{width} 16:float32" if is_output else f"16 {width}:float32" for width in widths]
-    return Side(tuple(sizes), spans, is_output, (16,) * 4)
-
-
-A_IN, B_IN = side((2560,) * 4, ((0, 2560),) * 4, False), side(WIDTHS, SPANS, True)
+EDGES = ("#0", "#C", "#2C", "#3C", "#7C")  # of the columns of h
+A_IN = Side(("16 C:float32",) * 4, (("#0", "#C"),) * 4, False, (16,) * 4)
+B_IN = Side((*("C 16:float32",) * 3, "4C 16:float32"), tuple(pairwise(EDGES)), True, (16,) * 4)
 # Candidates: rows, columns, warps, stages.
 SKINNY = spec.on_both((32, 128, 4, 3), (32, 64, 4, 4), (16, 128, 4, 4), (64, 64, 4, 3), (64, 128, 4, 3))
 WALKS = spec.on_both((64, 128, 4, 1), (32, 256, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1), (64, 256, 8, 1))
 
 
-IN, WIDE, STREAM = "N 64:float32", "N 17920", "N C"
+IN, WIDE, STREAM = "N 64:float32", "N 7C", "N C"
 INNER = [
     Call("block_adapters_triton.inner", dict(x=x, u=IN, side=side, scales=(2.0,) * 4, seed=None))
     for x, side in ((STREAM, A_IN), (WIDE, B_IN))

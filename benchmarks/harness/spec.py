@@ -51,14 +51,17 @@ class Shapes(NamedTuple):
 PHI2 = Shapes()
 
 
-def make(text: str, shapes: Shapes, device: torch.device, normal: Callable[..., Tensor] | None) -> Tensor:
-    """The tensor that a text describes; on FAKE it has no numbers.
+def make(text: str, shapes: Shapes, device: torch.device, normal: Callable[..., Tensor] | None) -> Tensor | int:
+    """The tensor or the number that a text describes; on FAKE tensors have no numbers.
 
     "N 2H C/32"              small normal numbers in half precision
     "N:float32"              in another dtype
     "N:int32%S", "1:int32=S" counted from 0, by a modulus; all the same
     "B S H D -> B H S D"     a view with another order of dims
+    "#3C"                    the number itself
     """
+    if text.startswith("#"):
+        return _size(text[1:], shapes)
     text, _, kind = text.partition(":")
     order, _, view = text.partition("->")
     size = [_size(term, shapes) for term in order.split()]
