@@ -14,7 +14,7 @@ A program axis counts the parts: an adapter, or RANKS of its ranks. What is the 
 sizes of the parts, are constants: each number that Triton has to look at takes the host a third of a microsecond.
 
 Dims: N rows, K columns that an adapter reads or writes, r LoRA rank, R sum of the ranks.
-Source: splitting as in arXiv:1803.04014; random numbers by counters, arXiv's Philox is in `tl.rand`.
+Source: splitting as in arXiv:1803.04014; random numbers by counters, Salmon et al., SC 2011 (Philox, `tl.rand`).
 """
 
 from __future__ import annotations
