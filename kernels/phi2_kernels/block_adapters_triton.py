@@ -34,6 +34,7 @@ RANKS = 64  # of an adapter that a program takes at a time: more would not fit i
 _KERNELS = {
     "inner": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     "add": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
+    "add dropped": {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1},  # random numbers take registers
     "gradients": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
 }
 LAUNCH = {80: _KERNELS, 90: _KERNELS}
@@ -202,7 +203,7 @@ def add(y: Tensor, u: Tensor, side: Side, seed: Tensor | None) -> None:
     """Adds to the columns of y (N, any) that each adapter writes its part of u (N, R) times its factor."""
     if not u.numel():
         return
-    parts, launch = _parts_of(side), LAUNCH[architecture(y.device)]["add"]
+    parts, launch = _parts_of(side), LAUNCH[architecture(y.device)]["add dropped" if side.rates else "add"]
     first, last = min(start for start, _ in side.spans), max(end for _, end in side.spans)
     _add_kernel[cdiv(y.shape[0], launch["BLOCK_N"]), cdiv(last - first, launch["BLOCK_K"])](
         strided(y), strided(u), _factors(side, parts, side.factors), *_dropout(side, parts, seed), y.shape[0],
