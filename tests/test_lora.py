@@ -18,9 +18,9 @@ from phi2.lora import (
     has_adapter,
     lora_modules,
     merge,
-    target_names,
 )
 from phi2.lora_config import LoraConfig
+from phi2.lora_targets import target_names
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 

@@ -12,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import phi2.inference.engine
-from phi2.config import Phi2Config
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine, Request, Token
 from phi2.inference.rows import Rows
@@ -21,16 +20,10 @@ from phi2.lora import adapter_state, attach
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 
-CONTEXT, CHOICES = 64, 50
+from .test_engine import CHOICES, CONTEXT, tiny_model
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SAMPLED = dict(temperature=0.9, seed=4, top_k=20, top_p=0.95, min_p=0.001, repetition_penalty=1.2)
-
-
-def tiny_model() -> Phi2ForCausalLM:
-    shape = dict(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    model = Phi2ForCausalLM(Phi2Config(**shape, max_position_embeddings=CONTEXT, initializer_range=0.3))
-    model.init_weights(seed=1)
-    return model.eval()
 
 
 MODEL = tiny_model()
@@ -265,6 +258,7 @@ def test_a_step_costs_the_host_one_copy_and_one_look_at_it(recordings, monkeypat
     assert traffic.ops == ["aten.empty.memory_format", "aten.copy_.default"] and asked == ["tolist"]
 
 
+@pytest.mark.gpu
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("how", [{}, SAMPLED])

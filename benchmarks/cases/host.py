@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import process_time
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch import nn
 
 from benchmarks.cases.dpo_step import LORA, peft_model
+from benchmarks.harness.aot import pretend_driver
 from benchmarks.harness.models import random_model
 from benchmarks.registry import GateError, Measure, Report, case, versions
 from phi2.config import Phi2Config
@@ -101,8 +101,6 @@ def pass_of(model: Phi2ForCausalLM | nn.Module) -> Callable[[], None]:
 @contextmanager
 def kernels_not_launched() -> Iterator[list[str]]:
     """Within, our kernels are looked up by their arguments, as for an A100, and listed instead of launched."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     found, launched = JITFunction.run, []
@@ -111,8 +109,7 @@ def kernels_not_launched() -> Iterator[list[str]]:
         launched.append(self.fn.__name__)
         return found(self, *args, grid=grid, warmup=True, **constants)
 
-    asked = {"device": lambda: 0, "stream": lambda device: 0, "target": lambda: GPUTarget("cuda", 80, 32)}
-    driver.set_active(SimpleNamespace(**{f"get_current_{name}": answer for name, answer in asked.items()}))
+    pretend_driver(80)
     everything = {"default_impl": "triton", "_unsupported_tensor": lambda x: ""}
     with mock.patch.object(JITFunction, "run", look_up), mock.patch.multiple(_dispatch, **everything):
         yield launched

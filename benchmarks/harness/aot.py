@@ -146,8 +146,6 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
     Args:
         wanted: the one kernel to compile, by its `name_of`; default: all of them.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     run, launched = JITFunction.run, []
@@ -156,16 +154,24 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
         if wanted in ("", name_of(self)):
             launched.append((self, run(self, *args, grid=grid, warmup=True, **constants), constants))
 
-    asked = SimpleNamespace(  # by Triton's compiler, of a driver
+    pretend_driver(arch)
+    pretended = {"get_device_capability": lambda device: divmod(arch, 10), "current_device": lambda: 0}
+    architecture.cache_clear()
+    with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended), _PretendGPU():
+        yield launched
+
+
+def pretend_driver(arch: int) -> None:
+    """From now on Triton compiles for an architecture, and asks no GPU's driver."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    asked = SimpleNamespace(
         get_current_device=lambda: arch,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
     )
     driver.set_active(asked)
-    pretended = {"get_device_capability": lambda device: divmod(arch, 10), "current_device": lambda: 0}
-    architecture.cache_clear()
-    with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended), _PretendGPU():
-        yield launched
 
 
 def name_of(kernel) -> str:

@@ -7,15 +7,15 @@ Attention and MLP read the same n and are added to the same x, so [Wq; Wk; Wv; W
 [Wdense^T; Wfc2^T], and a layer takes two matmuls forward and four backward in place of six and twelve. All that
 lies between is written straight into columns of three buffers, h = [q k v f], m, and their gradients.
 
-Of a layer only x, h, the attention's output, two numbers a row and one a row and head are kept; n and gelu(f) are
-made again.
+Of a layer only x, h, the attention's output, two numbers a row and one a row and head are kept, and of adapters r
+numbers a row; n and gelu(f) are made again. A pass without gradient keeps nothing.
 
 LoRA (`block_adapters.py`): adapters on q, k, v and fc1 read n, those on dense and fc2 their columns of m:
 
     h[:, span] += s (n A^T) B^T        y += s (m[:, span] A^T) B^T
 
 Where the residual stream has dropout, attention's part of y and the MLP's are dropped apart, and the second matmul is
-two. Masks come from a seed and are made again in the backward pass (`dropout.py`).
+two. Masks come from a seed and are made again in the backward pass.
 
 Dims: B batch, T tokens, N = B T rows, C hidden, H heads, H_kv key-value heads, D head dim, F mlp width,
 E = (H + 2 H_kv) D + F columns of h, M = H D + F columns of m, r LoRA rank.
@@ -47,6 +47,8 @@ from phi2_kernels.block_weights import (
 from phi2_kernels.dropout import keep_mask, new_seed
 from phi2_kernels.layer_norm import MAX_COLUMNS
 from phi2_kernels.visibility import Tables, Visibility
+
+SevenTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Shape(NamedTuple):
@@ -152,7 +154,7 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, angles, tables, seed, layout, w, *tensors):
         given = x, angles, tables, seed
-        y, *saved = _traced_forward(*given, list(tensors), *layout) if w is None else _forward(*given, w)
+        y, *saved = _traced_forward(*given, list(tensors), *layout) if w is None else _keep(*_forward(*given, w))
         ctx.layout, ctx.traced, ctx.w = layout, w is None, w if w is not None and w.is_view else None
         ctx.save_for_backward(x, *angles, *tables, seed, *saved, *tensors)
         return y
@@ -173,8 +175,8 @@ class _BlockFunction(torch.autograd.Function):
 
 def _forward(
     x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, w: Joined
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y (B, T, C), and what the backward pass reads: h, attention's output, u of adapters, mean, rstd, logsumexp."""
+) -> SevenTensors:
+    """y (B, T, C), and what the backward pass reads: h, attention's columns of m, u of adapters, mean, rstd, lse."""
     eps, dropout, dtype = w.layout.eps, w.layout.dropout, w.layout.dtype
     shape, ops = Shape(*w.layout.dims), _ops(w.layout.triton)
     rows = x.flatten(0, 1)  # (N, C)
@@ -194,8 +196,13 @@ def _forward(
         y = torch.addmm(bias.to(dtype), m[:, output.columns], w.w_out[output.columns])  # (N, C)
         output.adapters.add(ops, m, y, u[:, output.inner], seed)
         stream = stream + _dropped(y, dropout, seed, number)
-    attended = m[:, : shape.attention_width].clone()  # (N, H D), not a view: the rest of m may go
-    return stream.view(x.shape), h, attended, u, mean, rstd, lse
+    return stream.view(x.shape), h, m[:, : shape.attention_width], u, mean, rstd, lse
+
+
+def _keep(y: Tensor, h: Tensor, attended: Tensor, *others: Tensor) -> SevenTensors:
+    """What `_forward` gives, with an attention's output of its own: all the rest of m may go."""
+    u, mean, rstd, lse = others
+    return y, h, attended.clone(), u, mean, rstd, lse
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None, number: int) -> Tensor:
@@ -264,9 +271,9 @@ def _traced_forward(
     x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, tensors: list[Tensor],
     eps: float, dropout: float, starts: list[int], ends: list[int], scalings: list[float], rates: list[float],
     into: int, dims: list[int], dtype: torch.dtype, triton: bool, adjacent: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> SevenTensors:  # fmt: skip
     layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton, adjacent)
-    return _forward(x, angles, tables, seed, joined(unflatten(tensors), layout))
+    return _keep(*_forward(x, angles, tables, seed, joined(unflatten(tensors), layout)))
 
 
 @custom_op("phi2::block_backward", mutates_args=())

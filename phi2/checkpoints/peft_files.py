@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from phi2.checkpoints.same_base import is_same_base, sample_of_base
 from phi2.files import one_line, read_json, whole_file
 from phi2.hub import of_a_run
-from phi2.lora import DEFAULT, adapter_state, insert, lora_modules, target_names
+from phi2.lora import DEFAULT, adapter_state, insert, lora_modules
 from phi2.lora_config import LoraConfig
+from phi2.lora_targets import target_names
 from phi2.model import Phi2ForCausalLM
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phi2_kernels import block_torch, block_triton
+from phi2_kernels import block_adapters_triton, block_torch, block_triton
 from phi2_kernels.block_adapters import Adapter, AdapterGroup, Side, group_of
 
 from .conftest import INTERPRETED
-
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="tests/kernels/test_block.py runs them on a GPU")
 
 SEED = torch.tensor(11)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 OPS = pytest.mark.parametrize("ops", [block_torch, block_triton], ids=["torch", "triton"])
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 LOST = 2**-15  # of a float32 factor as two halves; the interpreter does not round to bfloat16 but cuts
+EXACT = 2**-20 if INTERPRETED else 2**-18  # a GPU leaves out the products of what TF32 cannot hold of both factors
 N = 37
 
 
+@pytest.fixture(autouse=True)
+def here(device) -> Iterator[None]:
+    """All tensors of a test are made on its device."""
+    with torch.device(device):
+        yield
+
+
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    """The same numbers on every device."""
+    numbers = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
 def adapters_of(widths: list[int], ranks: list[int], C: int, p: float = 0.0) -> tuple[Adapter, ...]:
@@ -79,7 +88,7 @@ def test_all_products_are_as_good_as_float32(size, dtype, ops, poison):
     expected = [torch.cat(exact["u"], 1), torch.cat(exact["y"], 1), sum(exact["dx"]), *exact["dA"], *exact["dB"]]
     for ours, truth in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32 and ours.shape == truth.shape
-        assert (ours - truth).norm() <= (LOST if dtype == torch.bfloat16 else 2**-20) * truth.norm()
+        assert (ours - truth).norm() <= (LOST if dtype == torch.bfloat16 else EXACT) * truth.norm()
 
 
 @OPS
@@ -168,10 +177,10 @@ def test_masks_have_their_rate_and_no_two_are_alike(ops):
 def test_masks_of_kernels_do_not_depend_on_their_tiles(monkeypatch):
     adapters = group([33], [3], 200, p=0.5)
     expected = masks_of(block_triton, adapters)
-    from phi2_kernels import block_adapters_triton
-
     other = {"BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setitem(block_adapters_triton.LAUNCH[80], "add", other)
+    assert all(other != launches["add dropped"] for launches in block_adapters_triton.LAUNCH.values())
+    for launches in block_adapters_triton.LAUNCH.values():
+        monkeypatch.setitem(launches, "add dropped", other)
     assert torch.equal(masks_of(block_triton, adapters)[0], expected[0])
 
 
@@ -181,7 +190,7 @@ def test_masks_of_kernels_do_not_depend_on_their_tiles(monkeypatch):
 SIZE = st.tuples(st.integers(1, 90), st.integers(1, 20))  # columns and rank of an adapter
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 70),
     st.integers(1, 90),
@@ -213,6 +222,7 @@ class Made(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="launches are left out of the interpreter alone")
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_kernels_need_no_copy_of_what_they_read_and_ask_no_gpu(rate, monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction
