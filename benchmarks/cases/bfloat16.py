@@ -60,11 +60,11 @@ def cpu_flags() -> set[str]:
 def compare_precisions(
     config: Phi2Config, tokenizer: Tokenizer, records: Sequence[Record], turns: int, size: str
 ) -> tuple[list[Measure], str]:
-    """Times, and the gate in words; all three take turns."""
+    """Times, and the gate in words; all three take turns, with the same weights."""
     with TemporaryDirectory() as folder:
         job = Job("preference", Path(folder), batch_size=4, dtype="bfloat16")
-        prepare(job, initialized(config), tokenizer, records)
-        in_float32, trl = compare_all(ours, [ours_in_float32, with_trl], job, turns, ROUNDED)
+        prepare(job, initialized(config).bfloat16(), tokenizer, records)
+        in_float32, trl = compare_all(ours, [ours_in_float32, with_trl], job, turns, ROUNDED[job.kind])
     measures = [
         *in_float32.times(target=0.85, name=f"{size}, ours in float32: "),
         *trl.times(target=None, name=f"{size}, trl in bfloat16: "),

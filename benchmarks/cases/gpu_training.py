@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 def full(kind: str) -> Setting:
     """Phi-2 in the precision of its recipe, without dropout, which no two libraries draw alike."""
     config, records = replace(PHI2, resid_pdrop=0.0), real_records(kind)
-    return Setting(config, device(), torch.bfloat16, instruct_tokenizer(), records, 768, ROUNDED)
+    return Setting(config, device(), torch.bfloat16, instruct_tokenizer(), records, 768, ROUNDED[kind])
 
 
 def tiny(kind: str) -> Setting:
