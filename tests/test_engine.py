@@ -282,3 +282,11 @@ def test_an_engine_that_forgets_says_what_a_new_one_says_to_the_last_bit(way):
     expected, said = finish(Engine(MODEL, CHOICES, slots=4), *asked), finish(used, *again)
     for request, other in zip(asked, again, strict=True):
         assert [token[1:] for token in said[other]] == [token[1:] for token in expected[request]]
+
+
+def test_an_engine_made_in_inference_mode_goes_on_outside(way):
+    first, second = Request([1, 2, 3], GREEDY), Request([1, 2, 3], GREEDY)
+    with torch.inference_mode():
+        engine = Engine(MODEL, CHOICES, slots=1)
+        finish(engine, first)
+    assert_same_reply(finish(engine, second)[second], alone(second))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +178,27 @@ def test_a_recording_that_froze_the_count_is_noticed(recordings):
         ids.copy_(tokens[:, i : i + 1])
         replay()
     assert not torch.allclose(logits, expected[-1], atol=1e-2)
+
+
+def test_recordings_of_two_threads_take_turns(monkeypatch):
+    """CUDA forbids what begins one, a wait for the GPU, while another is made."""
+    inside, most = [], []
+
+    @contextmanager
+    def graph(*_, **__):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.02)
+        yield
+        inside.pop()
+
+    stand_ins = dict(CUDAGraph=lambda: SimpleNamespace(replay=None), device=lambda device: nullcontext(), graph=graph)
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(phi2.inference.step, "_recording_stream", lambda device: None)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: record(lambda: None, torch.device("cuda")), range(8)))
+    assert most == [1] * 8
 
 
 def test_a_batch_says_the_same_recorded_or_not_also_when_rows_leave(recordings, tiny_tokenizer, monkeypatch):

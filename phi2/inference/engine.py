@@ -80,6 +80,7 @@ class Engine:
         waiting: requests that have no slot yet.
     """
 
+    @torch.inference_mode(False)  # what it keeps must serve callers of any mode
     def __init__(
         self, model: Phi2ForCausalLM, choices: int, slots: int | None = None, max_length: int | None = None
     ) -> None:
@@ -120,6 +121,7 @@ class Engine:
         """Empties the slots that nobody uses, as if the engine were new: their tokens were read with other weights."""
         self._slots.forget()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self) -> list[Token]:
         """Gives free slots to waiting requests, reads a pass of prompts, and adds a token to every other reply.

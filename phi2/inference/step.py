@@ -12,6 +12,8 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -27,6 +29,7 @@ from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.weight_forms import Weight
 
 Result = TypeVar("Result")
+_ONE_AT_A_TIME = Lock()
 
 
 class RecordedStep:
@@ -125,10 +128,16 @@ def can_record(device: torch.device) -> bool:
 def record(launch: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
     """Records what `launch` puts on a GPU without running it: a function that runs it, and its result's memory.
 
-    The GPU need not be torch's current one, and other threads may go on allocating.
+    The GPU need not be torch's current one, and other threads may go on computing: but a recording begins by waiting
+    for the GPU, which CUDA forbids while another one is made. So they take turns.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+    with _ONE_AT_A_TIME, torch.cuda.device(device):
+        with torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local"):
             result = launch()
     return graph.replay, result
+
+
+@cache  # cuBLAS keeps a workspace for each stream that it has seen
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
