@@ -44,7 +44,7 @@ case $("$python" -c "from importlib.util import find_spec as has; print(has('xdi
   "1 None") flags+=(-n 12) ;;
   "None 1") flags+=(--timeout=30) ;;
 esac
-read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_run_ahead.py tests/test_generate.py tests/test_weights.py tests/test_benchmarks_ops.py}"
+read -ra files <<<"${TESTS:--m gpu tests/kernels tests/test_step.py tests/test_run_ahead.py tests/test_generate.py tests/test_passes.py tests/test_weights.py tests/test_benchmarks_ops.py}"
 
 command_of() {
   case $1 in

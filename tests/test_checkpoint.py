@@ -72,6 +72,17 @@ def test_step_optimizer_and_random_state_come_back(tmp_path, optimizer, sft_conf
     assert (last_checkpoint(tmp_path) / "model" / "weights").read_text() == "weights"
 
 
+def test_the_random_state_of_a_gpu_is_that_of_the_one_that_trains(tmp_path, optimizer, monkeypatch):
+    states, trained = {torch.device("cuda", 0): 10, torch.device("cuda", 1): 11}, torch.device("cuda", 1)
+    monkeypatch.setattr(optimizer, "device", trained)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([states[device]]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state.item()}))
+    save_checkpoint(tmp_path, 7, optimizer, write_weights, keep=1, loss_state={}, passes=Passes(64))
+    states[trained] = 99
+    restore_checkpoint(last_checkpoint(tmp_path), optimizer, {}, Passes(32))
+    assert states == {torch.device("cuda", 0): 10, trained: 11}
+
+
 def test_what_the_loss_keeps_comes_back_to_the_last_bit(tmp_path, optimizer):
     kept = {"mean": torch.tensor(0.1).item() / 3, "updates": 4.0}
     save_checkpoint(tmp_path, 1, optimizer, write_weights, keep=1, loss_state=kept, passes=Passes(64))

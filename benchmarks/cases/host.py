@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.cases.dpo_step import LORA, peft_model
-from benchmarks.harness.aot import pretend_driver
+from benchmarks.harness.aot import pretended_driver
 from benchmarks.harness.models import random_model
 from benchmarks.registry import GateError, Measure, Report, case, versions
 from phi2.config import Phi2Config
@@ -109,10 +109,10 @@ def kernels_not_launched() -> Iterator[list[str]]:
         launched.append(self.fn.__name__)
         return found(self, *args, grid=grid, warmup=True, **constants)
 
-    pretend_driver(80)
     everything = {"default_impl": "triton", "_unsupported_tensor": lambda x: ""}
     with mock.patch.object(JITFunction, "run", look_up), mock.patch.multiple(_dispatch, **everything):
-        yield launched
+        with pretended_driver(80):
+            yield launched
 
 
 def _count(launches: list[str], run: Callable[[], None]) -> int:

@@ -154,15 +154,16 @@ def compile_only(arch: int, wanted: str = "") -> Iterator[list[tuple[Any, Any, d
         if wanted in ("", name_of(self)):
             launched.append((self, run(self, *args, grid=grid, warmup=True, **constants), constants))
 
-    pretend_driver(arch)
     pretended = {"get_device_capability": lambda device: divmod(arch, 10), "current_device": lambda: 0}
     architecture.cache_clear()
-    with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended), _PretendGPU():
-        yield launched
+    with mock.patch.object(JITFunction, "run", compile_), mock.patch.multiple(torch.cuda, **pretended):
+        with pretended_driver(arch), _PretendGPU():
+            yield launched
 
 
-def pretend_driver(arch: int) -> None:
-    """From now on Triton compiles for an architecture, and asks no GPU's driver."""
+@contextmanager
+def pretended_driver(arch: int) -> Iterator[None]:
+    """Within, Triton compiles for an architecture, and asks no GPU's driver."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -171,7 +172,8 @@ def pretend_driver(arch: int) -> None:
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
     )
-    driver.set_active(asked)
+    with mock.patch.object(driver, "_active", asked):
+        yield
 
 
 def name_of(kernel) -> str:

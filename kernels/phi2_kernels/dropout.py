@@ -14,7 +14,7 @@ def new_seed() -> Tensor:
 
     It follows `torch.manual_seed`, and a checkpointed pass that is run again draws it again.
     """
-    return torch.randint(2**62, (), dtype=torch.int64)
+    return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor, number: int) -> Tensor:

@@ -28,7 +28,8 @@ def target_logps(
     Returns:
         (N,) float32 in nats, and (N,) entropies in nats or None.
     """
-    return head_logps(model.lm_head, hidden.flatten(0, 1).index_select(0, logits_indices), targets, entropy=entropy)
+    picked = hidden.flatten(0, 1)[logits_indices]  # index_select's gradient adds in no fixed order on a GPU
+    return head_logps(model.lm_head, picked, targets, entropy=entropy)
 
 
 def head_logps(

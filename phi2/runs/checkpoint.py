@@ -26,7 +26,9 @@ from phi2.files import whole_folder
 
 
 class OptimizerState(Protocol):
-    """What a checkpoint keeps of an optimizer."""
+    """What a checkpoint keeps of an optimizer; beside it the random numbers of its device."""
+
+    device: torch.device
 
     def tensors(self) -> dict[str, Tensor]: ...
     def numbers(self) -> dict: ...
@@ -71,7 +73,7 @@ def save_checkpoint(
         return
     with whole_folder(folder) as unfinished:
         save_weights(unfinished)
-        save_tensors({**optimizer.tensors(), **_random_state()}, unfinished / "state.safetensors")
+        save_tensors({**optimizer.tensors(), **_random_state(optimizer.device)}, unfinished / "state.safetensors")
         numbers = {"step": step, "optimizer": optimizer.numbers(), "loss": dict(loss_state)}
         numbers["passes"] = {"max_tokens": passes.max_tokens, "halved": passes.halved}
         (unfinished / "state.json").write_text(json.dumps(numbers, indent=1))
@@ -92,8 +94,8 @@ def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict
         state = json.loads((folder / "state.json").read_text())
         optimizer.restore(tensors, state["optimizer"])
         torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        if "rng.cuda" in tensors and optimizer.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], optimizer.device)
         loss_state.update({name: state["loss"][name] for name in loss_state})
         passes.max_tokens, passes.halved = state["passes"]["max_tokens"], state["passes"]["halved"]
         return state["step"]
@@ -109,6 +111,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path}: could not be written ({error})") from error
 
 
-def _random_state() -> dict[str, Tensor]:
-    cuda = {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    cuda = {"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"rng.cpu": torch.get_rng_state(), **cuda}

@@ -76,5 +76,5 @@ def kl_to_policy(model: Phi2ForCausalLM, hidden: Tensor, row: TokenRow, asked: A
 
 def _picked(model: Phi2ForCausalLM, hidden: Tensor, row: TokenRow) -> Sequence[Tensor]:
     """The (N, C) hidden states that predict targets, some at a time."""
-    picked = hidden.flatten(0, 1).index_select(0, row.logits_indices)
+    picked = hidden.flatten(0, 1)[row.logits_indices]
     return picked.split(max(1, LOGITS // model.config.vocab_size))

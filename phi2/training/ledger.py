@@ -199,7 +199,8 @@ def tokens_of(answers: AnswerBatch) -> dict[str, pyarrow.Array]:
     }
     found = {name.format(side): each.take(places) for name, each in lists.items() for side, places in sides.items()}
     if answers.gold is not None:
-        found |= _of_gold(answers.gold, answers.of_comparisons(torch.arange(answers.count)))
+        prompts = torch.arange(answers.count, device=answers.policy_logps.device)
+        found |= _of_gold(answers.gold, answers.of_comparisons(prompts).cpu())
     if answers.mismatched is not None:
         others = tokens_of(replace(answers.mismatched, gold=None))  # of these no loss is shown one
         found |= {f"{MISMATCHED}{name}": each for name, each in others.items()}
@@ -210,7 +211,7 @@ def _of_gold(gold: AnswerBatch, prompts: Tensor) -> dict[str, pyarrow.Array]:
     """Those of the answers to imitate.
 
     Args:
-        prompts: (R,) of each comparison.
+        prompts: (R,) of each comparison, on the CPU.
     """
     models = {"policy": gold.policy_logps, "ref": gold.ref_logps}
     return {f"{model}_gold_logps": _lists(logps, gold.mask).take(prompts.numpy()) for model, logps in models.items()}

@@ -63,7 +63,8 @@ class Optimizer:
             eps=config.adam_epsilon,
             fused=True,
         )
-        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=scale_loss)
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
         self.updates = 0
         self.warmup = warmup_updates(config, total_steps)
 

@@ -41,7 +41,10 @@ class TokenRow:
     targets: Tensor
 
     def to(self, device: torch.device) -> TokenRow:
-        return TokenRow(*(getattr(self, f.name).to(device) for f in fields(self)))
+        tensors = [getattr(self, f.name) for f in fields(self)]
+        if device.type == "cuda":  # out of pinned memory a copy does not wait for what the GPU still has to do
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return TokenRow(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def row_of_sequences(sequences: Sequence[EncodedSequence]) -> TokenRow:

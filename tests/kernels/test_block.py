@@ -22,12 +22,12 @@ SHAPES = {"heads 80": Shape(2, 2, 80), "grouped": Shape(4, 2, 16)}
 PACKED = torch.tensor([[8] * 8 + [21] * 13, [0] * 3 + [21] * 6 + [15] * 6 + [21] * 6], dtype=torch.int32)
 
 
-def draw(shape: Shape, trainable: bool, adapters: bool) -> tuple[Tensor, Weights]:
+def draw(shape: Shape, trainable: bool, adapters: bool, device: str = "cpu") -> tuple[Tensor, Weights]:
     """A stream and the weights of a block, which are not neighbours in memory; everything that trains is a leaf."""
     g = torch.Generator().manual_seed(0)
 
     def new(*size: int, leaf: bool = trainable) -> Tensor:
-        return (torch.randn(size, generator=g) * 0.2).requires_grad_(leaf)
+        return (torch.randn(size, generator=g) * 0.2).to(device).requires_grad_(leaf)
 
     attended, kv = shape.attention_width, shape.kv_heads * shape.head_dim
     into, out = (attended, kv, kv, F), (attended, F)
@@ -58,12 +58,13 @@ def leaves(x: Tensor, w: Weights) -> list[Tensor]:
     return [tensor for tensor in every if tensor.requires_grad]
 
 
-def outcome(impl: str, shape: Shape, until: Tensor | None, **kind: bool) -> list[Tensor]:
+def outcome(impl: str, shape: Shape, until: Tensor | None, device: str, **kind: bool) -> list[Tensor]:
     """The output, and the gradient of every leaf."""
-    x, weights = draw(shape, **kind)
-    angles = rotary_angles(torch.arange(T)[None], 8, 10000.0)
+    x, weights = draw(shape, **kind, device=device)
+    angles = rotary_angles(torch.arange(T, device=device)[None], 8, 10000.0)
+    until = None if until is None else until.to(device)
     y = block(x, weights, shape, angles, Visibility(T, T, until, x.device), impl=impl)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
     return [y.detach(), *torch.autograd.grad(y, leaves(x, weights), upstream)]
 
 
@@ -76,8 +77,8 @@ KINDS = {
 @pytest.mark.parametrize("until", [None, PACKED], ids=["causal", "packed"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_kernels_and_torch_agree_in_every_gradient(shape, kind, until, poison):
-    expected, actual = (outcome(impl, shape, until, **kind) for impl in ("torch", "triton"))
+def test_kernels_and_torch_agree_in_every_gradient(shape, kind, until, poison, device):
+    expected, actual = (outcome(impl, shape, until, device, **kind) for impl in ("torch", "triton"))
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
@@ -258,7 +259,7 @@ def test_kernels_are_as_good_in_half_precision_as_torch():
 @pytest.mark.parametrize("impl", ["cuda", "cudnn"])
 def test_an_unknown_implementation_is_refused(impl):
     with pytest.raises(ValueError, match=f"must be one of auto, torch, triton, got '{impl}'"):
-        outcome(impl, SHAPES["grouped"], None, **KINDS["trainable"])
+        outcome(impl, SHAPES["grouped"], None, "cpu", **KINDS["trainable"])
 
 
 WIDE = torch.zeros(1, T, 8208)
