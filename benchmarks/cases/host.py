@@ -2,7 +2,8 @@
 
 A GPU waits wherever the host has not launched its next kernel. Here the tensors are tiny and lie on the CPU, so that
 nothing but the way to the kernels takes time: Python, torch's dispatch and autograd, and what Triton does to find a
-compiled kernel by its arguments. The launch itself is left out. Times are the process's own (CPU time).
+compiled kernel by its arguments. The launch itself is left out. Times are the process's own (CPU time), of one thread:
+others of torch would wait in a loop for the next product, and their time would count too.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def compare_host_time(turns: int, layers: int) -> Report:
     fused, unfused = (random_model(shape(layers), torch.device("cpu"), torch.bfloat16, LORA.r) for _ in range(2))
     fuse(fused)
     theirs = peft_model(unfused)
-    with kernels_not_launched() as launches:
+    with kernels_not_launched() as launches, one_thread():
         passes = {"fused": pass_of(fused), "unfused": pass_of(unfused), "theirs": pass_of(theirs)}
         counts = {name: _count(launches, run) for name, run in passes.items()}
         times = timed(passes, turns)
@@ -96,6 +97,14 @@ def pass_of(model: Phi2ForCausalLM | nn.Module) -> Callable[[], None]:
         getattr(logits, "logits", logits).float().square().sum().backward()
 
     return run
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @contextmanager
