@@ -38,11 +38,11 @@ LORA: dict[str, Any] = dict(r=16, lora_alpha=16, target_modules=["q_proj", "k_pr
 DATA = {"preference": "preference/dpo_en_200.jsonl", "supervised": "sft/alpaca_600.jsonl"}
 SEED = 42
 EXACT = {"loss": 1e-4, "grad_norm": 1e-3}  # how far two sides may be apart in float32, as shares
-# In bfloat16 rounding moves a norm by some 1e-2. It moves a mean over tokens by some 1e-3, and the loss of a pair,
-# which stands on a difference of sums over answers, by some 1e-2: there the norm is what tells a wrong step.
+# In bfloat16 rounding moves a mean over tokens by some 1e-5 and its gradients by 3e-3. It moves the loss of a pair,
+# which stands on a difference of sums over answers, and its gradients by 1e-2 at 275 M, and more in larger models.
 ROUNDED = {
     "supervised": {"loss": 5e-3, "grad_norm": 5e-2},
-    "preference": {"loss": 5e-2, "grad_norm": 5e-2},
+    "preference": {"loss": 1e-1, "grad_norm": 1e-1},
 }
 
 

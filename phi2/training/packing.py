@@ -42,9 +42,10 @@ class TokenRow:
 
     def to(self, device: torch.device) -> TokenRow:
         tensors = [getattr(self, f.name) for f in fields(self)]
-        if device.type == "cuda":  # out of pinned memory a copy does not wait for what the GPU still has to do
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return TokenRow(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        if device.type != "cuda":
+            return TokenRow(*(tensor.to(device) for tensor in tensors))
+        # Out of pinned memory a copy does not wait for what the GPU still has to do.
+        return TokenRow(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
 
 
 def row_of_sequences(sequences: Sequence[EncodedSequence]) -> TokenRow:
