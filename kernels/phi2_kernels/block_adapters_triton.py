@@ -59,9 +59,12 @@ class _Part(NamedTuple):
     first: int
 
 
+_FIELDS = {field: place for place, field in enumerate(_Part._fields)}
+
+
 @triton.constexpr_function
 def _of(parts, i, field):
-    return getattr(parts[i], field)
+    return parts[i][_FIELDS[field]]  # by place: the interpreter of Triton 3.6 makes them plain tuples
 
 
 @triton.jit
