@@ -103,8 +103,10 @@ def pass_of(model: Phi2ForCausalLM | nn.Module) -> Callable[[], None]:
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
