@@ -259,7 +259,6 @@ def test_a_step_costs_the_host_one_copy_and_one_look_at_it(recordings, monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("how", [{}, SAMPLED])
 def test_a_gpu_is_never_waited_for_but_for_what_a_step_told(how):

@@ -121,7 +121,7 @@ class Engine:
         """Empties the slots that nobody uses, as if the engine were new: their tokens were read with other weights."""
         self._slots.forget()
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # outermost, since it switches gradients on
     @torch.no_grad()
     def step(self) -> list[Token]:
         """Gives free slots to waiting requests, reads a pass of prompts, and adds a token to every other reply.

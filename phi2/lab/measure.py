@@ -32,6 +32,7 @@ from phi2.inference.generate import choices_of, replies_to
 from phi2.inference.kept_engine import kept_engine, release_engine
 from phi2.inference.scoring import logits_of
 from phi2.lora import disabled
+from phi2.losses.head import predicting_states
 from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import DPOConfig
@@ -220,5 +221,4 @@ def sample_answers(model: Phi2ForCausalLM, tokenizer: Tokenizer, prompts: Sequen
 def log_probs(model: Phi2ForCausalLM, row: TokenRow, choices: int) -> Tensor:
     """(N, choices) log-probabilities of all ids that may be said, where each target of the row is predicted."""
     hidden = model.model(row.input_ids, positions=row.positions, visible_until=row.visible_until)
-    picked = hidden.flatten(0, 1).index_select(0, row.logits_indices)  # (N, C)
-    return logits_of(model, picked)[:, :choices].log_softmax(dim=-1)
+    return logits_of(model, predicting_states(hidden, row.logits_indices))[:, :choices].log_softmax(dim=-1)

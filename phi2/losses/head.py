@@ -28,8 +28,15 @@ def target_logps(
     Returns:
         (N,) float32 in nats, and (N,) entropies in nats or None.
     """
-    picked = hidden.flatten(0, 1)[logits_indices]  # index_select's gradient adds in no fixed order on a GPU
-    return head_logps(model.lm_head, picked, targets, entropy=entropy)
+    return head_logps(model.lm_head, predicting_states(hidden, logits_indices), targets, entropy=entropy)
+
+
+def predicting_states(hidden: Tensor, logits_indices: Tensor) -> Tensor:
+    """(N, C) those of the hidden states (B, T, C) that predict targets; one that does so twice is there twice.
+
+    Gradients of those add in a fixed order on a GPU too, where `index_select`'s do not.
+    """
+    return hidden.flatten(0, 1)[logits_indices]
 
 
 def head_logps(

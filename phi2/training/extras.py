@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phi2.data.encoded import EncodedPreference
 from phi2.inference.scoring import logits_of
+from phi2.losses.head import predicting_states
 from phi2.losses.registry import EXTRAS
 from phi2.model import Phi2ForCausalLM
 from phi2.training.packing import TokenRow
@@ -76,5 +77,4 @@ def kl_to_policy(model: Phi2ForCausalLM, hidden: Tensor, row: TokenRow, asked: A
 
 def _picked(model: Phi2ForCausalLM, hidden: Tensor, row: TokenRow) -> Sequence[Tensor]:
     """The (N, C) hidden states that predict targets, some at a time."""
-    picked = hidden.flatten(0, 1)[row.logits_indices]
-    return picked.split(max(1, LOGITS // model.config.vocab_size))
+    return predicting_states(hidden, row.logits_indices).split(max(1, LOGITS // model.config.vocab_size))
