@@ -77,7 +77,7 @@ def test_another_launch_runs_only_within_and_is_gone_after_an_error(monkeypatch)
         gelu_triton.forward(x, x)
         raise OSError
     gelu_triton.forward(x, x)
-    assert grids == [(8, 1), (2, 1)] and GELU.shipped(80) == SHIPPED
+    assert grids == [(8, 1, 1), (2, 1, 1)] and GELU.shipped(80) == SHIPPED
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ NORM_BACKWARD, NORM_SUMS = (
     Call(
         "layer_norm_triton.backward",
         dict(grad="N C", x="N C", weight="C", mean="N:float32", rstd="N:float32", skip="N C", dx="N C", sums=sums),
+        also=dict(again=("C", "N C")),
     )
     for sums in (False, True)
 )
@@ -103,7 +104,7 @@ def compare_gelu(device: torch.device, dtype: torch.dtype, N: int, F: int) -> Co
 # Candidates: rows, columns, warps.
 TILES = spec.on_both((4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (1, 2048, 4), (4, 1024, 8))
 GELU = Call("gelu_triton.forward", dict(x="N F", y="N F"))
-GELU_BACKWARD = Call("gelu_triton.backward", dict(grad="N F", x="N F", dx="N F"))
+GELU_BACKWARD = Call("gelu_triton.backward", dict(grad="N F", x="N F", dx="N F"), also=dict(again=True))
 spec.ENTRIES |= {
     "gelu_forward": Entry("gelu_triton", "forward", "gelu forward", TILES, (GELU,)),
     "gelu_backward": Entry("gelu_triton", "backward", "gelu backward", TILES, (GELU_BACKWARD,)),

@@ -38,6 +38,7 @@ from phi2_kernels.attention_tiles_triton import (
     tiles_in,
     zero_tiles,
 )
+from phi2_kernels.launch import Known, launch
 from phi2_kernels.strided import strided
 
 BLOCK_DELTA = 64  # queries a program of the delta kernel takes
@@ -216,7 +217,7 @@ def _dq_kernel(
 @on_its_device
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    until: Tensor | None = None, ranges: Tensor | None = None, ends: Tensor | None = None,
+    until: Tensor | None = None, ranges: Tensor | None = None, ends: Tensor | None = None, known: Known | None = None,
 ) -> None:  # fmt: skip
     """Writes dq like q, dk like k and dv like v, whose strides are as free as those of q.
 
@@ -233,19 +234,22 @@ def backward(
         return
     do = do if do.stride(-1) == 1 else do.contiguous()
     delta = torch.empty_like(lse)
-    blocks = {"D": D, "BLOCK_M": BLOCK_DELTA, "BLOCK_D": power_of_2(D)}
-    _delta_kernel[cdiv(T, BLOCK_DELTA), B * H](
-        strided(o), strided(do), delta, H, T, **blocks, num_warps=4, enable_fp_fusion=True
-    )
-    launch = launch_of("dkdv", q)
-    tiles = (descriptors_of(x, launch.block_m, launch) for x in (q, do))
-    _dkdv_kernel[cdiv(S, launch.block_n), B * H_kv](
-        *map(strided, (q, k, v, do)), lse, delta, strided(dk), strided(dv), until, ends, *tiles, H_kv, T, S, D**-0.5,
-        **options(launch, q, k),
+    blocks = {"D": D, "BLOCK_M": BLOCK_DELTA, "BLOCK_D": power_of_2(D), "num_warps": 4, "enable_fp_fusion": True}
+    launch(
+        _delta_kernel, (cdiv(T, BLOCK_DELTA), B * H, 1), (strided(o), strided(do), delta, H, T),
+        lambda: blocks, known, "attention delta",
     )  # fmt: skip
-    launch = launch_of("dq", q)
-    tiles = (descriptors_of(x, launch.block_n, launch) for x in (k, v))
-    _dq_kernel[cdiv(T, launch.block_m), B * H](
-        *map(strided, (q, k, v, do)), lse, delta, strided(dq), until, ranges, *tiles, H, T, S, D**-0.5,
-        **options(launch, q, k),
+    given = *map(strided, (q, k, v, do)), lse, delta
+    dkdv, dq_ = launch_of("dkdv", q), launch_of("dq", q)
+    tiles = (descriptors_of(x, dkdv.block_m, dkdv) for x in (q, do))
+    launch(
+        _dkdv_kernel, (cdiv(S, dkdv.block_n), B * H_kv, 1),
+        (*given, strided(dk), strided(dv), until, ends, *tiles, H_kv, T, S, D**-0.5),
+        lambda: options(dkdv, q, k), known, "attention dkdv",
+    )  # fmt: skip
+    tiles = (descriptors_of(x, dq_.block_n, dq_) for x in (k, v))
+    launch(
+        _dq_kernel, (cdiv(T, dq_.block_m), B * H, 1),
+        (*given, strided(dq), until, ranges, *tiles, H, T, S, D**-0.5),
+        lambda: options(dq_, q, k), known, "attention dq",
     )  # fmt: skip

@@ -34,6 +34,7 @@ from phi2_kernels.attention_tiles_triton import (
     tiles_in,
     zero_tiles,
 )
+from phi2_kernels.launch import Known, launch
 from phi2_kernels.strided import strided
 
 
@@ -102,8 +103,9 @@ def _forward_kernel(
 
 @on_its_device
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, until: Tensor | None = None, ranges: Tensor | None = None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, until: Tensor | None = None, ranges: Tensor | None = None,
+    known: Known | None = None,
+) -> None:  # fmt: skip
     """Writes o (B, H, T, D) and lse (B, H, T), float32, natural; a query that sees nothing gets 0 and -inf.
 
     Args:
@@ -114,8 +116,10 @@ def forward(
     B, H, T, D = q.shape
     if q.numel() == 0:
         return
-    launch = launch_of("forward", q)
-    tiles = (descriptors_of(x, launch.block_n, launch) for x in (k, v))
-    _forward_kernel[cdiv(T, launch.block_m), B * H](
-        *map(strided, (q, k, v, o)), lse, until, ranges, *tiles, H, T, k.shape[2], D**-0.5, **options(launch, q, k)
-    )
+    own = launch_of("forward", q)
+    tiles = (descriptors_of(x, own.block_n, own) for x in (k, v))
+    launch(
+        _forward_kernel, (cdiv(T, own.block_m), B * H, 1),
+        (*map(strided, (q, k, v, o)), lse, until, ranges, *tiles, H, T, k.shape[2], D**-0.5),
+        lambda: options(own, q, k), known, "attention",
+    )  # fmt: skip

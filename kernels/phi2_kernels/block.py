@@ -8,7 +8,8 @@ Attention and MLP read the same n and are added to the same x, so [Wq; Wk; Wv; W
 lies between is written straight into columns of three buffers, h = [q k v f], m, and their gradients.
 
 Of a layer only x, h, the attention's output, two numbers a row and one a row and head are kept, and of adapters r
-numbers a row; n and gelu(f) are made again. A pass without gradient keeps nothing.
+numbers a row; n and gelu(f) are made again on the way through their own gradients, the latter in place of m's. A pass
+without gradient keeps nothing.
 
 LoRA (`block_adapters.py`): adapters on q, k, v and fc1 read n, those on dense and fc2 their columns of m:
 
@@ -23,11 +24,12 @@ E = (H + 2 H_kv) D + F columns of h, M = H D + F columns of m, r LoRA rank.
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from phi2_kernels._dispatch import use_triton
@@ -45,6 +47,7 @@ from phi2_kernels.block_weights import (
     unflatten,
 )
 from phi2_kernels.dropout import keep_mask, new_seed
+from phi2_kernels.launch import Known
 from phi2_kernels.layer_norm import MAX_COLUMNS
 from phi2_kernels.visibility import Tables, Visibility
 
@@ -68,23 +71,25 @@ class Shape(NamedTuple):
         """Columns of h that go into attention."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
-    def split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as views of h (B, T, E), contiguous: (B, H or H_kv, T, D)."""
-        (B, T, E), D = h.shape, self.head_dim
-        strides, q = (T * E, D, E, 1), h.storage_offset()
-        k, keys = q + self.heads * D, (B, self.kv_heads, T, D)
-        v = k + self.kv_heads * D
-        first = h.as_strided((B, self.heads, T, D), strides, q)
-        return first, h.as_strided(keys, strides, k), h.as_strided(keys, strides, v)
+    def split(self, h: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as views of h (N, E): (B, H or H_kv, T, D)."""
+        k, v = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
+        return _heads(h, T, self, 0), _heads(h, T, self, k, self.kv_heads), _heads(h, T, self, v, self.kv_heads)
 
     def qk(self, h: Tensor) -> Tensor:
-        """q and k, the part of h (B, T, E) that is rotated, as (N, H + H_kv, D)."""
-        columns = (self.heads + self.kv_heads) * self.head_dim
-        return h.flatten(0, 1)[:, :columns].unflatten(-1, (-1, self.head_dim))
+        """q and k, the part of h (N, E) that is rotated, as (N, H + H_kv, D)."""
+        size = (h.shape[0], self.heads + self.kv_heads, self.head_dim)
+        return h.as_strided(size, (h.stride(0), self.head_dim, 1))
 
-    def attention_columns(self, m: Tensor) -> Tensor:
-        """The attention's columns of m (B, T, M) as (B, H, T, D)."""
-        return m[..., : self.attention_width].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def attention_columns(self, m: Tensor, T: int) -> Tensor:
+        """The attention's columns of m (N, M) as (B, H, T, D)."""
+        return _heads(m, T, self, 0)
+
+
+def _heads(x: Tensor, T: int, shape: Shape, start: int, heads: int | None = None) -> Tensor:
+    """Columns of x (N, any) from `start` on, as (B, heads, T, D)."""
+    heads, D, row = heads or shape.heads, shape.head_dim, x.stride(0)
+    return x.as_strided((x.shape[0] // T, heads, T, D), (T * row, D, row, 1), x.storage_offset() + start)
 
 
 def block(
@@ -112,17 +117,26 @@ def block(
         ValueError: when Triton was named and cannot run.
     """
     triton, dtype = use_triton(impl, x, lambda: _unsupported_reason(x, shape, visibility)), dtype or x.dtype
-    layout = layout_of(weights, list(shape), dtype, triton)
+    layout = layout_of(weights, shape, dtype, triton)
     seed = new_seed() if layout.dropout or any(layout.rates) else None
-    flat_angles = [table.flatten(0, 2).contiguous() for table in angles]  # (L, R/2) twice
-    tables = list(_ops(triton).tables_of(visibility, x.new_empty((0, shape.head_dim), dtype=dtype)))
-    given, tensors = (x.contiguous(), flat_angles, tables, seed), tensors_of(weights)
+    flat_angles = [_plain(table.flatten(0, 2)) for table in angles]  # (L, R/2) twice
+    tables = list(_tables_of(visibility, shape.head_dim, dtype, triton))
+    given, tensors = (_plain(x), flat_angles, tables, seed), tensors_of(weights)
     if torch.compiler.is_compiling():
-        return _BlockFunction.apply(*given, layout, None, *flatten(tensors))
-    w = joined(tensors, layout)
+        return _TracedBlock.apply(*given, layout, *flatten(tensors))
+    ops = _ops(triton, _known_of(given[0], tensors, layout, visibility))
     if not torch.is_grad_enabled():
-        return _forward(*given, w)[0]
-    return _BlockFunction.apply(*given, layout, w, *flatten(tensors))
+        return _forward(*given, joined(tensors, layout), ops)[0]
+    flat = flatten(tensors)
+    needs = [tensor.requires_grad for tensor in flat]
+    return _Block.apply(*given, layout, ops, tensors, needs, *compress(flat, needs))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x in one piece that begins where 16 bytes do."""
+    if torch.compiler.is_compiling():  # addresses cannot be traced
+        return x.contiguous()
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _unsupported_reason(x: Tensor, shape: Shape, visibility: Visibility) -> str:
@@ -137,65 +151,113 @@ def _unsupported_reason(x: Tensor, shape: Shape, visibility: Visibility) -> str:
     return unsupported_heads(B, *shape, visibility)
 
 
-def _ops(triton: bool) -> ModuleType:
-    """The module whose functions fill the buffers between the matmuls."""
-    if triton:
-        from phi2_kernels import block_triton
+def _tables_of(visibility: Visibility, head_dim: int, dtype: torch.dtype, triton: bool) -> Tables:
+    """What attention's kernels, or torch, read of a visibility."""
+    key = head_dim, dtype, triton
+    if key not in visibility.tables:
+        head = torch.empty((0, head_dim), dtype=dtype, device=visibility.device)
+        made = _ops(triton).tables_of(visibility, head)
+        visibility.tables[key] = Tables(*(table if table is None else _plain(table) for table in made))
+    return visibility.tables[key]
 
-        return block_triton
+
+_KNOWN: dict[tuple, Known] = {}
+
+
+def _known_of(x: Tensor, tensors: PerTensor, layout: Layout, visibility: Visibility) -> Known | None:
+    """The forms of kernels for a stream like x (B, T, C) and weights like these; None where they depend on more.
+
+    All that Triton looks at is the same between two such calls, whatever B and T: types, widths of rows, and that every
+    tensor begins where 16 bytes do, as `_plain` ones and all that torch makes new.
+    """
+    if not layout.triton or layout.dtype.itemsize != 2:  # float32 products follow a setting of torch
+        return None
+    widths = *tensors.w_out[1].shape, *[tensor.shape[0] for tensor in (*tensors.w_in, *tensors.matrices)]
+    is_regular = all([width % 16 == 0 for width in widths[:6]]) and x.shape[0] * x.shape[1] * sum(widths[:6]) < 2**31
+    if not is_regular or any([tensor.data_ptr() % 16 for tensor in (*tensors.norm, *tensors.matrices)]):
+        return None
+    key = layout, widths, x.dtype, tensors.norm[0].dtype, visibility.until is None, x.device
+    return _KNOWN.setdefault(key, {})
+
+
+def _ops(triton: bool, known: Known | None = None) -> Any:
+    """The functions that fill the buffers between the matmuls."""
+    if triton:
+        from phi2_kernels.block_triton import Kernels
+
+        return Kernels(known)
     from phi2_kernels import block_torch
 
     return block_torch
 
 
-class _BlockFunction(torch.autograd.Function):
-    """`tensors` are a flat `PerTensor`, and w what is made of them. Without w it is traced, and sees operators."""
+class _Block(torch.autograd.Function):
+    """Of `tensors`, a `PerTensor`, those that need a gradient come again as `trained`."""
 
     @staticmethod
-    def forward(ctx, x, angles, tables, seed, layout, w, *tensors):
-        given = x, angles, tables, seed
-        y, *saved = _traced_forward(*given, list(tensors), *layout) if w is None else _keep(*_forward(*given, w))
-        ctx.layout, ctx.traced, ctx.w = layout, w is None, w if w is not None and w.is_view else None
+    def forward(ctx, x, angles, tables, seed, layout, ops, tensors, needs, *trained):
+        w = joined(tensors, layout)
+        y, *saved = _keep(*_forward(x, angles, tables, seed, w, ops))
+        ctx.layout, ctx.ops, ctx.needs, ctx.w = layout, ops, needs, w if w.is_view else None  # copies are not kept
+        ctx.save_for_backward(x, *angles, *tables, seed, *saved, *flatten(tensors))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        given, saved, tensors = _saved(ctx)
+        w = joined(unflatten(tensors), ctx.layout) if ctx.w is None else ctx.w
+        dx, *grads = _backward(dy, *given, saved, w, unflatten(ctx.needs), ctx.ops)
+        trained = compress(zip(apart(grads, tensors), tensors, strict=True), ctx.needs)
+        return dx, None, None, None, None, None, None, None, *(grad.to(t.dtype) for grad, t in trained)
+
+
+class _TracedBlock(torch.autograd.Function):
+    """The same, of which a tracer sees two operators."""
+
+    @staticmethod
+    def forward(ctx, x, angles, tables, seed, layout, *tensors):
+        y, *saved = _traced_forward(x, angles, tables, seed, list(tensors), *layout)
+        ctx.layout = layout
         ctx.save_for_backward(x, *angles, *tables, seed, *saved, *tensors)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        x, cos, sin, until, key_ranges, query_ends, seed, *others = ctx.saved_tensors
-        saved, tensors, needs = others[:6], others[6:], list(ctx.needs_input_grad[6:])
-        given = dy, x, [cos, sin], [until, key_ranges, query_ends], seed, saved
-        if ctx.traced:
-            dx, *grads = _traced_backward(*given, tensors, needs, *ctx.layout)
-        else:
-            w = joined(unflatten(tensors), ctx.layout) if ctx.w is None else ctx.w  # copies are not kept
-            dx, *grads = _backward(*given, w, unflatten(needs))
+        given, saved, tensors = _saved(ctx)
+        needs = list(ctx.needs_input_grad[5:])
+        dx, *grads = _traced_backward(dy, *given, saved, tensors, needs, *ctx.layout)
         each = zip(apart(grads, tensors), tensors, needs, strict=True)
-        return dx, None, None, None, None, None, *(grad.to(t.dtype) if need else None for grad, t, need in each)
+        return dx, None, None, None, None, *(grad.to(t.dtype) if need else None for grad, t, need in each)
+
+
+def _saved(ctx) -> tuple[tuple, list[Tensor], list[Tensor]]:
+    """x, angles, tables and seed; what `_forward` gave; all tensors of the block."""
+    x, cos, sin, until, key_ranges, query_ends, seed, *others = ctx.saved_tensors
+    return (x, [cos, sin], [until, key_ranges, query_ends], seed), others[:6], others[6:]
 
 
 def _forward(
-    x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, w: Joined
+    x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, w: Joined, ops: Any
 ) -> SevenTensors:
     """y (B, T, C), and what the backward pass reads: h, attention's columns of m, u of adapters, mean, rstd, lse."""
-    eps, dropout, dtype = w.layout.eps, w.layout.dropout, w.layout.dtype
-    shape, ops = Shape(*w.layout.dims), _ops(w.layout.triton)
-    rows = x.flatten(0, 1)  # (N, C)
-    n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, eps, dtype)
+    layout, shape, (B, T, C) = w.layout, Shape(*w.layout.dims), x.shape
+    N, (M, _) = B * T, w.w_out.shape
+    rows = x.view(N, C)
+    n, mean, rstd = ops.norm(rows, w.norm_weight, w.norm_bias, layout.eps, layout.dtype)
     h = torch.addmm(w.b_in, n, w.w_in.T)  # (N, E)
-    u = torch.empty((len(n), w.ranks), dtype=torch.float32, device=x.device)  # inner products of all adapters
+    u = n.new_empty((N, w.ranks), dtype=torch.float32)  # inner products of all adapters
     w.reading.add(ops, n, h, u[:, : w.ranks_in], seed)
-    h = h.unflatten(0, x.shape[:2])  # (B, T, E)
     ops.apply_rotary(shape.qk(h), *angles, inverse=False)
-    m = torch.empty((*h.shape[:2], w.w_out.shape[0]), dtype=dtype, device=x.device)  # (B, T, M)
-    lse = ops.attend(*shape.split(h), shape.attention_columns(m), Tables(*tables))
-    m, f = m.flatten(0, 1), h.flatten(0, 1)[:, shape.qkv_width :]
-    ops.gelu(f, m[:, shape.attention_width :])
+    m = n.new_empty((N, M))
+    lse = ops.attend(*shape.split(h, T), shape.attention_columns(m, T), Tables(*tables))
+    ops.gelu(h[:, shape.qkv_width :], m[:, shape.attention_width :])
     stream = rows
     for number, output in enumerate(w.outputs):
-        bias = w.b_out[number] if dropout else w.b_out[0] + w.b_out[1]
-        y = torch.addmm(bias.to(dtype), m[:, output.columns], w.w_out[output.columns])  # (N, C)
+        y = torch.addmm(output.bias, output.of(m), output.weight)  # (N, C)
         output.adapters.add(ops, m, y, u[:, output.inner], seed)
-        stream = stream + _dropped(y, dropout, seed, number)
+        stream = stream + _dropped(y, layout.dropout, seed, number)
     return stream.view(x.shape), h, m[:, : shape.attention_width], u, mean, rstd, lse
 
 
@@ -215,44 +277,41 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None, number: int) -> Tensor:
 
 def _backward(
     dy: Tensor, x: Tensor, angles: list[Tensor], tables: list[Tensor | None], seed: Tensor | None, saved: list[Tensor],
-    w: Joined, need: PerTensor,
+    w: Joined, need: PerTensor, ops: Any,
 ) -> list[Tensor]:  # fmt: skip
     """dx, the gradients of `Joined`, each empty where none is needed, the LayerNorm's in one, dA and dB of adapters."""
-    dropout, dtype = w.layout.dropout, w.layout.dtype
-    shape, ops = Shape(*w.layout.dims), _ops(w.layout.triton)
+    layout, shape, (B, T, C) = w.layout, Shape(*w.layout.dims), x.shape
+    dropout, dtype = layout.dropout, layout.dtype
     h, attended, u, mean, rstd, lse = saved
-    rows, dy, flat = x.flatten(0, 1), dy.flatten(0, 1), h.flatten(0, 1)
-    f, outputs = flat[:, shape.qkv_width :], w.outputs
+    rows, dy, outputs = x.view(B * T, C), dy.reshape(B * T, C), w.outputs
+    f = h[:, shape.qkv_width :]
     grads = [_dropped(dy, dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
     db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if any(need.b_out) else []
-    grads = [grad.to(dtype).contiguous() for grad in grads]  # sum().backward() sends expanded scalars
+    grads = [_plain(grad.to(dtype)) for grad in grads]  # sum().backward() sends expanded scalars
 
-    dm = _side_by_side([grad @ w.w_out[o.columns].T for grad, o in zip(grads, outputs, strict=True)], dim=1)  # (N, M)
-    dw_out, adapters_out = x.new_empty(0, dtype=dtype), []
-    if any(need.w_out) or w.adapters_out:
-        m = torch.empty_like(dm)
-        m[:, : shape.attention_width] = attended
-        ops.gelu(f, m[:, shape.attention_width :])
-        for grad, output in zip(grads, outputs, strict=True):
-            adapters_out += output.adapters.backward(ops, m, u[:, output.inner], grad, dm, seed)
-        if any(need.w_out):
-            products = [m[:, o.columns].T @ grad for grad, o in zip(grads, outputs, strict=True)]
-            dw_out = _side_by_side(products, dim=0)  # (M, C)
-        del m  # before attention needs room
-
-    dh = torch.empty_like(h)  # (B, T, E)
-    o, do = (shape.attention_columns(z.unflatten(0, x.shape[:2])) for z in (attended, dm))
-    ops.attend_backward(do, *shape.split(h), o, lse, *shape.split(dh), Tables(*tables))
+    dm = _side_by_side([grad @ o.weight.T for grad, o in zip(grads, outputs, strict=True)], dim=1)  # (N, M)
+    sent = [o.adapters.send(ops, grad, dm, seed) for grad, o in zip(grads, outputs, strict=True)]
+    dh = torch.empty_like(h)  # (N, E)
+    out, dout = shape.attention_columns(attended, T), shape.attention_columns(dm, T)
+    ops.attend_backward(dout, *shape.split(h, T), out, lse, *shape.split(dh, T), Tables(*tables))
     ops.apply_rotary(shape.qk(dh), *angles, inverse=True)
-    dh = dh.flatten(0, 1)  # (N, E)
-    ops.gelu_backward(dm[:, shape.attention_width :], f, dh[:, shape.qkv_width :])
+    again = bool(any(need.w_out) or w.adapters_out)
+    ops.gelu_backward(dm[:, shape.attention_width :], f, dh[:, shape.qkv_width :], again=again)
+    dw_out, adapters_out = x.new_empty(0, dtype=dtype), []
+    if again:
+        m = dm  # whose gradient has been read: m again, in its place
+        m[:, : shape.attention_width] = attended
+        for grad, o, du in zip(grads, outputs, sent, strict=True):
+            adapters_out += o.adapters.gradients(ops, m, du, grad, u[:, o.inner], seed)
+    if any(need.w_out):
+        dw_out = _side_by_side([o.of(m).T @ grad for grad, o in zip(grads, outputs, strict=True)], dim=0)  # (M, C)
 
-    dn, dw_in, adapters_in = dh @ w.w_in, x.new_empty(0, dtype=dtype), []  # (N, C)
-    if any(need.w_in) or w.adapters_in:
-        n = ops.normalised(rows, mean, rstd, w.norm_weight, w.norm_bias, dtype)
-        dw_in = dh.T @ n if any(need.w_in) else dw_in  # (E, C)
-        adapters_in = w.reading.backward(ops, n, u[:, : w.ranks_in], dh, dn, seed)
-    dx, dnorm = ops.norm_backward(dn, rows, w.norm_weight, mean, rstd, dy, sums=any(need.norm))
+    dn = dh @ w.w_in  # (N, C)
+    du = w.reading.send(ops, dh, dn, seed)
+    norm, skip, again = (w.norm_weight, w.norm_bias, mean, rstd), _plain(dy), bool(any(need.w_in) or w.adapters_in)
+    dx, dnorm, n = ops.norm_backward(dn, rows, *norm, skip, sums=any(need.norm), again=again)
+    adapters_in = w.reading.gradients(ops, n, du, dh, u[:, : w.ranks_in], seed)
+    dw_in = dh.T @ n if any(need.w_in) else x.new_empty(0, dtype=dtype)  # (E, C)
     no_sums = x.new_empty(0, dtype=torch.float32)
     db_in = dh.sum(dim=0, dtype=torch.float32) if any(need.b_in) else no_sums
     db_out = torch.stack((db_out[0], db_out[-1])) if any(need.b_out) else no_sums.clone()  # (2, C)
@@ -273,7 +332,7 @@ def _traced_forward(
     into: int, dims: list[int], dtype: torch.dtype, triton: bool, adjacent: bool,
 ) -> SevenTensors:  # fmt: skip
     layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton, adjacent)
-    return _keep(*_forward(x, angles, tables, seed, joined(unflatten(tensors), layout)))
+    return _keep(*_forward(x, angles, tables, seed, joined(unflatten(tensors), layout), _ops(triton)))
 
 
 @custom_op("phi2::block_backward", mutates_args=())
@@ -284,16 +343,17 @@ def _traced_backward(
     into: int, dims: list[int], dtype: torch.dtype, triton: bool, adjacent: bool,
 ) -> list[Tensor]:  # fmt: skip
     layout = Layout(eps, dropout, starts, ends, scalings, rates, into, dims, dtype, triton, adjacent)
-    return _backward(dy, x, angles, tables, seed, saved, joined(unflatten(tensors), layout), unflatten(needs))
+    w = joined(unflatten(tensors), layout)
+    return _backward(dy, x, angles, tables, seed, saved, w, unflatten(needs), _ops(triton))
 
 
 @_traced_forward.register_fake
 def _(x, angles, tables, seed, tensors, *layout):
     layout = Layout(*layout)
     shape, E = Shape(*layout.dims), sum(map(len, unflatten(tensors).w_in))
-    h = x.new_empty((*x.shape[:2], E), dtype=layout.dtype)
-    attended = h.new_empty((h.shape[0] * h.shape[1], shape.attention_width))
-    u = x.new_empty((len(attended), sum(map(len, unflatten(tensors).matrices[::2]))), dtype=torch.float32)
+    h = x.new_empty((x.shape[0] * x.shape[1], E), dtype=layout.dtype)
+    attended = h.new_empty((len(h), shape.attention_width))
+    u = x.new_empty((len(h), sum(map(len, unflatten(tensors).matrices[::2]))), dtype=torch.float32)
     return torch.empty_like(x), h, attended, u, *_ops(layout.triton).empty_statistics(x, shape)
 
 

@@ -13,8 +13,7 @@ Dims: N rows, K columns that an adapter reads or writes, r LoRA rank, R sum of t
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +45,7 @@ class Side(NamedTuple):
         spans: the columns that each reads or writes.
         ranks: r of each.
         rates, masks: of each the dropout of what it reads, and the number of its mask; empty where nothing is dropped.
+        name: tells the sides of a block apart.
     """
 
     factors: tuple[Tensor, ...]
@@ -54,6 +54,7 @@ class Side(NamedTuple):
     ranks: tuple[int, ...]
     rates: tuple[float, ...] = ()
     masks: tuple[int, ...] = ()
+    name: tuple[int, bool] = (0, False)
 
 
 class AdapterGroup(NamedTuple):
@@ -68,28 +69,39 @@ class AdapterGroup(NamedTuple):
     output: Side
     scales: tuple[float, ...]
 
-    def add(self, ops: ModuleType, x: Tensor, y: Tensor, u: Tensor, seed: Tensor | None) -> None:
+    def add(self, ops: Any, x: Tensor, y: Tensor, u: Tensor, seed: Tensor | None) -> None:
         """Writes u (N, R) and adds to y (N, any), given the input x (N, any) before dropout."""
-        ops.inner(x, u, self.input, self.scales, seed)
-        ops.add(y, u, self.output, None)
+        if self.scales:
+            ops.inner(x, u, self.input, self.scales, seed)
+            ops.add(y, u, self.output, None)
 
-    def backward(
-        self, ops: ModuleType, x: Tensor, u: Tensor, dy: Tensor, dx: Tensor, seed: Tensor | None
-    ) -> list[Tensor]:
-        """dA and dB of each adapter in turn; what they send to x is added to dx. Arguments as those of `add`."""
-        du = torch.empty_like(u)
-        ops.inner(dy, du, self.output, self.scales, None)
-        ops.add(dx, du, self.input, seed)
+    def send(self, ops: Any, dy: Tensor, dx: Tensor, seed: Tensor | None) -> Tensor:
+        """du (N, R), given the gradient of y; what the adapters send to x is added to dx."""
+        du = dy.new_empty((dy.shape[0], sum(self.input.ranks)), dtype=torch.float32)
+        if self.scales:
+            ops.inner(dy, du, self.output, self.scales, None)
+            ops.add(dx, du, self.input, seed)
+        return du
+
+    def gradients(self, ops: Any, x: Tensor, du: Tensor, dy: Tensor, u: Tensor, seed: Tensor | None) -> list[Tensor]:
+        """dA and dB of each adapter in turn."""
+        if not self.scales:
+            return []
         dA, dB = ops.gradients(x, du, self.input, dy, u, self.output, seed)
         return [gradient for pair in zip(dA, dB, strict=True) for gradient in pair]
 
 
+NO_ADAPTERS = AdapterGroup(Side((), (), False, ()), Side((), (), True, ()), ())
+
+
 def group_of(adapters: tuple[Adapter, ...], reads: list[Span], writes: list[Span], first_mask: int) -> AdapterGroup:
     """Adapters with the columns that they read and write, whose masks are numbered from `first_mask`."""
+    if not adapters:
+        return NO_ADAPTERS
     rates, ranks = tuple(a.dropout for a in adapters), tuple(a.A.shape[0] for a in adapters)
-    drops = (rates, tuple(range(first_mask, first_mask + len(rates)))) if any(rates) else ()
+    drops: Any = {"rates": rates, "masks": tuple(range(first_mask, first_mask + len(rates)))} if any(rates) else {}
     return AdapterGroup(
-        Side(tuple(a.A.contiguous() for a in adapters), tuple(reads), False, ranks, *drops),
-        Side(tuple(a.B.contiguous() for a in adapters), tuple(writes), True, ranks),
+        Side(tuple(a.A.contiguous() for a in adapters), tuple(reads), False, ranks, **drops, name=(first_mask, False)),
+        Side(tuple(a.B.contiguous() for a in adapters), tuple(writes), True, ranks, name=(first_mask, True)),
         tuple(a.factor for a in adapters),
     )

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, cdiv, on_its_device, power_of_2, tl, triton
 from phi2_kernels.block_adapters import Side
+from phi2_kernels.launch import Known, launch
 from phi2_kernels.strided import strided
 
 RANKS = 64  # of an adapter that a program takes at a time: more would not fit its registers
@@ -189,44 +190,53 @@ def _gradients_kernel(
 
 
 @on_its_device
-def inner(x: Tensor, u: Tensor, side: Side, scales: Sequence[float], seed: Tensor | None) -> None:
+def inner(
+    x: Tensor, u: Tensor, side: Side, scales: Sequence[float], seed: Tensor | None, known: Known | None = None
+) -> None:
     """Writes u (N, R): the columns of x (N, any) that each adapter reads, times its factor and its scale."""
     if not u.numel():
         return
-    parts, launch = _parts_of(side), LAUNCH[architecture(x.device)]["inner"]
-    own = tuple(scales[part.adapter] for part in parts)
-    _inner_kernel[cdiv(x.shape[0], launch["BLOCK_N"]), len(parts)](
-        strided(x), strided(u), _factors(side, parts, side.factors), own, *_dropout(side, parts, seed), x.shape[0],
-        PARTS=parts, IS_OUTPUT=side.is_output, UPCAST=not x.is_cuda, **_options(launch, parts),
+    parts, own, N = _parts_of(side), LAUNCH[architecture(x.device)]["inner"], x.shape[0]
+    factors, each = _factors(side, parts, side.factors), tuple(scales[part.adapter] for part in parts)
+    launch(
+        _inner_kernel, (cdiv(N, own["BLOCK_N"]), len(parts), 1),
+        (strided(x), strided(u), factors, each, *_dropout(side, parts, seed), N),
+        lambda: {"PARTS": parts, "IS_OUTPUT": side.is_output, "UPCAST": not x.is_cuda, **_options(own, parts)},
+        known, ("inner", side.name),
     )  # fmt: skip
 
 
 @on_its_device
-def add(y: Tensor, u: Tensor, side: Side, seed: Tensor | None) -> None:
+def add(y: Tensor, u: Tensor, side: Side, seed: Tensor | None, known: Known | None = None) -> None:
     """Adds to the columns of y (N, any) that each adapter writes its part of u (N, R) times its factor."""
     if not u.numel():
         return
-    parts, launch = _parts_of(side), LAUNCH[architecture(y.device)]["add dropped" if side.rates else "add"]
-    first, last = min(start for start, _ in side.spans), max(end for _, end in side.spans)
-    _add_kernel[cdiv(y.shape[0], launch["BLOCK_N"]), cdiv(last - first, launch["BLOCK_K"])](
-        strided(y), strided(u), _factors(side, parts, side.factors), *_dropout(side, parts, seed), y.shape[0],
-        FIRST=first, LAST=last, PARTS=parts, IS_OUTPUT=side.is_output, **_options(launch, parts),
+    parts, own = _parts_of(side), LAUNCH[architecture(y.device)]["add dropped" if side.rates else "add"]
+    first, last, N = min(start for start, _ in side.spans), max(end for _, end in side.spans), y.shape[0]
+    launch(
+        _add_kernel, (cdiv(N, own["BLOCK_N"]), cdiv(last - first, own["BLOCK_K"]), 1),
+        (strided(y), strided(u), _factors(side, parts, side.factors), *_dropout(side, parts, seed), N),
+        lambda: {"FIRST": first, "LAST": last, "PARTS": parts, "IS_OUTPUT": side.is_output, **_options(own, parts)},
+        known, ("add", side.name),
     )  # fmt: skip
 
 
 @on_its_device
 def gradients(
-    x: Tensor, du: Tensor, input: Side, dy: Tensor, u: Tensor, output: Side, seed: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
+    x: Tensor, du: Tensor, input: Side, dy: Tensor, u: Tensor, output: Side, seed: Tensor | None,
+    known: Known | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """dA and dB: of each adapter its du times the columns of x (N, any), its u (N, R) times those of dy (N, any)."""
     dA, dB = ([torch.empty_like(factor) for factor in side.factors] for side in (input, output))
     if not u.numel():
         return [grad.zero_() for grad in dA], [grad.zero_() for grad in dB]
-    (a, b), launch = map(_parts_of, (input, output)), LAUNCH[architecture(x.device)]["gradients"]
-    widest = max(part.width for part in a + b)
-    _gradients_kernel[cdiv(widest, launch["BLOCK_K"]), len(a) + len(b)](
-        *map(strided, (du, x, u, dy)), _factors(input, a, dA), _factors(output, b, dB), *_dropout(input, a, seed),
-        x.shape[0], PARTS_A=a, PARTS_B=b, UPCAST=not x.is_cuda, **_options(launch, a),
+    a, b, own = _parts_of(input), _parts_of(output), LAUNCH[architecture(x.device)]["gradients"]
+    widest, factors = max(part.width for part in a + b), (_factors(input, a, dA), _factors(output, b, dB))
+    launch(
+        _gradients_kernel, (cdiv(widest, own["BLOCK_K"]), len(a) + len(b), 1),
+        (*map(strided, (du, x, u, dy)), *factors, *_dropout(input, a, seed), x.shape[0]),
+        lambda: {"PARTS_A": a, "PARTS_B": b, "UPCAST": not x.is_cuda, **_options(own, a)},
+        known, ("gradients", input.name),
     )  # fmt: skip
     return dA, dB
 
@@ -263,8 +273,8 @@ def _dropout(side: Side, parts: tuple[_Part, ...], seed: Tensor | None) -> tuple
     return tuple(side.rates[i] for i in which), tuple(side.masks[i] for i in which), int(seed)
 
 
-def _options(launch: dict[str, int], parts: tuple[_Part, ...]) -> dict[str, Any]:
-    return {"BLOCK_R": _block_of(parts), "enable_fp_fusion": True, **launch}
+def _options(own: dict[str, int], parts: tuple[_Part, ...]) -> dict[str, Any]:
+    return {"BLOCK_R": _block_of(parts), "enable_fp_fusion": True, **own}
 
 
 @cache

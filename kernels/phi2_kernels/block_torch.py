@@ -24,20 +24,22 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
     return y.to(dtype), mean, rstd
 
 
-def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The output of `norm` again."""
-    return ((x.float() - mean) * rstd * weight.float() + bias.float()).to(dtype)
-
-
 def norm_backward(
-    dn: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, skip: Tensor, *, sums: bool
-) -> tuple[Tensor, Tensor]:
-    """dx (N, C) with the gradient of the residual stream added; dweight and dbias as (2, C), (2, 0) unless wanted."""
-    bias = torch.empty_like(weight, dtype=torch.float32)  # of which only the shape counts
+    dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, skip: Tensor, *,
+    sums: bool, again: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dx (N, C) with the gradient of the residual stream added; dweight and dbias as (2, C); the output of `norm`.
+
+    Args:
+        sums: whether dweight and dbias are wanted; without they are (2, 0).
+        again: whether the output of `norm` is, in the dtype of dn; without it is None.
+    """
+    exact, weight, bias = x.float(), weight.float(), bias.float()
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dn.float(), x.float(), x.shape[-1:], mean, rstd, weight.float(), bias, [True, sums, sums]
+        dn.float(), exact, x.shape[-1:], mean, rstd, weight, bias, [True, sums, sums]
     )
-    return (dx + skip).to(x.dtype), torch.stack((dweight, dbias)) if sums else dx.new_empty((2, 0))
+    n = ((exact - mean) * rstd * weight + bias).to(dn.dtype) if again else None
+    return (dx + skip).to(x.dtype), torch.stack((dweight, dbias)) if sums else dx.new_empty((2, 0)), n
 
 
 def tables_of(visibility: Visibility, head: Tensor) -> Tables:
@@ -87,9 +89,11 @@ def gelu(x: Tensor, y: Tensor) -> None:
     y.copy_(F.gelu(x, approximate="tanh"))
 
 
-def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor) -> None:
-    """Writes dx (N, F)."""
+def gelu_backward(grad: Tensor, x: Tensor, dx: Tensor, *, again: bool) -> None:
+    """Writes dx (N, F) and, again, the output of `gelu` over grad."""
     dx.copy_(torch.ops.aten.gelu_backward(grad, x, approximate="tanh"))
+    if again:
+        gelu(x, grad)
 
 
 def inner(x: Tensor, u: Tensor, side: Side, scales: Sequence[float], seed: Tensor | None) -> None:

@@ -87,33 +87,45 @@ class Layout(NamedTuple):
 
     eps: float
     dropout: float
-    starts: list[int]
-    ends: list[int]
-    scalings: list[float]
-    rates: list[float]
+    starts: Sequence[int]
+    ends: Sequence[int]
+    scalings: Sequence[float]
+    rates: Sequence[float]
     into: int
-    dims: list[int]
+    dims: Sequence[int]
     dtype: torch.dtype
     triton: bool
     adjacent: bool
 
 
-def layout_of(w: Weights, dims: list[int], dtype: torch.dtype, triton: bool) -> Layout:
+def layout_of(w: Weights, dims: tuple[int, ...], dtype: torch.dtype, triton: bool) -> Layout:
     adapters = w.adapters_in + w.adapters_out
-    columns = [adapter.start for adapter in adapters], [adapter.end for adapter in adapters]
-    scales = [adapter.scaling for adapter in adapters], [adapter.dropout for adapter in adapters]
-    return Layout(w.eps, w.dropout, *columns, *scales, len(w.adapters_in), dims, dtype, triton, w.adjacent)
+    starts, ends, _, _, scalings, rates = zip(*adapters, strict=True) if adapters else ((),) * 6
+    into = len(w.adapters_in)
+    return Layout(w.eps, w.dropout, starts, ends, scalings, rates, into, dims, dtype, triton, w.adjacent)
 
 
 class Output(NamedTuple):
-    """A product with columns of m that is added to the residual stream, and its adapters with their columns of u."""
+    """A product with columns of m that is added to the residual stream, and its adapters with their columns of u.
 
-    columns: slice
+    Attributes:
+        columns: of m; None: all.
+        weight, bias: (columns, C) and (C,).
+        inner: columns of u.
+    """
+
+    columns: slice | None
+    weight: Tensor
+    bias: Tensor
     adapters: AdapterGroup
     inner: slice
 
+    def of(self, m: Tensor) -> Tensor:
+        """The columns of m (N, M) that the product reads."""
+        return m if self.columns is None else m[:, self.columns]
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Joined:
     """A block as its passes take it: the tensors of each matmul together, in the dtype that it computes in.
 
@@ -157,16 +169,18 @@ class Joined:
     def outputs(self) -> list[Output]:
         """One of all columns of m, or two where attention and MLP have a dropout of their own."""
         if not self.layout.dropout:
-            return [Output(slice(None), self._writing(self.adapters_out), slice(self.ranks_in, None))]
+            bias = (self.b_out[0] + self.b_out[1]).to(self.layout.dtype)
+            return [Output(None, self.w_out, bias, self._writing(self.adapters_out), slice(self.ranks_in, None))]
         heads, _, head_dim = self.layout.dims
         cut = heads * head_dim
         first = tuple(adapter for adapter in self.adapters_out if adapter.start < cut)
         second = self.adapters_out[len(first) :]
         middle = self.ranks_in + sum(adapter.A.shape[0] for adapter in first)
-        return [
-            Output(slice(0, cut), self._writing(first), slice(self.ranks_in, middle)),
-            Output(slice(cut, None), self._writing(second, OUT_MASKS + len(first)), slice(middle, None)),
-        ]
+        places = slice(0, cut), slice(cut, None)
+        inner = slice(self.ranks_in, middle), slice(middle, None)
+        groups = self._writing(first), self._writing(second, OUT_MASKS + len(first))
+        weights, biases = [self.w_out[place] for place in places], [bias.to(self.layout.dtype) for bias in self.b_out]
+        return [Output(*each) for each in zip(places, weights, biases, groups, inner, strict=True)]
 
     def _writing(self, each: tuple[Adapter, ...], first_mask: int = OUT_MASKS) -> AdapterGroup:
         """Adapters from columns of m to the residual stream."""
@@ -174,9 +188,8 @@ class Joined:
         return group_of(each, [(a.start, a.end) for a in each], [(0, C)] * len(each), first_mask)
 
 
-@torch.no_grad()
 def joined(w: PerTensor, layout: Layout) -> Joined:
-    """The tensors of a block together, without gradient."""
+    """The tensors of a block together. Not to be called where torch records gradients."""
     into, matrices = layout.into, (w.matrices[::2], w.matrices[1::2])
     adapters = tuple(map(Adapter, layout.starts, layout.ends, *matrices, layout.scalings, layout.rates))
     parts = w.w_in, w.b_in, [weight.T for weight in w.w_out]
@@ -188,6 +201,8 @@ def joined(w: PerTensor, layout: Layout) -> Joined:
 def apart(grads: list[Tensor], flat: list[Tensor]) -> list[Tensor]:
     """The gradients of `Joined`, one for each of the tensors; an empty one stands for all of its parts."""
     norm, w_in, b_in, w_out, b_out, *matrices = grads
+    if not any(grad.numel() for grad in grads[:5]):  # adapters alone
+        return [norm[0]] * (len(flat) - len(matrices)) + matrices
     tensors = unflatten(flat)
 
     def split(grad: Tensor, parts: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
@@ -205,7 +220,7 @@ def are_adjacent(parts: Sequence[Tensor]) -> bool:
     for part in parts:
         if part.data_ptr() != end or not part.is_contiguous():
             return False
-        end += part.numel() * part.element_size()
+        end += part.nbytes
     return parts[0].untyped_storage().data_ptr() == parts[-1].untyped_storage().data_ptr()
 
 
@@ -213,5 +228,6 @@ def _one_matrix(parts: Sequence[Tensor], adjacent: bool) -> Tensor:
     """The tensors as one along dim 0: where they lie, if they are neighbours, else a copy."""
     if not adjacent and not are_adjacent(parts):
         return torch.cat(list(parts))
-    first = parts[0]
-    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+    first, size = parts[0], list(parts[0].shape)
+    size[0] = sum([part.shape[0] for part in parts])
+    return first.as_strided(size, first.stride())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from phi2_kernels._dispatch import architecture, cdiv, on_its_device, power_of_2, tl, triton
+from phi2_kernels.launch import Known, launch
 from phi2_kernels.strided import strided
 
 _APPLY = {"BLOCK_H": 32, "num_warps": 1}
@@ -106,7 +107,9 @@ def _dims(cos: Tensor, D: int) -> dict[str, int]:
 
 
 @on_its_device
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor | None = None) -> None:
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor | None = None, known: Known | None = None
+) -> None:
     """Rotates x (N, H, D), a view with any strides but the last, where it lies, or into y.
 
     Args:
@@ -115,14 +118,15 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor |
     N, H, D = x.shape
     if x.numel() == 0:
         return
-    launch = LAUNCH[architecture(x.device)]["apply_rotary"]
+    own = LAUNCH[architecture(x.device)]["apply_rotary"]
     rest = D - 2 * cos.shape[1]
     flags = {"INVERSE": inverse, "COPY_REST": y is not None and rest > 0}
     target = x if y is None else y
-    blocks = _dims(cos, D) | {"BLOCK_D": power_of_2(max(1, rest))} | launch
-    grid = N, cdiv(H, launch["BLOCK_H"])
-    tensors = strided(x), strided(target), cos, sin
-    _apply_rotary_kernel[grid](*tensors, len(cos), H, **flags, **blocks, enable_fp_fusion=True)
+    launch(
+        _apply_rotary_kernel, (N, cdiv(H, own["BLOCK_H"]), 1), (strided(x), strided(target), cos, sin, cos.shape[0], H),
+        lambda: flags | _dims(cos, D) | {"BLOCK_D": power_of_2(max(1, rest)), "enable_fp_fusion": True} | own,
+        known, ("rotary", inverse),
+    )  # fmt: skip
 
 
 @on_its_device

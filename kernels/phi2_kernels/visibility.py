@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,6 +151,7 @@ class Visibility:
         self.queries, self.keys, self.device = queries, keys, device
         self.until = None if until is None else until.contiguous()
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self.tables: dict[Any, Tables] = {}  # made once for each kind of kernels
         self._key_ranges: dict[int, Tensor] = {}
         self._query_ends: dict[int, Tensor] = {}
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from benchmarks import run
 from benchmarks.cases import aot_report
@@ -24,6 +29,7 @@ from benchmarks.harness.spec import (
 )
 from benchmarks.registry import GateError
 from phi2_kernels.attention_tiles_triton import LAUNCH
+from phi2_kernels.block_adapters import Side
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "phi2_kernels"
 
@@ -84,6 +90,40 @@ def test_under_every_triton_no_kernel_is_left_out(phi2_rows):
         for name in re.findall(r"^def _(\w+)_kernel\(", file.read_text(), re.M)
     }
     assert {row.kernel for row in phi2_rows} == written
+
+
+def handed(arch: int) -> list[str]:
+    """All that the driver is given for two kernels, launched twice: found by Triton, then known."""
+    from triton.compiler import CompiledKernel
+
+    from phi2_kernels import block_adapters_triton, gelu_triton
+
+    launches: list[str] = []
+    run = property(lambda form: lambda *given: launches.append(f"{form.hash} {plain(given)}"))
+    x, y, u, known = torch.zeros(4, 64), torch.zeros(4, 64), torch.zeros(4, 12), {}
+    side = Side((torch.zeros(4, 32), torch.zeros(8, 32)), ((0, 32), (32, 64)), False, (4, 8), name=(2, False))
+    with mock.patch.multiple(CompiledKernel, run=run, _init_handles=lambda form: None), aot.pretended_driver(arch):
+        for _ in range(2):
+            gelu_triton.forward(x, y, known)
+            block_adapters_triton.inner(x, u, side, (0.5, 2.0), None, known)
+    assert len(known) == 2
+    return launches
+
+
+def plain(given: Any) -> Any:
+    if isinstance(given, torch.Tensor):
+        return given.data_ptr()
+    if isinstance(given, tuple):
+        return [plain(each) for each in given]
+    return given if isinstance(given, int | float | None) else type(given).__name__  # of hooks the kind
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_under_every_triton_a_known_form_is_handed_what_triton_would_hand_it(arch, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        gelu, inner, *known = process.submit(handed, arch).result()
+    assert known == [gelu, inner] and gelu != inner
 
 
 @pytest.mark.parametrize("arch", [80, 90])

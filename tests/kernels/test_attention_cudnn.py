@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phi2_kernels import _dispatch, attention_cudnn, block_triton
+from phi2_kernels import _dispatch, attention_cudnn
 from phi2_kernels.attention import _attention, attention
 from phi2_kernels.attention_cudnn import takes_cudnn
-from phi2_kernels.visibility import Tables, Visibility
+from phi2_kernels.visibility import Visibility
 
 HOPPER, BFLOAT16 = (9, 0), torch.bfloat16
 LONG = (8, 32, 2048, 80)
@@ -119,15 +119,6 @@ def test_what_is_not_plain_causal_is_ours(hopper, T, until, monkeypatch):
     until = None if until is None else torch.tensor([until], dtype=torch.int32)
     attention(q[:, :, 48 - T :], k, v, Visibility(T, 48, until, q.device))
     assert not hopper
-
-
-def test_a_block_gets_it_in_its_own_columns(hopper):
-    q, k, v = (x.detach() for x in make_qkv())
-    columns = torch.full((1, 48, 2 * 80 + 16), 7.0)
-    o = columns[..., :160].unflatten(-1, (2, 80)).transpose(1, 2)
-    lse = block_triton.attend(q, k, v, o, Tables(None), auto=True)
-    assert len(hopper) == 1 and lse.shape == (1, 2, 48) and (columns[..., 160:] == 7).all()
-    torch.testing.assert_close(o, attention(q, k, v, Visibility(48, 48, None, q.device)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def plain_block(
     for i, a in enumerate(w.adapters_in):
         change = a.scaling * dropped_lora(n, a.dropout, IN_MASKS + i) @ a.A.T @ a.B.T
         h = h + fn.pad(change, (a.start, h.shape[1] - a.end))
-    q, k, v = shape.split(h.unflatten(0, (B, T)))
+    q, k, v = shape.split(h, T)
     q, k = (rotary(z.transpose(1, 2), *angles, impl="torch").transpose(1, 2) for z in (q, k))
     attended = attention_ref(q, k, v, visibility).transpose(1, 2).flatten(2).flatten(0, 1)
     halves = attended, fn.gelu(h[:, shape.qkv_width :], approximate="tanh")

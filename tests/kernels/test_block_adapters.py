@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phi2_kernels import block_adapters_triton, block_torch, block_triton
+from phi2_kernels import block_adapters_triton, block_torch
 from phi2_kernels.block_adapters import Adapter, AdapterGroup, Side, group_of
+from phi2_kernels.block_triton import Kernels
 
 from .conftest import INTERPRETED
 
 SEED = torch.tensor(11)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-OPS = pytest.mark.parametrize("ops", [block_torch, block_triton], ids=["torch", "triton"])
+OPS = pytest.mark.parametrize("ops", [block_torch, Kernels()], ids=["torch", "triton"])
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 LOST = 2**-15  # of a float32 factor as two halves; the interpreter does not round to bfloat16 but cuts
 EXACT = 2**-20 if INTERPRETED else 2**-18  # a GPU leaves out the products of what TF32 cannot hold of both factors
@@ -67,6 +68,14 @@ def exact_of(group: AdapterGroup, x: Tensor, dy: Tensor) -> dict[str, list[Tenso
     return found
 
 
+def backward(
+    adapters: AdapterGroup, ops: Any, x: Tensor, u: Tensor, dy: Tensor, dx: Tensor, seed: Tensor | None = None
+) -> list[Tensor]:
+    """dA and dB of each adapter in turn; what they send to x is added to dx."""
+    du = adapters.send(ops, dy, dx, seed)
+    return adapters.gradients(ops, x, du, dy, u, seed)
+
+
 SIZES = {
     "one": ([40], [4], 48),
     "four": ([33, 16, 80, 48], [3, 1, 16, 5], 70),
@@ -83,7 +92,7 @@ def test_all_products_are_as_good_as_float32(size, dtype, ops, poison):
     exact, y, dx = exact_of(adapters, x, dy), torch.zeros(N, sum(widths)), torch.zeros(N, C)
     u = torch.empty(N, sum(ranks))
     adapters.add(ops, x, y, u, None)
-    gradients = adapters.backward(ops, x, u, dy, dx, None)
+    gradients = backward(adapters, ops, x, u, dy, dx)
     found = [u, y, dx, *gradients[::2], *gradients[1::2]]
     expected = [torch.cat(exact["u"], 1), torch.cat(exact["y"], 1), sum(exact["dx"]), *exact["dA"], *exact["dB"]]
     for ours, truth in zip(found, expected, strict=True):
@@ -128,14 +137,14 @@ def test_columns_of_wider_buffers_are_read_and_written(ops):
 @OPS
 def test_no_rows_have_no_gradient(ops):
     adapters, x, dy = group([24, 40], [3, 5], 32), torch.zeros(0, 32), torch.zeros(0, 64)
-    found = adapters.backward(ops, x, torch.zeros(0, 8), dy, torch.zeros(0, 32), None)
+    found = backward(adapters, ops, x, torch.zeros(0, 8), dy, torch.zeros(0, 32))
     assert [not each.any() for each in found] == [True] * 4
 
 
 # Dropout
 
 
-def masks_of(ops: ModuleType, adapters: AdapterGroup) -> list[Tensor]:
+def masks_of(ops: Any, adapters: AdapterGroup) -> list[Tensor]:
     """What each adapter keeps of x: what `add` adds where there is nothing, of factors that are one."""
     found, sides = [], zip(adapters.input.spans, adapters.input.rates, adapters.input.masks, strict=True)
     for (start, end), rate, mask in sides:
@@ -152,7 +161,7 @@ def test_forward_and_backward_pass_keep_the_same(ops, dtype):
     adapters, x, dy = group([33, 48], [3, 70], 72, p=0.3), draw(N, 72, seed=7).to(dtype), draw(N, 81, seed=8).to(dtype)
     masks, u, y, dx = masks_of(ops, adapters), torch.empty(N, 73), torch.zeros(N, 81), torch.zeros(N, 72)
     adapters.add(ops, x, y, u, SEED)
-    dA = adapters.backward(ops, x, u, dy, dx, SEED)[::2]
+    dA = backward(adapters, ops, x, u, dy, dx, SEED)[::2]
     expected_dx, place = torch.zeros(N, 72), 0
     for i, (A, B, (start, end), scale, kept) in enumerate(
         zip(adapters.input.factors, adapters.output.factors, adapters.output.spans, adapters.scales, masks, strict=True)
@@ -176,12 +185,12 @@ def test_masks_have_their_rate_and_no_two_are_alike(ops):
 
 def test_masks_of_kernels_do_not_depend_on_their_tiles(monkeypatch):
     adapters = group([33], [3], 200, p=0.5)
-    expected = masks_of(block_triton, adapters)
+    expected = masks_of(Kernels(), adapters)
     other = {"BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     assert all(other != launches["add dropped"] for launches in block_adapters_triton.LAUNCH.values())
     for launches in block_adapters_triton.LAUNCH.values():
         monkeypatch.setitem(launches, "add dropped", other)
-    assert torch.equal(masks_of(block_triton, adapters)[0], expected[0])
+    assert torch.equal(masks_of(Kernels(), adapters)[0], expected[0])
 
 
 # Any shape, and what is made on the way
@@ -203,11 +212,11 @@ SIZE = st.tuples(st.integers(1, 90), st.integers(1, 20))  # columns and rank of 
 def test_kernels_and_torch_agree_on_any_shape(n, C, adapters):
     widths, ranks = (list(each) for each in zip(*adapters, strict=True))
     both, x, dy = [], draw(n, C, seed=7).bfloat16(), draw(n, sum(widths), seed=8).bfloat16()
-    for ops in (block_torch, block_triton):
+    for ops in (block_torch, Kernels()):
         y, dx, u = torch.zeros(n, sum(widths)), torch.zeros(n, C), torch.empty(n, sum(ranks))
         own = group(widths, ranks, C)
         own.add(ops, x, y, u, None)
-        both.append([u, y, dx, *own.backward(ops, x, u, dy, dx, None)])
+        both.append([u, y, dx, *backward(own, ops, x, u, dy, dx)])
     for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
@@ -234,7 +243,7 @@ def test_kernels_need_no_copy_of_what_they_read_and_ask_no_gpu(rate, monkeypatch
     monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
     adapters, x, dy, dx = group([96], [4], 64, rate), *(torch.zeros(40, n).bfloat16() for n in (64, 96, 64))
     with Made() as made:
-        adapters.add(block_triton, x, dy, torch.empty(40, 4), SEED)
-        adapters.backward(block_triton, x, torch.empty(40, 4), dy, dx, SEED)
+        adapters.add(Kernels(), x, dy, torch.empty(40, 4), SEED)
+        backward(adapters, Kernels(), x, torch.empty(40, 4), dy, dx, SEED)
     assert max(tensor.numel() for tensor in made.tensors) == 4 * 96  # the gradient of B
     assert rate or torch.ops.aten._local_scalar_dense.default not in made.operators  # a seed lies on the CPU

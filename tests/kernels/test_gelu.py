@@ -85,6 +85,17 @@ def test_nothing_beside_a_view_is_touched(device):
     assert buffer[:, :, :3].isnan().all() and buffer[:, :, 20:].isnan().all()
 
 
+def test_the_output_made_again_is_written_over_the_gradient_and_changes_nothing_else(device):
+    from phi2_kernels import gelu_triton
+
+    x, grad = inputs(5, 17, device=device)
+    dx, other = torch.empty_like(x), torch.empty_like(x)
+    gelu_triton.backward(grad, x, dx)
+    gelu_triton.backward(grad, x, other, again=True)
+    assert torch.equal(dx, other)
+    torch.testing.assert_close(grad, gelu_ref(x))
+
+
 def test_an_expanded_gradient_is_understood(device):
     x, _ = inputs(5, 17, device=device)
     x = x.detach().requires_grad_()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -28,9 +27,10 @@ from phi2.quantize import quantize_model
 from phi2.training.packing import row_of_answers, row_of_sequences
 from phi2.training.scoring import row_logps
 from phi2.training.sft import forward
-from phi2_kernels import quantized_matmul
+from phi2_kernels import block, quantized_matmul
 
 from .conftest import INTERPRETED
+from .forms import Form
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter shows what is launched")
 
@@ -43,17 +43,6 @@ CONFIG = Phi2Config(
 Variants = dict[str, set[str]]  # of each kernel
 
 
-@cache
-def binder_of(function: Callable, do_not_specialize: tuple[str, ...]) -> Callable:
-    """What Triton makes a variant of, for an A100."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
-
-    kernel = JITFunction(function, do_not_specialize=list(do_not_specialize))
-    return create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 80, 32)))
-
-
 @pytest.fixture
 def variants(monkeypatch) -> Iterator[Variants]:
     """Filled by what is launched; nothing is computed."""
@@ -61,14 +50,13 @@ def variants(monkeypatch) -> Iterator[Variants]:
 
     found: Variants = defaultdict(set)
 
-    def note(kernel, *args, grid, warmup, **constants) -> None:
-        bind = binder_of(kernel.fn, tuple(kernel.kwargs.get("do_not_specialize") or ()))
-        _, variant, options = bind(*args, **constants)
-        found[f"{kernel.fn.__module__.split('.')[-1]} {kernel.fn.__name__}"].add(
-            str((variant, sorted(options.items())))
-        )
+    def note(kernel, *args, grid, warmup, **constants) -> Form:
+        form = Form(kernel, args, constants)
+        found[f"{kernel.fn.__module__.split('.')[-1]} {kernel.fn.__name__}"].add(form.variant)
+        return form
 
     monkeypatch.setattr(InterpretedFunction, "run", note)
+    monkeypatch.setattr(block, "_KNOWN", {})
     monkeypatch.setattr("phi2_kernels._dispatch.default_impl", "triton")
     yield found
 
