@@ -53,10 +53,10 @@ WHOLE = Passes(10**9).cut
 class Recorder(Optimizer):
     """Keeps the gradients of an update and leaves the weights alone."""
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.gradients = {name: p.grad.clone() for p, name in self.names.items()}
         self.adamw.zero_grad()
-        return 0.0
+        return torch.zeros(())
 
 
 def move_adapter(model: Phi2ForCausalLM) -> Phi2ForCausalLM:
@@ -129,7 +129,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_pairs(dpo_config, los
 
     recorder = Recorder(model, config, 1, scale_loss=False)
     objective = Objective(config, model, live, bind_loss(loss), {}, in_parts(*sizes))
-    metrics = objective.update(recorder, pairs)
+    metrics = objective.update(recorder, pairs).wait()
     assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-4)
     for name, gradient in recorder.gradients.items():
         scale = expected[name].abs().max().item()
@@ -153,7 +153,7 @@ def test_metrics_are_means_over_the_whole_window(dpo_config):
     model, pairs = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, pairs), bind_loss("sigmoid", {})
     whole, cut = (
-        Objective(config, model, live, loss, {}, cut).update(Recorder(model, config, 1, False), pairs)
+        Objective(config, model, live, loss, {}, cut).update(Recorder(model, config, 1, False), pairs).wait()
         for cut in (WHOLE, in_parts(1, 3, len(pairs) - 4))
     )
     assert cut == pytest.approx(whole, rel=1e-4)
@@ -163,7 +163,7 @@ def test_metrics_mean_what_they_say(dpo_config):
     config = dpo_config(beta=0.5)
     model, (pair, *_) = move_adapter(start(config).load_policy(config)), pairs_of(config)
     live, loss = make_reference(start(config), config, model, None, [pair]), bind_loss("sigmoid", {"beta": 0.5})
-    found = Objective(config, model, live, loss, {}, WHOLE).update(Recorder(model, config, 1, False), [pair])
+    found = Objective(config, model, live, loss, {}, WHOLE).update(Recorder(model, config, 1, False), [pair]).wait()
     policy = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
     with disabled(model), torch.no_grad():
         ref = [answer_logps(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
@@ -403,7 +403,7 @@ def test_answers_of_no_and_of_one_token_train(dpo_config, loss):
     if live is not None:
         dataclasses.replace(objective, cut=WHOLE).check_start(window)
     recorder = Recorder(model, config, 1, False)
-    metrics = objective.update(recorder, window)
+    metrics = objective.update(recorder, window).wait()
     assert all(np.isfinite(value) for value in metrics.values())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())
 
@@ -421,17 +421,15 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tokens", [4096, 40])
-def test_an_update_asks_the_device_for_the_norm_of_its_gradient_and_all_metrics_together(
-    dpo_config, monkeypatch, tokens
-):
+def test_an_update_asks_the_device_for_nothing(dpo_config, monkeypatch, tokens):
     counts, update = [], Objective.update
 
     def counted(*arguments):
         with Reads() as reads:
-            metrics = update(*arguments)
+            metrics = update(*arguments)  # a list of numbers, once it is read
         counts.append(reads.count)
         return metrics
 
     monkeypatch.setattr(Objective, "update", counted)
     train(dpo_config(max_steps=2, max_tokens_per_pass=tokens))
-    assert counts == [1, 1]  # the list of metrics is no number
+    assert counts == [0, 0]

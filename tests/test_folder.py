@@ -128,11 +128,12 @@ def test_every_line_of_metrics_says_its_step_and_kind(tmp_path):
 
 
 def test_the_speed_is_that_of_the_updates_alone(tmp_path, monkeypatch):
-    clock = iter([0.0, 10.0, 12.0, 100.0, 102.0])  # opened; two updates of two seconds, 88 s apart
+    clock = iter([0.0, 10.0, 12.0, 100.0, 102.0, 102.0])  # opened; two updates of two seconds, 88 s apart
     monkeypatch.setattr("phi2.runs.log.time.perf_counter", lambda: next(clock))
     log = Log(tmp_path, 0, 2, "sft")
     for step in log.steps():
         log.train(step, 100, {"loss": 1.0}, every=2)
+        log.restart()
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] == 50.0
 

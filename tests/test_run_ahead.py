@@ -12,10 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import phi2.inference.engine
+from phi2.arriving import Arriving
 from phi2.inference.config import SamplingParams
 from phi2.inference.engine import Engine, Request, Token
 from phi2.inference.rows import Rows
-from phi2.inference.step import Arriving, RecordedStep
+from phi2.inference.step import RecordedStep
 from phi2.lora import adapter_state, attach
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM

@@ -30,10 +30,10 @@ PROMPTS = ["Q?", "Q??"]
 class Recorder(Optimizer):
     """Keeps the gradients of an update and leaves the weights alone."""
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.gradients = {name: p.grad.clone() for p, name in self.names.items()}
         self.adamw.zero_grad()
-        return 0.0
+        return torch.zeros(())
 
 
 def policy_of(config: SFTConfig) -> Phi2ForCausalLM:
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_windows_target_tokens(sft_con
     expected = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
     recorder = Recorder(model, config, 1, scale_loss=False)
     samples, max_tokens = SPLITS[split]
-    metrics = sft.update(config, model.train(), recorder, samples(rows), Passes(max_tokens).cut)
+    metrics = sft.update(config, model.train(), recorder, samples(rows), Passes(max_tokens).cut).wait()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["target_tokens"] == sum(int(row.mask[1:].sum()) for row in rows)
     for name, gradient in recorder.gradients.items():
@@ -96,9 +96,8 @@ def test_rows_with_more_targets_count_more(sft_config):
     window, model = [rows[0], rows[-1]], policy_of(config)
     alone = [mean_over_tokens(model, [row]).item() for row in window]
     tokens = [row.target_tokens for row in window]
-    loss = sft.update(config, model, Recorder(model, config, 1, False), [[row] for row in window], Passes(1).cut)[
-        "loss"
-    ]
+    metrics = sft.update(config, model, Recorder(model, config, 1, False), [[row] for row in window], Passes(1).cut)
+    loss = metrics.wait()["loss"]
     weighted = sum(n * loss for n, loss in zip(tokens, alone, strict=True)) / sum(tokens)
     assert loss == pytest.approx(weighted, rel=1e-5) and abs(loss - sum(alone) / 2) > 1e-3
 
@@ -377,7 +376,8 @@ def test_neftune_is_for_training_and_only_where_it_is_asked_for(sft_config):
     for alpha in (0.0, 20.0):
         config = sft_config(neftune_noise_alpha=alpha)
         model, rows = policy_of(config), rows_of(config)
-        losses.append(sft.update(config, model, Recorder(model, config, 1, False), [rows], Passes(1).cut)["loss"])
+        metrics = sft.update(config, model, Recorder(model, config, 1, False), [rows], Passes(1).cut)
+        losses.append(metrics.wait()["loss"])
         losses.append(evaluate(config, model, rows, Passes(10**6).cut)["eval_loss"])
     plain, plain_eval, noisy, noisy_eval = losses
     assert plain == pytest.approx(plain_eval, rel=1e-5) and noisy_eval == plain_eval and abs(noisy - plain) > 1e-3

@@ -45,10 +45,10 @@ AT = {"mean": 0.3, "deviation": 0.7, "updates": 3, "answers": 20}  # a state in 
 class Recorder(Optimizer):
     """Keeps the gradients of an update and leaves the weights alone."""
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.gradients = {name: p.grad.clone() for p, name in self.names.items()}
         self.adamw.zero_grad()
-        return 0.0
+        return torch.zeros(())
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ class Start:
         state = state_of(loss)
         ref = None if loss.reference_free else self.reference
         objective = Objective(self.config, self.model, ref, loss, state, in_parts(*sizes))
-        metrics = objective.update(recorder, self.pairs)
+        metrics = objective.update(recorder, self.pairs).wait()
         return recorder.gradients, metrics, state
 
     def in_one_graph(self, loss: BoundLoss) -> dict[str, Tensor]:

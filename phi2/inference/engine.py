@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from phi2.arriving import Arriving
 from phi2.cache import KVCache, PackedPass, StepPass
 from phi2.config import Phi2Config
 from phi2.inference.sampling import Stages, told
 from phi2.inference.slots import Request, Slots, is_sparse
-from phi2.inference.step import Arriving, RecordedStep, can_record
+from phi2.inference.step import RecordedStep, can_record
 from phi2.lora import computing
 from phi2.model import Phi2ForCausalLM
 

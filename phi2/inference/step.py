@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from phi2.arriving import Arriving
 from phi2.cache import KVCache, StepPass
 from phi2.inference.rows import Rows
 from phi2.inference.sampling import Stages, told
@@ -83,21 +84,6 @@ class RecordedStep:
         chosen = self._rows.choose(logits, slice(self._count), self._stages, positions[:, 0] + 1)
         self._rows.advance(self._count, chosen)
         return told(logits, chosen), logits
-
-
-class Arriving:
-    """Numbers of a step on their way to the host, which does not wait for them until it wants them."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        on_gpu = numbers.is_cuda
-        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
-        self._numbers.copy_(numbers, non_blocking=True)
-        self._arrival = torch.cuda.current_stream(numbers.device).record_event() if on_gpu else None
-
-    def wait(self) -> list[list[float]]:
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._numbers.tolist()
 
 
 def block_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], cached: StepPass) -> Tensor:

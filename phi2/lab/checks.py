@@ -183,10 +183,10 @@ def loss_at_start(subject: Subject) -> Measured:
 class Gradient(Optimizer):
     """In place of an update, keeps its gradient and leaves the weights as they are."""
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.kept = torch.cat([p.grad.flatten() for p in self.names if p.grad is not None])
         self.adamw.zero_grad(set_to_none=True)
-        return self.kept.norm().item()
+        return self.kept.norm()
 
 
 @contextmanager

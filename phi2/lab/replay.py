@@ -29,7 +29,7 @@ from phi2.losses.properties import require_pure, require_scope
 from phi2.losses.slopes import slopes_of
 from phi2.losses.table import OTHER_NEEDS
 from phi2.runs.ledger import FOLDER, Evaluation, Ledger
-from phi2.training.metrics import means, metrics_of
+from phi2.training.metrics import Metrics, means, metrics_of
 
 LOOKED_AT = 8  # prompts on which a loss is tried first
 
@@ -213,7 +213,7 @@ def replay_answers(
         raise ValueError(f"nll_weight must not be negative, got {nll_weight}")
     seen = replace(answers, ref_logps=None) if loss.reference_free else answers
     slopes = slopes_of(partial(losses_of, loss, nll_weight=nll_weight, state=state), seen)
-    metrics = means([metrics_of(seen, slopes.values, loss)])
+    metrics = Metrics(means([metrics_of(seen, slopes.values, loss)])).wait()
     gain = answers.policy if answers.ref_logps is None else answers.logratio
     margin = torch.sub(*answers.better_and_worse(gain))
     numbers = (answers.of_comparisons(slopes.values), *answers.better_and_worse(slopes.of_answers), margin)

@@ -47,10 +47,13 @@ class Log:
         self.tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
 
     def steps(self) -> Iterator[int]:
-        """The updates that are left. An update's time runs from here to `train`: what comes behind is not training."""
-        for step in range(self.first + 1, self.total + 1):
-            self.started = time.perf_counter()
-            yield step
+        """The updates that are left. Their time runs from here, or from `restart`, to `train`."""
+        self.restart()
+        yield from range(self.first + 1, self.total + 1)
+
+    def restart(self) -> None:
+        """What came since `train` was not training."""
+        self.started = time.perf_counter()
 
     @contextlib.contextmanager
     def preparing(self, what: str) -> Iterator[None]:
@@ -58,12 +61,14 @@ class Log:
         self.bar.set_postfix_str(what)
         yield
         self.bar.set_postfix_str("")
-        self.started = time.perf_counter()
+        self.restart()
 
     def train(self, step: int, tokens: int, metrics: Mapping[str, float], every: int) -> None:
         """One update: `tokens` were processed for it. A line is written every `every` updates."""
+        now = time.perf_counter()
         self.tokens += tokens
-        self.seconds += time.perf_counter() - self.started
+        self.seconds += now - self.started
+        self.started = now
         self.bar.update()
         if step % every == 0:
             speed = self.tokens / self.seconds

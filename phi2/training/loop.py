@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from phi2.runs.folder import to_plain
 from phi2.runs.log import Interrupted, Log, delayed_interrupt, last_metrics
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
+from phi2.training.metrics import Metrics
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Passes, Result, passes_of, rewind_of
 from phi2.training.precision import autocast, compute_dtype
@@ -40,6 +42,7 @@ class Updates:
         interrupted: not empty once Ctrl-C has come.
         loss_state: numbers that the loss keeps from one update to the next.
         passes: how a window goes through the model.
+        unread: updates that are not reported yet: number, tokens and metrics.
         save_more: writes what else the run goes on from into the folder of a checkpoint.
     """
 
@@ -54,6 +57,7 @@ class Updates:
     passes: Passes
     watch: Watch | None = None
     save_more: Callable[[Path], None] | None = None
+    unread: deque[tuple[int, int, Metrics]] = field(default_factory=deque)
 
     @property
     def done(self) -> int:
@@ -88,33 +92,50 @@ class Updates:
 
         return self.passes.attempt(update, again)
 
-    def end(
-        self, step: int, tokens: int, metrics: Mapping[str, float], evaluate: Callable[[], Mapping[str, float]] | None
-    ) -> None:
+    def writes(self, step: int) -> bool:
+        """Whether the metrics of an update are written."""
+        return step % self.config.logging_steps == 0
+
+    def end(self, step: int, tokens: int, metrics: Metrics, evaluate: Callable[[], Mapping[str, float]] | None) -> None:
         """Writes what is due behind an update: its metrics, an evaluation with samples, a checkpoint.
+
+        The metrics of a GPU's update are read when the next one has been handed to it, or something else is due.
 
         Args:
             tokens: that were processed for it.
             evaluate: gives the metrics of the evaluation rows, where there are any.
         Raises:
-            ValueError: when the loss is no number any more.
+            ValueError: when the loss or its gradient is no number any more.
             Interrupted: after Ctrl-C, behind the checkpoint.
         """
         config, total = self.config, self.log.total
-        require_finite(metrics["loss"], step)
-        self.log.train(step, tokens, {**metrics, "epoch": step / self.windows.per_epoch}, config.logging_steps)
-        if _is_due(config.eval_steps, step, total):
+        evaluates = _is_due(config.eval_steps, step, total)
+        saves = bool(self.interrupted) or (config.save_strategy == "steps" and _is_due(config.save_steps, step, total))
+        self.unread.append((step, tokens, metrics))
+        self._read(0 if evaluates or saves else updates_behind(self.model.device))
+        if evaluates:
             if evaluate is not None:
                 self.log.write(step, "eval", evaluate())
             _write_samples(config, self.model, self.tokenizer, step)
             if self.watch is not None:
                 self.watch(step, self.model)
-        saves = config.save_strategy == "steps" and _is_due(config.save_steps, step, total)
-        if self.interrupted or saves:
+        if saves:
             keep = config.save_total_limit
             save_checkpoint(Path(config.output), step, self.optimizer, self._save, keep, self.loss_state, self.passes)
+        if evaluates or saves:
+            self.log.restart()
         if self.interrupted and step < total:
             raise Interrupted(f"stopped after step {step}; go on with resume: true")
+
+    def _read(self, left: int) -> None:
+        """Reports all updates but the last few."""
+        while len(self.unread) > left:
+            step, tokens, arriving = self.unread.popleft()
+            metrics = arriving.wait()
+            if not self.optimizer.scaler.is_enabled():  # else AdamW has left an overflow out
+                require_finite_gradient(metrics["grad_norm"], step)
+            require_finite(metrics["loss"], step)
+            self.log.train(step, tokens, metrics | {"epoch": step / self.windows.per_epoch}, self.config.logging_steps)
 
     def _save(self, folder: Path) -> None:
         weights_saver(self.config, self.model, self.tokenizer)(folder)
@@ -125,6 +146,21 @@ class Updates:
 def compiles(device: torch.device) -> bool:
     """Whether kernels are compiled when they are first launched there."""
     return device.type == "cuda"
+
+
+def updates_behind(device: torch.device) -> int:
+    """How many updates are handed to a device before the first of them is read: a GPU has work meanwhile."""
+    return 1 if device.type == "cuda" else 0
+
+
+def require_finite_gradient(norm: float, step: int) -> None:
+    """Stops a run whose gradient is no number any more.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    if not math.isfinite(norm):
+        raise ValueError(f"update {step}: the norm of the gradient is {norm}; try a lower learning_rate")
 
 
 def require_finite(loss: float, step: int) -> None:

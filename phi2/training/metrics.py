@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from phi2.arriving import Arriving
 from phi2.losses.batch import AnswerBatch, PairBatch
 from phi2.losses.bound import BoundLoss
 
@@ -84,11 +85,26 @@ def pair_metrics(pairs: PairBatch, reward_scale: float) -> dict[str, Tensor]:
     }
 
 
-def means(gathered: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over the rows of all passes; what none of them has is left out. A GPU is waited for once."""
+def means(gathered: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean over the rows of all passes; what none of them has is left out."""
     joined = {name: torch.cat([part[name].detach() for part in gathered]) for name in gathered[0]}
-    there = {name: values.mean() for name, values in joined.items() if len(values)}
-    found = dict(zip(there, torch.stack([*there.values()]).tolist(), strict=True))
+    found = {name: values.mean() for name, values in joined.items() if len(values)}
     if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # of answers alone, which no margin is of
         found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
     return found
+
+
+class Metrics:
+    """What is reported of an update or an evaluation, some of which a GPU may have still to compute.
+
+    Args:
+        tensors: one number each.
+        known: the others.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], known: Mapping[str, float] | None = None) -> None:
+        self._names, self._known = [*tensors], known or {}
+        self._numbers = Arriving(torch.stack([tensor.detach() for tensor in tensors.values()]))
+
+    def wait(self) -> dict[str, float]:
+        return {**dict(zip(self._names, self._numbers.wait(), strict=True)), **self._known}

@@ -25,7 +25,7 @@ from phi2.losses.slopes import slopes_of
 from phi2.model import Phi2ForCausalLM
 from phi2.training.config import DPOConfig
 from phi2.training.ledger import LedgerWriter
-from phi2.training.metrics import means, metrics_of
+from phi2.training.metrics import Metrics, means, metrics_of
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Cut
 from phi2.training.precision import autocast, compute_dtype
@@ -58,16 +58,22 @@ class Objective:
     state: dict[str, float]
     cut: Cut
 
-    def update(self, optimizer: Optimizer, window: Rows) -> dict[str, float]:
-        """One optimizer step over a window of rows; returns the metrics of them all."""
-        gathered, after = self.backward(optimizer, window)
+    def update(self, optimizer: Optimizer, window: Rows, in_full: bool = True) -> Metrics:
+        """One optimizer step over a window of rows; returns the metrics of them all.
+
+        Args:
+            in_full: all metrics; else the loss alone, with the norm of the gradient.
+        """
+        gathered, after = self.backward(optimizer, window, in_full)
         self.state.update(after)
         learning_rate = optimizer.learning_rate
         norm = optimizer.step()
         kept = {f"state/{name}": value for name, value in self.state.items()}
-        return {**means(gathered), **kept, "grad_norm": norm, "learning_rate": learning_rate}
+        return Metrics({**means(gathered), "grad_norm": norm}, {**kept, "learning_rate": learning_rate})
 
-    def backward(self, optimizer: Optimizer, window: Rows) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+    def backward(
+        self, optimizer: Optimizer, window: Rows, in_full: bool = True
+    ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
         """Adds the gradient of a window; returns the metrics of each pass, and the state of the loss behind it."""
         config, model, loss = self.config, self.model, self.loss
         losses_of = partial(self.losses, window, self.others(window))
@@ -76,13 +82,13 @@ class Objective:
             answers, losses, after = backward_of_window(
                 config, model, optimizer, window, passes, self.reference, loss.needs, losses_of
             )
-            return [metrics_of(answers, losses, loss)], after
+            return [metrics_of(answers, losses, loss)] if in_full else [{"loss": losses}], after
         for places in passes:
             part = scored(model, window, places, self.reference, autocast(config), loss.needs)
             answers = answer_batch([window[i] for i in places], part)
             losses, after = losses_of(answers)
             optimizer.backward(losses.sum() / len(window))
-            gathered.append(metrics_of(answers, losses, loss))
+            gathered.append(metrics_of(answers, losses, loss) if in_full else {"loss": losses})
         return gathered, after
 
     def losses(self, window: Rows, others: AnswerBatch | None, answers: AnswerBatch) -> tuple[Tensor, dict[str, float]]:
@@ -128,8 +134,8 @@ class Objective:
         slopes = slopes_of(lambda given: self.losses(rows, others, given)[0], answers)
         if ledger is not None:
             ledger.write(step, replace(answers, mismatched=others), slopes, self.state)
-        metrics = means([metrics_of(answers, slopes.values, self.loss)])
-        return {f"eval_{name}": value for name, value in metrics.items()}
+        metrics = Metrics(means([metrics_of(answers, slopes.values, self.loss)]))
+        return {f"eval_{name}": value for name, value in metrics.wait().items()}
 
     @torch.no_grad()
     def check_start(self, window: Rows) -> None:

@@ -81,28 +81,33 @@ class Optimizer:
         kind = self.config.lr_scheduler_type
         return self.config.learning_rate * schedule_factor(kind, self.updates, self.warmup, self.total_steps)
 
-    def step(self) -> float:
-        """Clips, updates and clears the gradients; returns their norm before clipping.
+    def step(self) -> Tensor:
+        """Clips, updates and clears the gradients; returns their norm before clipping, a number on the device.
 
-        An update whose scaled gradients overflowed float16 is left out, and does not move the schedule.
-
-        Raises:
-            ValueError: when a gradient is not finite otherwise; the weights are then as they were.
+        An update whose gradients are not finite leaves the weights and AdamW's moments as they are, and nothing is
+        waited for to know it. Where that is because scaled ones overflowed float16, it does not move the schedule.
         """
         self.scaler.unscale_(self.adamw)
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate
-        norm = nn.utils.clip_grad_norm_(list(self.names), self.config.max_grad_norm or math.inf).item()
-        if not self.scaler.is_enabled() and not math.isfinite(norm):
-            raise ValueError(
-                f"update {self.updates + 1}: the norm of the gradient is {norm}; try a lower learning_rate"
-            )
+        norm = nn.utils.clip_grad_norm_(list(self.names), self.config.max_grad_norm or math.inf)
+        if self.scaler.is_enabled():
+            self.updates += self._step_scaled()
+        else:
+            vars(self.adamw)["found_inf"] = (
+                ~norm.isfinite()
+            ).float()  # as a scaler tells it: AdamW reads it on the device
+            self.adamw.step()
+            self.updates += 1
+        self.clear()
+        return norm
+
+    def _step_scaled(self) -> bool:
+        """Whether the gradients were finite; the scale follows."""
         scale = self.scaler.get_scale()
         self.scaler.step(self.adamw)
         self.scaler.update()
-        self.clear()
-        self.updates += self.scaler.get_scale() >= scale
-        return norm
+        return self.scaler.get_scale() >= scale
 
     def tensors(self) -> dict[str, Tensor]:
         """AdamW's state of every trainable parameter, by "name.exp_avg" and so on."""

@@ -23,6 +23,7 @@ from phi2.runs.inputs import inputs_of, require_same_inputs
 from phi2.runs.run import Run
 from phi2.training.config import SFTConfig
 from phi2.training.loop import updates_of
+from phi2.training.metrics import Metrics
 from phi2.training.optim import Optimizer
 from phi2.training.packing import TokenRow, best_fit, row_of_sequences, wrapped
 from phi2.training.passes import Cut, require_memory
@@ -106,16 +107,15 @@ def tokens_of(sample: Sample) -> int:
 
 def update(
     config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, window: Sequence[Sample], cut: Cut
-) -> dict[str, float]:
+) -> Metrics:
     """One optimizer step over a window of samples; returns its metrics.
 
     Args:
         cut: into passes.
     """
     loss, learning_rate = backward(config, model, optimizer, window, cut), optimizer.learning_rate
-    norm = optimizer.step()
-    tokens = _targets_of(window)
-    return {"loss": loss.item(), "grad_norm": norm, "learning_rate": learning_rate, "target_tokens": tokens}
+    known = {"learning_rate": learning_rate, "target_tokens": _targets_of(window)}
+    return Metrics({"loss": loss, "grad_norm": optimizer.step()}, known)
 
 
 def _targets_of(window: Sequence[Sample]) -> int:
