@@ -1,4 +1,4 @@
-"""What a GPU has still to compute, on its way to a host that goes on meanwhile."""
+"""Numbers between a host and a GPU, neither of which waits for what the other still has to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ class Arriving:
         self._arrival = torch.cuda.current_stream(numbers.device).record_event() if on_gpu else None
 
     def wait(self) -> list:
-        """The numbers, nested as their dims are. What the GPU was given behind them is not waited for."""
+        """The numbers, in lists as their dims are. What the GPU was given behind them is not waited for."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._numbers.tolist()
+
+
+def without_wait(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. Out of other than pinned memory a GPU takes it behind all it has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -426,7 +426,7 @@ def test_an_update_asks_the_device_for_nothing(dpo_config, monkeypatch, tokens):
 
     def counted(*arguments):
         with Reads() as reads:
-            metrics = update(*arguments)  # a list of numbers, once it is read
+            metrics = update(*arguments)
         counts.append(reads.count)
         return metrics
 

@@ -118,7 +118,7 @@ def test_what_does_not_change_the_result_may_change(sft_config, begun):
 def test_every_line_of_metrics_says_its_step_and_kind(tmp_path):
     log = Log(tmp_path, 0, 4, "sft")
     for step in (1, 2, 3):
-        log.train(step, 100, {"loss": step / 2}, every=2)
+        log.train([(step, 100, {"loss": step / 2})], every=2)
     log.write(3, "eval", {"eval_loss": 1.25})
     log.close()
     train, evaluated = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -132,10 +132,22 @@ def test_the_speed_is_that_of_the_updates_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("phi2.runs.log.time.perf_counter", lambda: next(clock))
     log = Log(tmp_path, 0, 2, "sft")
     for step in log.steps():
-        log.train(step, 100, {"loss": 1.0}, every=2)
+        log.train([(step, 100, {"loss": 1.0})], every=2)
         log.restart()
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] == 50.0
+
+
+def test_updates_that_are_known_together_share_their_time(tmp_path, monkeypatch):
+    clock = iter([0.0, 0.0, 1.0, 5.0])
+    monkeypatch.setattr("phi2.runs.log.time.perf_counter", lambda: next(clock))
+    log = Log(tmp_path, 0, 3, "sft")
+    next(log.steps())
+    log.train([], every=1)
+    log.train([(step, 100, {"loss": 1.0}) for step in (1, 2)], every=1)
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens_per_second"] for line in lines] == [40.0, 40.0]
 
 
 def test_lines_of_updates_that_will_be_made_again_are_dropped(tmp_path):

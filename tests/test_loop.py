@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from phi2.arriving import Arriving
+from phi2.runs.log import Interrupted
 from phi2.training import dpo, loop, metrics, sft
 from phi2.training.metrics import Metrics
 from phi2.training.optim import Optimizer
@@ -35,10 +39,19 @@ def events(monkeypatch) -> list[str]:
 def test_the_next_update_is_handed_over_before_one_is_read_and_all_are_read_before_anything_else(
     behind, events, sft_config, sft_data
 ):
-    sft.train(sft_config(max_steps=4, eval_data=sft_data, eval_steps=3, save_steps=3))
-    assert events == ["update", "update", "read", "update", "read", "read", "evaluate", "save"] + [
-        "update", "read", "evaluate", "save",
+    sft.train(sft_config(max_steps=5, eval_data=sft_data, eval_steps=2, save_steps=3))
+    assert events == [
+        "update", "update", "read", "read", "evaluate", "update", "read", "save",
+        "update", "read", "evaluate", "update", "read", "evaluate", "save",
     ]  # fmt: skip
+
+
+def test_an_update_reads_nothing_of_what_it_asks_for(behind, events, dpo_config, sft_config, monkeypatch):
+    monkeypatch.setattr(Arriving, "wait", lambda self: pytest.fail("waited within an update"))
+    for train, config in ((dpo.train, dpo_config(max_steps=1)), (sft.train, sft_config(max_steps=1))):
+        with pytest.raises(pytest.fail.Exception):
+            train(config)
+    assert events.count("read") == 2  # behind the last update: it was this that failed
 
 
 def test_a_run_that_is_read_behind_its_updates_says_the_same(behind, sft_config, metrics_of, monkeypatch, tmp_path):
@@ -48,14 +61,40 @@ def test_a_run_that_is_read_behind_its_updates_says_the_same(behind, sft_config,
 
 
 def test_a_run_that_diverges_names_the_update_and_keeps_no_checkpoint_of_it(behind, sft_config):
-    config = sft_config(learning_rate=1e30, max_steps=20, save_steps=1, save_total_limit=20)
+    config = sft_config(learning_rate=1e30, max_steps=20, save_steps=2, save_total_limit=20)
     with pytest.raises(ValueError, match=r"(update|step) (\d+): the .* (nan|inf); try a lower learning_rate") as caught:
         sft.train(config)
     told = int(str(caught.value).split(":")[0].split()[1])
-    saved = sorted(int(path.name.split("-")[1]) for path in Path(config.output, "checkpoints").iterdir())
-    assert saved == list(range(1, told))
+    saved = sorted(int(path.name.split("-")[1]) for path in Path(config.output, "checkpoints").glob("*"))
+    assert saved == [*range(2, told, 2)]
     found = [load_file(path) for path in Path(config.output, "checkpoints").rglob("*.safetensors")]
     assert all(tensor.isfinite().all() for tensors in found for tensor in tensors.values())
+
+
+MOMENTS = {"reading": (Metrics, "wait"), "evaluating": (sft, "evaluate"), "saving": (loop, "save_checkpoint")}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+def test_ctrl_c_at_any_moment_leaves_a_checkpoint_and_no_update_untold(
+    moment, lag, sft_config, sft_data, metrics_of, monkeypatch
+):
+    monkeypatch.setattr(loop, "updates_behind", lambda device: lag)
+    real, calls = getattr(*moment), []
+
+    def meets_ctrl_c(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(*moment, meets_ctrl_c)
+    config = sft_config(max_steps=6, eval_data=sft_data, eval_steps=2, save_steps=3, save_total_limit=9)
+    with pytest.raises(Interrupted) as told:
+        sft.train(config)
+    step = int(str(told.value).split("after step ")[1].split(";")[0])
+    assert Path(config.output, "checkpoints", f"step-{step}").exists()
+    assert [line["step"] for line in metrics_of(config.output) if line["type"] == "train"] == [*range(1, step + 1)]
 
 
 def test_of_two_updates_that_were_handed_over_the_first_is_told(behind, events, sft_config, monkeypatch):

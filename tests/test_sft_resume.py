@@ -14,6 +14,7 @@ import torch
 from phi2.lora_config import LoraConfig
 from phi2.runs.log import Interrupted
 from phi2.training import loop, sft
+from phi2.training.metrics import Metrics
 from phi2.training.sft import SFTConfig, train
 
 LORA = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "fc1", "lm_head"))
@@ -112,7 +113,7 @@ def test_ctrl_c_ends_the_update_saves_and_can_be_resumed(
 ):
     config, update, calls = random_config(tmp_path / "run", sample_prompts=[]), sft.update, []
 
-    def update_meets_ctrl_c(*arguments) -> dict[str, float]:
+    def update_meets_ctrl_c(*arguments) -> Metrics:
         calls.append(None)
         if len(calls) == step:
             os.kill(os.getpid(), signal.SIGINT)

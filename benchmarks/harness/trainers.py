@@ -31,6 +31,7 @@ from phi2.model import Phi2ForCausalLM
 from phi2.tokenizer import Tokenizer
 from phi2.training import dpo, sft
 from phi2.training.config import DPOConfig, SFTConfig
+from phi2.training.metrics import Metrics
 from phi2.training.objective import Objective
 from phi2.training.packing import wrapped
 
@@ -125,11 +126,12 @@ def ours(timer: Timer, job: Job) -> None:
     loop, holder, settings = (dpo, Objective, DPOConfig) if job.kind == "preference" else (sft, sft, SFTConfig)
     update = holder.update
 
-    def in_turn(*arguments) -> dict[str, float]:
+    def in_turn(*arguments) -> Metrics:
         timer.start()
         metrics = update(*arguments)
+        found = metrics.wait()
         timer.stop()
-        timer.report(loss=metrics["loss"], grad_norm=metrics["grad_norm"])
+        timer.report(loss=found["loss"], grad_norm=found["grad_norm"])
         return metrics
 
     packing = dict(packing="wrapped", packing_length=job.packed) if job.packed else {}

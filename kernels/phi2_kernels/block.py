@@ -89,7 +89,7 @@ class Shape(NamedTuple):
 def _heads(x: Tensor, T: int, shape: Shape, start: int, heads: int | None = None) -> Tensor:
     """Columns of x (N, any) from `start` on, as (B, heads, T, D)."""
     heads, D, row = heads or shape.heads, shape.head_dim, x.stride(0)
-    return x.as_strided((x.shape[0] // T, heads, T, D), (T * row, D, row, 1), x.storage_offset() + start)
+    return x.as_strided((x.shape[0] // max(1, T), heads, T, D), (T * row, D, row, 1), x.storage_offset() + start)
 
 
 def block(
@@ -124,7 +124,7 @@ def block(
     given, tensors = (_plain(x), flat_angles, tables, seed), tensors_of(weights)
     if torch.compiler.is_compiling():
         return _TracedBlock.apply(*given, layout, *flatten(tensors))
-    ops = _ops(triton, _known_of(given[0], tensors, layout, visibility))
+    ops = _ops(triton, _known_of(given[0], flat_angles[0], tensors, layout, visibility))
     if not torch.is_grad_enabled():
         return _forward(*given, joined(tensors, layout), ops)[0]
     flat = flatten(tensors)
@@ -164,19 +164,24 @@ def _tables_of(visibility: Visibility, head_dim: int, dtype: torch.dtype, triton
 _KNOWN: dict[tuple, Known] = {}
 
 
-def _known_of(x: Tensor, tensors: PerTensor, layout: Layout, visibility: Visibility) -> Known | None:
+def _known_of(x: Tensor, cos: Tensor, tensors: PerTensor, layout: Layout, visibility: Visibility) -> Known | None:
     """The forms of kernels for a stream like x (B, T, C) and weights like these; None where they depend on more.
 
-    All that Triton looks at is the same between two such calls, whatever B and T: types, widths of rows, and that every
-    tensor begins where 16 bytes do, as `_plain` ones and all that torch makes new.
+    Constants, and all that Triton looks at, are the same between two such calls, whatever B and T: dtypes, widths of
+    rows, and that every tensor begins where 16 bytes do, as `_plain` ones and all that torch makes new.
     """
     if not layout.triton or layout.dtype.itemsize != 2:  # float32 products follow a setting of torch
+        return None
+    if tensors.norm[0].dtype != tensors.norm[1].dtype or any([x.dtype != torch.float32 for x in tensors.matrices]):
         return None
     widths = *tensors.w_out[1].shape, *[tensor.shape[0] for tensor in (*tensors.w_in, *tensors.matrices)]
     is_regular = all([width % 16 == 0 for width in widths[:6]]) and x.shape[0] * x.shape[1] * sum(widths[:6]) < 2**31
     if not is_regular or any([tensor.data_ptr() % 16 for tensor in (*tensors.norm, *tensors.matrices)]):
         return None
-    key = layout, widths, x.dtype, tensors.norm[0].dtype, visibility.until is None, x.device
+    dropped = bool(layout.dropout), *[rate > 0 for rate in layout.rates]
+    adapters = layout.starts, layout.ends, layout.into, dropped
+    dtypes = x.dtype, layout.dtype, tensors.norm[0].dtype, cos.dtype
+    key = layout.dims, widths, cos.shape[1], adapters, dtypes, visibility.until is None, x.device
     return _KNOWN.setdefault(key, {})
 
 
@@ -283,11 +288,11 @@ def _backward(
     layout, shape, (B, T, C) = w.layout, Shape(*w.layout.dims), x.shape
     dropout, dtype = layout.dropout, layout.dtype
     h, attended, u, mean, rstd, lse = saved
-    rows, dy, outputs = x.view(B * T, C), dy.reshape(B * T, C), w.outputs
+    rows, dy, outputs = x.view(B * T, C), _plain(dy.reshape(B * T, C)), w.outputs  # sum() sends expanded scalars
     f = h[:, shape.qkv_width :]
     grads = [_dropped(dy, dropout, seed, number) for number in range(len(outputs))]  # of the outputs, (N, C)
     db_out = [grad.sum(dim=0, dtype=torch.float32) for grad in grads] if any(need.b_out) else []
-    grads = [_plain(grad.to(dtype)) for grad in grads]  # sum().backward() sends expanded scalars
+    grads = [grad.to(dtype) for grad in grads]
 
     dm = _side_by_side([grad @ o.weight.T for grad, o in zip(grads, outputs, strict=True)], dim=1)  # (N, M)
     sent = [o.adapters.send(ops, grad, dm, seed) for grad, o in zip(grads, outputs, strict=True)]
@@ -295,10 +300,10 @@ def _backward(
     out, dout = shape.attention_columns(attended, T), shape.attention_columns(dm, T)
     ops.attend_backward(dout, *shape.split(h, T), out, lse, *shape.split(dh, T), Tables(*tables))
     ops.apply_rotary(shape.qk(dh), *angles, inverse=True)
-    again = bool(any(need.w_out) or w.adapters_out)
-    ops.gelu_backward(dm[:, shape.attention_width :], f, dh[:, shape.qkv_width :], again=again)
+    wants_m, wants_n = bool(any(need.w_out) or w.adapters_out), bool(any(need.w_in) or w.adapters_in)
+    ops.gelu_backward(dm[:, shape.attention_width :], f, dh[:, shape.qkv_width :], again=wants_m)
     dw_out, adapters_out = x.new_empty(0, dtype=dtype), []
-    if again:
+    if wants_m:
         m = dm  # whose gradient has been read: m again, in its place
         m[:, : shape.attention_width] = attended
         for grad, o, du in zip(grads, outputs, sent, strict=True):
@@ -308,8 +313,8 @@ def _backward(
 
     dn = dh @ w.w_in  # (N, C)
     du = w.reading.send(ops, dh, dn, seed)
-    norm, skip, again = (w.norm_weight, w.norm_bias, mean, rstd), _plain(dy), bool(any(need.w_in) or w.adapters_in)
-    dx, dnorm, n = ops.norm_backward(dn, rows, *norm, skip, sums=any(need.norm), again=again)
+    norm = w.norm_weight, w.norm_bias, mean, rstd
+    dx, dnorm, n = ops.norm_backward(dn, rows, *norm, dy, sums=any(need.norm), again=wants_n)
     adapters_in = w.reading.gradients(ops, n, du, dh, u[:, : w.ranks_in], seed)
     dw_in = dh.T @ n if any(need.w_in) else x.new_empty(0, dtype=dtype)  # (E, C)
     no_sums = x.new_empty(0, dtype=torch.float32)

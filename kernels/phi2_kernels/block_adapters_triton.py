@@ -270,7 +270,7 @@ def _dropout(side: Side, parts: tuple[_Part, ...], seed: Tensor | None) -> tuple
         return None, None, 0
     assert seed is not None
     which = [part.adapter for part in parts]
-    return tuple(side.rates[i] for i in which), tuple(side.masks[i] for i in which), int(seed)
+    return tuple(float(side.rates[i]) for i in which), tuple(side.masks[i] for i in which), int(seed)
 
 
 def _options(own: dict[str, int], parts: tuple[_Part, ...]) -> dict[str, Any]:

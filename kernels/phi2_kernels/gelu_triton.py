@@ -69,8 +69,9 @@ def backward(grad: Tensor, x: Tensor, dx: Tensor, *, again: bool = False, known:
     """Writes dx (N, F), which like x may be a view with wider rows.
 
     Args:
-        again: writes the output of the forward pass too, over grad.
+        again: writes the output of the forward pass too, over grad, whose last dim is contiguous then.
     """
+    assert not again or grad.stride(1) == 1
     grad = grad if grad.stride(1) == 1 else grad.contiguous()  # sum().backward() sends expanded scalars
     _launch(_backward_kernel, "backward", (grad, x, dx), {"AGAIN": again}, known)
 

@@ -26,7 +26,8 @@ def launch(
     Args:
         arguments: all that are no constants, in their order.
         constants: gives the others and the options by name; asked only where the form is not known.
-        known: forms of earlier launches, to which this one is added; None: Triton looks.
+        known: forms of earlier launches, to which this one is added; None: Triton looks. Tables of launch
+            configurations must not change while a form is known: grids follow them, and forms do not.
         place: tells the launches of `known` apart.
     """
     if known is not None and place in known:

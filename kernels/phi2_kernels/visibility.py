@@ -149,7 +149,7 @@ class Visibility:
         if queries > keys:
             raise ValueError(f"queries are the last of the keys: at most {keys}, got {queries}")
         self.queries, self.keys, self.device = queries, keys, device
-        self.until = None if until is None else until.contiguous()
+        self.until = None if until is None else until.int().contiguous()
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self.tables: dict[Any, Tables] = {}  # made once for each kind of kernels
         self._key_ranges: dict[int, Tensor] = {}

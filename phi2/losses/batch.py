@@ -232,12 +232,22 @@ class AnswerBatch:
         Raises:
             ValueError: for scores that are neither 1 nor 0.
         """
+        return self._tensor(self._labels, torch.bool)
+
+    @cached_property
+    def by_label(self) -> tuple[Tensor, Tensor]:
+        """(n,) places of the good answers and (m,) of the bad ones; raises what `is_good` raises."""
+        good, bad = ([i for i, label in enumerate(self._labels) if label == side] for side in (True, False))
+        return self._tensor(good), self._tensor(bad)
+
+    @cached_property
+    def _labels(self) -> list[bool]:
         other = next((score for score in self.scores if score not in (0, 1)), None)
         if other is not None:
             raise ValueError(
                 f"the loss needs answers with a label, good or bad, or pairs, and one has a score, {other:g}"
             )
-        return self.score == 1
+        return [score == 1 for score in self.scores]
 
     @cached_property
     def policy(self) -> Tensor:
@@ -335,8 +345,13 @@ class AnswerBatch:
         owners = self._owners(unit)
         if owners == [*range(self.count)]:
             return losses
-        index = self._tensor(owners)
-        return losses.new_zeros(self.count).index_add(0, index, losses) / index.bincount(minlength=self.count)
+        own: list[list[int]] = [[] for _ in range(self.count)]
+        for place, owner in enumerate(owners):
+            own[owner].append(place)
+        most, none = max(map(len, own)), len(owners)  # behind all losses stands a 0
+        index = self._tensor([[*places, *[none] * (most - len(places))] for places in own])  # (P, most)
+        sums = torch.cat([losses, losses.new_zeros(1)])[index].sum(dim=1)  # in a fixed order
+        return sums / self._tensor([len(places) for places in own])
 
     def only(self, prompt: int) -> AnswerBatch:
         """One prompt with its answers, without padding."""
@@ -382,7 +397,7 @@ class AnswerBatch:
         chosen, rejected = (values[self._tensor(side), : max(self.lengths[i] for i in side)] for side in sides)
         return chosen, rejected
 
-    def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype = torch.long) -> Tensor:
         """On the device, without waiting for what it computes."""
         return torch.tensor(values, dtype=dtype).to(self.policy_logps.device, non_blocking=True)
 

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -63,18 +63,25 @@ class Log:
         self.bar.set_postfix_str("")
         self.restart()
 
-    def train(self, step: int, tokens: int, metrics: Mapping[str, float], every: int) -> None:
-        """One update: `tokens` were processed for it. A line is written every `every` updates."""
+    def train(self, updates: Sequence[tuple[int, int, Mapping[str, float]]], every: int) -> None:
+        """Updates that are known by now, in equal shares of the time since the last ones.
+
+        Args:
+            updates: the number of each, the tokens that were processed for it, and its metrics.
+            every: so many updates a line is written.
+        """
         now = time.perf_counter()
-        self.tokens += tokens
-        self.seconds += now - self.started
-        self.started = now
-        self.bar.update()
-        if step % every == 0:
-            speed = self.tokens / self.seconds
-            self.tokens, self.seconds = 0, 0.0
-            self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:,.0f} tok/s")
-            self.write(step, "train", {**metrics, "tokens_per_second": round(speed, 1)})
+        for step, tokens, metrics in updates:
+            self.tokens += tokens
+            self.seconds += (now - self.started) / len(updates)
+            self.bar.update()
+            if step % every == 0:
+                speed = self.tokens / self.seconds
+                self.tokens, self.seconds = 0, 0.0
+                self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:,.0f} tok/s")
+                self.write(step, "train", {**metrics, "tokens_per_second": round(speed, 1)})
+        if updates:
+            self.started = now
 
     def write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -105,12 +105,12 @@ class Updates:
             tokens: that were processed for it.
             evaluate: gives the metrics of the evaluation rows, where there are any.
         Raises:
-            ValueError: when the loss or its gradient is no number any more.
+            ValueError: when the loss or its gradient is no number any more, of this update or of one before.
             Interrupted: after Ctrl-C, behind the checkpoint.
         """
         config, total = self.config, self.log.total
         evaluates = _is_due(config.eval_steps, step, total)
-        saves = bool(self.interrupted) or (config.save_strategy == "steps" and _is_due(config.save_steps, step, total))
+        saves = config.save_strategy == "steps" and _is_due(config.save_steps, step, total)
         self.unread.append((step, tokens, metrics))
         self._read(0 if evaluates or saves else updates_behind(self.model.device))
         if evaluates:
@@ -119,23 +119,27 @@ class Updates:
             _write_samples(config, self.model, self.tokenizer, step)
             if self.watch is not None:
                 self.watch(step, self.model)
-        if saves:
+        stops = bool(self.interrupted)  # asked once: Ctrl-C may come at any moment
+        if saves or stops:
+            self._read(0)
             keep = config.save_total_limit
             save_checkpoint(Path(config.output), step, self.optimizer, self._save, keep, self.loss_state, self.passes)
         if evaluates or saves:
             self.log.restart()
-        if self.interrupted and step < total:
+        if stops and step < total:
             raise Interrupted(f"stopped after step {step}; go on with resume: true")
 
     def _read(self, left: int) -> None:
-        """Reports all updates but the last few."""
+        """Reports all updates but the last `left`."""
+        read = []
         while len(self.unread) > left:
             step, tokens, arriving = self.unread.popleft()
             metrics = arriving.wait()
-            if not self.optimizer.scaler.is_enabled():  # else AdamW has left an overflow out
+            if not self.optimizer.scaler.is_enabled():  # a scaled one that overflowed has been left out
                 require_finite_gradient(metrics["grad_norm"], step)
             require_finite(metrics["loss"], step)
-            self.log.train(step, tokens, metrics | {"epoch": step / self.windows.per_epoch}, self.config.logging_steps)
+            read.append((step, tokens, metrics | {"epoch": step / self.windows.per_epoch}))
+        self.log.train(read, self.config.logging_steps)
 
     def _save(self, folder: Path) -> None:
         weights_saver(self.config, self.model, self.tokenizer)(folder)

@@ -32,13 +32,13 @@ def label_metrics(answers: AnswerBatch, reward_scale: float) -> dict[str, Tensor
 
     Source: metric names as in trl's KTO trainer.
     """
-    has_reference, good = answers.ref_logps is not None, answers.is_good
+    has_reference, (good, bad) = answers.ref_logps is not None, answers.by_label
     rewards = rewards_of(answers, reward_scale)
     values = {"rewards": rewards, "logps": answers.policy, "length": answers.length.float()}
     if has_reference:
         values["ref_logps"] = answers.ref
-    sides = {"chosen": good, "rejected": ~good}
-    split = {f"{name}/{side}": each[mask] for name, each in values.items() for side, mask in sides.items()}
+    sides = {"chosen": good, "rejected": bad}
+    split = {f"{name}/{side}": each[places] for name, each in values.items() for side, places in sides.items()}
     margins = answers.gaps(rewards)
     compared = {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
     return {**split, **compared, **({"kl": (-answers.logratio / answers.length)[good]} if has_reference else {})}

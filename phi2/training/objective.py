@@ -65,11 +65,11 @@ class Objective:
             in_full: all metrics; else the loss alone, with the norm of the gradient.
         """
         gathered, after = self.backward(optimizer, window, in_full)
-        self.state.update(after)
-        learning_rate = optimizer.learning_rate
+        found, learning_rate = means(gathered), optimizer.learning_rate
         norm = optimizer.step()
+        self.state.update(after)
         kept = {f"state/{name}": value for name, value in self.state.items()}
-        return Metrics({**means(gathered), "grad_norm": norm}, {**kept, "learning_rate": learning_rate})
+        return Metrics({**found, "grad_norm": norm}, {**kept, "learning_rate": learning_rate})
 
     def backward(
         self, optimizer: Optimizer, window: Rows, in_full: bool = True

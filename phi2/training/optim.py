@@ -84,8 +84,8 @@ class Optimizer:
     def step(self) -> Tensor:
         """Clips, updates and clears the gradients; returns their norm before clipping, a number on the device.
 
-        An update whose gradients are not finite leaves the weights and AdamW's moments as they are, and nothing is
-        waited for to know it. Where that is because scaled ones overflowed float16, it does not move the schedule.
+        An update whose gradients are not finite leaves the weights and AdamW's moments as they are, and no device is
+        waited for to know it. With a scaled loss it is, since an update that overflowed does not move the schedule.
         """
         self.scaler.unscale_(self.adamw)
         for group in self.adamw.param_groups:
@@ -94,9 +94,8 @@ class Optimizer:
         if self.scaler.is_enabled():
             self.updates += self._step_scaled()
         else:
-            vars(self.adamw)["found_inf"] = (
-                ~norm.isfinite()
-            ).float()  # as a scaler tells it: AdamW reads it on the device
+            # As a GradScaler tells it; AdamW reads it on the device.
+            vars(self.adamw)["found_inf"] = (~norm.isfinite()).float()
             self.adamw.step()
             self.updates += 1
         self.clear()

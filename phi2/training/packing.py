@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phi2.arriving import without_wait
 from phi2.data.encoded import EncodedPreference, EncodedSequence
 
 
@@ -41,11 +42,7 @@ class TokenRow:
     targets: Tensor
 
     def to(self, device: torch.device) -> TokenRow:
-        tensors = [getattr(self, f.name) for f in fields(self)]
-        if device.type != "cuda":
-            return TokenRow(*(tensor.to(device) for tensor in tensors))
-        # Out of pinned memory a copy does not wait for what the GPU still has to do.
-        return TokenRow(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+        return TokenRow(*(without_wait(getattr(self, f.name), device) for f in fields(self)))
 
 
 def row_of_sequences(sequences: Sequence[EncodedSequence]) -> TokenRow:

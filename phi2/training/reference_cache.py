@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from phi2.arriving import without_wait
 from phi2.data.encoded import EncodedPreference
 from phi2.lora import lora_modules
 from phi2.model import Phi2ForCausalLM
@@ -46,7 +47,8 @@ class Precomputed:
         self.shards, self.complete, self.device = shards, complete, device
 
     def __call__(self, batch: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
-        return torch.cat([self.shards.logps(place) for place in self._places(batch)]).to(self.device)
+        logps = torch.cat([self.shards.logps(place) for place in self._places(batch)])
+        return without_wait(logps, self.device)
 
     def digest(self, rows: Sequence[EncodedPreference]) -> str:
         """Of what it says about these answers."""

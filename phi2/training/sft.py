@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from phi2.arriving import without_wait
 from phi2.data.encoded import EncodedSequence
 from phi2.data.flat import Joined, lengths
 from phi2.losses.head import target_logps
@@ -158,9 +159,10 @@ def neftune(alpha: float, lengths: list[int]) -> Callable[[Tensor], Tensor]:
     """
 
     def add_noise(x: Tensor) -> Tensor:  # (1, T, C)
-        tokens = torch.tensor(lengths, dtype=torch.float32, device=x.device)
-        size = alpha / (tokens * x.shape[-1]).sqrt()
-        return x + torch.zeros_like(x).uniform_(-1, 1) * size.repeat_interleave(tokens.long())[:, None].to(x.dtype)
+        tokens = torch.tensor(lengths)
+        size = alpha / (tokens.float() * x.shape[-1]).sqrt()
+        each = without_wait(size.repeat_interleave(tokens), x.device)  # (T,)
+        return x + torch.zeros_like(x).uniform_(-1, 1) * each[:, None].to(x.dtype)
 
     return add_noise
 
