@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from phi2_kernels import (
 from phi2_kernels import block as block_file
 from phi2_kernels.block import Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter
+from phi2_kernels.block_weights import flatten, tensors_of
 from phi2_kernels.launch import Known, launch
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.visibility import Visibility
@@ -266,3 +268,32 @@ def test_rows_of_all_lengths_are_looked_for_once(forms):
         Kind().run(1, T)
         found.append(len(forms))
     assert found[0] == found[2] == 20 and all(form.launches >= 2 for form in forms)
+
+
+def numbers(kind: Kind, B: int, T: int) -> list[Tensor]:
+    """The output of a random block and all gradients, on torch's default device."""
+    torch.manual_seed(0)
+    weights, x = kind.weights(), torch.randn(B, T, kind.C).to(kind.stream).requires_grad_()
+    tensors = flatten(tensors_of(weights))
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.normal_(0, 0.2)
+    until = torch.full((B, T), T, dtype=torch.int32) if kind.packed else None
+    angles = rotary_angles(torch.arange(T)[None], kind.rotary, 1e4)
+    y = block(x, weights, Shape(*kind.heads, kind.D), angles, Visibility(T, T, until, x.device), impl="triton")
+    return [y, *torch.autograd.grad(y.float().square().sum(), [x, *filter(attrgetter("requires_grad"), tensors)])]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing that could be known")
+@pytest.mark.parametrize("name", ["dropout of adapters", "both", "packed", "all weights", "all weights and adapters"])
+def test_a_known_form_computes_what_one_does_that_was_looked_for(monkeypatch, name):
+    kind, rows = Kind(**KNOWN[name]), [(1, 9), (2, 33), (1, 16), (3, 100)]
+    monkeypatch.setattr(block_file, "_KNOWN", {})
+    with torch.device("cuda"):
+        looked_for = []
+        for B, T in rows:
+            block_file._KNOWN.clear()
+            looked_for.append(numbers(kind, B, T))
+        for (B, T), expected in zip(rows, looked_for, strict=True):
+            assert all(map(torch.equal, numbers(kind, B, T), expected))
