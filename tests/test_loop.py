@@ -104,6 +104,19 @@ def test_of_two_updates_that_were_handed_over_the_first_is_told(behind, events, 
     assert events == ["update", "update", "read"]
 
 
+def test_what_was_read_before_an_update_that_diverged_is_told(behind, sft_config, monkeypatch, metrics_of):
+    config, calls = sft_config(max_steps=4, save_steps=2), []
+
+    def second_is_none(optimizer, loss):
+        calls.append(None)
+        (loss * (1 if len(calls) == 1 else float("nan"))).backward()
+
+    monkeypatch.setattr(Optimizer, "backward", second_is_none)
+    with pytest.raises(ValueError, match="update 2: the norm of the gradient is nan"):
+        sft.train(config)
+    assert [line["step"] for line in metrics_of(config.output)] == [1]
+
+
 def test_what_is_not_written_is_not_computed(dpo_config, metrics_of, monkeypatch, tmp_path):
     made, real = [], metrics.metrics_of
     monkeypatch.setattr("phi2.training.objective.metrics_of", lambda *a: made.append(None) or real(*a))

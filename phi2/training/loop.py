@@ -132,14 +132,16 @@ class Updates:
     def _read(self, left: int) -> None:
         """Reports all updates but the last `left`."""
         read = []
-        while len(self.unread) > left:
-            step, tokens, arriving = self.unread.popleft()
-            metrics = arriving.wait()
-            if not self.optimizer.scaler.is_enabled():  # a scaled one that overflowed has been left out
-                require_finite_gradient(metrics["grad_norm"], step)
-            require_finite(metrics["loss"], step)
-            read.append((step, tokens, metrics | {"epoch": step / self.windows.per_epoch}))
-        self.log.train(read, self.config.logging_steps)
+        try:
+            while len(self.unread) > left:
+                step, tokens, arriving = self.unread.popleft()
+                metrics = arriving.wait()
+                if not self.optimizer.scaler.is_enabled():  # a scaled one that overflowed has been left out
+                    require_finite_gradient(metrics["grad_norm"], step)
+                require_finite(metrics["loss"], step)
+                read.append((step, tokens, metrics | {"epoch": step / self.windows.per_epoch}))
+        finally:
+            self.log.train(read, self.config.logging_steps)
 
     def _save(self, folder: Path) -> None:
         weights_saver(self.config, self.model, self.tokenizer)(folder)
