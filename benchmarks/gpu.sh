@@ -18,7 +18,7 @@ python=${PYTHON:-python3}
 
 all="tests gpu_dpo_step_vs_trl gpu_decode_vs_transformers gpu_sft_step_vs_trl decode_loop decode_step
 attention_forward_backward attention_forward attention_as_sm80 attention_packed head block decode_ops quantized_matmul
-prefix_sharing elementwise"
+prefix_sharing elementwise gpu_dpo_passes"
 limit=525 steps=$*
 case $steps in
   "") steps=$all ;;

@@ -55,6 +55,7 @@ class Job(NamedTuple):
         folder: of base, adapter and rows, see `prepare`.
         packed: tokens of a sample that is joined and cut from rows; None for samples that are rows.
         dtype: of the base, under float32 adapters.
+        tokens: of a pass, for `in_passes`.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Job(NamedTuple):
     learning_rate: float = 1e-4
     device: str = "cpu"
     dtype: str = "float32"
+    tokens: int = 0
 
     def settings(self) -> dict[str, Any]:
         """Options that have one name in both libraries."""
@@ -122,7 +124,12 @@ def _conversation(record: Record) -> dict[str, list[dict]]:
     return {name: [{"role": m.role, "content": m.content} for m in messages] for name, messages in parts.items()}
 
 
-def ours(timer: Timer, job: Job) -> None:
+def in_passes(timer: Timer, job: Job) -> None:
+    """Ours, with a limit to the tokens of a pass."""
+    ours(timer, job, max_tokens_per_pass=job.tokens)
+
+
+def ours(timer: Timer, job: Job, **changes: Any) -> None:
     loop, holder, settings = (dpo, Objective, DPOConfig) if job.kind == "preference" else (sft, sft, SFTConfig)
     update = holder.update
 
@@ -146,6 +153,7 @@ def ours(timer: Timer, job: Job) -> None:
             max_length=job.max_length,
             **packing,
             **job.settings(),
+            **changes,
         )
         loop.train(config)
 
