@@ -31,7 +31,7 @@ weight() {
     tests) echo 9 ;;
     gpu_dpo_step_vs_trl) echo 7 ;;  # it starts both libraries twice
     gpu_decode_vs_transformers) echo 5 ;;
-    gpu_sft_step_vs_trl) echo 4 ;;
+    gpu_sft_step_vs_trl | gpu_dpo_passes) echo 4 ;;
     training_step | block | decode_loop | decode_step | tune) echo 3 ;;
     *) echo 2 ;;
   esac

@@ -161,7 +161,7 @@ def _tables_of(visibility: Visibility, head_dim: int, dtype: torch.dtype, triton
     return visibility.tables[key]
 
 
-_KNOWN: dict[tuple, Known] = {}
+_KNOWN: dict[tuple, Known] = {}  # for all blocks of the process: there are few kinds
 
 
 def _known_of(x: Tensor, cos: Tensor, tensors: PerTensor, layout: Layout, visibility: Visibility) -> Known | None:

@@ -132,7 +132,6 @@ class Joined:
     Attributes:
         w_in, b_in: (E, C) and (E,); w_out: (M, C); b_out: (C,) of dense and of fc2.
         adapters_in, adapters_out: LoRA on columns of h, and on columns of m.
-        dtype: that the weights have.
         is_view: whether this is no more than where the tensors lie; else the matmuls have copies.
     """
 
@@ -145,11 +144,7 @@ class Joined:
     adapters_in: tuple[Adapter, ...]
     adapters_out: tuple[Adapter, ...]
     layout: Layout
-    dtype: torch.dtype
-
-    @property
-    def is_view(self) -> bool:
-        return self.layout.adjacent and self.dtype == self.layout.dtype
+    is_view: bool
 
     @cached_property
     def ranks_in(self) -> int:
@@ -197,8 +192,8 @@ def joined(w: PerTensor, layout: Layout) -> Joined:
     parts = w.w_in, w.b_in, [weight.T for weight in w.w_out]
     w_in, b_in, w_out = (_one_matrix(each, layout.adjacent).to(layout.dtype) for each in parts)
     (weight, bias), (b_dense, b_fc2) = w.norm, w.b_out
-    both = adapters[:into], adapters[into:]
-    return Joined(weight, bias, w_in, b_in, w_out, (b_dense, b_fc2), *both, layout, w.w_in[0].dtype)
+    both, is_view = (adapters[:into], adapters[into:]), layout.adjacent and w.w_in[0].dtype == layout.dtype
+    return Joined(weight, bias, w_in, b_in, w_out, (b_dense, b_fc2), *both, layout, is_view)
 
 
 def apart(grads: list[Tensor], flat: list[Tensor]) -> list[Tensor]:

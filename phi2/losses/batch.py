@@ -6,6 +6,7 @@ chosen with a rejected answer: they are given its `pairs`, a `PairBatch`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -292,10 +293,7 @@ class AnswerBatch:
 
     def grid(self, values: Tensor) -> Tensor:
         """(A,) values as (P, K) for K answers to the prompt that has most; 0 where another has fewer."""
-        starts = self._starts
-        table = values.new_zeros((self.count, max(b - a for a, b in pairwise(starts))))
-        places = [i - starts[prompt] for i, prompt in enumerate(self.prompts)]
-        return table.index_put((self.prompt, self._tensor(places)), values)
+        return self._grid(values, self.prompts)
 
     def at_reference(self) -> AnswerBatch:
         """The same answers as if the policy were its reference."""
@@ -345,13 +343,9 @@ class AnswerBatch:
         owners = self._owners(unit)
         if owners == [*range(self.count)]:
             return losses
-        own: list[list[int]] = [[] for _ in range(self.count)]
-        for place, owner in enumerate(owners):
-            own[owner].append(place)
-        most, none = max(map(len, own)), len(owners)  # behind all losses stands a 0
-        index = self._tensor([[*places, *[none] * (most - len(places))] for places in own])  # (P, most)
-        sums = torch.cat([losses, losses.new_zeros(1)])[index].sum(dim=1)  # in a fixed order
-        return sums / self._tensor([len(places) for places in own])
+        counts = Counter(owners)
+        sums = self._grid(losses, owners).sum(dim=1)  # in a fixed order
+        return sums / self._tensor([counts[prompt] for prompt in range(self.count)])
 
     def only(self, prompt: int) -> AnswerBatch:
         """One prompt with its answers, without padding."""
@@ -369,6 +363,16 @@ class AnswerBatch:
             extras={name: values[start:end, :width] for name, values in self.extras.items()},
             mismatched=self.mismatched,
         )
+
+    def _grid(self, values: Tensor, owners: Sequence[int]) -> Tensor:
+        """(n,) values as (P, K), each in the row of the prompt that owns it; 0 where another owns more."""
+        counts: Counter[int] = Counter()
+        places = []
+        for owner in owners:
+            places.append(counts[owner])
+            counts[owner] += 1
+        table = values.new_zeros((self.count, max(counts.values(), default=0)))
+        return table.index_put((self._tensor(owners), self._tensor(places)), values)
 
     def _owners(self, unit: Unit) -> list[int]:
         """The prompt of each pair or answer."""
