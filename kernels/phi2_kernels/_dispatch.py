@@ -17,10 +17,18 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-default_impl = os.environ.get("PHI2_IMPL", "auto")  # what "auto" stands for
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAZY = {"triton": "triton", "tl": "triton.language", "tensor_descriptor": "triton.tools.tensor_descriptor"}
 _HAS_TRITON = find_spec("triton") is not None  # here: torch.compile of torch 2.11 traces no search
+
+
+def _known_name(impl: str) -> str:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl (or PHI2_IMPL) must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    return impl
+
+
+default_impl = _known_name(os.environ.get("PHI2_IMPL", "auto"))  # what "auto" stands for
 
 
 def __getattr__(name: str) -> Any:
@@ -45,9 +53,7 @@ def use_triton(impl: str, x: Tensor, unsupported_reason: Callable[[], str] = str
     Raises:
         ValueError: for an unknown name, or when `triton` was named and cannot run.
     """
-    impl = default_impl if impl == "auto" else impl
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl (or PHI2_IMPL) must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    impl = _known_name(default_impl if impl == "auto" else impl)
     if impl == "torch" or (impl == "auto" and not x.is_cuda):
         return False
     reason = unsupported_reason() or _unsupported_tensor(x)

@@ -40,11 +40,12 @@ def test_what_auto_stands_for_can_be_set(monkeypatch):
     assert not use_triton("torch", CPU.double())
 
 
-def test_the_environment_sets_it():
-    program = "import torch; from phi2_kernels.gelu import gelu; gelu(torch.zeros(1))"
+def test_a_name_in_the_environment_that_is_none_is_told_before_any_work(tmp_path):
+    command = f"-m phi2 dpo --model nano --data toy-dpo --output {tmp_path / 'run'}".split()
     environment = {**os.environ, "PHI2_IMPL": "cuda"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "impl (or PHI2_IMPL) must be one of auto, torch, triton, got 'cuda'" in done.stderr
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    told = "phi2 dpo: impl (or PHI2_IMPL) must be one of auto, torch, triton, got 'cuda'\n"
+    assert done.stderr == told and done.returncode == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_launcher_runs_on_the_device_of_its_first_tensor(monkeypatch):
