@@ -65,8 +65,11 @@ def real_tokenizer(shared: Path) -> Tokenizer:
     return Tokenizer.from_folder(shared / "tokenizer" / "phi-2-instruct")
 
 
+SPELLS_NONE = st.text().filter(lambda text: not any(token in text for token in SPELLED))
+
+
 @settings(deadline=None)
-@given(chat=st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text()}), min_size=1, max_size=4))
+@given(chat=st.lists(st.fixed_dictionaries({"role": ROLES, "content": SPELLS_NONE}), min_size=1, max_size=4))
 def test_text_that_spells_none_has_the_ids_it_always_had(chat):
     assert TOKENIZER.encode_chat(chat) == TOKENIZER.encode(TOKENIZER.render(chat))
 
@@ -91,7 +94,7 @@ def test_a_prompt_cannot_end_its_own_turn(style):
 
 @pytest.mark.parametrize("style", ["raw", "instruct", "chat"])
 @settings(deadline=None, max_examples=30)
-@given(text=st.text())
+@given(text=SPELLS_NONE)
 def test_a_prompt_that_spells_none_has_the_ids_it_always_had(style, text):
     assert TOKENIZER.encode_prompt(text, style) == TOKENIZER.encode(TOKENIZER.render_prompt(text, style))
 
