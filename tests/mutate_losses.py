@@ -237,11 +237,13 @@ def mutations(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
 
 
 def places(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function's body, but for what is no formula: docstring, types, dimensions, assertions."""
+    """The nodes of a function's body, but for what is no formula: docstring, types, devices, dimensions, assertions."""
     if isinstance(node, ast.FunctionDef):
         yield from (place for statement in node.body[bool(ast.get_docstring(node)) :] for place in places(statement))
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
         yield from places(node.func.value)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "without_wait":
+        yield from places(node.args[0])
     elif isinstance(node, ast.Module) or not is_no_formula(node):
         yield from [] if isinstance(node, ast.Module) else [node]
         yield from (place for child in ast.iter_child_nodes(node) for place in places(child))

@@ -213,7 +213,7 @@ def test_a_mixture_is_of_windows_if_a_part_is(registry):
 
 
 def test_a_modifier_keeps_scope_and_state(registry):
-    preference_loss("keeping", scope="window", state={"mean": 1})(keeping)
+    preference_loss("keeping", scope="window", state={"mean": 1.0})(keeping)
     loss = bind_loss("keeping", {"ld_alpha": 0.5})
     assert loss.scope == "window" and loss.state == {"mean": 1.0}
     values, after = loss.step(pair(), {"mean": 10.0})  # s_l and r_l without half of two tokens: l_l = -1 - 1.5
@@ -221,7 +221,7 @@ def test_a_modifier_keeps_scope_and_state(registry):
 
 
 def test_every_part_of_a_mixture_has_a_state_of_its_own(registry):
-    preference_loss("keeping", scope="window", state={"mean": 1})(keeping)
+    preference_loss("keeping", scope="window", state={"mean": 1.0})(keeping)
     loss = bind_loss(["sigmoid", "keeping:2", "keeping"])
     assert loss.state == {"1.mean": 1.0, "2.mean": 1.0}
     values, after = loss.step(pair(), {"1.mean": 2.0, "2.mean": 3.0})
@@ -230,7 +230,7 @@ def test_every_part_of_a_mixture_has_a_state_of_its_own(registry):
 
 
 def test_a_call_is_the_loss_of_a_run_that_begins(registry):
-    preference_loss("keeping", scope="window", state={"mean": 1})(keeping)
+    preference_loss("keeping", scope="window", state={"mean": 1.0})(keeping)
     loss = bind_loss("keeping")
     assert loss(pair()).item() == loss(pair()).item() == 5.0 and loss.state == {"mean": 1.0}
 
@@ -258,4 +258,34 @@ def test_a_loss_that_works_on_its_state_in_place_changes_what_it_gives_back_alon
 def test_a_loss_that_does_not_give_its_state_back_is_told_in_one_line(registry, returned, got):
     preference_loss("mine", scope="window", state={"mean": 0.0})(returned)
     with pytest.raises(ValueError, match=f"loss 'mine' must return its values and its state, mean, {got}$"):
+        bind_loss("mine")(pair())
+
+
+def test_a_loss_has_whole_numbers_as_they_are_and_all_others_as_tensors(registry):
+    given = []
+
+    @preference_loss("mine", scope="window", state={"mean": 0.0, "calls": 0})
+    def mine(pairs: PairBatch, state: dict) -> tuple[Tensor, dict]:
+        given.append(state)
+        return pairs.margin, {"mean": state["mean"] + 1, "calls": state["calls"] + 1}
+
+    state = bind_loss("mine").state
+    for _ in range(2):
+        _, state = bind_loss("mine").step(pair(), state)
+    assert [each["calls"] for each in given] == [0, 1] and all(type(each["calls"]) is int for each in given)
+    assert [each["mean"].item() for each in given] == [0, 1] and all(each["mean"].ndim == 0 for each in given)
+
+
+@pytest.mark.parametrize(
+    ("start", "kept", "message"),
+    [
+        (0.0, torch.zeros(2), r"must keep numbers in its state, got a tensor of shape \(2,\) as mean"),
+        (0.0, None, "must keep numbers in its state, got NoneType as mean"),
+        (0, 0.5, "mean starts as the whole number 0, and came back as a float; register it with 0.0"),
+        (0, torch.tensor(0.5), "mean starts as the whole number 0, and came back as a Tensor; register it with 0.0"),
+    ],
+)
+def test_a_state_of_something_else_than_it_started_with_is_refused(registry, start, kept, message):
+    preference_loss("mine", scope="window", state={"mean": start})(lambda pairs, state: (pairs.margin, {"mean": kept}))
+    with pytest.raises(ValueError, match=f"^loss 'mine':? {message}$"):
         bind_loss("mine")(pair())

@@ -173,6 +173,19 @@ def kept_by(seed: float) -> Tensor:
     return seen[0].rejected_mask[0]
 
 
+def test_sampo_draws_the_same_tokens_whatever_else_is_masked_out():
+    """Of nine tokens the first, the third and the last four are none of the rejected answer's."""
+    places, rejected = [1, 3, 4], torch.zeros(1, 9)
+    rejected[0, places] = torch.tensor([-1.0, -2.0, -3.0])
+    given = pair((rejected[0].tolist(), [0.0] * 9), SHORT)
+    given = replace(given, chosen_mask=(rejected < 0), ref_chosen_logps=None, ref_rejected_logps=None)
+    for seed in range(20):
+        seen: list[PairBatch] = []
+        MODIFIERS["sampo"].function(seen.append, sampo_seed=seed)(given)
+        kept = seen[0].chosen_mask
+        assert kept.sum() == 2 and not kept[~given.chosen_mask].any()
+
+
 def test_the_seed_of_sampo_may_come_as_a_float():
     assert torch.equal(kept_by(3.0), kept_by(3))
 

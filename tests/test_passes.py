@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phi2.lora_config import LoraConfig
 from phi2.losses.head import target_logps
 from phi2.training import dpo, loop, objective, passes, scoring, sft, two_phases
+from phi2.training.optim import Optimizer
 from phi2.training.passes import Passes, bytes_of_token, head_bytes_of_token, most_tokens
 from phi2.training.session import start
 from phi2_kernels.linear_logprob import GPU_KEPT_BYTES
@@ -95,6 +96,22 @@ def test_an_update_that_ran_out_of_memory_half_way_is_made_again_from_its_start(
     again = dpo.train(dpo_config(**settings, output=str(tmp_path / "again")))
     assert len(calls) > 7 and metrics_of(again) == metrics_of(whole)
     assert_same_weights(again, whole)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_a_step_that_ran_out_of_memory_is_not_made_again(kind, dpo_config, sft_config, monkeypatch):
+    """Smaller passes would not help it, and half of it may have been done."""
+    make, train = (dpo_config, dpo.train) if kind == "dpo" else (sft_config, sft.train)
+    steps = []
+
+    def step(optimizer: Optimizer) -> None:
+        steps.append(optimizer.updates)
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make(max_steps=1))
+    assert steps == [0]
 
 
 def test_a_resumed_run_has_the_passes_of_the_run_it_goes_on_with(dpo_config, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from phi2.lora import lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.losses.batch import AnswerBatch, PairBatch
 from phi2.losses.bound import BoundLoss, bind_loss
-from phi2.losses.registry import PREFERENCE_LOSSES
+from phi2.losses.registry import PREFERENCE_LOSSES, as_numbers
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, reference, scoring
 from phi2.training.config import DPOConfig
@@ -67,7 +67,7 @@ class Start:
         ref = None if loss.reference_free else self.reference
         objective = Objective(self.config, self.model, ref, loss, state, in_parts(*sizes))
         metrics = objective.update(recorder, self.pairs).wait()
-        return recorder.gradients, metrics, state
+        return recorder.gradients, metrics, as_numbers(state)
 
     def in_one_graph(self, loss: BoundLoss) -> dict[str, Tensor]:
         """The gradient by definition: all six rows in one pass, one loss, one backward pass."""

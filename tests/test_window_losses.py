@@ -262,11 +262,11 @@ def test_the_pair_that_is_kept_has_the_lowest_lot_over_its_weight(name):
 def test_another_draw_belongs_to_another_seed_and_to_another_update(name):
     pairs = with_margins(*torch.linspace(-1, 1, 12).tolist())
 
-    def kept(seed: int, updates: int) -> list[bool]:
+    def kept(seed: float, updates: int) -> list[bool]:
         state = {"mean": 0.0, "deviation": 5.0, "updates": updates}
         return (bind_loss(name, {"drop": 0.5, "drop_seed": seed}).step(pairs, state)[0] > 0).tolist()
 
-    assert kept(2, 3) == kept(2, 3) == kept(3, 2) != kept(2, 2)
+    assert kept(2, 3) == kept(2.0, 3) == kept(3, 2) != kept(2, 2)
     assert len({tuple(kept(seed, 0)) for seed in range(20)}) > 10 and sum(kept(0, 0)) == 6
 
 

@@ -186,13 +186,18 @@ class FlatPreferences(FlatRows[EncodedPreference]):
         return replace(self, table=table, digests=None)
 
     def numbers(self, column: str) -> np.ndarray:
-        """(rows that have it,) float64 of a column, where it is a number."""
-        found = [self.values[:0]]
+        """(R,) float64 of a column; nan where it is no number or the row has none."""
+        found = np.full(len(self), np.nan)
         for number, layout in enumerate(self.layouts):
             if (column, False) in layout:
-                starts = self.table["value"][self.table["layout"] == number]
-                found.append(self.values[starts + layout.index((column, False))])
-        return np.concatenate(found)
+                there = self.table["layout"] == number
+                found[there] = self.values[self.table["value"][there] + layout.index((column, False))]
+        return found
+
+    @property
+    def first_scores(self) -> np.ndarray:
+        """(R,) float64 of each row's first answer."""
+        return self.scores[self.table["part"] + 1]
 
     def of_each_layout(self) -> list[EncodedPreference]:
         """The first row of each set of columns: what can be said of columns in all rows, these say."""

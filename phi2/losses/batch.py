@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from phi2.arriving import without_wait
+
 Unit = Literal["pair", "answer", "prompt"]  # what a value of a loss belongs to
 
 
@@ -403,7 +405,7 @@ class AnswerBatch:
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype = torch.long) -> Tensor:
         """On the device, without waiting for what it computes."""
-        return torch.tensor(values, dtype=dtype).to(self.policy_logps.device, non_blocking=True)
+        return without_wait(torch.tensor(values, dtype=dtype), self.policy_logps.device)
 
 
 def _reference(logps: Tensor | None) -> Tensor:

@@ -75,11 +75,13 @@ class BoundLoss:
         """Losses in nats, as a run that begins has them; returns and raises what `step` does."""
         return self.step(batch, self.state)[0]
 
-    def step(self, batch: Batch, state: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
+    def step(self, batch: Batch, state: State) -> tuple[Tensor, State]:
         """Losses in nats at a state of the loss, and the state that an update with this batch leaves.
 
         Args:
             batch: answers, or where the loss compares pairs, these.
+            state: what starts as a whole number is one; all else the loss has on the device of its log-probabilities,
+                in their dtype, so that none of them is waited for.
         Returns:
             (P,) of answers to P prompts, for each the mean over its pairs or answers; (B,) of B pairs.
         Raises:
@@ -92,14 +94,19 @@ class BoundLoss:
         for need in self.needs:
             if not batch.has(need):
                 raise ValueError(f"loss {self.name!r} needs {need} of its batch, which has none")
-        losses, after = self.function(given, dict(state))  # a copy: in-place work on it moves nothing
+        losses, after = self.function(given, self._placed(state, _logps_of(given)))
         self._require_losses(losses, given)
         if isinstance(batch, AnswerBatch):
             losses = batch.of_prompts(losses, self.unit)
-        return losses, {name: float(value) for name, value in after.items()}
+        return losses, after
+
+    def _placed(self, state: State, like: Tensor) -> State:
+        """A state as the loss is given it: a copy, so that work in place moves nothing."""
+        whole = {name for name, start in self.state.items() if isinstance(start, int)}
+        return {name: int(state[name]) if name in whole else _number(state[name], like) for name in self.state}
 
     def _require_losses(self, losses: Any, given: Batch) -> None:
-        logps = given.policy_logps if isinstance(given, AnswerBatch) else given.policy_chosen_logps
+        logps = _logps_of(given)
         expected = (given.count if self.unit == "prompt" and isinstance(given, AnswerBatch) else len(logps),)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
@@ -113,6 +120,16 @@ class BoundLoss:
             raise ValueError(
                 f"loss {self.name!r} must depend on the policy's log-probabilities: what it returned has no gradient"
             )
+
+
+def _logps_of(batch: Batch) -> Tensor:
+    """(A, T) or (B, T), of the policy."""
+    return batch.policy_logps if isinstance(batch, AnswerBatch) else batch.policy_chosen_logps
+
+
+def _number(value: float | Tensor, like: Tensor) -> Tensor:
+    """() in the dtype and on the device of a tensor; neither this nor that device is waited for."""
+    return value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def bind_loss(loss: LossSpec, knobs: Mapping[str, Any] | None = None, loss_file: str | Path | None = None) -> BoundLoss:
@@ -150,7 +167,6 @@ def _bind(part: Part, loss_file: str | Path | None) -> BoundLoss:
             function, knobs = _modified(modifier, function, values), {**knobs, **values}
             sources.append(source_of_loss(modifier.function))
     source, modifiers = _joined(sources), tuple(modified)
-    start = {name: float(value) for name, value in loss.state.items()}
     return BoundLoss(
         part.name,
         function,
@@ -160,7 +176,7 @@ def _bind(part: Part, loss_file: str | Path | None) -> BoundLoss:
         source,
         modifiers,
         scope=loss.scope,
-        state=start,
+        state=dict(loss.state),
         unit=loss.unit,
         needs=tuple(dict.fromkeys([*loss.needs, *(need for name in modified for need in MODIFIERS[name].needs)])),
     )
@@ -177,9 +193,23 @@ def _with_knobs(name: str, loss: PreferenceLoss, knobs: Mapping[str, Knob]) -> S
         if not is_both or returned[1].keys() != loss.state.keys():
             what = f"a state of {', '.join(returned[1]) or 'nothing'}" if is_both else type(returned).__name__
             raise ValueError(f"loss {name!r} must return its values and its state, {', '.join(loss.state)}, got {what}")
+        for kept, value in returned[1].items():
+            _require_number(name, kept, loss.state[kept], value)
         return returned
 
     return function
+
+
+def _require_number(name: str, kept: str, start: float, value: Any) -> None:
+    """Refuses what a loss keeps as something else than it started."""
+    if not isinstance(value, int | float | Tensor) or (isinstance(value, Tensor) and value.ndim):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss {name!r} must keep numbers in its state, got {got} as {kept}")
+    if isinstance(start, int) and not isinstance(value, int):
+        raise ValueError(
+            f"loss {name!r}: {kept} starts as the whole number {start}, and came back as a {type(value).__name__};"
+            f" register it with {float(start)}"
+        )
 
 
 def _modified(modifier: Modifier, function: Stateful, knobs: Mapping[str, Knob]) -> Stateful:
@@ -251,14 +281,14 @@ def _mixture(parts: list[tuple[float, BoundLoss]]) -> BoundLoss:
     )
 
 
-def _joined_states(states: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _joined_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Those of the parts of a mixture, their names with the number of the part before them."""
     return {f"{index}.{name}": value for index, state in enumerate(states) for name, value in state.items()}
 
 
-def _of_part(index: int, state: State) -> dict[str, float]:
+def _of_part(index: int, state: State) -> State:
     own = f"{index}."
-    return {name.removeprefix(own): float(value) for name, value in state.items() if name.startswith(own)}
+    return {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
 
 
 def _joined(sources: list[str | None]) -> str | None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phi2.arriving import without_wait
 from phi2.losses.batch import PairBatch
 from phi2.losses.knobs import Knobs, knobs_of
 from phi2.losses.registry import Need
@@ -247,12 +248,13 @@ def _masked(pairs: PairBatch, chosen_mask: Tensor, rejected_mask: Tensor) -> Pai
 
 
 def _drawn(pairs: PairBatch, seed: int) -> list[Tensor]:
-    """Of each mask the tokens that are kept: as many as the shorter answer has."""
-    lengths = torch.stack([mask.sum(dim=-1) for mask in _masks(pairs)], dim=1).tolist()  # (B, 2)
-    kept = [mask.clone() for mask in _masks(pairs)]
-    for row, both in enumerate(lengths):
-        generator = torch.Generator().manual_seed(seed)
-        mask = kept[both.index(max(both))][row]
-        dropped = torch.randperm(max(both), generator=generator)[min(both) :].to(mask.device)
-        mask[mask.nonzero()[dropped, 0]] = False
-    return kept
+    """Of each mask the tokens that are kept: as many as the shorter answer has, those with the lowest lots."""
+    masks = _masks(pairs)
+    counts = torch.minimum(*(mask.sum(dim=-1, keepdim=True) for mask in masks))  # (B, 1)
+    return [_lots(mask, seed).argsort(dim=-1).argsort(dim=-1) < counts for mask in masks]
+
+
+def _lots(mask: Tensor, seed: int) -> Tensor:
+    """(B, T) below 1 of each token, of the first ones the same for any T; infinite of what is masked out."""
+    lots = torch.rand(mask.shape[1], generator=torch.Generator().manual_seed(seed))
+    return without_wait(lots, mask.device).masked_fill(~mask, math.inf)

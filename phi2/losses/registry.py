@@ -31,6 +31,11 @@ State = Mapping[str, float | Tensor]
 REWARD_SCALE = "beta"
 
 
+def as_numbers(state: State) -> dict[str, float]:
+    """A state as a file keeps it. Its device is waited for."""
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
 class PreferenceLoss(NamedTuple):
     """A registered loss.
 
@@ -92,7 +97,8 @@ def preference_loss(
         scope: "window" for a loss whose value depends on other rows. It is called once an update with all its rows,
             however they are cut into passes, and the mean over these of what it returns is minimised.
         state: numbers that a loss of that scope keeps from one update to the next, as they start. It is then called as
-            loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps.
+            loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps. A
+            number that starts whole is a Python number (counts), any other a tensor of shape () on the device.
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the
             answers to a prompt their value together. It is called with an `AnswerBatch`.
         needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phi2.arriving import without_wait
 from phi2.losses.batch import PairBatch
 from phi2.losses.logistic import smoothed
 from phi2.losses.registry import State, preference_loss
@@ -80,7 +81,7 @@ def beta_dpo(
     mean, deviation = running(state["mean"], margin.mean()), running(state["deviation"], deviation_of(margin))
     log_weights = -(((margin - mean) / deviation.clamp(min=NOISE)) ** 2) / 2
     kept = drawn(margin, log_weights, drop, int(drop_seed + state["updates"]))
-    adapted = (beta * (1 + a * (margin[kept].mean() - mean))).clamp(min=LOWEST_BETA)
+    adapted = (beta * (1 + a * ((margin * kept).sum() / kept.sum() - mean))).clamp(min=LOWEST_BETA)
     share = kept / kept.to(margin.dtype).mean()  # 0 of a pair that is dropped; its mean is 1
     after = {"mean": mean, "deviation": deviation, "updates": state["updates"] + 1}
     return -share * F.logsigmoid(adapted * pairs.margin), after
@@ -199,7 +200,7 @@ def drawn(values: Tensor, log_weights: Tensor, drop: float, seed: int) -> Tensor
     lots = torch.empty(len(log_weights), dtype=torch.float64)
     lots.exponential_(generator=torch.Generator().manual_seed(seed))
     order = values.argsort()
-    ahead = log_weights[order] - lots.log().to(log_weights)
+    ahead = log_weights[order] - without_wait(lots.log().to(log_weights.dtype), log_weights.device)
     kept = torch.zeros_like(log_weights, dtype=torch.bool)
     kept[order[ahead.topk(count).indices]] = True
     return kept

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -81,7 +81,7 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict[str, float], passes: PassState) -> int:
+def restore_checkpoint(folder: Path, optimizer: OptimizerState, loss_state: dict[str, Any], passes: PassState) -> int:
     """Puts the optimizer and the random generators back and returns the step; the weights are loaded with the model.
 
     Args:

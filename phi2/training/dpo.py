@@ -123,7 +123,7 @@ def run_updates(
             objective.check_start(window)
         if step == updates.done + 1:
             updates.compile(partial(objective.backward, updates.optimizer, window))
-        metrics = updates.attempt(partial(objective.update, updates.optimizer, window, updates.writes(step)))
+        metrics = objective.update(updates.optimizer, window, updates.writes(step), updates.attempt)
         if isinstance(objective.reference, MovingReference):
             objective.reference.follow(step)
         evaluation = partial(objective.evaluate, held_out, ledger, step) if held_out else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from phi2.data.encoded import EncodedPreference
 from phi2.data.records import PAIR
 from phi2.losses.batch import AnswerBatch, Comparison, comparisons
 from phi2.losses.bound import BoundLoss
+from phi2.losses.registry import State, as_numbers
 from phi2.losses.slopes import Slopes
 from phi2.runs.ledger import (
     COLUMN,
@@ -58,7 +59,7 @@ class LedgerWriter:
         first = pyarrow.nulls(len(self.rows), pyarrow.bool_())
         self.was_correct = read_table(files[-1], ["correct"])["correct"] if files else first
 
-    def write(self, step: int, answers: AnswerBatch, slopes: Slopes, state: Mapping[str, float]) -> None:
+    def write(self, step: int, answers: AnswerBatch, slopes: Slopes, state: State) -> None:
         """Adds an evaluation.
 
         Args:
@@ -67,7 +68,7 @@ class LedgerWriter:
             state: of the loss.
         """
         config = self.config
-        about: dict[str, Any] = {"step": step, "loss": config.loss, "knobs": config.knobs, "state": dict(state)}
+        about: dict[str, Any] = {"step": step, "loss": config.loss, "knobs": config.knobs, "state": as_numbers(state)}
         about |= {"nll_weight": config.nll_weight, **self.scores}
         numbers = numbers_of(answers, slopes, self.loss.reward_scale) | {"was_correct": self.was_correct}
         steps = np.full(len(self.rows), step, dtype=np.int32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from phi2.data.columns import LOSS_COLUMNS
@@ -23,7 +24,7 @@ from phi2.losses.properties import made_up_answers, require_pure, require_scope
 from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.training.scoring import column_gaps, numeric_columns
 
-SPREAD, CANDIDATES = 8, 1024  # rows over the whole data set that are looked at, and among which columns are
+SPREAD = 8  # rows over the whole data set that are looked at
 SCORES = ("score_chosen", "score_rejected")
 REFERENCE_COLUMNS = {  # sums over answers, as trl writes and reads them under their names of now and before
     *("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"),
@@ -42,7 +43,7 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
     kinds = [*of_each_layout(rows), *of_each_layout(eval_rows)]
     require_one_reference(loss, kinds)
     gaps = column_gaps(kinds)
-    shown = shown_answers(varied(rows, gaps), gaps, loss)
+    shown = shown_answers([row for each in (rows, eval_rows) for row in varied(each, gaps)], gaps, loss)
     require_pure(loss, shown)
     for part in loss.single:
         require_effect(part, shown)
@@ -54,7 +55,8 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
 def tell_unread(loss: BoundLoss, answers: AnswerBatch, *data: Sequence[EncodedPreference]) -> None:
     """Prints which columns of a row's weight or an answer's label, not 1 everywhere, the loss leaves unread."""
     for name in LOSS_COLUMNS:
-        count = sum(int((flat_rows(rows, "preference").numbers(name) != 1).sum()) for rows in data)
+        numbers = np.concatenate([flat_rows(rows, "preference").numbers(name) for rows in data])
+        count = int((~np.isnan(numbers) & (numbers != 1)).sum())
         if count and not reads(loss, name, answers):
             has_remedy = name == "weight" and loss.scope == "pair"
             remedy = "; loss_args.weight_column weight multiplies each row's loss by it" if has_remedy else ""
@@ -124,16 +126,18 @@ def acts(loss: BoundLoss, knob: str, answers: AnswerBatch) -> bool:
 
 
 def varied(rows: Sequence[EncodedPreference], gaps: dict[str, str]) -> list[EncodedPreference]:
-    """Rows from the whole data set, among them the lowest and the highest of each column of numbers, of scores, and of
-    the gap between a chosen and a rejected one."""
-    candidates = rows[:: max(1, len(rows) // CANDIDATES)]
-    spread = candidates[:: max(1, len(candidates) // SPREAD)][:SPREAD]
-    names = [name for name in rows[0].columns if name not in gaps]
-    by = [*(lambda row, name=name: row.columns[name] for name in names), lambda row: row.scores[0]]
-    if {*SCORES} <= {*names}:
-        by.append(lambda row: row.columns[SCORES[0]] - row.columns[SCORES[1]])
-    ends = [end(candidates, key=key) for key in by for end in (min, max)]
-    return list({id(row): row for row in (*spread, *ends)}.values())
+    """Some rows of a data set, among them those with the lowest and the highest number in each column, score, and gap
+    between the scores of a chosen and a rejected answer."""
+    if not rows:
+        return []
+    flat = flat_rows(rows, "preference")
+    by = {name: flat.numbers(name) for name in flat[0].columns if name not in gaps}
+    extremes = [*by.values(), flat.first_scores]
+    if {*SCORES} <= by.keys():
+        extremes.append(by[SCORES[0]] - by[SCORES[1]])
+    spread = range(0, len(flat), max(1, len(flat) // SPREAD))[:SPREAD]
+    places = [*spread, *(int(end(values)) for values in extremes for end in (np.argmin, np.argmax))]
+    return [flat[place] for place in dict.fromkeys(places)]
 
 
 def shown_answers(rows: Sequence[EncodedPreference], gaps: dict[str, str], loss: BoundLoss) -> AnswerBatch:

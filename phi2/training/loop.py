@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from phi2.checkpoints.peft_files import save_adapter
 from phi2.checkpoints.weights import save_pretrained
@@ -18,6 +19,7 @@ from phi2.data.encoded import Encoded
 from phi2.inference.generate import generate_batch
 from phi2.inference.kept_engine import release_engine
 from phi2.lora import has_adapter
+from phi2.losses.registry import State, as_numbers
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.card import write_card
 from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
@@ -53,7 +55,7 @@ class Updates:
     windows: Windows
     log: Log
     interrupted: list[int]
-    loss_state: dict[str, float]
+    loss_state: dict[str, float | Tensor]
     passes: Passes
     watch: Watch | None = None
     save_more: Callable[[Path], None] | None = None
@@ -82,15 +84,15 @@ class Updates:
             self.optimizer.clear()
             rewind()
 
-    def attempt(self, update: Callable[[], Result]) -> Result:
-        """What an update gives; where memory does not hold its passes, the same one in smaller passes."""
+    def attempt(self, backward: Callable[[], Result]) -> Result:
+        """What the passes of an update give; where memory does not hold them, the same in smaller ones."""
         rewind = rewind_of(self.model.device)
 
         def again() -> None:
             self.optimizer.clear()
             rewind()
 
-        return self.passes.attempt(update, again)
+        return self.passes.attempt(backward, again)
 
     def writes(self, step: int) -> bool:
         """Whether the metrics of an update are written."""
@@ -123,7 +125,8 @@ class Updates:
         if saves or stops:
             self._read(0)
             keep = config.save_total_limit
-            save_checkpoint(Path(config.output), step, self.optimizer, self._save, keep, self.loss_state, self.passes)
+            state = as_numbers(self.loss_state)
+            save_checkpoint(Path(config.output), step, self.optimizer, self._save, keep, state, self.passes)
         if evaluates or saves:
             self.log.restart()
         if stops and step < total:
@@ -188,7 +191,7 @@ def updates_of(
     rows: Sequence[Encoded],
     checkpoint: Path | None,
     title: str,
-    loss_state: Mapping[str, float] | None = None,
+    loss_state: State | None = None,
     watch: Watch | None = None,
     save_more: Callable[[Path], None] | None = None,
 ) -> Iterator[Updates]:

@@ -95,16 +95,13 @@ def means(gathered: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Metrics:
-    """What is reported of an update or an evaluation, some of which a GPU may have still to compute.
+    """What is reported of an update or an evaluation: numbers, some of which a GPU may have still to compute."""
 
-    Args:
-        tensors: one number each.
-        known: the others.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], known: Mapping[str, float] | None = None) -> None:
-        self._names, self._known = [*tensors], known or {}
-        self._numbers = Arriving(torch.stack([tensor.detach() for tensor in tensors.values()]))
+    def __init__(self, values: Mapping[str, Tensor | float]) -> None:
+        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+        self._values, self._names = dict(values), [*tensors]
+        self._numbers = Arriving(torch.stack([*tensors.values()]))
 
     def wait(self) -> dict[str, float]:
-        return {**dict(zip(self._names, self._numbers.wait(), strict=True)), **self._known}
+        found = dict(zip(self._names, self._numbers.wait(), strict=True))
+        return {name: found.get(name, value) for name, value in self._values.items()}

@@ -21,13 +21,14 @@ from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.properties import outcome, require_numbers
+from phi2.losses.registry import State
 from phi2.losses.slopes import slopes_of
 from phi2.model import Phi2ForCausalLM
 from phi2.training.config import DPOConfig
 from phi2.training.ledger import LedgerWriter
 from phi2.training.metrics import Metrics, means, metrics_of
 from phi2.training.optim import Optimizer
-from phi2.training.passes import Cut
+from phi2.training.passes import Attempt, Cut, once
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.reference import starts_at_reference
 from phi2.training.reference_cache import CACHED_TOLERANCE, Reference
@@ -55,25 +56,26 @@ class Objective:
     model: Phi2ForCausalLM
     reference: Reference | None
     loss: BoundLoss
-    state: dict[str, float]
+    state: dict[str, float | Tensor]
     cut: Cut
 
-    def update(self, optimizer: Optimizer, window: Rows, in_full: bool = True) -> Metrics:
+    def update(self, optimizer: Optimizer, window: Rows, in_full: bool = True, attempt: Attempt = once) -> Metrics:
         """One optimizer step over a window of rows; returns the metrics of them all.
 
         Args:
             in_full: all metrics; else the loss alone, with the norm of the gradient.
+            attempt: at the gradient; the step itself is made once.
         """
-        gathered, after = self.backward(optimizer, window, in_full)
+        gathered, after = attempt(partial(self.backward, optimizer, window, in_full))
         found, learning_rate = means(gathered), optimizer.learning_rate
         norm = optimizer.step()
         self.state.update(after)
         kept = {f"state/{name}": value for name, value in self.state.items()}
-        return Metrics({**found, "grad_norm": norm}, {**kept, "learning_rate": learning_rate})
+        return Metrics({**found, "grad_norm": norm, **kept, "learning_rate": learning_rate})
 
     def backward(
         self, optimizer: Optimizer, window: Rows, in_full: bool = True
-    ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+    ) -> tuple[list[dict[str, Tensor]], State]:
         """Adds the gradient of a window; returns the metrics of each pass, and the state of the loss behind it."""
         config, model, loss = self.config, self.model, self.loss
         losses_of = partial(self.losses, window, self.others(window))
@@ -91,7 +93,7 @@ class Objective:
             gathered.append(metrics_of(answers, losses, loss) if in_full else {"loss": losses})
         return gathered, after
 
-    def losses(self, window: Rows, others: AnswerBatch | None, answers: AnswerBatch) -> tuple[Tensor, dict[str, float]]:
+    def losses(self, window: Rows, others: AnswerBatch | None, answers: AnswerBatch) -> tuple[Tensor, State]:
         """(P,) values whose mean over the window is the loss plus the weighted NLL per chosen token; its state then.
 
         Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from phi2_kernels.linear_logprob import GPU_KEPT_BYTES
 
 Cut = Callable[[Sequence[int]], list[list[int]]]  # of the tokens of each sample: the samples of each pass
 Result = TypeVar("Result")
+Attempt = Callable[[Callable[[], Any]], Any]  # gives what a computation gives, if need be in smaller passes
 AUTO = "auto"
 CPU_TOKENS = 2048  # of a pass: shorter ones cost more, longer ones gain nothing
 PROBES = (64, 128)  # tokens of the passes on which memory is counted
@@ -76,6 +77,11 @@ class Passes:
         again()
         torch.cuda.empty_cache()
         return self.attempt(compute, again)
+
+
+def once(compute: Callable[[], Result]) -> Result:
+    """An `Attempt` at passes that the memory is known to hold."""
+    return compute()
 
 
 def _evenly(tokens: Sequence[int], passes: int) -> list[list[int]]:

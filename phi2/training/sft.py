@@ -27,7 +27,7 @@ from phi2.training.loop import updates_of
 from phi2.training.metrics import Metrics
 from phi2.training.optim import Optimizer
 from phi2.training.packing import TokenRow, best_fit, row_of_sequences, wrapped
-from phi2.training.passes import Cut, require_memory
+from phi2.training.passes import Attempt, Cut, once, require_memory
 from phi2.training.precision import autocast
 from phi2.training.session import Session, require_fit, start
 from phi2.training.window import total_steps, windows_of
@@ -84,7 +84,7 @@ def fit(session: Session[EncodedSequence], config: SFTConfig) -> Run:
                 window = [samples[i] for i in windows.at(step - 1)]
                 if step == updates.done + 1:
                     updates.compile(partial(backward, config, model, updates.optimizer, window, cut))
-                metrics = updates.attempt(partial(update, config, model, updates.optimizer, window, cut))
+                metrics = update(config, model, updates.optimizer, window, cut, updates.attempt)
                 updates.end(step, sum(map(tokens_of, window)), metrics, evaluation)
     return Run(run)
 
@@ -107,16 +107,23 @@ def tokens_of(sample: Sample) -> int:
 
 
 def update(
-    config: SFTConfig, model: Phi2ForCausalLM, optimizer: Optimizer, window: Sequence[Sample], cut: Cut
+    config: SFTConfig,
+    model: Phi2ForCausalLM,
+    optimizer: Optimizer,
+    window: Sequence[Sample],
+    cut: Cut,
+    attempt: Attempt = once,
 ) -> Metrics:
     """One optimizer step over a window of samples; returns its metrics.
 
     Args:
         cut: into passes.
+        attempt: at the gradient; the step itself is made once.
     """
-    loss, learning_rate = backward(config, model, optimizer, window, cut), optimizer.learning_rate
-    known = {"learning_rate": learning_rate, "target_tokens": _targets_of(window)}
-    return Metrics({"loss": loss, "grad_norm": optimizer.step()}, known)
+    loss = attempt(partial(backward, config, model, optimizer, window, cut))
+    learning_rate = optimizer.learning_rate
+    counted = {"learning_rate": learning_rate, "target_tokens": _targets_of(window)}
+    return Metrics({"loss": loss, "grad_norm": optimizer.step(), **counted})
 
 
 def _targets_of(window: Sequence[Sample]) -> int:

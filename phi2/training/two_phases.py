@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phi2.data.encoded import EncodedPreference
 from phi2.losses.batch import AnswerBatch
-from phi2.losses.registry import Need
+from phi2.losses.registry import Need, State
 from phi2.model import Phi2ForCausalLM
 from phi2.training.config import DPOConfig
 from phi2.training.optim import Optimizer
@@ -35,8 +35,8 @@ def backward_of_window(
     passes: Sequence[Sequence[int]],
     reference: Reference | None,
     needs: Sequence[Need],
-    losses_of: Callable[[AnswerBatch], tuple[Tensor, dict[str, float]]],
-) -> tuple[AnswerBatch, Tensor, dict[str, float]]:
+    losses_of: Callable[[AnswerBatch], tuple[Tensor, State]],
+) -> tuple[AnswerBatch, Tensor, State]:
     """Adds the gradient of the mean loss of a window; returns its answers and what `losses_of` made of them.
 
     Args:
