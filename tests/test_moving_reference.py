@@ -194,6 +194,16 @@ def test_the_adapter_that_is_trained_further_is_where_it_starts(dpo_config, tmp_
     assert moves[:4] == still[:4] and moves[4] != still[4]
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_compiling_for_it_before_the_first_update_moves_no_bit(dpo_config, tmp_path, metrics_of, monkeypatch, rule):
+    runs = []
+    for on in (False, True):
+        monkeypatch.setattr(loop, "compiles", lambda device, on=on: on)
+        config = dpo_config(**MOVING, **RULES[rule], max_steps=4, output=str(tmp_path / str(on)))
+        runs.append(metrics_of(dpo.train(config)))
+    assert runs[0] == runs[1]
+
+
 def test_a_fit_leaves_the_base_of_its_session_as_it_was(dpo_config, tmp_path, metrics_of):
     config = dpo_config(max_steps=3)
     session = start(config)

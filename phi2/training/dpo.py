@@ -27,6 +27,7 @@ from phi2.training.loop import Updates, Watch, updates_of
 from phi2.training.moving_reference import MovingReference
 from phi2.training.needs import require_both_labels, require_neighbours, rows_for, tell_unused
 from phi2.training.objective import Objective
+from phi2.training.optim import Optimizer
 from phi2.training.passes import require_memory
 from phi2.training.precision import autocast
 from phi2.training.reference import make_reference, other_reference
@@ -122,12 +123,20 @@ def run_updates(
         if step == 1:
             objective.check_start(window)
         if step == updates.done + 1:
-            updates.compile(partial(objective.backward, updates.optimizer, window))
+            updates.compile(partial(rehearse, objective, updates.optimizer, window))
         metrics = objective.update(updates.optimizer, window, updates.writes(step), updates.attempt)
         if isinstance(objective.reference, MovingReference):
             objective.reference.follow(step)
         evaluation = partial(objective.evaluate, held_out, ledger, step) if held_out else None
         updates.end(step, sum(row.tokens for row in window), metrics, evaluation)
+
+
+def rehearse(objective: Objective, optimizer: Optimizer, window: Sequence[EncodedPreference]) -> None:
+    """The passes of an update, with its reference as it is and as it will be."""
+    objective.backward(optimizer, window)
+    if isinstance(objective.reference, MovingReference):
+        with objective.reference.in_its_later_form():
+            objective.backward(optimizer, window)
 
 
 def others_to_score(

@@ -16,12 +16,14 @@ Dims: r LoRA rank of the policy, k of a sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -71,15 +73,21 @@ class ModelCopy:
         return {name: weights[name].detach() for name in self.policy()}
 
     def put(self, name: str, piece: Piece) -> None:
+        """Makes this a piece of the copy."""
         assert isinstance(piece, Tensor)
         self.copy.get_parameter(name).detach().copy_(piece)
 
 
 class AdapterCopy:
-    """A second adapter on the same base; pieces are the changes of its layers."""
+    """A second adapter on the same base; pieces are the changes of its layers.
+
+    The policy's own change has an adapter of its rank, any other one of the largest rank with zeros where there is
+    nothing: kernels are compiled for a rank, and sums of changes are of many.
+    """
 
     def __init__(self, model: AdaptableModel) -> None:
         self.layers = lora_modules(model)
+        self.ranks = {name: len(layer.lora_A.weight) for name, layer in self.layers.items()}
         copy_adapter(model, ADAPTER)
 
     def policy(self) -> Pieces:
@@ -87,10 +95,16 @@ class AdapterCopy:
 
     def reference(self) -> Pieces:
         adapters = {name: layer.adapters[ADAPTER] for name, layer in self.layers.items()}
-        return {name: Change(each.lora_A.weight, each.lora_B.weight) for name, each in adapters.items()}
+        pairs = {name: (each.lora_A.weight, each.lora_B.weight, self.ranks[name]) for name, each in adapters.items()}
+        return {name: Change(A[:k], B[:, :k]) for name, (A, B, k) in pairs.items()}
 
-    def put(self, name: str, piece: Piece) -> None:
-        self.layers[name].put(ADAPTER, *piece)
+    def put(self, name: str, piece: Piece, as_sum: bool = False) -> None:
+        """As in `ModelCopy`; `as_sum`: into an adapter as large as that of a sum, though it may be none."""
+        assert isinstance(piece, Change)
+        layer, k = self.layers[name], len(piece.A)
+        r, self.ranks[name] = len(layer.lora_A.weight), k
+        empty = STACKED * r - k if as_sum or k != r else 0
+        layer.put(ADAPTER, F.pad(piece.A, (0, 0, 0, empty)), F.pad(piece.B, (0, empty)))
 
 
 class MovingReference:
@@ -114,6 +128,22 @@ class MovingReference:
 
     def __call__(self, rows: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
         return self.live(rows, row)
+
+    @contextmanager
+    def in_its_later_form(self) -> Iterator[None]:
+        """Within, what it says is computed as it will be once it has moved: for kernels to be compiled."""
+        is_sum = self.config.bema is not None or self.config.ref_model_mixup_alpha != 1
+        if not (is_sum and isinstance(self.copy, AdapterCopy)):
+            yield
+            return
+        before = self.copy.reference()
+        try:
+            for name, piece in before.items():
+                self.copy.put(name, piece, as_sum=True)
+            yield
+        finally:
+            for name, piece in before.items():
+                self.copy.put(name, piece)
 
     @torch.no_grad()
     def follow(self, step: int) -> None:

@@ -24,7 +24,9 @@ from phi2.lora import attach, disabled
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.quantize import quantize_model
+from phi2.training.config import BemaConfig
 from phi2.training.packing import row_of_answers, row_of_sequences
+from phi2.training.reference import moving
 from phi2.training.scoring import row_logps
 from phi2.training.sft import forward
 from phi2_kernels import block, quantized_matmul
@@ -126,6 +128,28 @@ def test_a_run_asks_for_two_forms_of_a_kernel_at_most_and_all_within_two_passes(
         and {kernel: len(found) for kernel, found in variants.items() if len(found) > most(kernel)} == {}
     )
     assert variants == first
+
+
+MOVES = {
+    "mixing": {"ref_model_mixup_alpha": 0.5},
+    "hard": {"ref_model_mixup_alpha": 1.0},
+    "bema": {"bema": BemaConfig()},
+}
+
+
+@pytest.mark.parametrize("rule", MOVES)
+def test_a_reference_that_moves_asks_for_no_form_that_was_not_there_at_the_start(variants, dpo_config, rule):
+    config = dpo_config(sync_ref_model=True, ref_model_sync_steps=1, **MOVES[rule])
+    model, rows = make(fused=True), pairs(random.Random(0))
+    reference, row = moving(config, model, None), row_of_answers(rows)
+    reference(rows, row)
+    with reference.in_its_later_form():
+        reference(rows, row)
+    first = {kernel: set(found) for kernel, found in variants.items()}
+    for step in range(1, 15):  # a sum has grown beyond its largest rank, been cut, and grown again
+        reference.follow(step)
+        reference(rows, row)
+    assert len(first) > 5 and variants == first
 
 
 def most(kernel: str) -> int:
