@@ -30,6 +30,7 @@ from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.quantize import FORMATS, quantize_model
 from phi2_kernels import _dispatch
+from phi2_kernels.gemv import MAX_ROWS
 from phi2_kernels.rotary import rotary_angles
 
 SHAPE = dict(vocab_size=300, hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -167,6 +168,20 @@ def test_a_block_is_five_ops_that_say_what_it_says(format, rows, dtype, monkeypa
 
 
 @torch.no_grad()
+def test_a_block_of_more_rows_than_its_products_take_runs_as_it_is_written(monkeypatch):
+    """Also where Triton is named, which refuses what its kernels cannot take."""
+    monkeypatch.setattr(_dispatch, "default_impl", "triton")
+    block, rows = tiny_model().model.layers[1], MAX_ROWS + 1
+    x, angles = torch.randn(rows, 1, 160), rotary_angles(torch.zeros((rows, 1), dtype=torch.long), 32, 10000.0)
+    outputs = []
+    for run in (partial(block_step, block, x, angles), partial(block, x, angles, None)):
+        step = StepPass(KVCache(block.self_attn.config, rows, 8, torch.float32), rows)
+        step.start(range(rows))
+        outputs.append(run(step))
+    assert torch.equal(*outputs)
+
+
+@torch.no_grad()
 def test_a_recording_that_froze_the_count_is_noticed(recordings):
     """Packed passes, whose places the host counts, must not survive being recorded: else the test above is blind."""
     model, tokens = tiny_model(), torch.randint(0, 300, (1, 8))
@@ -251,6 +266,15 @@ def test_recorded_steps_serve_the_replies_that_follow(recordings, tiny_tokenizer
     again = [generate(model, tiny_tokenizer, prompt, max_new_tokens=12) for prompt in (PROMPTS[2], PROMPTS[1])]
     assert len(recordings) == count == 1
     assert again[1].token_ids == first.token_ids
+
+
+def test_the_steps_that_were_used_last_are_kept(recordings, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("phi2.inference.engine.MAX_STEPS", 2)
+    model, made = tiny_model(), []
+    for min_p, top_k in ((0, 2), (0, 8), (0, 2), (0.1, 0), (0, 2), (0, 8)):
+        generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8, temperature=1.0, min_p=min_p, top_k=top_k)
+        made.append(len(recordings))
+    assert made == [1, 2, 2, 3, 3, 4]
 
 
 def test_a_stop_string_ends_a_recorded_reply_where_it_ends_any_other(recordings, tiny_tokenizer, monkeypatch):

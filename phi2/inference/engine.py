@@ -35,6 +35,7 @@ from phi2.model import Phi2ForCausalLM
 CACHE_BYTES = 4 * 2**30  # of keys and values, in an engine that is not told how many slots to have
 MAX_SLOTS = 64  # likewise
 PASS_TOKENS = 2048  # of prompts, read in one pass
+MAX_STEPS = 32  # recorded, each with the memory of its logits and choices
 
 
 class Token(NamedTuple):
@@ -212,11 +213,14 @@ class Engine:
         return _Flight(requests, numbers, step.logits)
 
     def _recorded(self, rows: int, stages: Stages) -> RecordedStep:
+        """The step of so many rows; of all those that there may be the `MAX_STEPS` that were used last are kept."""
         rows = min(len(self._slots), 1 << (rows - 1).bit_length())  # few recordings serve all sizes
         key = rows, self.model.computed_adapter, stages
-        if key not in self._steps:
-            self._steps[key] = RecordedStep(self.model, self.cache, self._slots.rows, rows, stages)
-        return self._steps[key]
+        step = self._steps.pop(key, None) or RecordedStep(self.model, self.cache, self._slots.rows, rows, stages)
+        self._steps[key] = step  # in the order of use
+        if len(self._steps) > MAX_STEPS:
+            del self._steps[next(iter(self._steps))]
+        return step
 
     def _following(self, slots: list[int]) -> list[int]:
         """Who says another token after the one under way; nobody where the host has something else to do before."""

@@ -25,7 +25,7 @@ from phi2.inference.rows import Rows
 from phi2.inference.sampling import Stages, told
 from phi2.linear import PhiLinear
 from phi2.model import Block, Phi2ForCausalLM
-from phi2_kernels.gemv import gemv_each, gemv_sum
+from phi2_kernels.gemv import MAX_ROWS, gemv_each, gemv_sum
 from phi2_kernels.rotary import rotary_angles
 from phi2_kernels.weight_forms import Weight
 
@@ -89,11 +89,11 @@ class RecordedStep:
 def block_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], cached: StepPass) -> Tensor:
     """What `Block.forward` computes for one token a row, (B, 1, C) to (B, 1, C), in as few kernels as there can be.
 
-    The six products are two, which take the GELU and both additions with them. A block with adapters, or with
-    LayerNorms of its queries and keys, runs as it is written.
+    The six products are two, which take the GELU and both additions with them. A block with adapters, with LayerNorms
+    of its queries and keys, or for more rows than these products take runs as it is written.
     """
     own, into, out = block.self_attn, _weights(block.inputs), _weights(block.outputs)
-    if into is None or out is None or own.config.qk_layernorm:
+    if into is None or out is None or own.config.qk_layernorm or len(x) > MAX_ROWS:
         return block(x, angles, None, cached)
     *qkv, f = gemv_each(block.input_layernorm(x), into, gelu_last=True)
     q, k, v = (z.unflatten(-1, (-1, own.config.head_dim)) for z in qkv)  # (B, 1, H, D), (B, 1, H_kv, D) twice
