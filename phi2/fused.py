@@ -61,9 +61,11 @@ def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibi
     """What `Block.forward` computes, (B, T, C) to (B, T, C)."""
     device, shape, weights = x.device.type, _shape_of(layer.self_attn.config), _weights_of(layer)
     if not torch.compiler.is_compiling():  # addresses cannot be traced
-        if not _are_joined(weights):
+        is_joined = _are_joined(weights)
+        if not is_joined:
             _join_block(layer)
-        weights = weights._replace(adjacent=True)
+            is_joined = _are_joined(weights)  # but for weights that are computed anew each time they are asked for
+        weights = weights._replace(adjacent=is_joined)
     if not torch.is_autocast_enabled(device):
         return block(x, weights, shape, angles, visibility)
     dtype = torch.get_autocast_dtype(device)
@@ -95,12 +97,14 @@ def _weights_of(layer: Block) -> Weights:
 
 
 def _weight(module: nn.Module) -> Any:
-    """`module.weight` in a tenth of the time: torch looks everywhere else first."""
-    return module._parameters["weight"]
+    """`module.weight` in a tenth of the time, where it is a parameter: torch looks everywhere else first."""
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight
 
 
 def _bias(module: nn.Module) -> Any:
-    return module._parameters["bias"]
+    bias = module._parameters.get("bias")
+    return module.bias if bias is None else bias
 
 
 def _adapters(linears: Sequence[PhiLinear], widths: list[int]) -> tuple[Adapter, ...]:

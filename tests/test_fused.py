@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
 
 from phi2.checkpoints.weights import load, load_model, save_pretrained
 from phi2.config import Phi2Config
@@ -97,6 +98,19 @@ def test_a_single_parameter_can_train_alone(name):
     model = make().requires_grad_(False)
     model.get_parameter(f"model.layers.0.{name}").requires_grad_(True)
     assert_equal(model)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.fc2", "input_layernorm"])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_parameter_may_be_computed_from_another(name, part):
+    model = make()
+    register_parametrization(model.get_submodule(f"model.layers.0.{name}"), part, Doubled())
+    assert_equal(model, PACKED)
 
 
 def test_half_precision_rounds_no_worse_than_plain_blocks():
