@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from phi2.arriving import Arriving
@@ -115,6 +116,21 @@ def test_what_was_read_before_an_update_that_diverged_is_told(behind, sft_config
     with pytest.raises(ValueError, match="update 2: the norm of the gradient is nan"):
         sft.train(config)
     assert [line["step"] for line in metrics_of(config.output)] == [1]
+
+
+def test_an_error_hides_no_update_that_was_made_before_it(behind, sft_config, monkeypatch, metrics_of):
+    config, real, calls = sft_config(max_steps=4), Optimizer.step, []
+
+    def third_fails(optimizer):
+        calls.append(None)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("too much")
+        return real(optimizer)
+
+    monkeypatch.setattr(Optimizer, "step", third_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        sft.train(config)
+    assert [line["step"] for line in metrics_of(config.output)] == [1, 2]
 
 
 def test_what_is_not_written_is_not_computed(dpo_config, metrics_of, monkeypatch, tmp_path):

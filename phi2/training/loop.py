@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,8 +132,18 @@ class Updates:
         if stops and step < total:
             raise Interrupted(f"stopped after step {step}; go on with resume: true")
 
+    @contextmanager
+    def told(self) -> Iterator[Updates]:
+        """Within, what an error ends the run with hides no update that was made before."""
+        try:
+            yield self
+        except Exception:
+            with suppress(Exception):  # a device that has failed gives nothing back
+                self._read(0)
+            raise
+
     def _read(self, left: int) -> None:
-        """Reports all updates but the last `left`."""
+        """Reports all updates but the last `left`; those behind one that is refused are forgotten."""
         read = []
         try:
             while len(self.unread) > left:
@@ -143,6 +153,9 @@ class Updates:
                     require_finite_gradient(metrics["grad_norm"], step)
                 require_finite(metrics["loss"], step)
                 read.append((step, tokens, metrics | {"epoch": step / self.windows.per_epoch}))
+        except ValueError:
+            self.unread.clear()
+            raise
         finally:
             self.log.train(read, self.config.logging_steps)
 
@@ -209,7 +222,9 @@ def updates_of(
         passes = passes_of(config, model, rows)
     done = restore_checkpoint(checkpoint, optimizer, kept, passes) if checkpoint else 0
     with closing(Log(run, done, total, title)) as log, delayed_interrupt() as interrupted:
-        yield Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, passes, watch, save_more)
+        left = Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, passes, watch, save_more)
+        with left.told():
+            yield left
     weights_saver(config, model, tokenizer, compute_dtype(config))(run)
     write_card(run, to_plain(config), last_metrics(run), tokenizer.template_origin)
 
