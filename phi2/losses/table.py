@@ -58,9 +58,10 @@ nothing. A mixture takes what all its parts can be given.
 
 A loss that needs the window depends on all rows of an update: it sees them at once, however they are cut into passes,
 in two phases where there are several. Numbers that it keeps from one update to the next are part of checkpoints and of
-`metrics.jsonl`, as `state/NAME`; evaluation takes all its rows as one window and moves no state. Answers to other
-prompts, by which KTO estimates a KL, are those of the row before in the window; they cost another pass of both models,
-without gradient.
+`metrics.jsonl`, as `state/NAME`: one that starts whole (a count) is a number of Python, any other a tensor of shape (),
+so that no GPU is waited for. Evaluation takes all its rows as one window and moves no state. Answers to other prompts,
+by which KTO estimates a KL, are those of the row before in the window; they cost another pass of both models, without
+gradient.
 
 ## Your own
 
