@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 # Python's collector walks torch, transformers and all other modules each time: a tenth of what the tests take.
 gc.set_threshold(50_000, 50, 1000)
 
+os.fsync = lambda file: None  # nothing that a test writes has to outlive the machine, and a disk takes its time
+
 torch.set_num_threads(1)
 CACHES = itertools.count()
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: tests run side by side

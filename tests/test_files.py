@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,41 @@ def test_a_folder_takes_the_place_of_the_old_one_with_all_it_held(tmp_path):
         (unfinished / "deep" / "new").write_text("2")
         assert (folder / "old").exists()
     assert names_in(tmp_path) == ["deep", "model", "new"]
+
+
+@pytest.fixture
+def flushed(monkeypatch) -> list[str]:
+    """Contents of the files that were waited for."""
+    contents: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda file: contents.append(os.pread(file, 100, 0).decode()))
+    return contents
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, flushed):
+    (tmp_path / "a").write_text("old")
+    with whole_file(tmp_path / "a") as unfinished:
+        unfinished.write_text("new")
+        assert flushed == []
+    assert flushed == ["new"]
+
+
+def test_all_files_of_a_folder_are(tmp_path, flushed):
+    with whole_folder(tmp_path / "a") as unfinished:
+        (unfinished / "b").mkdir()
+        for place in ("c", "b/d"):
+            (unfinished / place).write_text(place)
+    assert sorted(flushed) == ["b/d", "c"]
+
+
+@pytest.mark.parametrize("error, is_refused", [(errno.EIO, True), (errno.EINVAL, False), (errno.ENOTSUP, False)])
+def test_a_disk_that_fails_is_told_and_one_that_cannot_be_asked_is_not(tmp_path, monkeypatch, error, is_refused):
+    def fails(file: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError) if is_refused else nullcontext():
+        write_whole(tmp_path / "a", "new")
+    assert names_in(tmp_path) == ([] if is_refused else ["a"])
 
 
 def test_a_folder_whose_writing_fails_is_the_old_one(tmp_path):
