@@ -7,12 +7,13 @@ transposed, into another; every parameter stays itself, under its own name, as a
 Nothing remembers the buffers: a block looks whether its weights are neighbours, and moves them together when they are
 not (after `.to(...)`, a deep copy, or a merge), so no second copy can go stale.
 
-Blocks run unfused where the fused form does not exist: over a key-value cache, and while attention has dropout.
+Blocks run unfused where the fused form does not exist: over a key-value cache, while attention has dropout, and where
+a part of the block has hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from phi2.config import Phi2Config
 from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
-from phi2.model import Block, Phi2ForCausalLM
+from phi2.model import Block, Phi2ForCausalLM, has_hooks
 from phi2_kernels.block import Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.block_weights import are_adjacent
@@ -59,6 +60,8 @@ def _obstacle(model: Phi2ForCausalLM) -> str:
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
     """What `Block.forward` computes, (B, T, C) to (B, T, C)."""
+    if has_hooks(_parts_of(layer)):
+        return layer.as_written(x, angles, visibility, None)
     device, shape, weights = x.device.type, _shape_of(layer.self_attn.config), _weights_of(layer)
     if not torch.compiler.is_compiling():  # addresses cannot be traced
         is_joined = _are_joined(weights)
@@ -75,6 +78,14 @@ def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibi
 
 def _shape_of(config: Phi2Config) -> Shape:
     return Shape(config.num_attention_heads, config.kv_heads, config.head_dim)
+
+
+def _parts_of(layer: Block) -> Iterator[nn.Module]:
+    """What a block that runs as it is written calls."""
+    for part in layer._modules.values():
+        assert part is not None
+        yield part
+        yield from part._modules.values()  # type: ignore[misc]
 
 
 def _weights_of(layer: Block) -> Weights:

@@ -11,7 +11,7 @@ R rotary dims (32), F mlp (10240), V vocabulary (51200).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -119,9 +119,27 @@ class Block(nn.Module):
     ) -> Tensor:
         if self.fused_forward is not None and visibility is not None and not self.self_attn.drops:
             return self.fused_forward(self, x, angles, visibility)
+        return self.as_written(x, angles, visibility, cached)
+
+    def as_written(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        visibility: Visibility | None,
+        cached: CachedPass | None,
+    ) -> Tensor:
+        """The block, each of its modules called."""
         normed = self.input_layernorm(x)
         attended = self.resid_dropout(self.self_attn(normed, angles, visibility, cached))
         return attended + self.resid_dropout(self.mlp(normed)) + x
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody sees, or changes, what goes through one of these modules: then it must be called."""
+    for each in modules:
+        if each._forward_pre_hooks or each._forward_hooks or each._backward_pre_hooks or each._backward_hooks:
+            return True
+    return False
 
 
 class Phi2Model(nn.Module):

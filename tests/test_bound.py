@@ -276,16 +276,55 @@ def test_a_loss_has_whole_numbers_as_they_are_and_all_others_as_tensors(registry
     assert [each["mean"].item() for each in given] == [0, 1] and all(each["mean"].ndim == 0 for each in given)
 
 
-@pytest.mark.parametrize(
-    ("start", "kept", "message"),
-    [
-        (0.0, torch.zeros(2), r"must keep numbers in its state, got a tensor of shape \(2,\) as mean"),
-        (0.0, None, "must keep numbers in its state, got NoneType as mean"),
-        (0, 0.5, "mean starts as the whole number 0, and came back as a float; register it with 0.0"),
-        (0, torch.tensor(0.5), "mean starts as the whole number 0, and came back as a Tensor; register it with 0.0"),
-    ],
-)
+STRANGE = [
+    (0.0, torch.zeros(2), r"must keep numbers in its state, got a tensor of shape \(2,\) as mean"),
+    (0.0, None, "must keep numbers in its state, got NoneType as mean"),
+    (0, 0.5, "mean starts as the whole number 0, and came back as one that is not, 0.5; register it with 0.0"),
+    (
+        0,
+        torch.tensor(0.5),
+        "mean starts as the whole number 0, and came back as one that is not, 0.5; register it with",
+    ),
+]
+
+
+@pytest.mark.parametrize(("start", "kept", "message"), STRANGE)
 def test_a_state_of_something_else_than_it_started_with_is_refused(registry, start, kept, message):
     preference_loss("mine", scope="window", state={"mean": start})(lambda pairs, state: (pairs.margin, {"mean": kept}))
-    with pytest.raises(ValueError, match=f"^loss 'mine':? {message}$"):
+    with pytest.raises(ValueError, match=f"^loss 'mine':? {message}"):
         bind_loss("mine")(pair())
+
+
+@pytest.mark.parametrize("kept", [3, 3.0, np.float32(3), np.int64(3), torch.tensor(3), torch.tensor(3.0)], ids=repr)
+def test_a_number_of_any_library_may_be_kept(registry, kept):
+    preference_loss("mine", scope="window", state={"mean": 0.5})(lambda pairs, state: (pairs.margin, {"mean": kept}))
+    _, state = bind_loss("mine").step(pair(), {"mean": 0.5})
+    assert state["mean"].dtype == pair().policy_chosen_logps.dtype and state == {"mean": 3}
+
+
+@pytest.mark.parametrize("kept", [3, np.int64(3), torch.tensor(3)], ids=repr)
+def test_a_count_of_any_library_stays_one(registry, kept):
+    preference_loss("mine", scope="window", state={"calls": 0})(lambda pairs, state: (pairs.margin, {"calls": kept}))
+    _, state = bind_loss("mine").step(pair(), {"calls": 0})
+    assert type(state["calls"]) is int and state == {"calls": 3}
+
+
+def test_a_state_keeps_no_graph_and_stays_as_it_was_given(registry):
+    preference_loss("keeping", scope="window", state={"mean": 1.0})(keeping)
+    given, loss = pair(), bind_loss("keeping")
+    given.policy_chosen_logps.requires_grad_()
+    _, first = loss.step(given, loss.state)
+    before = first["mean"].clone()
+    _, second = loss.step(given, first)
+    assert not first["mean"].requires_grad and torch.equal(first["mean"], before) and second["mean"] != before
+
+
+def test_a_loss_that_works_in_place_on_a_tensor_of_its_state_is_refused(registry):
+    @preference_loss("adding", scope="window", state={"mean": 0.0})
+    def adding(pairs: PairBatch, state: dict) -> tuple[Tensor, dict]:
+        losses = pairs.margin * state["mean"]
+        state["mean"] += pairs.margin.detach().mean()
+        return losses, state
+
+    with pytest.raises(ValueError, match="^loss 'adding' works on mean of its state in place: give back a new number"):
+        bind_loss("adding")(pair())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import prune, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from phi2.checkpoints.weights import load, load_model, save_pretrained
@@ -17,7 +19,7 @@ from phi2.fused import fuse
 from phi2.inference.generate import generate
 from phi2.lora import attach, disabled, lora_modules, merge
 from phi2.lora_config import LoraConfig
-from phi2.model import Phi2ForCausalLM
+from phi2.model import Block, Phi2ForCausalLM
 from phi2.training import dpo, sft
 from phi2.training.reference import frozen_copy
 from phi2_kernels.rotary import rotary_angles
@@ -111,6 +113,40 @@ def test_a_parameter_may_be_computed_from_another(name, part):
     model = make()
     register_parametrization(model.get_submodule(f"model.layers.0.{name}"), part, Doubled())
     assert_equal(model, PACKED)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # old, and in many a model
+@pytest.mark.parametrize("change", [partial(prune.l1_unstructured, amount=0.3), weight_norm], ids=["prune", "norm"])
+def test_a_weight_that_a_hook_renews_is_renewed(change):
+    model = make()
+    change(model.get_submodule("model.layers.0.self_attn.k_proj"), "weight")
+    fuse(model)
+    before = model(IDS).detach()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("weight_orig", "weight_g")):
+                parameter.mul_(3)
+    after = model(IDS)
+    fuse(model, False)
+    torch.testing.assert_close(after, model(IDS))
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("name", ["", ".input_layernorm", ".mlp", ".self_attn.q_proj", ".mlp.fc2"])
+def test_a_hook_inside_a_block_is_called(name, monkeypatch):
+    model, calls = make(), []
+    fuse(model)
+    module = model.get_submodule(f"model.layers.1{name}")
+    handles = [
+        module.register_forward_hook(lambda module, given, returned: calls.append("forward")),
+        module.register_full_backward_hook(lambda module, given, returned: calls.append("backward")),
+    ]
+    model(IDS).sum().backward()
+    assert calls == ["forward", "backward"]
+    for handle in handles:
+        handle.remove()
+    monkeypatch.setattr(Block, "as_written", lambda *arguments: pytest.fail("the block is not fused again"))
+    model(IDS)
 
 
 def test_half_precision_rounds_no_worse_than_plain_blocks():

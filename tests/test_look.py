@@ -257,14 +257,24 @@ def test_weights_in_the_rows_that_a_loss_does_not_read_are_told(loss, pairs, cou
     assert capsys.readouterr().out == (expected if count else "")
 
 
+@pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("rejected", [1.0, 5.0])
-def test_a_pair_without_a_higher_score_is_refused_by_the_loss_of_its_logarithm(rejected):
-    """Neither of its scores is the lowest or the highest of its column."""
-    rows = [pair(i + 1, score_chosen=float(i % 7), score_rejected=-1.0 - i) for i in range(100)]
-    rows[40] = pair(41, score_chosen=1.0, score_rejected=rejected)
-    ends = [pair(101, score_chosen=9.0, score_rejected=8.0)]
+def test_a_pair_without_a_higher_score_is_refused_by_the_loss_of_its_logarithm(rejected, held_out):
+    """One of thousands, and neither of its scores is the lowest or the highest of its column."""
+    good = [pair(i + 1, score_chosen=float(i % 7), score_rejected=-1.0 - i) for i in range(3001)]
+    good.append(pair(3002, score_chosen=9.0, score_rejected=8.0))
+    bad = [*good[:41], pair(42, score_chosen=1.0, score_rejected=rejected), *good[42:]]
     with pytest.raises(ValueError, match="loss 'odpo' needs score_chosen above score_rejected in every pair"):
-        look_at_loss(bind_loss("odpo"), rows + ends, [])
+        look_at_loss(bind_loss("odpo"), *((good, bad) if held_out else (bad, [])))
+
+
+def test_scores_that_are_equal_to_a_loss_are_a_tie():
+    """In float32, as a loss is given them; each column and the gap have more extreme rows."""
+    rows = [pair(1, score_chosen=2.0, score_rejected=1.0), pair(2, score_chosen=2.0**25, score_rejected=1.0)]
+    rows += [pair(3, score_chosen=2.0**24 + 1, score_rejected=2.0**24), pair(4, score_chosen=4.0, score_rejected=3.5)]
+    rows.append(pair(5, score_chosen=2.0**25 + 4, score_rejected=2.0**25))
+    with pytest.raises(ValueError, match="loss 'odpo' needs score_chosen above score_rejected in every pair"):
+        look_at_loss(bind_loss("odpo"), [*rows, *rows[:2] * 20], [])
 
 
 def test_the_pairs_looked_at_have_the_lowest_and_the_highest_number_of_each_column():

@@ -7,6 +7,7 @@ from math import exp, log
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from phi2.data.records import PAIR
@@ -167,10 +168,9 @@ def test_sampo_draws_each_token_alike_often():
 
 def kept_by(seed: float) -> Tensor:
     """Which of the four rejected tokens a loss is given."""
-    seen: list[PairBatch] = []
-    MODIFIERS["sampo"].function(seen.append, sampo_seed=seed)(given := pair())
+    kept = masks_of(given := pair(), seed)[1]
     assert given.rejected_mask.all()  # what it is given stays as it is
-    return seen[0].rejected_mask[0]
+    return kept[0]
 
 
 def test_sampo_draws_the_same_tokens_whatever_else_is_masked_out():
@@ -180,10 +180,21 @@ def test_sampo_draws_the_same_tokens_whatever_else_is_masked_out():
     given = pair((rejected[0].tolist(), [0.0] * 9), SHORT)
     given = replace(given, chosen_mask=(rejected < 0), ref_chosen_logps=None, ref_rejected_logps=None)
     for seed in range(20):
-        seen: list[PairBatch] = []
-        MODIFIERS["sampo"].function(seen.append, sampo_seed=seed)(given)
-        kept = seen[0].chosen_mask
+        kept, padded = (masks_of(pairs, seed)[0] for pairs in (given, with_padding(given, 30)))
         assert kept.sum() == 2 and not kept[~given.chosen_mask].any()
+        assert torch.equal(padded[:, :9], kept) and not padded[:, 9:].any()
+
+
+def masks_of(pairs: PairBatch, seed: float) -> tuple[Tensor, Tensor]:
+    """What sampo gives a loss of a chosen and a rejected answer's tokens."""
+    seen: list[PairBatch] = []
+    MODIFIERS["sampo"].function(seen.append, sampo_seed=seed)(pairs)
+    return seen[0].chosen_mask, seen[0].rejected_mask
+
+
+def with_padding(pairs: PairBatch, tokens: int) -> PairBatch:
+    wider = {name: F.pad(getattr(pairs, name), (0, tokens)) for name in ("policy_chosen_logps", "chosen_mask")}
+    return replace(pairs, **wider)
 
 
 def test_the_seed_of_sampo_may_come_as_a_float():

@@ -14,12 +14,12 @@ from torch import Tensor
 from phi2.checkpoints.weights import load_model
 from phi2.data.encode import EncodedPreference
 from phi2.data.records import PAIR, Origin
-from phi2.lora import attach, lora_modules
+from phi2.lora import LoraLinear, attach, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.model import Phi2ForCausalLM
 from phi2.training import dpo, loop
 from phi2.training.config import BemaConfig
-from phi2.training.moving_reference import ADAPTER, Change, MovingReference, best_of_rank
+from phi2.training.moving_reference import ADAPTER, STACKED, Change, MovingReference, best_of_rank
 from phi2.training.packing import row_of_answers
 from phi2.training.reference import moving, score
 from phi2.training.session import start
@@ -196,12 +196,19 @@ def test_the_adapter_that_is_trained_further_is_where_it_starts(dpo_config, tmp_
 
 @pytest.mark.parametrize("rule", RULES)
 def test_compiling_for_it_before_the_first_update_moves_no_bit(dpo_config, tmp_path, metrics_of, monkeypatch, rule):
-    runs = []
+    """Its second form is asked for then, and again only once it has moved."""
+    runs, ranks = [], []
+    put = LoraLinear.put
+    monkeypatch.setattr(LoraLinear, "put", lambda layer, name, A, B: (ranks.append(len(A)), put(layer, name, A, B))[1])
     for on in (False, True):
         monkeypatch.setattr(loop, "compiles", lambda device, on=on: on)
         config = dpo_config(**MOVING, **RULES[rule], max_steps=4, output=str(tmp_path / str(on)))
-        runs.append(metrics_of(dpo.train(config)))
-    assert runs[0] == runs[1]
+        runs.append((metrics_of(dpo.train(config)), ranks.copy()))
+        ranks.clear()
+    (expected, without), (found, asked) = runs
+    layers = len(without) // 5  # each is put at the start and behind each update
+    small, large = [without[0]] * layers, [STACKED * without[0]] * layers
+    assert found == expected and without == [*small, *large * 4] and asked == [*small, *large, *small, *large * 4]
 
 
 def test_a_fit_leaves_the_base_of_its_session_as_it_was(dpo_config, tmp_path, metrics_of):

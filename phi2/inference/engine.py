@@ -30,7 +30,7 @@ from phi2.inference.sampling import Stages, told
 from phi2.inference.slots import Request, Slots, is_sparse
 from phi2.inference.step import RecordedStep, can_record
 from phi2.lora import computing
-from phi2.model import Phi2ForCausalLM
+from phi2.model import Phi2ForCausalLM, has_hooks
 
 CACHE_BYTES = 4 * 2**30  # of keys and values, in an engine that is not told how many slots to have
 MAX_SLOTS = 64  # likewise
@@ -92,6 +92,7 @@ class Engine:
         self.cache = KVCache(model.config, slots, length, model.dtype, model.device)
         self.waiting: deque[Request] = deque()
         self._slots = Slots(self.cache, choices)
+        self._records = can_record(model.device) and not has_hooks(model.modules())  # a replay calls none
         self._steps: dict[tuple[int, str | None, Stages], RecordedStep] = {}
         self._flight: _Flight | None = None
         self._expected: tuple[dict[int, Request], dict[int, int]] | None = None  # who the next step finds, and where
@@ -174,7 +175,7 @@ class Engine:
 
     def _decode(self, slots: list[int]) -> list[Token]:
         """One more token of these slots, in a step over all slots up to the last of them."""
-        if can_record(self.model.device):
+        if self._records:
             return self._decode_ahead(slots)
         places = [self.cache.lengths[slot] for slot in slots]
         ids = torch.zeros((slots[-1] + 1, 1), dtype=torch.int64)

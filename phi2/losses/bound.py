@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,23 @@ class BoundLoss:
         for need in self.needs:
             if not batch.has(need):
                 raise ValueError(f"loss {self.name!r} needs {need} of its batch, which has none")
-        losses, after = self.function(given, self._placed(state, _logps_of(given)))
+        logps, own = _logps_of(given), self.state
+        before = _placed(state, own, logps)
+        losses, after = self.function(given, before)
         self._require_losses(losses, given)
+        self._require_untouched(before)
         if isinstance(batch, AnswerBatch):
             losses = batch.of_prompts(losses, self.unit)
-        return losses, after
+        return losses, _placed(after, own, logps)
 
-    def _placed(self, state: State, like: Tensor) -> State:
-        """A state as the loss is given it: a copy, so that work in place moves nothing."""
-        whole = {name for name, start in self.state.items() if isinstance(start, int)}
-        return {name: int(state[name]) if name in whole else _number(state[name], like) for name in self.state}
+    def _require_untouched(self, given: State) -> None:
+        """Refuses what `+=` does to a tensor: it changes what was read before, and may be needed for the gradient."""
+        for name, value in given.items():
+            if isinstance(value, Tensor) and not value.is_inference() and value._version:
+                raise ValueError(
+                    f"loss {self.name!r} works on {name} of its state in place: give back a new number, as in"
+                    f' {{"{name}": state["{name}"] + 1}}'
+                )
 
     def _require_losses(self, losses: Any, given: Batch) -> None:
         logps = _logps_of(given)
@@ -127,9 +135,17 @@ def _logps_of(batch: Batch) -> Tensor:
     return batch.policy_logps if isinstance(batch, AnswerBatch) else batch.policy_chosen_logps
 
 
+def _placed(state: State, start: Mapping[str, float], like: Tensor) -> State:
+    """A copy of a state: what starts whole is a number, all else tensors like this one, whose device none waits for."""
+    return {
+        name: int(state[name]) if isinstance(first, int) else _number(state[name], like)
+        for name, first in start.items()
+    }
+
+
 def _number(value: float | Tensor, like: Tensor) -> Tensor:
-    """() in the dtype and on the device of a tensor; neither this nor that device is waited for."""
-    return value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
+    """() in the dtype and on the device of a tensor, without a graph."""
+    return value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), float(value))
 
 
 def bind_loss(loss: LossSpec, knobs: Mapping[str, Any] | None = None, loss_file: str | Path | None = None) -> BoundLoss:
@@ -202,12 +218,13 @@ def _with_knobs(name: str, loss: PreferenceLoss, knobs: Mapping[str, Knob]) -> S
 
 def _require_number(name: str, kept: str, start: float, value: Any) -> None:
     """Refuses what a loss keeps as something else than it started."""
-    if not isinstance(value, int | float | Tensor) or (isinstance(value, Tensor) and value.ndim):
+    if not isinstance(value, Real | Tensor) or (isinstance(value, Tensor) and value.ndim):
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss {name!r} must keep numbers in its state, got {got} as {kept}")
-    if isinstance(start, int) and not isinstance(value, int):
+    is_whole = not value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, Integral)
+    if isinstance(start, int) and not is_whole:
         raise ValueError(
-            f"loss {name!r}: {kept} starts as the whole number {start}, and came back as a {type(value).__name__};"
+            f"loss {name!r}: {kept} starts as the whole number {start}, and came back as one that is not, {value};"
             f" register it with {float(start)}"
         )
 

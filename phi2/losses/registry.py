@@ -98,7 +98,8 @@ def preference_loss(
             however they are cut into passes, and the mean over these of what it returns is minimised.
         state: numbers that a loss of that scope keeps from one update to the next, as they start. It is then called as
             loss(pairs, state, *, knobs) and returns its values and the state behind them, which a checkpoint keeps. A
-            number that starts whole is a Python number (counts), any other a tensor of shape () on the device.
+            number that starts whole is a Python number (counts), any other a tensor of shape () on the device, which is
+            not to be changed in place.
         unit: "answer" for a loss that gives each answer its value, from its label, "prompt" for one that gives the
             answers to a prompt their value together. It is called with an `AnswerBatch`.
         needs: "gold" for an answer to be imitated beside each pair, which the data must have; "mismatched" for answers

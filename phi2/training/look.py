@@ -131,7 +131,8 @@ def varied(rows: Sequence[EncodedPreference], gaps: dict[str, str]) -> list[Enco
     if not rows:
         return []
     flat = flat_rows(rows, "preference")
-    by = {name: flat.numbers(name) for name in flat[0].columns if name not in gaps}
+    columns = [name for name in flat[0].columns if name not in gaps]
+    by = {name: flat.numbers(name).astype(np.float32) for name in columns}  # as a loss is given them
     extremes = [*by.values(), flat.first_scores]
     if {*SCORES} <= by.keys():
         extremes.append(by[SCORES[0]] - by[SCORES[1]])
