@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi2.losses.batch import AnswerBatch, Columns
 from phi2.losses.bound import BoundLoss, bind_loss
@@ -15,6 +16,11 @@ from phi2.losses.presets import PRESETS
 from phi2.losses.properties import made_up_answers
 from phi2.losses.registry import PREFERENCE_LOSSES
 from phi2.training.metrics import means, metrics_of
+from phi2.training.objective import Objective
+from phi2.training.optim import Optimizer
+from phi2.training.passes import Passes
+from phi2.training.reference import make_reference
+from phi2.training.session import start
 
 from .test_modifiers import GIVEN
 
@@ -59,3 +65,29 @@ def test_no_loss_waits_for_its_device(name):
 @pytest.mark.parametrize("name", GIVEN)
 def test_no_modifier_waits_for_its_device(name):
     update(bind_loss("sigmoid", GIVEN[name]))
+
+
+class Asked(TorchDispatchMode):
+    """What is asked of tensors that are computed: their numbers, or how many of them there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.ops.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "bco", "beta_dpo", "sigmoid:0.5,bco:0.5"])
+def test_no_update_asks_for_a_number_before_it_is_told(dpo_config, name):
+    config, loss = dpo_config(loss=name, nll_weight=0.1), bind_loss(name)
+    session = start(config)
+    rows, model = session.rows.train, session.load_policy(config).train()
+    reference, passes = make_reference(session, config, model, None, rows), Passes(10**6)
+    objective = Objective(config, model, reference, loss, dict(loss.state), passes.cut)
+    optimizer = Optimizer(model, config, total_steps=2, scale_loss=False)
+    with Asked() as asked:
+        metrics = [objective.update(optimizer, rows) for _ in range(2)]
+    assert asked.ops == [] and all(each.wait()["loss"] > 0 for each in metrics)
