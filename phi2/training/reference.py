@@ -176,12 +176,14 @@ def with_adapter(model: Phi2ForCausalLM, name: str | None) -> LiveReference:
     @contextmanager
     def asked() -> Iterator[Phi2ForCausalLM]:
         training = model.training
-        model.eval()
+        if training:  # a walk over a thousand modules
+            model.eval()
         try:
             with disabled(model) if name is None else computing(model, name):
                 yield model
         finally:
-            model.train(training)
+            if training:
+                model.train()
 
     return LiveReference(asked)
 
