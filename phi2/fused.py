@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from phi2.config import Phi2Config
-from phi2.linear import PhiLinear
+from phi2.linear import Linear, PhiLinear
 from phi2.lora import LoraLinear
-from phi2.model import Block, Phi2ForCausalLM, has_hooks
+from phi2.model import MLP, Attention, Block, LayerNorm, Phi2ForCausalLM, has_hooks
 from phi2_kernels.block import Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.block_weights import are_adjacent
@@ -49,13 +49,24 @@ def fuse(model: Phi2ForCausalLM, on: bool | Literal["auto"] = True) -> None:
         layer.fused_forward = fused_forward if is_fused else None
 
 
+WRITTEN = {kind.forward for kind in (Block, Attention, MLP, LayerNorm, nn.Dropout, Linear, LoraLinear)}
+
+
 def _obstacle(model: Phi2ForCausalLM) -> str:
-    """Why a model cannot be fused: norms of queries and keys stand between the halves of what is, weights are codes."""
+    """Why a model cannot be fused: norms of queries and keys stand between the halves of what is, weights are codes, or
+    a module is another one's and may compute what it likes."""
     if model.config.qk_layernorm:
         return "fused blocks cannot have qk_layernorm; load this model with fuse off"
     linears = (linear for layer in model.model.blocks for linear in (*layer.inputs, *layer.outputs))
     other = next((linear.weight.dtype for linear in linears if not linear.weight.is_floating_point()), None)
-    return "" if other is None else f"fused blocks multiply with float weights, and this model's are {other}"
+    if other is not None:
+        return f"fused blocks multiply with float weights, and this model's are {other}"
+    parts = [part for layer in model.model.blocks for part in (layer, *_parts_of(layer))]
+    parts += [part.base for part in parts if isinstance(part, LoraLinear)]
+    own = next((part for part in parts if type(part).forward not in WRITTEN or "forward" in vars(part)), None)
+    if own is None:
+        return ""
+    return f"fused blocks do without the forward of {type(own).__name__}, which is none of phi2's"
 
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
@@ -82,10 +93,10 @@ def _shape_of(config: Phi2Config) -> Shape:
 
 def _parts_of(layer: Block) -> Iterator[nn.Module]:
     """What a block that runs as it is written calls."""
-    for part in layer._modules.values():
-        assert part is not None
-        yield part
-        yield from part._modules.values()  # type: ignore[misc]
+    modules: dict[str, Any] = layer._modules
+    yield from modules.values()
+    for name in ("self_attn", "mlp"):
+        yield from modules[name]._modules.values()
 
 
 def _weights_of(layer: Block) -> Weights:

@@ -17,6 +17,7 @@ from phi2.checkpoints.weights import load, load_model, save_pretrained
 from phi2.config import Phi2Config
 from phi2.fused import fuse
 from phi2.inference.generate import generate
+from phi2.linear import Linear
 from phi2.lora import attach, disabled, lora_modules, merge
 from phi2.lora_config import LoraConfig
 from phi2.model import Block, Phi2ForCausalLM
@@ -113,6 +114,29 @@ def test_a_parameter_may_be_computed_from_another(name, part):
     model = make()
     register_parametrization(model.get_submodule(f"model.layers.0.{name}"), part, Doubled())
     assert_equal(model, PACKED)
+
+
+class Noisy(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def noisy(linear: Linear) -> None:
+    linear.__class__ = Noisy
+
+
+def patched(linear: Linear) -> None:
+    linear.forward = lambda x: 2 * x
+
+
+@pytest.mark.parametrize("change, kind", [(noisy, "Noisy"), (patched, "Linear")])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_module_with_a_forward_of_its_own_is_not_passed_over(change, kind, lora):
+    model = make()
+    change(model.get_submodule("model.layers.1.mlp.fc2"))
+    model = adapted(model) if lora else model
+    with pytest.raises(ValueError, match=f"^fused blocks do without the forward of {kind}, which is none of phi2's$"):
+        fuse(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # old, and in many a model
