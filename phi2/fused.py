@@ -23,6 +23,7 @@ from phi2.config import Phi2Config
 from phi2.linear import Linear, PhiLinear
 from phi2.lora import LoraLinear
 from phi2.model import MLP, Attention, Block, LayerNorm, Phi2ForCausalLM, has_hooks
+from phi2.quantize import Int4LinearOnCPU, QuantizedLinear
 from phi2_kernels.block import Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.block_weights import are_adjacent
@@ -49,24 +50,29 @@ def fuse(model: Phi2ForCausalLM, on: bool | Literal["auto"] = True) -> None:
         layer.fused_forward = fused_forward if is_fused else None
 
 
-WRITTEN = {kind.forward for kind in (Block, Attention, MLP, LayerNorm, nn.Dropout, Linear, LoraLinear)}
+MODULES = (Block, Attention, MLP, LayerNorm, nn.Dropout, Linear, LoraLinear, QuantizedLinear, Int4LinearOnCPU)
+FORWARDS = {kind.forward for kind in MODULES}
 
 
 def _obstacle(model: Phi2ForCausalLM) -> str:
     """Why a model cannot be fused: norms of queries and keys stand between the halves of what is, weights are codes, or
-    a module is another one's and may compute what it likes."""
+    a module computes what is not known here."""
     if model.config.qk_layernorm:
         return "fused blocks cannot have qk_layernorm; load this model with fuse off"
     linears = (linear for layer in model.model.blocks for linear in (*layer.inputs, *layer.outputs))
     other = next((linear.weight.dtype for linear in linears if not linear.weight.is_floating_point()), None)
     if other is not None:
         return f"fused blocks multiply with float weights, and this model's are {other}"
-    parts = [part for layer in model.model.blocks for part in (layer, *_parts_of(layer))]
+    own = next(filter(None, map(other_forward, model.model.blocks)), "")
+    return f"fused blocks do without the forward of {own}, which is none of phi2's" if own else ""
+
+
+def other_forward(layer: Block) -> str:
+    """The class of a part of a block whose forward is none of phi2's, and may compute what it likes; "" for none."""
+    parts = [layer, *_parts_of(layer)]
     parts += [part.base for part in parts if isinstance(part, LoraLinear)]
-    own = next((part for part in parts if type(part).forward not in WRITTEN or "forward" in vars(part)), None)
-    if own is None:
-        return ""
-    return f"fused blocks do without the forward of {type(own).__name__}, which is none of phi2's"
+    own = (type(part).__name__ for part in parts if type(part).forward not in FORWARDS or "forward" in vars(part))
+    return next(own, "")
 
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:

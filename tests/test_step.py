@@ -182,6 +182,29 @@ def test_a_block_of_more_rows_than_its_products_take_runs_as_it_is_written(monke
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("part", ["mlp", "mlp.fc1", "self_attn", "input_layernorm"])
+def test_a_module_with_a_forward_of_its_own_is_called_in_a_step(part, tiny_tokenizer, recordings):
+    model, calls = tiny_model(), []
+    module = model.get_submodule(f"model.layers.1.{part}")
+    own = module.forward
+    module.forward = lambda *given: (calls.append(len(given[0])), own(*given))[1]
+    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
+    assert len(recordings) == 1 and len(calls) == 3  # of the prompt, of the step's first launch and of its recording
+
+
+@torch.no_grad()
+def test_hooks_are_called_at_every_token(tiny_tokenizer, recordings):
+    model, calls = tiny_model(), []
+    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *given: calls.append(None))
+    said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
+    assert len(recordings) == 1 and len(calls) == len(said.token_ids)
+    handle.remove()
+    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
+    assert len(recordings) == 2 and len(calls) == len(said.token_ids)
+
+
+@torch.no_grad()
 def test_a_recording_that_froze_the_count_is_noticed(recordings):
     """Packed passes, whose places the host counts, must not survive being recorded: else the test above is blind."""
     model, tokens = tiny_model(), torch.randint(0, 300, (1, 8))
