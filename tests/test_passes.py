@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from phi2.lora_config import LoraConfig
 from phi2.losses.head import target_logps
 from phi2.training import dpo, loop, objective, passes, scoring, sft, two_phases
+from phi2.training.objective import Objective
 from phi2.training.optim import Optimizer
 from phi2.training.passes import Passes, bytes_of_token, head_bytes_of_token, most_tokens
 from phi2.training.session import start
@@ -96,6 +98,40 @@ def test_an_update_that_ran_out_of_memory_half_way_is_made_again_from_its_start(
     again = dpo.train(dpo_config(**settings, output=str(tmp_path / "again")))
     assert len(calls) > 7 and metrics_of(again) == metrics_of(whole)
     assert_same_weights(again, whole)
+
+
+PASS_OF = {"dpo": (scoring, "scored", Objective), "sft": (sft, "forward", sft)}
+
+
+@pytest.mark.parametrize("kind", PASS_OF)
+def test_an_evaluation_that_ran_out_of_memory_is_made_again_in_smaller_passes(
+    kind, dpo_config, sft_config, pair_data, sft_data, monkeypatch, metrics_of, capsys, tmp_path
+):
+    """And dropout goes on behind it."""
+    lora = LoraConfig(r=4, target_modules=("q_proj", "fc1"), lora_dropout=0.2)
+    settings = dict(lora=lora, eval_steps=2, max_steps=4, max_tokens_per_pass=1000)
+    make, train = (partial(dpo_config, disable_dropout=False), dpo.train) if kind == "dpo" else (sft_config, sft.train)
+    make = partial(make, **settings, eval_data=pair_data if kind == "dpo" else sft_data)
+    whole = train(make(output=str(tmp_path / "whole")))
+    module, name, holder = PASS_OF[kind]
+    evaluate, one_pass, calls = holder.evaluate, getattr(module, name), []
+
+    def runs_out(*arguments, **keywords):
+        calls.append(None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("too much")
+        return one_pass(*arguments, **keywords)
+
+    def within(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, runs_out)
+            return evaluate(*arguments)
+
+    monkeypatch.setattr(holder, "evaluate", within)
+    again = train(make(output=str(tmp_path / "again")))
+    assert capsys.readouterr().out.count("out of memory: going on with max_tokens_per_pass 500\n") == 1
+    for found, expected in zip(metrics_of(again), metrics_of(whole), strict=True):
+        assert found.pop("type") == expected.pop("type") and found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])

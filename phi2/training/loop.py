@@ -84,15 +84,15 @@ class Updates:
             self.optimizer.clear()
             rewind()
 
-    def attempt(self, backward: Callable[[], Result]) -> Result:
-        """What the passes of an update give; where memory does not hold them, the same in smaller ones."""
+    def attempt(self, compute: Callable[[], Result]) -> Result:
+        """What the passes of an update or an evaluation give; where memory does not hold them, in smaller ones."""
         rewind = rewind_of(self.model.device)
 
         def again() -> None:
             self.optimizer.clear()
             rewind()
 
-        return self.passes.attempt(backward, again)
+        return self.passes.attempt(compute, again)
 
     def writes(self, step: int) -> bool:
         """Whether the metrics of an update are written."""
@@ -117,7 +117,7 @@ class Updates:
         self._read(0 if evaluates or saves else updates_behind(self.model.device))
         if evaluates:
             if evaluate is not None:
-                self.log.write(step, "eval", evaluate())
+                self.log.write(step, "eval", self.attempt(evaluate))
             _write_samples(config, self.model, self.tokenizer, step)
             if self.watch is not None:
                 self.watch(step, self.model)

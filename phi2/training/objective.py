@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from phi2.data.encoded import EncodedPreference
+from phi2.inference.engine import evaluation_mode
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.properties import outcome, require_numbers
@@ -129,10 +130,8 @@ class Objective:
         Args:
             ledger: is told what was found of each row behind update `step`.
         """
-        training = self.model.training
-        self.model.eval()
-        answers, others = self._scored(rows), self.others(rows)
-        self.model.train(training)
+        with evaluation_mode(self.model):
+            answers, others = self._scored(rows), self.others(rows)
         slopes = slopes_of(lambda given: self.losses(rows, others, given)[0], answers)
         if ledger is not None:
             ledger.write(step, replace(answers, mismatched=others), slopes, self.state)
@@ -149,12 +148,10 @@ class Objective:
             ValueError: when they are not, or policy and reference do not agree: training would start from a wrong
                 reward.
         """
-        training = self.model.training
-        self.model.eval()
         first = [window[i] for i in self.cut([row.tokens for row in window])[0]]
-        answers = self._scored(window if self.loss.scope == "window" else first)
-        answers = replace(answers, mismatched=self.others(window))
-        self.model.train(training)
+        with evaluation_mode(self.model):
+            answers = self._scored(window if self.loss.scope == "window" else first)
+            answers = replace(answers, mismatched=self.others(window))
         if self.reference is not None and starts_at_reference(self.config):
             self._require_agreement(answers)
         require_numbers(self.loss, answers)

@@ -17,6 +17,7 @@ from torch import Tensor
 from phi2.arriving import without_wait
 from phi2.data.encoded import EncodedSequence
 from phi2.data.flat import Joined, lengths
+from phi2.inference.engine import evaluation_mode
 from phi2.losses.head import target_logps
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.folder import open_run, write_settings
@@ -177,12 +178,10 @@ def neftune(alpha: float, lengths: list[int]) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def evaluate(config: SFTConfig, model: Phi2ForCausalLM, rows: Sequence[EncodedSequence], cut: Cut) -> dict[str, float]:
     """Mean loss per target token over all rows, whatever the passes."""
-    model.eval()
     total, tokens = 0.0, 0
-    for places in cut([row.tokens for row in rows]):
-        row = row_of_sequences([rows[i] for i in places]).to(model.device)
-        with autocast(config):
+    with evaluation_mode(model), autocast(config):
+        for places in cut([row.tokens for row in rows]):
+            row = row_of_sequences([rows[i] for i in places]).to(model.device)
             total -= forward(model, row).sum().item()
-        tokens += len(row.targets)
-    model.train()
+            tokens += len(row.targets)
     return {"eval_loss": total / tokens, "target_tokens": tokens}
