@@ -71,8 +71,11 @@ def other_forward(layer: Block) -> str:
     """The class of a part of a block whose forward is none of phi2's, and may compute what it likes; "" for none."""
     parts = [layer, *_parts_of(layer)]
     parts += [part.base for part in parts if isinstance(part, LoraLinear)]
-    own = (type(part).__name__ for part in parts if type(part).forward not in FORWARDS or "forward" in vars(part))
-    return next(own, "")
+    return next((type(part).__name__ for part in parts if has_other_forward(part)), "")
+
+
+def has_other_forward(part: nn.Module) -> bool:
+    return type(part).forward not in FORWARDS or "forward" in vars(part)
 
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:

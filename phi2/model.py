@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from phi2.cache import CachedPass
@@ -136,6 +137,8 @@ class Block(nn.Module):
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether somebody sees, or changes, what goes through one of these modules: then it must be called."""
+    if _has_any_global_hook():
+        return True
     for each in modules:
         if each._forward_pre_hooks or each._forward_hooks or each._backward_pre_hooks or each._backward_hooks:
             return True

@@ -101,6 +101,18 @@ def test_a_changed_part_or_modifier_changes_the_source(registry):
     assert len(set(sources)) == 3 and all("return pairs.margin" in source for source in sources)
 
 
+def test_a_file_is_no_part_of_a_loss_that_is_not_in_it(registry, tmp_path):
+    sources = []
+    for text in ("# one", "# another"):
+        (tmp_path / "mine.py").write_text(
+            f"import phi2\n{text}\n@phi2.preference_loss('mine')\ndef mine(pairs):\n    return -pairs.margin"
+        )
+        sources.append([bind_loss(name, loss_file=tmp_path / "mine.py").source for name in ("sigmoid", "mine")])
+        registry.pop("mine", None)
+    (own, mine), (own_again, another) = sources
+    assert own == own_again and mine != another
+
+
 def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
     names: dict = {}
     exec("def typed(pairs): return pairs.margin", names)

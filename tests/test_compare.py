@@ -259,7 +259,7 @@ def test_a_run_that_fails_is_named_and_ends_no_other(compare_config, jobs):
     config = compare_config(losses=f"ipo,{BROKEN},simpo", seeds=1, jobs=jobs)
     found = run(config)
     (failure,) = found.failures
-    assert re.match(r"sigmoid\(learning_rate=1e\+30\), seed 42 failed: update \d: .*learning_rate", failure)
+    assert re.match(r"sigmoid\(learning_rate=1e\+30\), seed 42 failed: step \d: the loss is nan; try", failure)
     assert failure in str(found) and failure in html.unescape((found / "report.html").read_text())
     assert np.isnan(found.metrics["accuracy"][:, 0]).tolist() == [False, True, False]
     assert "failure" not in found.rows[0] and not found.ended(BROKEN)
@@ -271,7 +271,7 @@ def test_a_run_that_fails_is_named_and_ends_no_other(compare_config, jobs):
 
 def test_where_every_run_fails_there_is_no_table(compare_config):
     config = compare_config(losses=BROKEN, seeds=1)
-    with pytest.raises(ValueError, match=r"^every run failed; sigmoid\(learning_rate=1e\+30\), seed 42: update \d"):
+    with pytest.raises(ValueError, match=r"^every run failed; sigmoid\(learning_rate=1e\+30\), seed 42: step \d"):
         run(config)
     assert not (Path(config.output) / "results.jsonl").exists()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from phi2.config import Phi2Config
 from phi2.lora import attach, disabled, lora_modules
@@ -32,6 +35,34 @@ def small_model(dtype: torch.dtype = torch.float32, lora: bool = False, dropout:
 
 def hidden_states(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+
+
+def hooked(head: torch.nn.Module, calls: list) -> None:
+    head.register_forward_hook(lambda *given: calls.append("called"))
+
+
+def patched(head: torch.nn.Module, calls: list) -> None:
+    own = head.forward
+    head.forward = lambda x: (calls.append("called"), own(x))[1]
+
+
+def watched(head: torch.nn.Module, calls: list) -> None:
+    register_module_forward_hook(lambda module, *given: calls.append("called") if module is head else None)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("change", [hooked, patched, watched])
+def test_a_head_that_has_to_be_called_is_and_says_the_same(change, entropy, lora, monkeypatch):
+    monkeypatch.setattr("torch.nn.modules.module._global_forward_hooks", OrderedDict())
+    model, hidden, calls = small_model(lora=lora), hidden_states(), []
+    expected = target_logps(model, hidden, ROWS, TARGETS, entropy=entropy)
+    (gradient,) = torch.autograd.grad(expected[0].sum(), hidden)
+    change(model.lm_head, calls)
+    found = target_logps(model, hidden, ROWS, TARGETS, entropy=entropy)
+    assert calls == ["called"]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found[0].sum(), hidden)[0], gradient)
 
 
 def from_whole_logits(model: Phi2ForCausalLM, hidden: Tensor) -> tuple[Tensor, Tensor]:

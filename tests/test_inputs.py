@@ -139,9 +139,9 @@ def test_each_thing_a_run_depends_on_is_noticed_alone_before_any_work(preference
     monkeypatch.setattr(Session, "load_policy", None)
     with pytest.raises(ValueError) as caught:
         resumed(dpo, preference_run)
-    assert (
-        str(caught.value) == f"{preference_run.output}: the {name} changed since this run began; it cannot be resumed"
-    )
+    run = preference_run.output
+    way = f", but with loss_file {run}/loss.py, as it was" if name == "loss" else ""
+    assert str(caught.value) == f"{run}: the {name} changed since this run began; it cannot be resumed{way}"
 
 
 def test_all_that_changed_is_named_at_once(preference_run, own):

@@ -264,8 +264,17 @@ def test_a_pair_without_a_higher_score_is_refused_by_the_loss_of_its_logarithm(r
     good = [pair(i + 1, score_chosen=float(i % 7), score_rejected=-1.0 - i) for i in range(3001)]
     good.append(pair(3002, score_chosen=9.0, score_rejected=8.0))
     bad = [*good[:41], pair(42, score_chosen=1.0, score_rejected=rejected), *good[42:]]
-    with pytest.raises(ValueError, match="loss 'odpo' needs score_chosen above score_rejected in every pair"):
+    refusal = "^rows.jsonl row 42: loss 'odpo' needs score_chosen above score_rejected in every pair$"
+    with pytest.raises(ValueError, match=refusal):
         look_at_loss(bind_loss("odpo"), *((good, bad) if held_out else (bad, [])))
+
+
+def test_no_row_is_named_for_what_all_are_refused_for(registry):
+    def odd(pairs: PairBatch) -> Tensor:
+        raise ValueError("never")
+
+    with pytest.raises(ValueError, match="^never$"):
+        look(odd, PAIRS)
 
 
 def test_scores_that_are_equal_to_a_loss_are_a_tie():

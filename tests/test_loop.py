@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from phi2.arriving import Arriving
+from phi2.losses.registry import preference_loss
 from phi2.runs.log import Interrupted
 from phi2.training import dpo, loop, metrics, sft
 from phi2.training.metrics import Metrics
@@ -116,6 +117,15 @@ def test_what_was_read_before_an_update_that_diverged_is_told(behind, sft_config
     with pytest.raises(ValueError, match="update 2: the norm of the gradient is nan"):
         sft.train(config)
     assert [line["step"] for line in metrics_of(config.output)] == [1]
+
+
+def test_a_loss_that_keeps_no_number_is_told(dpo_config, registry):
+    @preference_loss("mine", scope="window", state={"mean": 0.0})
+    def mine(pairs, state):
+        return pairs.margin, {"mean": state["mean"] / 0}
+
+    with pytest.raises(ValueError, match="^update 1: the loss keeps nan as mean$"):
+        dpo.train(dpo_config(loss="mine"))
 
 
 def test_an_error_hides_no_update_that_was_made_before_it(behind, sft_config, monkeypatch, metrics_of):

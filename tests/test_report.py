@@ -27,6 +27,7 @@ from phi2.pages.charts import (
     thin,
 )
 from phi2.pages.page import picture
+from phi2.runs.shown import MAIN_CHARTS, curves
 
 FILES = ("config.yaml", "metrics.jsonl", "data_audit.json", "samples.jsonl", "environment.json")
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -84,6 +85,11 @@ class Tags(HTMLParser):
 
 def parsed(path):
     return Tags(path.read_text(encoding="utf-8"))
+
+
+def test_what_a_loss_keeps_has_a_curve():
+    lines = [{"step": step, "type": "train", "loss": 1.0, "state/mean": 0.1 * step} for step in range(1, 4)]
+    assert "Kept by the loss: mean" in curves(lines) and "Kept by" not in curves(lines, MAIN_CHARTS)
 
 
 def test_a_report_shows_curves_data_samples_settings_and_machine(run):

@@ -386,6 +386,8 @@ def test_a_part_of_a_mixture_ignores_columns_of_its_own():
     with pytest.raises(ValueError, match="ignore_columns: no row has anything in 'image'.*: id, images") as caught:
         load_records({"source": rows, "ignore_columns": ["image", "images"]}, "supervised")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"no row has anything in 'note,id'; several are given as \[a, b\]; what"):
+        load_records({"source": [{"text": "a", "note": 1, "id": 1}], "ignore_columns": ["note,id"]}, "supervised")
 
 
 def test_a_name_to_ignore_is_found_in_columns_and_in_keys_of_messages():

@@ -155,9 +155,10 @@ def require_ignored(names: Iterable[str], *audits: Audit) -> None:
     unused = [name for name in names if not any(one == name or one.endswith(f".{name}") for one in seen)]
     if unused:
         others = sorted({name for audit in audits for rows_of in audit.columns.values() for name in rows_of})
+        several = "; several are given as [a, b]" if any("," in name for name in unused) else ""
         raise ValueError(
-            f"ignore_columns: no row has anything in {', '.join(map(repr, unused))}; what the rows have besides what is"
-            f" read: {', '.join(others)[:300] or 'nothing'}"
+            f"ignore_columns: no row has anything in {', '.join(map(repr, unused))}{several}; what the rows have"
+            f" besides what is read: {', '.join(others)[:300] or 'nothing'}"
         )
 
 

@@ -94,7 +94,8 @@ class BoundLoss:
         given = batch.pairs if isinstance(batch, AnswerBatch) and self.unit == "pair" else batch
         for need in self.needs:
             if not batch.has(need):
-                raise ValueError(f"loss {self.name!r} needs {need} of its batch, which has none")
+                way = "" if need == "mismatched" else "; phi2.score_rows(..., needs=loss.needs) makes it"
+                raise ValueError(f"loss {self.name!r} needs {need} of its batch, which has none{way}")
         logps, own = _logps_of(given), self.state
         before = _placed(state, own, logps)
         losses, after = self.function(given, before)

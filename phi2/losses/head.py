@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phi2.fused import has_other_forward
 from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
-from phi2.model import Phi2ForCausalLM
+from phi2.model import Phi2ForCausalLM, has_hooks
 from phi2_kernels.linear_logprob import linear_logprob
 from phi2_kernels.quantized_matmul import dense
 
@@ -43,6 +44,8 @@ def head_logps(
     head: PhiLinear, picked: Tensor, targets: Tensor, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`target_logps` of hidden states that were picked already, (N, C)."""
+    if has_hooks([head]) or has_other_forward(head):
+        return _called(head, picked, targets, entropy)
     form = (head.base if isinstance(head, LoraLinear) else head).form
     assert form is not None
     device, weight, adapter = picked.device.type, dense(form, picked.dtype), (None, None)
@@ -53,3 +56,10 @@ def head_logps(
         if isinstance(head, LoraLinear) and head.adapter is not None:
             adapter = (head.adapter.hidden(picked), head.adapter.lora_B.weight)
         return linear_logprob(picked, weight, head.bias, targets, *adapter, entropy=entropy)
+
+
+def _called(head: PhiLinear, picked: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """With all logits at once, by a head that has to be called."""
+    logps = head(picked).float().log_softmax(dim=-1)  # (N, V)
+    entropies = -(logps.exp() * logps).sum(dim=-1).detach() if entropy else None
+    return logps.gather(-1, targets[:, None])[:, 0], entropies

@@ -147,7 +147,8 @@ def _require_scope(name: str, scope: str, state: Mapping[str, float] | None) -> 
     _require_one_of(name, "scope", get_args(Scope), scope)
     if state is not None and scope == "pair":
         raise ValueError(f'loss {name!r}: a state moves once an update, register it with scope="window"')
-    if state is not None and not (state and all(isinstance(value, int | float) for value in state.values())):
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in (state or {}).values()]
+    if state is not None and not (numbers and all(numbers)):
         raise ValueError(f"loss {name!r}: state must name numbers, as {{'mean': 0.0}}, got {state!r}")
 
 

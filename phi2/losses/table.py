@@ -82,6 +82,16 @@ def margin_to_best(answers: phi2.AnswerBatch, *, beta: float = 0.1):
     return -F.logsigmoid(beta * (ratios[:, 0] - ratios.sum(dim=-1) / count))  # best first
 ```
 
+A loss of windows that keeps numbers is called with them, and gives back the values and the numbers behind the update:
+
+```python
+@phi2.preference_loss("centred", scope="window", state={"mean": 0.0, "updates": 0})
+def centred(pairs: phi2.PairBatch, state: dict, *, beta: float = 0.1):
+    # DPO against the mean margin so far, a tensor of shape (); updates is a Python number, since it starts whole
+    mean = 0.9 * state["mean"] + 0.1 * pairs.margin.detach().mean()
+    return -F.logsigmoid(beta * (pairs.margin - mean)), {"mean": mean, "updates": state["updates"] + 1}
+```
+
 ## Losses
 """
 ON_PRESETS = """\

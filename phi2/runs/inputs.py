@@ -83,7 +83,10 @@ def require_same(run: Path, before: Inputs, now: Inputs) -> None:
     unknown = [name for name in now if not _alike(before.get(name), now[name])]
     changed = [name for name in now if name not in unknown and before[name] != now[name]]
     if changed:
-        raise ValueError(f"{run}: the {' and the '.join(changed)} changed since this run began; it cannot be resumed")
+        kept = run / "loss.py"
+        way = f", but with loss_file {kept}, as it was" if "loss" in changed and kept.is_file() else ""
+        told = " and the ".join(changed)
+        raise ValueError(f"{run}: the {told} changed since this run began; it cannot be resumed{way}")
     if unknown:
         what = " and the ".join(unknown)
         warnings.warn(f"{run}: whether the {what} changed since this run began is not known", stacklevel=3)

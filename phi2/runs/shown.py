@@ -18,6 +18,7 @@ CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Learning rate": {"learning_rate": "of the update"},
     "Speed, tokens per second": {"tokens_per_second": "training"},
 }
+STATE = "state/"  # before the names of numbers that a loss keeps from one update to the next
 MAIN_CHARTS = tuple(CHARTS)[:3]  # what a glance at a run is for
 
 Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
@@ -45,9 +46,12 @@ def summary(metrics: Metrics) -> str:
     return ", ".join(told + [f"held-out loss {number(loss)}" for loss in held_out[-1:]]) + "."
 
 
-def curves(metrics: Metrics, titles: Iterable[str] = CHARTS) -> str:
-    """Those of the charts for which the run has points."""
-    charts = [line_chart(title, _lines(metrics, CHARTS[title])) for title in titles]
+def curves(metrics: Metrics, titles: Iterable[str] | None = None) -> str:
+    """Those of the charts for which the run has points; unless they are named, with those of what its loss keeps."""
+    kept = sorted({name for line in metrics for name in line if name.startswith(STATE)})
+    own = {f"Kept by the loss: {name.removeprefix(STATE)}": {name: "behind the update"} for name in kept}
+    shown = {**CHARTS, **own} if titles is None else {title: CHARTS[title] for title in titles}
+    charts = [line_chart(title, _lines(metrics, names)) for title, names in shown.items()]
     about = "Over optimizer steps. A pale line is what was logged, the bold one its running mean; numbers are the last."
     return f'<div class="charts">\n{"".join(charts)}\n</div>{noted(about)}' if any(charts) else ""
 

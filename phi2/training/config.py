@@ -53,7 +53,7 @@ class UpdateConfig:
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, one more forward pass."""
     fuse: bool | Literal["auto"] = "auto"
-    """Two matmuls a block in place of six (phi2/fused.py); auto: on a GPU, where the model can."""
+    """Two matmuls a block in place of six (phi2/fused.py); auto: on a GPU, where the model can; no gain on a CPU."""
     shuffle: bool = True
     """A new permutation of the data every epoch."""
 

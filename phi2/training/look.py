@@ -43,13 +43,31 @@ def look_at_loss(loss: BoundLoss, rows: Sequence[EncodedPreference], eval_rows: 
     kinds = [*of_each_layout(rows), *of_each_layout(eval_rows)]
     require_one_reference(loss, kinds)
     gaps = column_gaps(kinds)
-    shown = shown_answers([row for each in (rows, eval_rows) for row in varied(each, gaps)], gaps, loss)
-    require_pure(loss, shown)
+    looked_at = [row for each in (rows, eval_rows) for row in varied(each, gaps)]
+    shown = shown_answers(looked_at, gaps, loss)
+    try:
+        require_pure(loss, shown)
+    except ValueError as error:
+        raise ValueError(f"{where(loss, looked_at, gaps, str(error))}{error}") from error
     for part in loss.single:
         require_effect(part, shown)
         require_use(part, shown)
         require_scope(part, shown)
     tell_unread(loss, shown, rows, eval_rows)
+
+
+def where(loss: BoundLoss, rows: Sequence[EncodedPreference], gaps: dict[str, str], refusal: str) -> str:
+    """The row that a loss refuses, "rows.jsonl row 3: "; nothing where it is not that row's fault alone."""
+
+    def is_refused(row: EncodedPreference) -> bool:
+        try:
+            require_pure(loss, shown_answers([row], gaps, loss))
+        except ValueError as error:
+            return str(error) == refusal
+        return False
+
+    refused = [row for row in rows if is_refused(row)]
+    return f"{refused[0].origin}: " if 0 < len(refused) < len(rows) else ""
 
 
 def tell_unread(loss: BoundLoss, answers: AnswerBatch, *data: Sequence[EncodedPreference]) -> None:

@@ -149,9 +149,10 @@ class Updates:
             while len(self.unread) > left:
                 step, tokens, arriving = self.unread.popleft()
                 metrics = arriving.wait()
+                require_finite(metrics["loss"], step)
                 if not self.optimizer.scaler.is_enabled():  # a scaled one that overflowed has been left out
                     require_finite_gradient(metrics["grad_norm"], step)
-                require_finite(metrics["loss"], step)
+                require_finite_state(metrics, step)
                 read.append((step, tokens, metrics | {"epoch": step / self.windows.per_epoch}))
         except ValueError:
             self.unread.clear()
@@ -192,7 +193,21 @@ def require_finite(loss: float, step: int) -> None:
         ValueError: naming the step.
     """
     if not math.isfinite(loss):
-        raise ValueError(f"step {step}: the loss is {loss}; try a lower learning_rate, or another dtype than float16")
+        raise ValueError(
+            f"step {step}: the loss is {loss}; try a lower learning_rate, or another dtype than float16; a loss of your"
+            " own must be a number for every row"
+        )
+
+
+def require_finite_state(metrics: Mapping[str, float], step: int) -> None:
+    """Stops a run whose loss keeps what is no number.
+
+    Raises:
+        ValueError: naming the step, and under which name.
+    """
+    for name, value in metrics.items():
+        if name.startswith("state/") and not math.isfinite(value):
+            raise ValueError(f"update {step}: the loss keeps {value} as {name.removeprefix('state/')}")
 
 
 @contextmanager
