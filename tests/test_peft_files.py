@@ -244,6 +244,14 @@ def test_a_second_adapter_is_refused_before_anything_is_read(tmp_path):
         load_adapter(adapted_model(), tmp_path / "nowhere")
 
 
+def test_an_adapter_is_the_same_file_whenever_it_is_saved(tmp_path):
+    model = adapted_model()
+    for number in range(8):
+        save_adapter(model, tmp_path / str(number), "base")
+    files = {(tmp_path / str(number) / "adapter_model.safetensors").read_bytes() for number in range(8)}
+    assert len(files) == 1
+
+
 def test_saving_over_an_adapter_replaces_it_and_leaves_other_files(saved):
     folder = saved[0]
     (folder / "README.md").write_text("card")

@@ -100,8 +100,16 @@ def save_adapter(model: Phi2ForCausalLM, folder: str | Path, base_model_name_or_
     config = _config_to_write(model.lora_config, base_model_name_or_path)
     with whole_file(folder / CONFIG_FILE) as config_file, whole_file(folder / WEIGHTS_FILE) as weights_file:
         # Not save_file: it leaves the file unreadable to all but its owner.
-        weights_file.write_bytes(safetensors.torch.save(tensors, metadata))
+        weights_file.write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with the keys of its header in order: safetensors writes those of metadata in any."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def require_adapter(folder: Path) -> None:
