@@ -8,7 +8,7 @@ Nothing remembers the buffers: a block looks whether its weights are neighbours,
 not (after `.to(...)`, a deep copy, or a merge), so no second copy can go stale.
 
 Blocks run unfused where the fused form does not exist: over a key-value cache, while attention has dropout, and where
-a part of the block has hooks.
+a part of the block must be called (`called.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from phi2.called import must_be_called, other_forward, with_bases
 from phi2.config import Phi2Config
-from phi2.linear import Linear, PhiLinear
+from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
-from phi2.model import MLP, Attention, Block, LayerNorm, Phi2ForCausalLM, has_hooks
-from phi2.quantize import Int4LinearOnCPU, QuantizedLinear
+from phi2.model import Block, Phi2ForCausalLM
 from phi2_kernels.block import Shape, Weights, block
 from phi2_kernels.block_adapters import Adapter
 from phi2_kernels.block_weights import are_adjacent
@@ -50,10 +50,6 @@ def fuse(model: Phi2ForCausalLM, on: bool | Literal["auto"] = True) -> None:
         layer.fused_forward = fused_forward if is_fused else None
 
 
-MODULES = (Block, Attention, MLP, LayerNorm, nn.Dropout, Linear, LoraLinear, QuantizedLinear, Int4LinearOnCPU)
-FORWARDS = {kind.forward for kind in MODULES}
-
-
 def _obstacle(model: Phi2ForCausalLM) -> str:
     """Why a model cannot be fused: norms of queries and keys stand between the halves of what is, weights are codes, or
     a module computes what is not known here."""
@@ -63,24 +59,13 @@ def _obstacle(model: Phi2ForCausalLM) -> str:
     other = next((linear.weight.dtype for linear in linears if not linear.weight.is_floating_point()), None)
     if other is not None:
         return f"fused blocks multiply with float weights, and this model's are {other}"
-    own = next(filter(None, map(other_forward, model.model.blocks)), "")
+    own = other_forward(part for layer in model.model.blocks for part in (layer, *_parts_of(layer)))
     return f"fused blocks do without the forward of {own}, which is none of phi2's" if own else ""
-
-
-def other_forward(layer: Block) -> str:
-    """The class of a part of a block whose forward is none of phi2's, and may compute what it likes; "" for none."""
-    parts = [layer, *_parts_of(layer)]
-    parts += [part.base for part in parts if isinstance(part, LoraLinear)]
-    return next((type(part).__name__ for part in parts if has_other_forward(part)), "")
-
-
-def has_other_forward(part: nn.Module) -> bool:
-    return type(part).forward not in FORWARDS or "forward" in vars(part)
 
 
 def fused_forward(layer: Block, x: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
     """What `Block.forward` computes, (B, T, C) to (B, T, C)."""
-    if has_hooks(_parts_of(layer)):
+    if must_be_called(_parts_of(layer)):
         return layer.as_written(x, angles, visibility, None)
     device, shape, weights = x.device.type, _shape_of(layer.self_attn.config), _weights_of(layer)
     if not torch.compiler.is_compiling():  # addresses cannot be traced
@@ -101,11 +86,12 @@ def _shape_of(config: Phi2Config) -> Shape:
 
 
 def _parts_of(layer: Block) -> Iterator[nn.Module]:
-    """What a block that runs as it is written calls."""
+    """The modules that a block calls when it runs as it is written."""
     modules: dict[str, Any] = layer._modules
-    yield from modules.values()
-    for name in ("self_attn", "mlp"):
-        yield from modules[name]._modules.values()
+    attention, mlp = modules["self_attn"], modules["mlp"]
+    own, others = attention._modules, mlp._modules
+    linears = own["q_proj"], own["k_proj"], own["v_proj"], own["dense"], others["fc1"], others["fc2"]
+    return with_bases((modules["input_layernorm"], modules["resid_dropout"], attention, mlp, *linears))
 
 
 def _weights_of(layer: Block) -> Weights:

@@ -11,12 +11,11 @@ R rotary dims (32), F mlp (10240), V vocabulary (51200).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from phi2.cache import CachedPass
@@ -133,16 +132,6 @@ class Block(nn.Module):
         normed = self.input_layernorm(x)
         attended = self.resid_dropout(self.self_attn(normed, angles, visibility, cached))
         return attended + self.resid_dropout(self.mlp(normed)) + x
-
-
-def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody sees, or changes, what goes through one of these modules: then it must be called."""
-    if _has_any_global_hook():
-        return True
-    for each in modules:
-        if each._forward_pre_hooks or each._forward_hooks or each._backward_pre_hooks or each._backward_hooks:
-            return True
-    return False
 
 
 class Phi2Model(nn.Module):

@@ -113,6 +113,26 @@ def test_a_file_is_no_part_of_a_loss_that_is_not_in_it(registry, tmp_path):
     assert own == own_again and mine != another
 
 
+def test_a_loss_that_wraps_a_librarys_is_the_files(registry, tmp_path):
+    sources = []
+    for factor in (2, 3):
+        (tmp_path / "mine.py").write_text(WRAPPED.format(factor=factor))
+        sources.append(bind_loss("mine", loss_file=tmp_path / "mine.py").source)
+        registry.pop("mine")
+    assert sources[0] != sources[1]
+
+
+WRAPPED = """
+import functools, phi2
+from phi2.losses.logistic import sigmoid
+
+@phi2.preference_loss("mine")
+@functools.wraps(sigmoid)
+def mine(pairs, **knobs):
+    return {factor} * sigmoid(pairs, **knobs)
+"""
+
+
 def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
     names: dict = {}
     exec("def typed(pairs): return pairs.margin", names)
@@ -338,5 +358,23 @@ def test_a_loss_that_works_in_place_on_a_tensor_of_its_state_is_refused(registry
         state["mean"] += pairs.margin.detach().mean()
         return losses, state
 
-    with pytest.raises(ValueError, match="^loss 'adding' works on mean of its state in place: give back a new number"):
-        bind_loss("adding")(pair())
+    @preference_loss("taking", scope="window", state={"mean": 0.0})
+    def taking(pairs: PairBatch, state: dict) -> tuple[Tensor, dict]:
+        mean = state.pop("mean")
+        mean += pairs.margin.detach().mean()
+        return pairs.margin, {"mean": mean}
+
+    for name in ("adding", "taking"):
+        message = f"^loss '{name}' works on mean of its state in place: give back a new number"
+        with pytest.raises(ValueError, match=message):
+            bind_loss(name)(pair())
+
+
+def test_a_loss_may_work_in_place_on_what_it_has_made(registry):
+    @preference_loss("own", scope="window", state={"mean": 1.0})
+    def own(pairs: PairBatch, state: dict) -> tuple[Tensor, dict]:
+        state["mean"] = 0.5 * state["mean"]
+        state["mean"] += 1
+        return pairs.margin, state
+
+    assert bind_loss("own").step(pair(), {"mean": 1.0})[1] == {"mean": 1.5}

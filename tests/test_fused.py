@@ -156,6 +156,31 @@ def test_a_weight_that_a_hook_renews_is_renewed(change):
     assert not torch.allclose(before, after)
 
 
+def test_a_hook_on_what_lora_was_put_on_is_called():
+    model, calls = make(), []
+    model.get_submodule("model.layers.1.mlp.fc2").register_forward_hook(lambda *given: calls.append(None))
+    fuse(model := adapted(model))
+    model(IDS)
+    assert len(calls) == 1
+
+
+def test_a_forward_that_is_replaced_in_a_fused_model_is_called():
+    model, calls = make(), []
+    fuse(model)
+    linear = model.get_submodule("model.layers.1.mlp.fc2")
+    linear.forward = lambda x: (calls.append(None), Linear.forward(linear, x))[1]
+    model(IDS)
+    assert len(calls) == 1
+
+
+def test_a_module_that_a_block_does_not_call_is_no_obstacle():
+    model = make()
+    model.model.blocks[0].probe = torch.nn.Softmax(dim=-1)
+    model.model.blocks[0].register_module("nothing", None)
+    fuse(model)
+    assert model.model.blocks[0].fused_forward is not None
+
+
 @pytest.mark.parametrize("name", ["", ".input_layernorm", ".mlp", ".self_attn.q_proj", ".mlp.fc2"])
 def test_a_hook_inside_a_block_is_called(name, monkeypatch):
     model, calls = make(), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from phi2.config import Phi2Config
+from phi2.inference.scoring import logits_of
 from phi2.lora import attach, disabled, lora_modules
 from phi2.lora_config import LoraConfig
 from phi2.losses.head import target_logps
@@ -48,6 +50,30 @@ def patched(head: torch.nn.Module, calls: list) -> None:
 
 def watched(head: torch.nn.Module, calls: list) -> None:
     register_module_forward_hook(lambda module, *given: calls.append("called") if module is head else None)
+
+
+def test_a_head_that_lora_was_put_on_is_called_too():
+    model, calls = small_model(), []
+    hooked(model.lm_head, calls)
+    attach(model, LoraConfig(r=4, target_modules=("lm_head",)))
+    target_logps(model, hidden_states(), ROWS, TARGETS)
+    assert calls == ["called"]
+
+
+def test_logits_of_scores_are_those_of_a_head_that_must_be_called():
+    model, hidden = small_model(), hidden_states().flatten(0, 1)
+    before = logits_of(model, hidden)
+    model.lm_head.register_forward_hook(lambda module, given, logits: 5 * logits)
+    torch.testing.assert_close(logits_of(model, hidden), 5 * before)
+
+
+def test_ids_that_a_hook_rules_out_add_nothing_to_the_entropy():
+    model, rules = small_model(), torch.zeros(60)
+    rules[40:] = -torch.inf
+    model.lm_head.register_forward_hook(lambda module, given, logits: logits + rules)
+    targets = TARGETS.clamp(max=39)
+    logps, entropies = target_logps(model, hidden_states(), ROWS, targets, entropy=True)
+    assert logps.isfinite().all() and ((entropies > 0) & (entropies < math.log(40))).all()
 
 
 @pytest.mark.parametrize("lora", [False, True])

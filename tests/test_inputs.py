@@ -140,7 +140,7 @@ def test_each_thing_a_run_depends_on_is_noticed_alone_before_any_work(preference
     with pytest.raises(ValueError) as caught:
         resumed(dpo, preference_run)
     run = preference_run.output
-    way = f", but with loss_file {run}/loss.py, as it was" if name == "loss" else ""
+    way = f"; the file of its losses, as it was, is {run}/loss.py" if name == "loss" else ""
     assert str(caught.value) == f"{run}: the {name} changed since this run began; it cannot be resumed{way}"
 
 

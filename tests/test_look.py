@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable
 
@@ -275,6 +276,12 @@ def test_no_row_is_named_for_what_all_are_refused_for(registry):
 
     with pytest.raises(ValueError, match="^never$"):
         look(odd, PAIRS)
+
+
+def test_no_row_is_named_for_a_loss_that_draws(registry):
+    chances = itertools.cycle([1.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="^loss 'mine' is no function of its pairs alone"):
+        look(lambda pairs: pairs.margin * next(chances), PAIRS)
 
 
 def test_scores_that_are_equal_to_a_loss_are_a_tie():

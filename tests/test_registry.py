@@ -329,6 +329,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are():
         ({"scope": "window", "state": {}}, r"loss 'mine': state must name numbers, as {'mean': 0.0}, got {}"),
         ({"scope": "window", "state": {"mean": None}}, "loss 'mine': state must name numbers"),
         ({"scope": "window", "state": {"mean": True}}, "loss 'mine': state must name numbers"),
+        ({"scope": "window", "state": {"mean": math.inf}}, "loss 'mine': state must name numbers"),
     ],
 )
 def test_a_scope_unit_need_or_state_that_means_nothing_is_refused(registry, options, message):

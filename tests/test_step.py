@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -181,27 +182,38 @@ def test_a_block_of_more_rows_than_its_products_take_runs_as_it_is_written(monke
     assert torch.equal(*outputs)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("part", ["mlp", "mlp.fc1", "self_attn", "input_layernorm"])
-def test_a_module_with_a_forward_of_its_own_is_called_in_a_step(part, tiny_tokenizer, recordings):
-    model, calls = tiny_model(), []
-    module = model.get_submodule(f"model.layers.1.{part}")
+def hooked(module: torch.nn.Module, calls: list) -> Callable[[], None]:
+    return module.register_forward_hook(lambda *given: calls.append(None)).remove
+
+
+def patched(module: torch.nn.Module, calls: list) -> Callable[[], None]:
     own = module.forward
-    module.forward = lambda *given: (calls.append(len(given[0])), own(*given))[1]
-    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
-    assert len(recordings) == 1 and len(calls) == 3  # of the prompt, of the step's first launch and of its recording
+    module.forward = lambda *given, **named: (calls.append(None), own(*given, **named))[1]
+    return partial(delattr, module, "forward")
 
 
 @torch.no_grad()
-def test_hooks_are_called_at_every_token(tiny_tokenizer, recordings):
+@pytest.mark.parametrize("change", [hooked, patched])
+@pytest.mark.parametrize("part", ["model", "model.layers.1", "model.layers.1.mlp.fc1", "model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_module_that_must_be_called_is_at_every_token(part, change, lora, tiny_tokenizer, recordings):
+    """Also where replies were recorded before, where LoRA has been put on it since, and only as long as it must be."""
     model, calls = tiny_model(), []
-    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
-    handle = model.model.layers[1].mlp.register_forward_hook(lambda *given: calls.append(None))
-    said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
-    assert len(recordings) == 1 and len(calls) == len(said.token_ids)
-    handle.remove()
-    generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
-    assert len(recordings) == 2 and len(calls) == len(said.token_ids)
+
+    def reply() -> tuple[int, int]:
+        calls.clear()
+        said = generate(model, tiny_tokenizer, PROMPTS[1], max_new_tokens=8)
+        return len(calls), len(said.token_ids)
+
+    reply()
+    undo = change(model.get_submodule(part), calls)
+    if lora:
+        attach(model, LoraConfig(r=2, target_modules=("fc1", "lm_head")))
+    made = len(recordings)
+    called, tokens = reply()
+    assert called == tokens and len(recordings) == made
+    undo()
+    assert reply()[0] == 0 and len(recordings) >= made
 
 
 @torch.no_grad()

@@ -67,6 +67,10 @@ def test_no_modifier_waits_for_its_device(name):
     update(bind_loss("sigmoid", GIVEN[name]))
 
 
+aten = torch.ops.aten
+ASKING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.equal}
+
+
 class Asked(TorchDispatchMode):
     """What is asked of tensors that are computed: their numbers, or how many of them there are."""
 
@@ -75,7 +79,8 @@ class Asked(TorchDispatchMode):
         self.ops: list[str] = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+        places = args[1] if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+        if op.overloadpacket in ASKING or any(place is not None and place.dtype == torch.bool for place in places):
             self.ops.append(str(op))
         return op(*args, **(kwargs or {}))
 

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from phi2.arriving import Arriving
 from phi2.cache import KVCache, PackedPass, StepPass
+from phi2.called import must_be_called, with_bases
 from phi2.config import Phi2Config
 from phi2.inference.sampling import Stages, told
 from phi2.inference.slots import Request, Slots, is_sparse
 from phi2.inference.step import RecordedStep, can_record
 from phi2.lora import computing
-from phi2.model import Phi2ForCausalLM, has_hooks
+from phi2.model import Phi2ForCausalLM
 
 CACHE_BYTES = 4 * 2**30  # of keys and values, in an engine that is not told how many slots to have
 MAX_SLOTS = 64  # likewise
@@ -92,7 +93,7 @@ class Engine:
         self.cache = KVCache(model.config, slots, length, model.dtype, model.device)
         self.waiting: deque[Request] = deque()
         self._slots = Slots(self.cache, choices)
-        self._records = can_record(model.device) and not has_hooks(model.modules())  # a replay calls none
+        self._records = False  # whether decode steps are
         self._steps: dict[tuple[int, str | None, Stages], RecordedStep] = {}
         self._flight: _Flight | None = None
         self._expected: tuple[dict[int, Request], dict[int, int]] | None = None  # who the next step finds, and where
@@ -110,6 +111,9 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request."""
         assert 0 < len(request.ids) < self.cache.max_length
+        if self.is_idle:  # a replay calls no module
+            modules = with_bases(self.model.modules())
+            self._records = can_record(self.model.device) and not must_be_called(modules)
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:

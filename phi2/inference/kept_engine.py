@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from phi2.inference.engine import Engine, default_slots
 from phi2.inference.step import can_record
 from phi2.lora import LoraLinear
-from phi2.model import Phi2ForCausalLM, has_hooks
+from phi2.model import Phi2ForCausalLM
 
 LENGTH_STEP = 256  # tokens; engines are made for a multiple, so that the next prompts fit too
 
@@ -47,7 +47,7 @@ def _serves(engine: Engine, choices: int, slots: int, length: int) -> bool:
 
 
 def _state(model: Phi2ForCausalLM) -> tuple[int, ...]:
-    """What a recorded step depends on: the addresses of all weights, which adapters are computed, whether hooks are."""
+    """Where a recorded step reads: the addresses of all weights, and which adapters are computed."""
     weights = (tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
     adapters = (id(module.adapter) for module in model.modules() if isinstance(module, LoraLinear))
-    return *weights, *adapters, has_hooks(model.modules())
+    return *weights, *adapters

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from phi2.arriving import Arriving
 from phi2.cache import KVCache, StepPass
-from phi2.fused import other_forward
 from phi2.inference.rows import Rows
 from phi2.inference.sampling import Stages, told
 from phi2.linear import PhiLinear
@@ -91,11 +90,10 @@ def block_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], cached: S
     """What `Block.forward` computes for one token a row, (B, 1, C) to (B, 1, C), in as few kernels as there can be.
 
     The six products are two, which take the GELU and both additions with them. A block with adapters, with LayerNorms
-    of its queries and keys, with modules that are none of phi2's, or for more rows than these products take runs as it
-    is written.
+    of its queries and keys, or for more rows than these products take runs as it is written.
     """
     own, into, out = block.self_attn, _weights(block.inputs), _weights(block.outputs)
-    if into is None or out is None or own.config.qk_layernorm or len(x) > MAX_ROWS or other_forward(block):
+    if into is None or out is None or own.config.qk_layernorm or len(x) > MAX_ROWS:
         return block(x, angles, None, cached)
     *qkv, f = gemv_each(block.input_layernorm(x), into, gelu_last=True)
     q, k, v = (z.unflatten(-1, (-1, own.config.head_dim)) for z in qkv)  # (B, 1, H, D), (B, 1, H_kv, D) twice

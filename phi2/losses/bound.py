@@ -98,7 +98,7 @@ class BoundLoss:
                 raise ValueError(f"loss {self.name!r} needs {need} of its batch, which has none{way}")
         logps, own = _logps_of(given), self.state
         before = _placed(state, own, logps)
-        losses, after = self.function(given, before)
+        losses, after = self.function(given, dict(before))
         self._require_losses(losses, given)
         self._require_untouched(before)
         if isinstance(batch, AnswerBatch):

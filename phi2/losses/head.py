@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2.fused import has_other_forward
+from phi2.called import must_be_called, with_bases
 from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
-from phi2.model import Phi2ForCausalLM, has_hooks
+from phi2.model import Phi2ForCausalLM
 from phi2_kernels.linear_logprob import linear_logprob
 from phi2_kernels.quantized_matmul import dense
 
@@ -44,7 +44,7 @@ def head_logps(
     head: PhiLinear, picked: Tensor, targets: Tensor, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`target_logps` of hidden states that were picked already, (N, C)."""
-    if has_hooks([head]) or has_other_forward(head):
+    if must_be_called(with_bases([head])):
         return _called(head, picked, targets, entropy)
     form = (head.base if isinstance(head, LoraLinear) else head).form
     assert form is not None
@@ -61,5 +61,5 @@ def head_logps(
 def _called(head: PhiLinear, picked: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
     """With all logits at once, by a head that has to be called."""
     logps = head(picked).float().log_softmax(dim=-1)  # (N, V)
-    entropies = -(logps.exp() * logps).sum(dim=-1).detach() if entropy else None
+    entropies = torch.special.entr(logps.detach().exp()).sum(dim=-1) if entropy else None
     return logps.gather(-1, targets[:, None])[:, 0], entropies

@@ -12,6 +12,7 @@ an update at once, and may keep numbers from one update to the next: its state, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -143,12 +144,15 @@ def preference_loss(
     return register
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _require_scope(name: str, scope: str, state: Mapping[str, float] | None) -> None:
     _require_one_of(name, "scope", get_args(Scope), scope)
     if state is not None and scope == "pair":
         raise ValueError(f'loss {name!r}: a state moves once an update, register it with scope="window"')
-    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in (state or {}).values()]
-    if state is not None and not (numbers and all(numbers)):
+    if state is not None and not (state and all(map(_is_number, state.values()))):
         raise ValueError(f"loss {name!r}: state must name numbers, as {{'mean': 0.0}}, got {state!r}")
 
 

@@ -68,7 +68,8 @@ def source_of_loss(function: Callable, loss_file: str | Path | None = None) -> s
     Named are functions, as far as they name others, numbers and texts, and the user's own modules. None where Python
     does not know the source, as for a loss that was typed at its prompt.
     """
-    is_own = (function.__module__ or "").startswith("phi2.")  # the file changes none of this package's
+    code = getattr(function, "__code__", None)  # of the function itself, whatever it wraps
+    is_own = code is not None and code.co_filename.startswith(PACKAGE)  # the file changes none of this package's
     file = [] if loss_file is None or is_own else [Path(loss_file).read_text(encoding="utf-8")]
     try:
         return "\0".join([*file, *_texts(function, set())])

@@ -84,7 +84,7 @@ def require_same(run: Path, before: Inputs, now: Inputs) -> None:
     changed = [name for name in now if name not in unknown and before[name] != now[name]]
     if changed:
         kept = run / "loss.py"
-        way = f", but with loss_file {kept}, as it was" if "loss" in changed and kept.is_file() else ""
+        way = f"; the file of its losses, as it was, is {kept}" if "loss" in changed and kept.is_file() else ""
         told = " and the ".join(changed)
         raise ValueError(f"{run}: the {told} changed since this run began; it cannot be resumed{way}")
     if unknown:

@@ -61,7 +61,7 @@ def where(loss: BoundLoss, rows: Sequence[EncodedPreference], gaps: dict[str, st
 
     def is_refused(row: EncodedPreference) -> bool:
         try:
-            require_pure(loss, shown_answers([row], gaps, loss))
+            loss(shown_answers([row], gaps, loss))
         except ValueError as error:
             return str(error) == refusal
         return False
@@ -150,7 +150,8 @@ def varied(rows: Sequence[EncodedPreference], gaps: dict[str, str]) -> list[Enco
         return []
     flat = flat_rows(rows, "preference")
     columns = [name for name in flat[0].columns if name not in gaps]
-    by = {name: flat.numbers(name).astype(np.float32) for name in columns}  # as a loss is given them
+    with np.errstate(over="ignore"):
+        by = {name: flat.numbers(name).astype(np.float32) for name in columns}  # as a loss is given them
     extremes = [*by.values(), flat.first_scores]
     if {*SCORES} <= by.keys():
         extremes.append(by[SCORES[0]] - by[SCORES[1]])

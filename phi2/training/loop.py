@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,9 +137,13 @@ class Updates:
         """Within, what an error ends the run with hides no update that was made before."""
         try:
             yield self
-        except Exception:
-            with suppress(Exception):  # a device that has failed gives nothing back
+        except Exception as error:
+            try:
                 self._read(0)
+            except ValueError as refusal:  # of an update before, which may be why
+                error.add_note(str(refusal))
+            except Exception:  # a device that has failed gives nothing back
+                pass
             raise
 
     def _read(self, left: int) -> None:
