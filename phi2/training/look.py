@@ -61,7 +61,8 @@ def where(loss: BoundLoss, rows: Sequence[EncodedPreference], gaps: dict[str, st
 
     def is_refused(row: EncodedPreference) -> bool:
         try:
-            loss(shown_answers([row], gaps, loss))
+            with torch.random.fork_rng(devices=[]):
+                loss(shown_answers([row], gaps, loss))
         except ValueError as error:
             return str(error) == refusal
         return False
