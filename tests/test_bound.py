@@ -135,7 +135,7 @@ def mine(pairs, **knobs):
 
 def test_a_part_whose_source_is_not_known_leaves_the_whole_unknown(registry):
     names: dict = {}
-    exec("def typed(pairs): return pairs.margin", names)
+    exec(compile("def typed(pairs): return pairs.margin", "<typed>", "exec"), names)  # "<string>" is known to 3.13
     preference_loss("typed")(names["typed"])
     assert bind_loss("typed,sigmoid").source is None and bind_loss("typed", {"ld_alpha": 0.5}).source is None
 
