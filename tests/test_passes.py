@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +284,19 @@ def test_a_row_that_may_fit_is_tried(dpo_config, gpu_memory):
     config = dpo_config(max_steps=1)
     gpu_memory(need_of_longest(config)[1] + 1)
     assert (dpo.train(config).path / "adapter").is_dir()
+
+
+def test_what_a_gpus_memory_has_chosen_is_told_and_goes_on_with_the_run(dpo_config, gpu_memory, monkeypatch, capsys):
+    config = dpo_config(max_steps=2, save_steps=1)
+    gpu_memory(1e9)
+    monkeypatch.setattr(passes, "fitting_tokens", lambda model: 600)
+    told = "max_tokens_per_pass 600, by the free memory of cpu when the run began\n"
+    dpo.train(config)
+    shutil.rmtree(Path(config.output, "checkpoints", "step-2"), ignore_errors=True)
+    assert capsys.readouterr().out.count(told) == 1
+    monkeypatch.setattr(passes, "fitting_tokens", lambda model: 300)
+    dpo.train(dataclasses.replace(config, resume=True))
+    assert capsys.readouterr().out.count(told) == 1
 
 
 def test_what_is_set_already_is_no_advice(dpo_config, gpu_memory):

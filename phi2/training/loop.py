@@ -29,7 +29,7 @@ from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
 from phi2.training.metrics import Metrics
 from phi2.training.optim import Optimizer
-from phi2.training.passes import Passes, Result, passes_of, rewind_of
+from phi2.training.passes import Passes, Result, passes_of, rewind_of, tell_choice
 from phi2.training.precision import autocast, compute_dtype
 from phi2.training.window import Windows, total_steps
 
@@ -240,6 +240,7 @@ def updates_of(
     with autocast(config):
         passes = passes_of(config, model, rows)
     done = restore_checkpoint(checkpoint, optimizer, kept, passes) if checkpoint else 0
+    tell_choice(passes, config, model.device)
     with closing(Log(run, done, total, title)) as log, delayed_interrupt() as interrupted:
         left = Updates(config, model, tokenizer, optimizer, windows, log, interrupted, kept, passes, watch, save_more)
         with left.told():

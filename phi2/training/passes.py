@@ -111,6 +111,12 @@ def passes_of(config: TrainingConfig, model: Phi2ForCausalLM, rows: Sequence[Enc
     return Passes(int(config.max_tokens_per_pass))
 
 
+def tell_choice(passes: Passes, config: TrainingConfig, device: torch.device) -> None:
+    """Prints what the free memory of a GPU has chosen: rounding follows it, and another run may find less."""
+    if config.max_tokens_per_pass == AUTO and has_own_memory(device):
+        print(f"max_tokens_per_pass {passes.max_tokens}, by the free memory of {device} when the run began")
+
+
 def rewind_of(device: torch.device) -> Callable[[], None]:
     """What puts torch's random generators, the CPU's and the device's, back to where they are now."""
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
