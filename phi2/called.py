@@ -24,26 +24,29 @@ FORWARDS = {kind.forward for kind in (*OURS, *TORCHS)}
 
 
 def must_be_called(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of some modules has hooks, or a forward that is not known here."""
+    """Whether one of some modules, or what LoRA was put on, has hooks or a forward that is not known here."""
     if _has_any_global_hook():
         return True
-    for each in modules:
+    for each in _with_bases(modules):
         if each._forward_pre_hooks or each._forward_hooks or each._backward_pre_hooks or each._backward_hooks:
             return True
-        if type(each).forward not in FORWARDS or "forward" in each.__dict__:
+        if _has_other_forward(each):
             return True
     return False
 
 
-def with_bases(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def other_forward(modules: Iterable[nn.Module]) -> str:
+    """The class of the first of them whose forward is not known here, "" for none."""
+    return next((type(each).__name__ for each in _with_bases(modules) if _has_other_forward(each)), "")
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    return type(module).forward not in FORWARDS or "forward" in module.__dict__
+
+
+def _with_bases(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Modules, and those that LoRA keeps beside the tree of modules."""
     for each in modules:
         yield each
         if isinstance(each, LoraLinear):
             yield each.base
-
-
-def other_forward(modules: Iterable[nn.Module]) -> str:
-    """The class of the first module whose forward is not known here, "" for none."""
-    own = (type(each).__name__ for each in modules if type(each).forward not in FORWARDS or "forward" in vars(each))
-    return next(own, "")

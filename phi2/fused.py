@@ -13,13 +13,13 @@ a part of the block must be called (`called.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from phi2.called import must_be_called, other_forward, with_bases
+from phi2.called import must_be_called, other_forward
 from phi2.config import Phi2Config
 from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
@@ -85,13 +85,13 @@ def _shape_of(config: Phi2Config) -> Shape:
     return Shape(config.num_attention_heads, config.kv_heads, config.head_dim)
 
 
-def _parts_of(layer: Block) -> Iterator[nn.Module]:
+def _parts_of(layer: Block) -> tuple[nn.Module, ...]:
     """The modules that a block calls when it runs as it is written."""
     modules: dict[str, Any] = layer._modules
     attention, mlp = modules["self_attn"], modules["mlp"]
     own, others = attention._modules, mlp._modules
     linears = own["q_proj"], own["k_proj"], own["v_proj"], own["dense"], others["fc1"], others["fc2"]
-    return with_bases((modules["input_layernorm"], modules["resid_dropout"], attention, mlp, *linears))
+    return modules["input_layernorm"], modules["resid_dropout"], attention, mlp, *linears
 
 
 def _weights_of(layer: Block) -> Weights:

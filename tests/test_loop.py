@@ -143,6 +143,23 @@ def test_an_error_hides_no_update_that_was_made_before_it(behind, sft_config, mo
     assert [line["step"] for line in metrics_of(config.output)] == [1, 2]
 
 
+def test_an_error_behind_an_update_that_diverged_is_its_consequence(behind, sft_config, monkeypatch, metrics_of):
+    config, real, calls = sft_config(max_steps=4), Optimizer.step, []
+
+    def third_fails(optimizer):
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("a consequence")
+        norm = real(optimizer)
+        return norm * float("nan") if len(calls) == 2 else norm
+
+    monkeypatch.setattr(Optimizer, "step", third_fails)
+    with pytest.raises(ValueError, match="update 2: the norm of the gradient is nan") as caught:
+        sft.train(config)
+    assert str(caught.value.__cause__) == "a consequence"
+    assert [line["step"] for line in metrics_of(config.output)] == [1]
+
+
 def test_what_is_not_written_is_not_computed(dpo_config, metrics_of, monkeypatch, tmp_path):
     made, real = [], metrics.metrics_of
     monkeypatch.setattr("phi2.training.objective.metrics_of", lambda *a: made.append(None) or real(*a))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from phi2.arriving import Arriving
 from phi2.cache import KVCache, PackedPass, StepPass
-from phi2.called import must_be_called, with_bases
+from phi2.called import must_be_called
 from phi2.config import Phi2Config
 from phi2.inference.sampling import Stages, told
 from phi2.inference.slots import Request, Slots, is_sparse
@@ -112,8 +112,7 @@ class Engine:
         """Queues a request."""
         assert 0 < len(request.ids) < self.cache.max_length
         if self.is_idle:  # a replay calls no module
-            modules = with_bases(self.model.modules())
-            self._records = can_record(self.model.device) and not must_be_called(modules)
+            self._records = can_record(self.model.device) and not must_be_called(self.model.modules())
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi2.called import must_be_called, with_bases
+from phi2.called import must_be_called
 from phi2.inference.engine import evaluation_mode, first_nonfinite_module
 from phi2.lora import LoraLinear
 from phi2.model import Phi2ForCausalLM
@@ -241,7 +241,7 @@ def _predictions(
 def logits_of(model: Phi2ForCausalLM, hidden: Tensor) -> Tensor:
     """(n, V) float32 of hidden states (n, C): products of halves are not rounded to halves, as the layer would."""
     head = model.lm_head
-    if not head.weight.is_floating_point() or must_be_called(with_bases([head])):
+    if not head.weight.is_floating_point() or must_be_called([head]):
         return head(hidden).float()
     logits = matmul(hidden, head.weight.T, head.bias.float())
     if isinstance(head, LoraLinear) and head.adapter is not None:

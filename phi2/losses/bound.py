@@ -84,10 +84,10 @@ class BoundLoss:
             state: what starts as a whole number is one; all else the loss has on the device of its log-probabilities,
                 in their dtype, so that none of them is waited for.
         Returns:
-            (P,) of answers to P prompts, for each the mean over its pairs or answers; (B,) of B pairs.
+            (P,) of answers to P prompts, for each the mean over its pairs or answers; (B,) of B pairs. And the state.
         Raises:
-            ValueError: when the function returns anything else, or what has no gradient where one is asked for; for
-                pairs where the loss takes answers, and a batch without what it needs.
+            ValueError: when the function returns anything else, or what has no gradient where one is asked for, or has
+                changed its state in place; for pairs where the loss takes answers, and a batch without what it needs.
         """
         if isinstance(batch, PairBatch) and self.unit != "pair":
             raise ValueError(f"loss {self.name!r} gives each {self.unit} a value: it takes an AnswerBatch, not pairs")
@@ -96,14 +96,14 @@ class BoundLoss:
             if not batch.has(need):
                 way = "" if need == "mismatched" else "; phi2.score_rows(..., needs=loss.needs) makes it"
                 raise ValueError(f"loss {self.name!r} needs {need} of its batch, which has none{way}")
-        logps, own = _logps_of(given), self.state
-        before = _placed(state, own, logps)
+        logps = _logps_of(given)
+        before = _placed(state, self.state, logps)
         losses, after = self.function(given, dict(before))
         self._require_losses(losses, given)
         self._require_untouched(before)
         if isinstance(batch, AnswerBatch):
             losses = batch.of_prompts(losses, self.unit)
-        return losses, _placed(after, own, logps)
+        return losses, _placed(after, self.state, logps)
 
     def _require_untouched(self, given: State) -> None:
         """Refuses what `+=` does to a tensor: it changes what was read before, and may be needed for the gradient."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi2.called import must_be_called, with_bases
+from phi2.called import must_be_called
 from phi2.linear import PhiLinear
 from phi2.lora import LoraLinear
 from phi2.model import Phi2ForCausalLM
@@ -44,7 +44,7 @@ def head_logps(
     head: PhiLinear, picked: Tensor, targets: Tensor, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`target_logps` of hidden states that were picked already, (N, C)."""
-    if must_be_called(with_bases([head])):
+    if must_be_called([head]):
         return _called(head, picked, targets, entropy)
     form = (head.base if isinstance(head, LoraLinear) else head).form
     assert form is not None

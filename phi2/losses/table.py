@@ -71,6 +71,7 @@ One function in a file of yours, `phi2 dpo --loss_file mine.py --loss margin_to_
 
 ```python
 import phi2
+import torch
 import torch.nn.functional as F
 
 
@@ -78,7 +79,7 @@ import torch.nn.functional as F
 def margin_to_best(answers: phi2.AnswerBatch, *, beta: float = 0.1):
     # The best answer to each prompt against the mean of all: -log sigma(beta (l_w - mean(l)))
     ratios = answers.grid(answers.logratio)  # (P, K), 0 where a prompt has fewer answers than K
-    count = answers.prompt.bincount()  # (P,) answers to each prompt
+    count = answers.grid(torch.ones_like(answers.logratio)).sum(dim=-1)  # (P,) answers to each prompt
     return -F.logsigmoid(beta * (ratios[:, 0] - ratios.sum(dim=-1) / count))  # best first
 ```
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from phi2.losses.registry import STATE
 from phi2.pages.charts import Line, counted, line_chart, number
 from phi2.pages.page import noted
 
@@ -18,7 +19,6 @@ CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Learning rate": {"learning_rate": "of the update"},
     "Speed, tokens per second": {"tokens_per_second": "training"},
 }
-STATE = "state/"  # before the names of numbers that a loss keeps from one update to the next
 MAIN_CHARTS = tuple(CHARTS)[:3]  # what a glance at a run is for
 
 Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl

@@ -134,8 +134,8 @@ def run_updates(
 def rehearse(objective: Objective, optimizer: Optimizer, window: Sequence[EncodedPreference]) -> None:
     """The passes of an update, with its reference as it is and as it will be."""
     objective.backward(optimizer, window)
-    if isinstance(objective.reference, MovingReference):
-        with objective.reference.in_its_later_form():
+    if isinstance(objective.reference, MovingReference) and objective.reference.grows:
+        with objective.reference.grown():
             objective.backward(optimizer, window)
 
 

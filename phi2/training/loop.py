@@ -19,7 +19,7 @@ from phi2.data.encoded import Encoded
 from phi2.inference.generate import generate_batch
 from phi2.inference.kept_engine import release_engine
 from phi2.lora import has_adapter
-from phi2.losses.registry import State, as_numbers
+from phi2.losses.registry import STATE, State, as_numbers
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.card import write_card
 from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
@@ -133,15 +133,15 @@ class Updates:
             raise Interrupted(f"stopped after step {step}; go on with resume: true")
 
     @contextmanager
-    def told(self) -> Iterator[Updates]:
-        """Within, what an error ends the run with hides no update that was made before."""
+    def told(self) -> Iterator[None]:
+        """Within, what an error ends the run with hides no update that was made before, nor that one was refused."""
         try:
-            yield self
+            yield
         except Exception as error:
             try:
                 self._read(0)
-            except ValueError as refusal:  # of an update before, which may be why
-                error.add_note(str(refusal))
+            except ValueError as refusal:  # of an update before: the run would have ended with it
+                raise refusal from error
             except Exception:  # a device that has failed gives nothing back
                 pass
             raise
@@ -210,8 +210,8 @@ def require_finite_state(metrics: Mapping[str, float], step: int) -> None:
         ValueError: naming the step, and under which name.
     """
     for name, value in metrics.items():
-        if name.startswith("state/") and not math.isfinite(value):
-            raise ValueError(f"update {step}: the loss keeps {value} as {name.removeprefix('state/')}")
+        if name.startswith(STATE) and not math.isfinite(value):
+            raise ValueError(f"update {step}: the loss keeps {value} as {name.removeprefix(STATE)}")
 
 
 @contextmanager

@@ -129,13 +129,16 @@ class MovingReference:
     def __call__(self, rows: Sequence[EncodedPreference], row: TokenRow) -> Tensor:
         return self.live(rows, row)
 
-    @contextmanager
-    def in_its_later_form(self) -> Iterator[None]:
-        """Within, what it says is computed as it will be once it has moved: for kernels to be compiled."""
+    @property
+    def grows(self) -> bool:
+        """Whether it is computed in another form once it has moved: with LoRA, unless it becomes the policy itself."""
         is_sum = self.config.bema is not None or self.config.ref_model_mixup_alpha != 1
-        if not (is_sum and isinstance(self.copy, AdapterCopy)):
-            yield
-            return
+        return is_sum and isinstance(self.copy, AdapterCopy)
+
+    @contextmanager
+    def grown(self) -> Iterator[None]:
+        """Within, one that grows says the same in its later form: for kernels to be compiled."""
+        assert isinstance(self.copy, AdapterCopy)
         before = self.copy.reference()
         try:
             for name, piece in before.items():

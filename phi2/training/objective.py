@@ -22,7 +22,7 @@ from phi2.inference.engine import evaluation_mode
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.properties import outcome, require_numbers
-from phi2.losses.registry import State
+from phi2.losses.registry import STATE, State
 from phi2.losses.slopes import slopes_of
 from phi2.model import Phi2ForCausalLM
 from phi2.training.config import DPOConfig
@@ -71,7 +71,7 @@ class Objective:
         found, learning_rate = means(gathered), optimizer.learning_rate
         norm = optimizer.step()
         self.state.update(after)
-        kept = {f"state/{name}": value for name, value in self.state.items()}
+        kept = {f"{STATE}{name}": value for name, value in self.state.items()}
         return Metrics({**found, "grad_norm": norm, **kept, "learning_rate": learning_rate})
 
     def backward(
