@@ -29,7 +29,6 @@ Scope = Literal["pair", "window"]
 Need = Literal["gold", "mismatched", "entropy", "log_sum_square", "kl"]  # what a batch has only for a loss that asks
 EXTRAS = ("entropy", "log_sum_square", "kl")  # those of each token
 State = Mapping[str, float | Tensor]
-STATE = "state/"  # before the names of its numbers among the metrics
 REWARD_SCALE = "beta"
 
 

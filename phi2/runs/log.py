@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from phi2.files import write_whole
 
+STATE = "state/"  # before the names of numbers that a loss keeps from one update to the next
+
 
 def whole_lines(path: Path) -> list[str]:
     """The whole lines of a file; the last one of a killed run, or of a full disk, may be torn."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from phi2.losses.registry import STATE
 from phi2.pages.charts import Line, counted, line_chart, number
 from phi2.pages.page import noted
+from phi2.runs.log import STATE
 
 CHARTS = {  # title -> metric -> its name in the legend; a run has some of them
     "Loss": {"loss": "training", "eval_loss": "held out"},

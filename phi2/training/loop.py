@@ -19,12 +19,12 @@ from phi2.data.encoded import Encoded
 from phi2.inference.generate import generate_batch
 from phi2.inference.kept_engine import release_engine
 from phi2.lora import has_adapter
-from phi2.losses.registry import STATE, State, as_numbers
+from phi2.losses.registry import State, as_numbers
 from phi2.model import Phi2ForCausalLM
 from phi2.runs.card import write_card
 from phi2.runs.checkpoint import restore_checkpoint, save_checkpoint
 from phi2.runs.folder import to_plain
-from phi2.runs.log import Interrupted, Log, delayed_interrupt, last_metrics
+from phi2.runs.log import STATE, Interrupted, Log, delayed_interrupt, last_metrics
 from phi2.tokenizer import Tokenizer
 from phi2.training.config import TrainingConfig
 from phi2.training.metrics import Metrics

@@ -22,9 +22,10 @@ from phi2.inference.engine import evaluation_mode
 from phi2.losses.batch import AnswerBatch
 from phi2.losses.bound import BoundLoss
 from phi2.losses.properties import outcome, require_numbers
-from phi2.losses.registry import STATE, State
+from phi2.losses.registry import State
 from phi2.losses.slopes import slopes_of
 from phi2.model import Phi2ForCausalLM
+from phi2.runs.log import STATE
 from phi2.training.config import DPOConfig
 from phi2.training.ledger import LedgerWriter
 from phi2.training.metrics import Metrics, means, metrics_of
